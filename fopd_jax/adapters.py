@@ -1,0 +1,193 @@
+"""LoRA adapters as trees: initialise, scale, stack into a bank, merge (Hu et al. 2021, arXiv 2106.09685).
+
+An adapter's weights mirror the network's parameter tree: at each targeted dense layer stands `{"a": [*L, D_in, R],
+"b": [*L, R, D_out]}`, with the leading layer axis L in scanned stacks. The update is ΔW = scale·a·b, scale = alpha/R.
+A bank stacks K adapters on the axis before the matrices, `[*L, K, D_in, R]`; the network gathers from it by `route`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct, traverse_util
+from jaxtyping import Array, PRNGKeyArray
+
+Tree = Any
+
+JOINT_ATTENTION = tuple(
+    f"attn/{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+IMAGE_ATTENTION = tuple(f"attn2/{name}" for name in ("to_q", "to_k", "to_v", "to_out"))
+FEED_FORWARD = tuple(f"{ff}/{name}" for ff in ("ff", "ff_context") for name in ("up", "down"))
+TARGETS = {"attn": JOINT_ATTENTION, "attn2": IMAGE_ATTENTION, "mlp": FEED_FORWARD}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Rank, alpha and target groups: any of `attn` (joint attention of both streams), `attn2`, `mlp`.
+
+    Raises:
+      ValueError: rank below 1, or an unknown or missing target group.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("attn",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank: found {self.rank}, expected at least 1")
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(f"adapter.targets: found {self.targets}, expected some of {tuple(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@struct.dataclass
+class Adapter:
+    """Low-rank weights and their static scale."""
+
+    weights: Tree
+    scale: float = struct.field(pytree_node=False)
+
+
+def target_kernels(params: Tree, targets: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    """The kernels (arrays or shapes) of all layers in the target groups, by module path."""
+    suffixes = [tuple(name.split("/")) for group in targets for name in TARGETS[group]]
+    return {
+        path[:-1]: leaf
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        if path[-1] == "kernel" and path[-3:-1] in suffixes
+    }
+
+
+def init_adapter(key: PRNGKeyArray, params: Tree, config: LoRAConfig) -> Adapter:
+    """PEFT's `init_lora_weights="gaussian"`: a ~ N(0, 1/R²), b = 0, so that the adapted network starts as the base.
+
+    `params` may hold arrays or shapes, scanned or not.
+    """
+    kernels = target_kernels(params, config.targets)
+    keys = jax.random.split(key, len(kernels))
+    weights = {}
+    for layer_key, (path, kernel) in zip(keys, sorted(kernels.items()), strict=True):
+        *layers, d_in, d_out = kernel.shape
+        a = jax.random.normal(layer_key, (*layers, d_in, config.rank), jnp.float32) / config.rank
+        weights[path] = {"a": a, "b": jnp.zeros((*layers, config.rank, d_out), jnp.float32)}
+    return Adapter(traverse_util.unflatten_dict(weights), config.scale)
+
+
+def effective(adapter: Adapter) -> Tree:
+    """The tree that the network reads: `b` multiplied by the scale."""
+    return _map_layers(lambda layer: {"a": layer["a"], "b": layer["b"] * adapter.scale}, adapter.weights)
+
+
+def zeros_like(adapter: Adapter) -> Adapter:
+    """The adapter of the same shape that leaves the base as it is."""
+    return Adapter(jax.tree.map(jnp.zeros_like, adapter.weights), adapter.scale)
+
+
+def stack_bank(adapters: Mapping[str, Adapter]) -> Tree:
+    """Effective weights of K adapters in one tree, in the mapping's order, ready for `route`.
+
+    Raises:
+      ValueError: an adapter differs from the first in a layer or a shape (its rank, say); names adapter and layer.
+    """
+    first_name, first = next(iter(adapters.items()))
+    for name, adapter in adapters.items():
+        check_like(name, adapter.weights, first_name, first.weights)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=-3), *(effective(each) for each in adapters.values()))
+
+
+def check_like(name: str, found: Tree, reference_name: str, reference: Tree) -> None:
+    """Refuse a tree whose leaves or shapes differ from a reference (arrays or shapes).
+
+    Raises:
+      ValueError: names the first leaf that is missing, extra or of another shape.
+    """
+    shapes, expected = _shapes(found), _shapes(reference)
+    for path in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(path) != expected.get(path):
+            raise ValueError(
+                f"adapter {name!r} does not match {reference_name!r} at {path}: "
+                f"found {shapes.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+            )
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def delta(adapter: Adapter) -> Tree:
+    """Dense updates ΔW = scale·a·b by module path; for small networks and tests."""
+    return _map_layers(lambda layer: adapter.scale * layer["a"] @ layer["b"], adapter.weights)
+
+
+def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Exact weighted sum of the products, Σ w·ΔW, at the sum of the ranks."""
+    scale = adapters[0].scale
+
+    def join(*layers: dict[str, Array]) -> dict[str, Array]:
+        factors = [w * each.scale / scale for w, each in zip(weights, adapters, strict=True)]
+        a = jnp.concatenate([layer["a"] for layer in layers], axis=-1)
+        b = jnp.concatenate([f * layer["b"] for f, layer in zip(factors, layers, strict=True)], axis=-2)
+        return {"a": a, "b": b}
+
+    return Adapter(_map_layers(join, *(each.weights for each in adapters)), scale)
+
+
+def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
+    """Best rank-R approximation of an adapter (Eckart-Young), without forming ΔW: two QR and one small SVD a layer.
+
+    Both factors carry the square root of the singular values, so neither starts tiny.
+
+    Raises:
+      ValueError: the target rank exceeds the adapter's.
+    """
+
+    def shrink(layer: dict[str, Array]) -> dict[str, Array]:
+        rank = layer["a"].shape[-1]
+        if config.rank > rank:
+            raise ValueError(f"adapter.rank: cannot truncate rank {rank} to {config.rank}")
+        qa, ra = jnp.linalg.qr(layer["a"])
+        qb, rb = jnp.linalg.qr(jnp.swapaxes(layer["b"], -1, -2))
+        u, s, vt = jnp.linalg.svd((adapter.scale / config.scale) * ra @ jnp.swapaxes(rb, -1, -2), full_matrices=False)
+        root = jnp.sqrt(s[..., : config.rank])
+        a = qa @ u[..., : config.rank] * jnp.expand_dims(root, -2)
+        return {"a": a, "b": jnp.expand_dims(root, -1) * vt[..., : config.rank, :] @ jnp.swapaxes(qb, -1, -2)}
+
+    return Adapter(_map_layers(shrink, adapter.weights), config.scale)
+
+
+def average_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Average a and b apart, as the method's authors do. It is not the average of the products; for comparison only."""
+
+    def mean(*leaves: Array) -> Array:
+        return jnp.stack([w * leaf for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
+
+    return Adapter(jax.tree.map(mean, *(each.weights for each in adapters)), adapters[0].scale)
+
+
+def merge(method: str, adapters: Sequence[Adapter], weights: Sequence[float], config: LoRAConfig) -> Adapter:
+    """Merge teachers into a start for the student: `svd` (exact average, truncated), `concatenate` or `factors`.
+
+    Raises:
+      ValueError: unknown method, or `concatenate` into a rank that is not the sum of the ranks.
+    """
+    if method == "svd":
+        return truncate(concatenate(adapters, weights), config)
+    if method == "concatenate":
+        return concatenate(adapters, weights)
+    if method == "factors":
+        return average_factors(adapters, weights)
+    raise ValueError(f"cold_start.merge: found {method!r}, expected 'svd', 'concatenate' or 'factors'")
+
+
+def _map_layers(function: Any, *trees: Tree) -> Tree:
+    """Map over `{"a", "b"}` pairs instead of single leaves."""
+    return jax.tree.map(function, *trees, is_leaf=lambda node: isinstance(node, dict) and "a" in node)

@@ -1,0 +1,1 @@
+"""Held-out evaluation: paired samples, scores, tables and image grids."""

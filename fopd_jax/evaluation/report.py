@@ -1,0 +1,106 @@
+"""The final report of a run: `results.json`, a table with paired standard errors, `samples.png`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fopd_jax.config import Config, config_hash
+from fopd_jax.evaluation.grid import save_grid
+from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys, sample_images
+from fopd_jax.policy import Tree
+from fopd_jax.tasks.task import World, select_tasks
+from fopd_jax.training.workdir import write_json
+
+Scores = Mapping[str, np.ndarray]
+PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+GRID_COLUMNS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A policy to report: its name, the network's variables and the effective adapter on them."""
+
+    name: str
+    variables: Tree
+    adapter: Tree
+
+
+def write_report(
+    workdir: Path, config: Config, sampler: Sampler, world: World, models: Sequence[Model], *, steps: int
+) -> None:
+    """Evaluate every model on the same pairs, print the table and write the files; the last model is the student.
+
+    `results.json` holds no times, so that it is the same however often the run was interrupted.
+    """
+    evaluation = config.eval
+    tasks = select_tasks(world, evaluation.tasks)
+    eval_set = EvalSet(tasks, config.final_samples, evaluation.batch_size, evaluation.seed + 1)
+    scores: dict[str, Scores] = {}
+    with tqdm(
+        total=len(models) * len(tasks) * eval_set.samples, unit="image", desc="report", dynamic_ncols=True
+    ) as bar:
+        for model in models:
+            scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
+    student = models[-1].name
+    write_json(
+        workdir / "results.json",
+        {
+            "models": {
+                name: {skill: round(value, 6) for skill, value in means(each).items()} for name, each in scores.items()
+            },
+            "samples": {skill: len(values) for skill, values in scores[student].items()},
+            "seed": config.seed,
+            "steps": steps,
+            "config_hash": config_hash(config),
+            "versions": {package: version(package) for package in PACKAGES},
+        },
+    )
+    table = format_table(scores, student)
+    (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    draw_samples(workdir / "samples.png", sampler, world, eval_set, models)
+
+
+def format_table(scores: Mapping[str, Scores], student: str) -> str:
+    """Mean score by model and skill; in brackets the student's lead over that model ± its paired standard error."""
+    skills = list(scores[student])
+    width = max(map(len, scores))
+    lines = [" " * width + "".join(f"  {skill:>24}" for skill in skills)]
+    for name, each in scores.items():
+        cells = "".join(f"  {_cell(each[skill], scores[student][skill], name == student):>24}" for skill in skills)
+        lines.append(f"{name:<{width}}{cells}")
+    lines.append(f"(student minus model ± standard error of the paired differences; n = {_counts(scores[student])})")
+    return "\n".join(lines)
+
+
+def _cell(values: np.ndarray, student: np.ndarray, is_student: bool) -> str:
+    if is_student:
+        return f"{values.mean():.3f}{'':17}"
+    difference = student - values
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    return f"{values.mean():.3f} ({difference.mean():+.3f} ± {error:.3f})"
+
+
+def _counts(scores: Scores) -> str:
+    return ", ".join(f"{skill} {len(values)}" for skill, values in scores.items())
+
+
+def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
+    """Rows are models, columns the same held-out prompts and noise."""
+    per_task = GRID_COLUMNS // len(eval_set.tasks)
+    rows, prompts = [], []
+    for task in eval_set.tasks.values():
+        prompts += list(task.test[:per_task])
+    for model in models:
+        row = []
+        for task in eval_set.tasks.values():
+            chosen, index = next(eval_set.pairs(task))
+            keys = noise_keys(eval_set.seed, task.name, index)
+            images = sample_images(sampler, world, model.variables, model.adapter, chosen, keys)
+            row.append(images[:per_task])
+        rows.append(np.concatenate(row))
+    save_grid(path, np.stack(rows), [model.name for model in models], prompts)

@@ -1,0 +1,1 @@
+"""Rectified flow: noise schedule, stochastic and deterministic sampler steps, guidance, weightings, rollouts."""

@@ -1,0 +1,32 @@
+"""Noise levels of the sampler: the shifted rectified-flow schedule of Stable Diffusion 3.
+
+`sigma` is the time of the flow, `x_sigma = (1 - sigma)·x0 + sigma·noise`: 1 is noise, 0 is data.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+TRAINING_TIMESTEPS = 1000
+
+
+def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Float[np.ndarray, "steps_plus_1"]:
+    """Noise levels visited by a sampler of `num_steps` steps: from 1 down to 0, float32, `[num_steps + 1]`.
+
+    Equal to diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after `set_timesteps(num_steps)`. That scheduler
+    shifts twice: the levels are evenly spaced between 1 and the *shifted* 1/1000, then shifted themselves, so the last
+    level before 0 lies far closer to 0 than the textbook formula puts it (.0089, not .25, for 10 steps and shift 3).
+
+    Raises ValueError where `num_steps < 1` or `shift` is not a positive finite number.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps: found {num_steps}, expected an integer >= 1")
+    if not (shift > 0 and np.isfinite(shift)):
+        raise ValueError(f"shift: found {shift}, expected a finite number > 0")
+    lowest = _shifted(np.float64(1 / TRAINING_TIMESTEPS), shift)
+    levels = _shifted(np.linspace(1.0, lowest, num_steps, dtype=np.float64), shift)
+    return np.append(levels, 0.0).astype(np.float32)
+
+
+def _shifted(sigma, shift: float):
+    """`shift·sigma / (1 + (shift - 1)·sigma)`: pushes levels towards noise for shift > 1, keeps 0 and 1 in place."""
+    return shift * sigma / (1 + (shift - 1) * sigma)

@@ -1,0 +1,1 @@
+"""Other libraries' parameter names and layouts, mapped to ours and back."""

@@ -1,0 +1,1 @@
+"""Networks: pure Linen modules that know nothing of files, flags or devices."""

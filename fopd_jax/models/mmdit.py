@@ -1,0 +1,396 @@
+"""MMDiT and MMDiT-X, the transformers of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206).
+
+Latents are NHWC; the network predicts the rectified-flow velocity v = ε - x0. Parameter names follow diffusers'
+`SD3Transformer2DModel`, which is the oracle of the tests. Einsum letters: B batch, T image tokens, S text tokens,
+N heads, H head dimension, D width, R adapter rank, K adapters.
+
+Every dense layer reads an optional low-rank update from the variable collection `adapter`: leaves `a [D_in, R]` and
+`b [R, D_out]`, or a bank of them with a leading axis K from which `route [B]` gathers *inside the layer*, so that no
+per-sample copy of a whole adapter ever exists. `b` carries the adapter's scale already.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from fopd_jax.models.attention import AttentionImpl, attention
+
+Dtype = Any
+RematPolicy = Literal["none", "full", "dots"]
+_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Shape of one network. `dual_layers` counts the leading blocks that have a second, image-only attention."""
+
+    depth: int
+    num_heads: int
+    head_dim: int
+    dual_layers: int
+    qk_norm: bool
+    patch_size: int
+    channels: int
+    context_dim: int
+    pooled_dim: int
+    table_size: int  # rows and columns of the fixed position table, in patches
+    base_size: int  # grid whose positions are 0, 1, 2, …: larger tables interpolate between them
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+_SD3 = {"patch_size": 2, "channels": 16, "context_dim": 4096, "pooled_dim": 2048, "base_size": 64, "head_dim": 64}
+
+PRESETS: dict[str, MMDiTConfig] = {
+    "sd35_medium": MMDiTConfig(depth=24, num_heads=24, dual_layers=13, qk_norm=True, table_size=384, **_SD3),
+    "sd35_large": MMDiTConfig(depth=38, num_heads=38, dual_layers=0, qk_norm=True, table_size=192, **_SD3),
+    "sd3_medium": MMDiTConfig(depth=24, num_heads=24, dual_layers=0, qk_norm=False, table_size=192, **_SD3),
+    "miniature": MMDiTConfig(
+        depth=4, num_heads=4, head_dim=32, dual_layers=2, qk_norm=True, patch_size=4, channels=3,
+        context_dim=32, pooled_dim=24, table_size=6, base_size=6,
+    ),
+}  # fmt: skip
+
+
+def position_table(config: MMDiTConfig, rows: int, columns: int) -> Float[np.ndarray, "rows columns d"]:
+    """Centre crop of the fixed sine-cosine table, computed in float64 without building the whole of it.
+
+    Half of the features encode the column, half the row; sines come before cosines.
+
+    Raises:
+      ValueError: the grid is larger than the table.
+    """
+    if rows > config.table_size or columns > config.table_size:
+        raise ValueError(f"grid of {rows}x{columns} patches exceeds the position table of {config.table_size} a side")
+
+    def encode(count: int) -> np.ndarray:
+        start = (config.table_size - count) // 2
+        # Checkpoints' tables round the positions, and only them, to float32: up to 2e-6 of angle.
+        positions = np.arange(start, start + count, dtype=np.float32) / np.float32(config.table_size / config.base_size)
+        frequencies = 10000.0 ** -(np.arange(config.width // 4) / (config.width / 4))
+        angles = np.outer(positions.astype(np.float64), frequencies)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    along_columns = np.broadcast_to(encode(columns)[None], (rows, columns, config.width // 2))
+    along_rows = np.broadcast_to(encode(rows)[:, None], (rows, columns, config.width // 2))
+    return np.concatenate([along_columns, along_rows], axis=-1).astype(np.float32)
+
+
+def timestep_embedding(timestep: Float[Array, " b"], dim: int = 256) -> Float[Array, "b dim"]:
+    """Sinusoidal embedding, cosines first, in float32 (diffusers' `Timesteps(flip_sin_to_cos=True)`)."""
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Dense(nn.Module):
+    """Affine layer plus the low-rank update that the collection `adapter` may hold for it."""
+
+    features: int
+    axes: tuple[str | None, str | None] = (None, None)
+    dtype: Dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"], route: Int[Array, " k"] | None = None) -> Float[Array, "*b o"]:
+        shape = (x.shape[-1], self.features)
+        kernel: Any = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), shape)
+        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), shape[1:])
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.has_variable("adapter", "a"):
+            a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
+            y = y + low_rank(x, a, b, route)
+        return y
+
+
+def low_rank(x: Array, a: Array, b: Array, route: Int[Array, " k"] | None) -> Array:
+    """x·a·b for one adapter, or for each sample's own, gathered from a bank by `route`."""
+    if route is None:
+        return (x @ a) @ b
+    hidden = jnp.einsum("BTD,BDR->BTR", x, a[route])
+    return jnp.einsum("BTR,BRD->BTD", hidden, b[route])
+
+
+def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
+    """LayerNorm without affine parameters, eps 1e-6, two-pass variance in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the head dimension, eps 1e-6, in float32."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
+        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+        return (y * scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
+
+
+def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
+    """x·(1 + scale) + shift, one shift and scale per sample."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """adaLN: `chunks` vectors of width D from the conditioning embedding, in diffusers' order."""
+
+    chunks: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, embedding: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], ...]:
+        width = embedding.shape[-1]
+        init = nn.initializers.zeros  # adaLN-zero: blocks start as the identity
+        linear = Dense(self.chunks * width, ("embed", "mlp"), self.dtype, init, name="linear")
+        return tuple(jnp.split(linear(nn.silu(embedding)), self.chunks, axis=-1))
+
+
+class FeedForward(nn.Module):
+    """D → 4D → D with tanh-approximated GELU."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], route: Int[Array, " b"] | None) -> Float[Array, "b t d"]:
+        width = x.shape[-1]
+        hidden = Dense(4 * width, ("embed", "mlp"), self.dtype, name="up")(x, route)
+        return Dense(width, ("mlp", "embed"), self.dtype, name="down")(nn.gelu(hidden, approximate=True), route)
+
+
+def _project(
+    config: MMDiTConfig, dtype: Dtype, x: Array, route: Array | None, names: tuple[str, ...], norms: tuple[str, str]
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of one stream as children of the calling module, heads split, q and k normalised."""
+    q, k, v = (
+        rearrange(
+            Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route),
+            "B T (N H) -> B T N H",
+            H=config.head_dim,
+        )
+        for name in names
+    )
+    if config.qk_norm:
+        q, k = RMSNorm(dtype, name=norms[0])(q), RMSNorm(dtype, name=norms[1])(k)
+    return q, k, v
+
+
+class JointAttention(nn.Module):
+    """One attention over image and text tokens, image first; without text it is the image-only `attn2`."""
+
+    config: MMDiTConfig
+    impl: AttentionImpl
+    text_output: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Float[Array, "b s d"] | None, route: Int[Array, " b"] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
+        config, tokens = self.config, x.shape[1]
+        q, k, v = _project(config, self.dtype, x, route, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if context is not None:
+            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            text = _project(config, self.dtype, context, route, names, norms)
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), text, strict=True))
+        y = rearrange(attention(q, k, v, self.impl), "B T N H -> B T (N H)")
+        out = Dense(config.width, ("heads", "embed"), self.dtype, name="to_out")(y[:, :tokens], route)
+        if context is None or not self.text_output:
+            return out, None
+        return out, Dense(config.width, ("heads", "embed"), self.dtype, name="to_add_out")(y[:, tokens:], route)
+
+
+class Block(nn.Module):
+    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read."""
+
+    config: MMDiTConfig
+    impl: AttentionImpl
+    dual: bool = False
+    last: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, streams: tuple[Array, Array], embedding: Float[Array, "b d"], route: Int[Array, " b"] | None
+    ) -> tuple[tuple[Array, Array], None]:
+        x, context = streams
+        dtype = self.dtype
+        modulation = Modulation(9 if self.dual else 6, dtype, name="norm1")(embedding)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[:6]
+        normed = layer_norm(x, dtype)
+        text = Modulation(2 if self.last else 6, dtype, name="norm1_context")(embedding)
+        # The context-pre-only norm orders its chunks (scale, shift); every other modulation is (shift, scale, …).
+        text_shift, text_scale = (text[1], text[0]) if self.last else text[:2]
+
+        attn = JointAttention(self.config, self.impl, not self.last, dtype, name="attn")
+        image_out, text_out = attn(
+            modulate(normed, shift, scale), modulate(layer_norm(context, dtype), text_shift, text_scale), route
+        )
+        x = x + gate[:, None] * image_out
+        if self.dual:
+            shift2, scale2, gate2 = modulation[6:]
+            attn2 = JointAttention(self.config, self.impl, False, dtype, name="attn2")
+            x = x + gate2[:, None] * attn2(modulate(normed, shift2, scale2), None, route)[0]
+        ff = FeedForward(dtype, name="ff")
+        x = x + gate_mlp[:, None] * ff(modulate(layer_norm(x, dtype), shift_mlp, scale_mlp), route)
+        if text_out is not None:
+            text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = text[2:]
+            context = context + text_gate[:, None] * text_out
+            ff_context = FeedForward(dtype, name="ff_context")
+            normed = modulate(layer_norm(context, dtype), text_shift_mlp, text_scale_mlp)
+            context = context + text_gate_mlp[:, None] * ff_context(normed, route)
+        return (x, context), None
+
+
+class Embedder(nn.Module):
+    """Two-layer SiLU network, of the timestep's sinusoids or of the pooled text."""
+
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+        hidden = nn.silu(Dense(self.width, (None, "embed"), self.dtype, name="linear_1")(x))
+        return Dense(self.width, ("embed", None), self.dtype, name="linear_2")(hidden)
+
+
+class MMDiT(nn.Module):
+    """The whole network: `(x, timestep = 1000·sigma, context, pooled) → v`.
+
+    Blocks live in two scanned stacks, `dual_blocks` and `blocks`, and one `last_block`; with `scan_layers=False` they
+    are `dual_blocks_0 …`, `blocks_0 …` (`convert_layers` maps one parameter tree to the other). The cropped position
+    table is a constant of the collection `constants`, outside of optimizer, EMA and sharding.
+    """
+
+    config: MMDiTConfig
+    impl: AttentionImpl = "xla"
+    dtype: Dtype = jnp.float32
+    scan_layers: bool = True
+    remat: RematPolicy = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b height width c"],
+        timestep: Float[Array, " b"],
+        context: Float[Array, "b s context_dim"],
+        pooled: Float[Array, "b pooled_dim"],
+        route: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b height width c"]:
+        config, dtype = self.config, self.dtype
+        p, rows, columns = config.patch_size, x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
+        tokens = rearrange(x, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
+        tokens = Dense(config.width, (None, "embed"), dtype, name="patch_embed")(tokens)
+        table = self.variable("constants", "pos_embed", lambda: jnp.asarray(position_table(config, rows, columns)))
+        tokens = tokens + centre_crop(table.value, rows, columns).reshape(1, -1, config.width).astype(dtype)
+
+        embedding = Embedder(config.width, jnp.float32, name="time_embed")(timestep_embedding(timestep))
+        embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
+        text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
+
+        streams = (tokens, text)
+        streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
+        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
+        last = self._block_class()(config, self.impl, last=True, dtype=dtype, name="last_block")
+        (tokens, _), _ = last(streams, embedding, route)
+
+        scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
+        tokens = modulate(layer_norm(tokens, dtype), shift, scale)
+        out = Dense(p * p * config.channels, ("embed", None), dtype, name="proj_out")(tokens)
+        out = rearrange(out, "B (h w) (p q c) -> B (h p) (w q) c", h=rows, p=p, q=p)
+        return out.astype(jnp.float32)
+
+    def _block_class(self) -> type[Block]:
+        if self.remat == "none":
+            return Block
+        return nn.remat(Block, prevent_cse=not self.scan_layers, policy=_REMAT_POLICIES[self.remat])
+
+    def _stack(
+        self,
+        name: str,
+        length: int,
+        dual: bool,
+        streams: tuple[Array, Array],
+        embedding: Array,
+        route: Array | None,
+    ) -> tuple[Array, Array]:
+        block_class, kwargs = self._block_class(), {"dual": dual, "dtype": self.dtype}
+        if not self.scan_layers:
+            for i in range(length):
+                streams, _ = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")(
+                    streams, embedding, route
+                )
+            return streams
+        if length == 0:
+            return streams
+        in_axes: Any = (nn.broadcast, nn.broadcast)  # flax types it as int
+        scanned = nn.scan(
+            block_class,
+            variable_axes={"params": 0, "adapter": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
+        return streams
+
+
+def centre_crop(
+    table: Float[Array | np.ndarray, "r c d"], rows: int, columns: int
+) -> Float[Array | np.ndarray, "rows columns d"]:
+    """The middle `rows`x`columns` of a position table, on the host or not.
+
+    Raises:
+      ValueError: the table is smaller than that.
+    """
+    if rows > table.shape[0] or columns > table.shape[1]:
+        raise ValueError(
+            f"pos_embed holds {table.shape[0]}x{table.shape[1]} patches, but the input has {rows}x{columns}"
+        )
+    top, left = (table.shape[0] - rows) // 2, (table.shape[1] - columns) // 2
+    return table[top : top + rows, left : left + columns]
+
+
+def convert_layers(tree: dict[str, Any], *, scan: bool) -> dict[str, Any]:
+    """Convert a parameter or adapter tree between stacked (`scan=True`) and per-layer form. Leaves may be numpy or jax.
+
+    `{"blocks": leaf[L, …]}` ↔ `{"blocks_0": leaf[…], …, "blocks_L-1": leaf[…]}`. Other entries are kept.
+    """
+    stacks = ("dual_blocks", "blocks")
+    out = dict(tree)
+    for name in stacks:
+        if scan:
+            layers = [out.pop(f"{name}_{i}") for i in range(sum(k.rpartition("_")[0] == name for k in tree))]
+            if layers:
+                out[name] = jax.tree.map(
+                    lambda *leaves: np.stack(leaves) if _on_host(leaves) else jnp.stack(leaves), *layers
+                )
+        elif name in out:
+            stack = out.pop(name)
+            length = len(jax.tree.leaves(stack)[0])
+            out |= {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(length)}
+    return out
+
+
+def _on_host(leaves: tuple[Any, ...]) -> bool:
+    return all(isinstance(leaf, np.ndarray) for leaf in leaves)

@@ -1,0 +1,1 @@
+"""Losses as free functions of velocities: per-sample sums, reduced once by the step."""

@@ -1,0 +1,35 @@
+"""Rectified-flow matching (Esser et al. 2024): regress v on ε - x0 at random noise levels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormal:
+    """Training noise levels: sigmoid(N(mean, std²)), shifted towards noise by `shift`·s/(1 + (shift - 1)·s)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 3.0
+
+    def sample(self, key: PRNGKeyArray, batch: int) -> Float[Array, " b"]:
+        s = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,)))
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+
+def interpolate(
+    x0: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], sigma: Float[Array, " b"]
+) -> Float[Array, "b *shape"]:
+    """x_t = (1 - t)·x0 + t·ε with one t per sample."""
+    t = sigma.reshape(sigma.shape + (1,) * (x0.ndim - 1))
+    return (1 - t) * x0 + t * noise
+
+
+def flow_matching(
+    v: Float[Array, "b *shape"], x0: Float[Array, "b *shape"], noise: Float[Array, "b *shape"]
+) -> Float[Array, " b"]:
+    """‖v - (ε - x0)‖², mean per dimension, one value per sample."""
+    return jnp.square(v - (noise - x0)).mean(tuple(range(1, v.ndim)))

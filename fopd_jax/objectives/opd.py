@@ -1,0 +1,102 @@
+"""On-policy distillation: dense, trajectory-level supervision of the student's velocity by its teachers (Flow-OPD).
+
+At every state x_t of the student's own trajectory the teacher's velocity v_k and the anchor's v_a are targets:
+
+    L = E_t[ w(t)·‖v_θ - sg(v_k)‖² ] + β·E_t[ w(t)·‖v_θ - sg(v_a)‖² ],
+
+norms being means per dimension. `direct` is that loss. `clipped` wraps its first term into PPO's surrogate
+`-min(ρ·r, clip(ρ, 1-ε, 1+ε)·r)`, ρ = π_θ(x'|x)/π_old(x'|x), with one of three rewards:
+
+  kl           r = -w·‖v_θ - sg(v_k)‖², attached: at ρ = 1 its mean gradient is the direct one (default)
+  log_ratio    r = log π_k(x') - log π_θ(x') at the drawn x', detached: the policy-gradient form; with log-densities
+               averaged over D dimensions its mean gradient is 1/D of the direct one under weighting `kl`
+  kl_detached  the first one detached: it does not depend on the action, so its mean gradient is zero. The paper's first
+               text; kept to show that it does not learn
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fopd_jax.flow.transition import Transition
+from fopd_jax.flow.weighting import check_weighting
+
+OBJECTIVES = ("direct", "clipped")
+REWARDS = ("kl", "log_ratio", "kl_detached")
+Samples = Float[Array, " b"]
+stop = jax.lax.stop_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which loss, on which steps: `window_only` limits the direct one to noisy steps, as the clipped one always is."""
+
+    name: str = "clipped"
+    reward: str = "kl"
+    weighting: str = "kl"
+    clip: float = 1e-4
+    reward_limit: float = 5.0
+    mar_beta: float = 0.02
+    window_only: bool = False
+
+
+def check_objective(objective: Objective, transition: Transition) -> None:
+    """Refuse what is not defined.
+
+    Raises:
+      ValueError: an unknown name, a weighting or an objective that needs a density on a transition without one, a
+        weighting other than `kl` with `log_ratio`, a clip range or β out of range; names field, found and right.
+    """
+    for field, found, known in (("name", objective.name, OBJECTIVES), ("reward", objective.reward, REWARDS)):
+        if found not in known:
+            raise ValueError(f"objective.{field}: found {found!r}, expected one of {known}")
+    check_weighting(objective.weighting, transition)
+    if objective.clip <= 0 or objective.reward_limit <= 0:
+        raise ValueError(
+            f"objective.clip, reward_limit: found {objective.clip}, {objective.reward_limit}, expected > 0"
+        )
+    if objective.mar_beta < 0:
+        raise ValueError(f"objective.mar_beta: found {objective.mar_beta}, expected at least 0")
+    if objective.name != "clipped":
+        return
+    if not transition.has_density:
+        raise ValueError("objective.name: 'clipped' needs a transition with a density ('sde' or 'cps'), found 'ode'")
+    if objective.reward == "log_ratio" and objective.weighting != "kl":
+        raise ValueError(
+            f"objective.weighting: found {objective.weighting!r}, but reward 'log_ratio' has no weighting but 'kl'"
+        )
+
+
+def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, ""]) -> Samples:
+    """w·‖v - sg(target)‖², mean per dimension, one value per sample."""
+    return weight * jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
+
+
+def surrogate(log_prob: Samples, log_prob_old: Samples, reward: Samples, clip: float) -> Samples:
+    """PPO's clipped loss, one value per sample."""
+    ratio = jnp.exp(log_prob - stop(log_prob_old))
+    return -jnp.minimum(ratio * reward, jnp.clip(ratio, 1 - clip, 1 + clip) * reward)
+
+
+def distillation_loss(
+    objective: Objective, gap: Samples, log_prob: Samples, log_prob_old: Samples, log_prob_teacher: Samples
+) -> Samples:
+    """The teacher's term for one step; `gap` is `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
+
+    A detached reward is clamped to ±`reward_limit`; an attached one is not, which would silence the worst samples.
+    """
+    if objective.name == "direct":
+        return gap
+    rewards = {"kl": -gap, "log_ratio": stop(log_prob_teacher - log_prob), "kl_detached": stop(-gap)}
+    reward = rewards[objective.reward]
+    if objective.reward != "kl":
+        reward = jnp.clip(reward, -objective.reward_limit, objective.reward_limit)
+    return surrogate(log_prob, log_prob_old, reward, objective.clip)
+
+
+def trains(objective: Objective, noisy: Array) -> Array:
+    """1 where a step counts, else 0: noisy steps for the clipped objective, all for the direct one unless asked."""
+    only_noisy = objective.name == "clipped" or objective.window_only
+    return noisy.astype(jnp.float32) if only_noisy else jnp.ones((), jnp.float32)

@@ -1,0 +1,1 @@
+"""Rewards: how well a generated image follows its prompt."""

@@ -1,0 +1,78 @@
+"""Stage `flow_matching`: pretrain a whole network, or fine-tune a teacher's adapter, on captioned images."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from fopd_jax.adapters import Adapter, effective, init_adapter
+from fopd_jax.config import Config
+from fopd_jax.evaluation.suite import evaluate, means
+from fopd_jax.interop.safetensors import save_adapter, save_tree
+from fopd_jax.miniature.pairs import PairSpec, make_pairs
+from fopd_jax.objectives.flow_matching import LogitNormal
+from fopd_jax.policy import Tree
+from fopd_jax.tasks.task import select_tasks
+from fopd_jax.training.loop import Experiment
+from fopd_jax.training.setup import init_variables, load_base, lora_config, make_setup, print_overview
+from fopd_jax.training.state import TrainState, init_state
+from fopd_jax.training.step import make_flow_matching_step
+
+
+def assemble_full(frozen: Tree, trained: Tree) -> tuple[Tree, Tree]:
+    """The parameters train; only the constants are frozen."""
+    return {"params": trained, "constants": frozen["constants"]}, {}
+
+
+def assemble_adapter(frozen: Tree, trained: Adapter) -> tuple[Tree, Tree]:
+    """An adapter trains on a frozen network."""
+    return frozen, effective(trained)
+
+
+class FlowMatching:
+    """The stage: `experiment` for the loop, `finish` to export what was trained."""
+
+    def __init__(self, config: Config, workdir: Path) -> None:
+        self.config, self.workdir = config, workdir
+        setup = make_setup(config)
+        data = config.data
+        select_tasks(setup.world, tuple(data.tasks))
+        spec = PairSpec(data.batch_size, dict(data.tasks), data.wrong_caption, data.degraded, data.empty_caption)
+        full = config.trained == "params"
+        variables = (
+            init_variables(setup.model, setup.world.latent_shape, config.seed)
+            if not config.base
+            else load_base(config, setup)
+        )
+        trained = (
+            variables["params"]
+            if full
+            else init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
+        )
+        frozen = {"constants": variables["constants"]} if full else variables
+        assemble = assemble_full if full else assemble_adapter
+        levels = LogitNormal(config.levels.mean, config.levels.std, config.levels.shift)
+        step = make_flow_matching_step(setup.velocity, assemble, levels, setup.optimizer, setup.ema)
+
+        def score(state: TrainState) -> dict[str, float]:
+            return means(evaluate(setup.sampler, setup.world, setup.eval_set, *assemble(frozen, state.ema)))
+
+        self.setup, self.frozen, self.full = setup, frozen, full
+        self.experiment = Experiment(
+            state=init_state(trained, setup.optimizer, config.seed),
+            step=partial(step, frozen),
+            batch=lambda i: make_pairs(setup.world, spec, config.seed, i),
+            evaluate=score,
+        )
+
+    def describe(self) -> None:
+        """Print what trains and what does not."""
+        print_overview(self.config.name, self.experiment.state.trained, self.frozen)
+
+    def finish(self, state: TrainState) -> None:
+        """Write the averaged weights to `base.safetensors` or `adapter.safetensors`."""
+        metadata = {"preset": self.config.preset}
+        if self.full:
+            save_tree(self.workdir / "base.safetensors", {"params": state.ema, **self.frozen}, metadata)
+        else:
+            save_adapter(self.workdir / "adapter.safetensors", state.ema, metadata)

@@ -1,0 +1,81 @@
+"""What trains: parameters, optimizer, exponential moving average, step and seed."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import PRNGKeyArray
+
+Tree = Any
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds. `step` counts optimizer updates' *outer* steps: one per batch of prompts."""
+
+    step: Any  # int32 0-d; Any because tree operations put anything into a leaf
+    seed: Any  # uint32 0-d
+    trained: Tree
+    opt_state: Tree
+    ema: Tree
+
+    def rng(self) -> PRNGKeyArray:
+        """The key of this step alone, so that resuming needs no generator state."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """ema ← d·ema + (1 - d)·x every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps (Flow-GRPO code)."""
+
+    decay: float = 0.9
+    every: int = 8
+
+    def update(self, ema: Tree, trained: Tree, step: jax.Array) -> Tree:
+        n = step.astype(jnp.float32)
+        d = jnp.minimum((1 + n) / (10 + n), self.decay)
+        d = jnp.where(step % self.every == 0, d, jnp.ones_like(d))
+        return jax.tree.map(lambda e, x: d * e + (1 - d) * x, ema, trained)
+
+
+def make_optimizer(
+    learning_rate: float, warmup: int, betas: tuple[float, float], weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW behind clipping by global norm; the rate warms up linearly over `warmup` updates, then stays.
+
+    The schedule does not know the number of steps: a finished run can be extended.
+    """
+    schedule = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay),
+    )
+
+
+def init_state(trained: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state; the average starts at the initial values."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        trained=jax.tree.map(jnp.copy, trained),  # the step donates its state: the caller keeps what it gave
+        opt_state=optimizer.init(trained),
+        ema=jax.tree.map(jnp.copy, trained),
+    )
+
+
+def apply_gradients(
+    state: TrainState, gradients: Tree, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer update without advancing `step`; also returns the gradient norm before clipping."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    return dataclasses.replace(state, trained=trained, opt_state=opt_state), optax.global_norm(gradients)
+
+
+def advance(state: TrainState, ema: EMA) -> TrainState:
+    """Close an outer step: count it, then move the average."""
+    step = state.step + 1
+    return dataclasses.replace(state, step=step, ema=ema.update(state.ema, state.trained, step))

@@ -1,0 +1,44 @@
+"""A workdir belongs to one config; some fields may change between runs in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fopd_jax.config import EXTENDABLE, Config, identity
+
+CONFIG_FILE = "config.json"
+
+
+def check(workdir: Path, config: Config) -> None:
+    """Make sure that a workdir is new, empty or this config's own. Writes nothing.
+
+    Raises:
+      ValueError: it belongs to another config (names every differing field with both values), or to something else.
+    """
+    path, here = workdir / CONFIG_FILE, identity(config)
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if differing:
+            lines = [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing]
+            raise ValueError(
+                f"{workdir} belongs to another config; choose another --workdir. "
+                f"Only {', '.join(EXTENDABLE)} may change; these differ:\n" + "\n".join(lines)
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make a checked workdir this config's own."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / CONFIG_FILE).exists():
+        write_json(workdir / CONFIG_FILE, identity(config))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
