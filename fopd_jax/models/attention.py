@@ -24,4 +24,5 @@ def attention(
     q: Float[Array, "b t n h"], k: Float[Array, "b s n h"], v: Float[Array, "b s n h"], impl: AttentionImpl
 ) -> Float[Array, "b t n h"]:
     """softmax(q·kᵀ/√h)·v over all positions, softmax in float32. SD3 masks nothing: padded text is attended."""
-    return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
+        return jax.nn.dot_product_attention(q, k, v, implementation=impl)
