@@ -1,43 +1,75 @@
-"""pretrain (draft)"""
+"""Pretrain the miniature's base by flow matching: first well, then mediocre.
+
+    python -m fopd_jax.main --config=configs/miniature_pretrain.py:clean
+    python -m fopd_jax.main --config=configs/miniature_pretrain.py:mediocre
+
+`clean` learns the world from correctly captioned, clean renderings. `mediocre` goes on from it with 40% wrong captions and
+85% degraded images (noise, blur, tint, specks), because a base that is to be improved upon has to have room: like
+SD3.5-Medium it ends about half right at every skill. Wrong captions from the first step on would never learn to spell.
+10% of the captions are empty, so the base can be guided. Held-out prompts appear in neither phase.
+
+Cost on 2 CPU cores: @@COST@@
+Result (128 held-out prompts a task, 10 ODE steps, no guidance): @@RESULT@@
+The weights packaged as `base.safetensors` are the second run's.
+"""
 
 from ml_collections import ConfigDict
 
+PHASES = {
+    "clean": {"base": "", "steps": 5500, "wrong_caption": 0.0, "degraded": 0.0, "learning_rate": 1e-3},
+    "mediocre": {
+        "base": "runs/miniature_pretrain_clean/base.safetensors",
+        "steps": 1500,
+        "wrong_caption": 0.4,
+        "degraded": 0.85,
+        "learning_rate": 5e-4,
+    },
+}
 
-def get_config(variant: str = "") -> ConfigDict:
-    c = ConfigDict()
-    c.name = "miniature_pretrain"
-    c.stage = "flow_matching"
-    c.preset = "miniature"
-    c.seed = 0
-    c.steps = 12000
-    c.log_every, c.checkpoint_every, c.eval_every, c.keep_checkpoints = 50, 500, 500, 2
-    c.base = ""
-    c.trained = "params"
-    c.attention, c.dtype = "xla", "float32"
-    c.shift = 3.0
-    c.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})
-    c.data = ConfigDict(
-        {
-            "batch_size": 64,
-            "tasks": {"text": 1.0, "composition": 1.0},
-            "clean_steps": 1000000,
-            "wrong_caption": 0.35,
-            "degraded": 0.5,
-            "empty_caption": 0.1,
-        }
-    )
-    c.optimizer = ConfigDict(
-        {"learning_rate": 1e-3, "warmup": 100, "betas": (0.9, 0.99), "weight_decay": 1e-4, "clip_norm": 1.0}
-    )
-    c.ema = ConfigDict({"decay": 0.995, "every": 1})
-    c.eval = ConfigDict(
-        {
-            "tasks": ("text", "composition"),
-            "samples": 128,
-            "batch_size": 128,
-            "num_steps": 10,
-            "guidance": 1.0,
-            "seed": 1,
-        }
-    )
-    return c
+
+def get_config(phase: str = "clean") -> ConfigDict:
+    """`phase` is `clean` or `mediocre`."""
+    if phase not in PHASES:
+        raise ValueError(f"configs/miniature_pretrain.py: found phase {phase!r}, expected one of {tuple(PHASES)}")
+    settings = PHASES[phase]
+    config = ConfigDict()
+    config.name = f"miniature_pretrain_{phase}"
+    config.stage = "flow_matching"
+    config.preset = "miniature"
+    config.seed = 0
+    config.steps = settings["steps"]
+    config.log_every = 50
+    config.checkpoint_every = 500
+    config.eval_every = 500
+    config.keep_checkpoints = 2
+
+    config.trained = "params"  # the whole network; "adapter" trains LoRA on a frozen base
+    config.base = settings["base"]  # empty: from random weights
+    config.attention = "xla"
+    config.dtype = "float32"
+    config.shift = 3.0  # of the evaluation's schedule
+    config.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})  # logit-normal training noise levels
+
+    config.data = ConfigDict()
+    config.data.batch_size = 64
+    config.data.tasks = ConfigDict({"text": 1.0, "composition": 1.0})
+    config.data.wrong_caption = settings["wrong_caption"]
+    config.data.degraded = settings["degraded"]
+    config.data.empty_caption = 0.1
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = settings["learning_rate"]
+    config.optimizer.warmup = 100
+    config.optimizer.betas = (0.9, 0.99)
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 1.0
+    config.ema = ConfigDict({"decay": 0.995, "every": 1})
+
+    config.eval = ConfigDict()
+    config.eval.tasks = ("text", "composition")
+    config.eval.samples = 128
+    config.eval.batch_size = 128
+    config.eval.num_steps = 10
+    config.eval.guidance = 1.0
+    config.eval.seed = 1
+    return config
