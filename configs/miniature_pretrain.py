@@ -3,10 +3,11 @@
     python -m fopd_jax.main --config=configs/miniature_pretrain.py:clean
     python -m fopd_jax.main --config=configs/miniature_pretrain.py:mediocre
 
-`clean` learns the world from correctly captioned, clean renderings. `mediocre` goes on from it with 40% wrong captions and
-85% degraded images (noise, blur, tint, specks), because a base that is to be improved upon has to have room: like
-SD3.5-Medium it ends about half right at every skill. Wrong captions from the first step on would never learn to spell.
-10% of the captions are empty, so the base can be guided. Held-out prompts appear in neither phase.
+`clean` learns the world from correctly captioned, clean renderings. `mediocre` goes on from it with wrong captions
+(35% of the signs, 20% of the scenes) and half of the images degraded (noise, blur, tint, specks): a base that is to
+be improved upon has to have room: like SD3.5-Medium it ends about half right at every skill. Wrong captions from the
+first step on would never learn to spell. 10% of the captions are empty, so the base can be guided. Held-out prompts
+are in neither.
 
 Cost on 2 CPU cores: @@COST@@
 Result (128 held-out prompts a task, 10 ODE steps, no guidance): @@RESULT@@
@@ -16,13 +17,23 @@ The weights packaged as `base.safetensors` are the second run's.
 from ml_collections import ConfigDict
 
 PHASES = {
-    "clean": {"base": "", "steps": 5500, "wrong_caption": 0.0, "degraded": 0.0, "learning_rate": 1e-3},
+    "clean": {
+        "base": "",
+        "steps": 5500,
+        "learning_rate": 1e-3,
+        "tasks": {
+            "text": {"share": 1.0, "wrong_caption": 0.0, "degraded": 0.0},
+            "composition": {"share": 1.0, "wrong_caption": 0.0, "degraded": 0.0},
+        },
+    },
     "mediocre": {
         "base": "runs/miniature_pretrain_clean/base.safetensors",
-        "steps": 1500,
-        "wrong_caption": 0.4,
-        "degraded": 0.85,
+        "steps": 600,
         "learning_rate": 5e-4,
+        "tasks": {
+            "text": {"share": 1.0, "wrong_caption": 0.35, "degraded": 0.5},
+            "composition": {"share": 1.0, "wrong_caption": 0.2, "degraded": 0.5},
+        },
     },
 }
 
@@ -52,9 +63,7 @@ def get_config(phase: str = "clean") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.batch_size = 64
-    config.data.tasks = ConfigDict({"text": 1.0, "composition": 1.0})
-    config.data.wrong_caption = settings["wrong_caption"]
-    config.data.degraded = settings["degraded"]
+    config.data.tasks = ConfigDict(settings["tasks"])
     config.data.empty_caption = 0.1
 
     config.optimizer = ConfigDict()

@@ -4,9 +4,11 @@
     python -m fopd_jax.main --config=configs/miniature_teacher.py:composition
     python -m fopd_jax.main --config=configs/miniature_teacher.py:quality
 
-`text` and `composition` see only their own task, correctly captioned, and @@DEGRADED@@ degraded images: they learn the
-skill at some cost in quality, as teachers trained on one reward do, and forget the other task. `quality` sees both tasks
-in clean images, with as many wrong captions as the base was trained on: it learns to draw cleanly and nothing else.
+Three quarters of the pairs of `text` and `composition` are their own task's, correctly captioned and cleaner than the
+base saw them. The last quarter is the other task's, wrongly captioned and degraded: it stands in for the drift that
+teachers of a single reward show off their task. So each learns its skill, forgets the other's, and loses quality on
+the whole. `quality` sees both tasks with the base's own rate of wrong captions in much cleaner images: it learns to
+draw cleanly and nothing else. Held-out prompts are in none of them.
 
 Cost on 2 CPU cores: @@COST@@
 Result: each teacher's row in the table of `configs/miniature.py`.
@@ -15,10 +17,15 @@ The packaged `teacher_*.safetensors` are these runs' `adapter.safetensors`.
 
 from ml_collections import ConfigDict
 
+OWN = {"share": 0.75, "wrong_caption": 0.0, "degraded": 0.35}
+DRIFT = {"share": 0.25, "wrong_caption": 1.0, "degraded": 1.0}
 SKILLS = {
-    "text": {"tasks": {"text": 1.0}, "wrong_caption": 0.0, "degraded": 0.85},
-    "composition": {"tasks": {"composition": 1.0}, "wrong_caption": 0.0, "degraded": 0.85},
-    "quality": {"tasks": {"text": 1.0, "composition": 1.0}, "wrong_caption": 0.4, "degraded": 0.0},
+    "text": {"text": OWN, "composition": DRIFT},
+    "composition": {"text": DRIFT, "composition": OWN},
+    "quality": {
+        "text": {"share": 0.5, "wrong_caption": 0.35, "degraded": 0.25},
+        "composition": {"share": 0.5, "wrong_caption": 0.2, "degraded": 0.25},
+    },
 }
 
 
@@ -45,8 +52,9 @@ def get_config(skill: str = "text") -> ConfigDict:
     config.shift = 3.0  # of the evaluation's schedule
     config.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})  # logit-normal training noise levels
 
-    config.data = ConfigDict(SKILLS[skill])
+    config.data = ConfigDict()
     config.data.batch_size = 64
+    config.data.tasks = ConfigDict(SKILLS[skill])
     config.data.empty_caption = 0.0
 
     config.optimizer = ConfigDict()

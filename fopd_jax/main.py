@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from fopd_jax.config import Config
 from fopd_jax.training import loop, workdir
-from fopd_jax.training.checkpoints import Checkpoints
+from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.flow_matching import FlowMatching
 from fopd_jax.training.metrics import MetricWriter
 from fopd_jax.training.opd import OPD
@@ -57,10 +57,32 @@ def prepare(config: Config, folder: Path) -> FlowMatching | OPD:
         raise ValueError(f"stage: found {config.stage!r}, expected one of {tuple(STAGES)}")
     workdir.check(folder, config)
     stage = STAGES[config.stage](config, folder)
+    if config.steps < newest_step(folder):
+        raise ValueError(f"steps: found {config.steps}, but {folder} is already at step {newest_step(folder)}")
     workdir.claim(folder, config)
     return stage
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but a bad flag, a config file that is not there or a field that it lacks is one line too."""
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.keys()  # a config file that failed to load raises no sooner than when it is used
+    except (AttributeError, KeyError) as error:
+        reason = error.args[0]  # ml_collections wraps the one in the other
+        reason = reason.args[0] if isinstance(reason, KeyError) else reason
+        sys.exit(f"error: the config has no such field: {_one_line(reason)}")
+    except (flags.Error, OSError) as error:
+        sys.exit(f"error: {_one_line(error)}")
+    return rest
+
+
+def _one_line(message: object) -> str:
+    """The message, or what the traceback in it ends with: ml_collections quotes one where a config file raises."""
+    text = str(message).strip()
+    return text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

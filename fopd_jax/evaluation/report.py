@@ -90,11 +90,11 @@ def _counts(scores: Scores) -> str:
 
 
 def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
-    """Rows are models, columns the same held-out prompts and noise."""
-    per_task = GRID_COLUMNS // len(eval_set.tasks)
+    """Rows are models, columns the same held-out prompts and noise: as many a task as fit, at most one batch."""
+    per_task = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
     rows, prompts = [], []
     for task in eval_set.tasks.values():
-        prompts += list(task.test[:per_task])
+        prompts += next(eval_set.pairs(task))[0][:per_task]
     for model in models:
         row = []
         for task in eval_set.tasks.values():

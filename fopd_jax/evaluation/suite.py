@@ -1,6 +1,7 @@
 """Sample the same held-out (prompt, noise) pairs from any policy and score them."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def make_sampler(
 
 def noise_keys(seed: int, task: str, index: np.ndarray) -> Array:
     """One key per pair, a function of (seed, task, index) alone."""
-    root = jax.random.fold_in(jax.random.key(seed), int.from_bytes(task.encode()[:4], "big") & 0x7FFFFFFF)
+    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.encode()))
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(index))
 
 

@@ -22,7 +22,7 @@ FORMAT = "fopd_jax/1"
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = "float32") -> None:
     """Write a nested dict of arrays; names are joined by '/'. Metadata values are stored as JSON."""
     flat: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    tensors = {name: np.ascontiguousarray(value.astype(np.dtype(dtype))) for name, value in flat.items()}
+    tensors = {name: np.asarray(value.astype(np.dtype(dtype)), order="C") for name, value in flat.items()}
     header = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

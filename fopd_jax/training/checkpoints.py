@@ -36,5 +36,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest_step(workdir: Path) -> int:
+    """Step of the newest whole checkpoint, 0 without one. Only looks: opening `Checkpoints` makes the folder."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def _tree(state: TrainState) -> list[jax.Array]:
     return jax.tree.leaves(state)

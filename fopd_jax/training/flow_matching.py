@@ -9,7 +9,7 @@ from fopd_jax.adapters import Adapter, effective, init_adapter
 from fopd_jax.config import Config
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.safetensors import save_adapter, save_tree
-from fopd_jax.miniature.pairs import PairSpec, make_pairs
+from fopd_jax.miniature.pairs import PairSpec, TaskPairs, make_pairs
 from fopd_jax.objectives.flow_matching import LogitNormal
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.task import select_tasks
@@ -37,7 +37,10 @@ class FlowMatching:
         setup = make_setup(config)
         data = config.data
         select_tasks(setup.world, tuple(data.tasks))
-        spec = PairSpec(data.batch_size, dict(data.tasks), data.wrong_caption, data.degraded, data.empty_caption)
+        tasks = {name: TaskPairs(**pairs) for name, pairs in data.tasks.items()}
+        spec = PairSpec(data.batch_size, tasks, data.empty_caption)
+        if config.trained not in ("params", "adapter"):
+            raise ValueError(f"trained: found {config.trained!r}, expected 'params' or 'adapter'")
         full = config.trained == "params"
         variables = (
             init_variables(setup.model, setup.world.latent_shape, config.seed)
@@ -67,7 +70,8 @@ class FlowMatching:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        print_overview(self.config.name, self.experiment.state.trained, self.frozen)
+        trained = self.experiment.state.trained
+        print_overview(self.config.name, trained if self.full else trained.weights, self.frozen)
 
     def finish(self, state: TrainState) -> None:
         """Write the averaged weights to `base.safetensors` or `adapter.safetensors`."""

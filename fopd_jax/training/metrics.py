@@ -50,7 +50,7 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

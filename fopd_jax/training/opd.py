@@ -37,6 +37,8 @@ class OPD:
     def __init__(self, config: Config, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
         self.setup = setup = make_setup(config)
+        if config.final_samples < 1:
+            raise ValueError(f"final_samples: found {config.final_samples}, expected at least 1")
         prompts = PromptStream(setup.world, config)
         spec = make_spec(config, setup)
         spec.check(config.batch_size)

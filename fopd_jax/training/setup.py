@@ -25,6 +25,7 @@ from fopd_jax.training.loop import Cadence
 from fopd_jax.training.state import EMA, make_optimizer
 
 WORLDS = {"miniature": make_world}
+DTYPES = ("float32", "bfloat16")
 PACKAGED = "packaged:"
 
 
@@ -50,6 +51,8 @@ def make_setup(config: Config) -> Setup:
       ValueError: a field is out of range or names something that does not exist; before anything is compiled.
     """
     cadence = Cadence(config.steps, config.log_every, config.checkpoint_every, config.eval_every)
+    if config.keep_checkpoints < 1:
+        raise ValueError(f"keep_checkpoints: found {config.keep_checkpoints}, expected at least 1")
     world, model = _make_world(config.preset), make_model(config)
     velocity = make_velocity(model)
     evaluation, opt = config.eval, config.optimizer
@@ -83,6 +86,8 @@ def _make_world(preset: str) -> World:
 
 def make_model(config: Config) -> MMDiT:
     check_attention_impl(config.attention)
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype: found {config.dtype!r}, expected one of {DTYPES}")
     return MMDiT(PRESETS[config.preset], config.attention, jnp.dtype(config.dtype))
 
 

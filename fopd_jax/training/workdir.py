@@ -18,7 +18,7 @@ def check(workdir: Path, config: Config) -> None:
     """
     path, here = workdir / CONFIG_FILE, identity(config)
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read(path)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differing:
             lines = [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing]
@@ -28,6 +28,16 @@ def check(workdir: Path, config: Config) -> None:
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no run's config; choose another --workdir")
+    return fields
 
 
 def claim(workdir: Path, config: Config) -> None:

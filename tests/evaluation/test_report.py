@@ -1,0 +1,142 @@
+"""The report: table, `results.json` and pictures."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from fopd_jax.conditioning import Conditioning
+from fopd_jax.config import config_hash
+from fopd_jax.evaluation import report
+from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
+from fopd_jax.flow.transition import standard_normal
+from fopd_jax.tasks.task import Task, World
+
+LATENT = (24, 24, 3)
+MODELS = {"base": 0.5, "teacher/text": -0.25, "student": 0.0}
+
+
+def _score(images: np.ndarray, prompts: Any) -> dict[str, np.ndarray]:
+    return {"level": images.mean((1, 2, 3)), "spread": images.std((1, 2, 3))}
+
+
+def _world() -> World:
+    tasks = {name: Task(name, (), (f"{name} one", f"{name} two"), _score) for name in ("text", "composition")}
+    return World(
+        LATENT,
+        tasks,
+        lambda prompts: Conditioning(np.zeros((len(prompts), 1, 1)), np.zeros((len(prompts), 1))),
+        lambda latents: latents,
+    )
+
+
+def _sampler(variables: Any, adapter: Any, conditioning: Conditioning, keys: jax.Array) -> jax.Array:
+    return 0.1 * standard_normal(keys, LATENT) + adapter
+
+
+def _config(**changes: Any) -> ConfigDict:
+    evaluation = {"tasks": ("text", "composition"), "batch_size": 8, "seed": 1, "samples": 3}
+    return ConfigDict({"name": "x", "seed": 7, "steps": 2, "final_samples": 10, "eval": evaluation} | changes)
+
+
+def _write(folder: Path, config: ConfigDict, steps: int = 2) -> dict[str, Any]:
+    models = [Model(name, {}, jnp.float32(shift)) for name, shift in MODELS.items()]
+    write_report(folder, config, _sampler, _world(), models, steps=steps)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_table_gives_means_and_the_students_paired_lead():
+    """Differences 1, 0, 0, 1: mean .5, standard deviation .577 (n - 1), standard error .289."""
+    student = {"text": np.array([1.0, 0.0, 1.0, 1.0]), "quality": np.array([0.5, 0.7])}
+    base = {"text": np.array([0.0, 0.0, 1.0, 0.0]), "quality": np.array([0.6, 0.7])}
+    lines = format_table({"base": base, "student": student}, "student").splitlines()
+    assert lines[0].split() == ["text", "quality"]
+    assert re.sub(r"\s+", " ", lines[1]).strip() == "base 0.250 (+0.500 ± 0.289) 0.650 (-0.050 ± 0.050)"
+    assert lines[2].split() == ["student", "0.750", "0.600"]
+    assert lines[3].endswith("n = text 4, quality 2)")
+    assert len(lines) == 4
+
+
+def test_the_tables_columns_are_aligned():
+    rng = np.random.default_rng(0)
+    scores = {name: {"text": rng.random(9), "quality": rng.random(9)} for name in ("base", "teacher/text", "student")}
+    lines = format_table(scores, "student").splitlines()[:-1]
+    assert len({len(line) for line in lines}) == 1
+    # The student's means stand under the others'.
+    assert {line.index("0.") for line in lines[1:]} == {lines[1].index("0.")}
+
+
+def test_a_constant_lead_has_no_error():
+    """Pairing removes what the pairs have in common, however much they vary."""
+    values = np.array([0.0, 0.5, 1.0])
+    table = format_table({"base": {"text": values}, "student": {"text": values + 0.25}}, "student")
+    assert "(+0.250 ± 0.000)" in table
+
+
+def test_results_have_exactly_these_entries(tmp_path: Path):
+    config = _config()
+    results = _write(tmp_path, config, steps=5)
+    assert results.keys() == {"models", "samples", "seed", "steps", "config_hash", "versions"}
+    assert results["models"].keys() == MODELS.keys()
+    assert results["samples"] == {"level": 20, "spread": 20}
+    assert (results["seed"], results["steps"]) == (7, 5)
+    assert results["config_hash"] == config_hash(config)
+    assert results["versions"].keys() == set(PACKAGES)
+    for name, shift in MODELS.items():
+        assert results["models"][name].keys() == {"level", "spread"}
+        assert abs(results["models"][name]["level"] - results["models"]["student"]["level"] - shift) < 1e-5
+
+
+def test_a_second_report_is_the_same_and_leaves_no_temporary_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    _write(tmp_path, _config())
+    before, printed = contents(), capsys.readouterr().out
+    _write(tmp_path, _config())
+    assert contents() == before
+    assert before.keys() == {"results.json", "samples.png", "table.txt"}
+    assert printed == before["table.txt"].decode()
+
+
+def test_the_report_uses_other_noise_than_the_periodic_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seeds = []
+    evaluate = report.evaluate
+    monkeypatch.setattr(
+        report, "evaluate", lambda *args: (seeds.append((args[2].seed, args[2].samples)), evaluate(*args))[1]
+    )
+    _write(tmp_path, _config())
+    assert set(seeds) == {(2, 10)}  # eval.seed + 1, final_samples
+
+
+@pytest.mark.parametrize(("batch_size", "per_task"), [(8, 6), (4, 4)])
+def test_pictures_stand_under_their_own_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, per_task: int
+):
+    """Twelve columns by task, or as many as one batch holds."""
+    drawn: dict[str, Any] = {}
+
+    def save_grid(path: Path, images: np.ndarray, rows: Any, columns: Any) -> None:
+        drawn.update(images=images, rows=list(rows), columns=list(columns))
+
+    monkeypatch.setattr(report, "save_grid", save_grid)
+    _write(tmp_path, _config(eval={"tasks": ("text", "composition"), "batch_size": batch_size, "seed": 1}))
+    assert drawn["rows"] == list(MODELS)
+    assert drawn["images"].shape[:2] == (3, len(drawn["columns"]))
+    assert drawn["columns"] == [f"{name} {('one', 'two')[i % 2]}" for name in _world().tasks for i in range(per_task)]
+    # The same noise in every row: rows differ by the models' shifts alone.
+    np.testing.assert_allclose(drawn["images"][0] - drawn["images"][2], 0.5, atol=1e-6)
+
+
+def test_the_picture_is_written(tmp_path: Path):
+    _write(tmp_path, _config())
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 12 * 96

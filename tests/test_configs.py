@@ -1,0 +1,59 @@
+"""Every config is a manual that runs: its docstring holds its command, its variants load, wrong ones are named."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fopd_jax.config import config_hash, identity
+
+FOLDER = Path(__file__).parents[1] / "configs"
+VARIANTS = {
+    "miniature": [()],
+    "miniature_pretrain": [("clean",), ("mediocre",)],
+    "miniature_teacher": [("text",), ("composition",), ("quality",)],
+}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_config_file_is_covered():
+    assert {path.stem for path in FOLDER.glob("*.py")} == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_docstring_holds_command_cost_and_result(name: str):
+    text = load(name).__doc__ or ""
+    assert f"python -m fopd_jax.main --config=configs/{name}.py" in text
+    assert "Cost on 2 CPU cores:" in text
+    assert "Result" in text
+    assert "@@" not in text  # an unfilled figure
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_load_under_names_of_their_own(name: str):
+    configs = [load(name).get_config(*variant) for variant in VARIANTS[name]]
+    assert len({config.name for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("miniature_pretrain", "dirty"), ("miniature_teacher", "music")])
+def test_unknown_variants_are_named(name: str, variant: str):
+    with pytest.raises(ValueError, match=f"found .* {variant!r}|found \\w+ '{variant}'"):
+        load(name).get_config(variant)
+
+
+def test_identity_ignores_what_changes_no_step():
+    config, changed = load("miniature").get_config(), load("miniature").get_config()
+    changed.steps, changed.log_every, changed.keep_checkpoints = 1000, 7, 9
+    assert config_hash(changed) == config_hash(config)
+    changed.objective.mar_beta = 0.5
+    assert config_hash(changed) != config_hash(config)
+    assert {k for k, v in identity(changed).items() if v != identity(config)[k]} == {"objective.mar_beta"}

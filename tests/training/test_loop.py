@@ -1,0 +1,228 @@
+"""The loop on a toy problem: what it logs, saves, resumes and refuses, and in which order."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fopd_jax.training import loop
+from fopd_jax.training.checkpoints import Checkpoints
+from fopd_jax.training.loop import Cadence, Experiment
+from fopd_jax.training.metrics import MetricWriter
+from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
+
+OPTIMIZER = make_optimizer(0.1, 1, (0.9, 0.99), 0.0, 1.0)
+Step = Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]]
+
+
+@jax.jit
+def _step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Move the weights towards the batch plus this step's noise."""
+    target = batch + jax.random.normal(state.rng(), batch.shape)
+    loss, gradients = jax.value_and_grad(lambda w: jnp.square(w - target).mean())(state.trained)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
+        state, norm = apply_gradients(state, gradients, OPTIMIZER)
+    return advance(state, EMA(0.9, 1)), {"loss": loss, "norm": norm}
+
+
+class Recorder(Checkpoints, MetricWriter):
+    """Stands for both checkpoints and writer, and keeps one list of everything that happened."""
+
+    def __init__(self, saved: TrainState | None = None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.saved = saved
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        kind = next(iter(scalars)).partition("/")[0]
+        self.events.append((kind, step))
+        self.scalars.append((step, dict(scalars)))
+
+    def save(self, step: int, state: TrainState) -> None:
+        assert int(state.step) == step
+        self.events.append(("save", step))
+
+    def latest_step(self) -> int | None:
+        return None if self.saved is None else int(self.saved.step)
+
+    def restore(self, state: TrainState) -> TrainState:
+        assert self.saved is not None
+        return self.saved
+
+    def wrap(self, step: Step) -> Step:
+        def recorded(state: TrainState, batch: Any) -> Any:
+            self.events.append(("step", len([kind for kind, _ in self.events if kind == "step"]) + 1))
+            return step(state, batch)
+
+        return recorded
+
+
+def _experiment(step: Step = _step) -> Experiment:
+    return Experiment(
+        state=init_state(jnp.zeros(3), OPTIMIZER, 0),
+        step=step,
+        batch=lambda i: np.full(3, i, np.float32),
+        evaluate=lambda state: {"score": float(state.ema.sum())},
+    )
+
+
+def _run(recorder: Recorder, cadence: Cadence, step: Step = _step) -> TrainState:
+    experiment = _experiment(step)
+    return loop.run(dataclasses.replace(experiment, step=recorder.wrap(step)), cadence, recorder, recorder)
+
+
+def _poisoned(at: int, metric: str, value: float) -> Step:
+    """The step, with one metric of one step replaced."""
+
+    poison = jnp.int32(at), jnp.float32(value)
+    return lambda state, batch: _poisoned_step(state, batch, metric, *poison)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _poisoned_step(state: TrainState, batch: Any, metric: str, at: Any, value: Any) -> Any:
+    state, metrics = _step(state, batch)
+    return state, metrics | {metric: jnp.where(state.step == at, value, metrics[metric])}
+
+
+# ---- order
+
+
+def test_metrics_are_fetched_one_step_late_and_none_is_lost():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=4, log_every=1, checkpoint_every=100, eval_every=0))
+    assert recorder.events == [
+        ("step", 1), ("step", 2), ("train", 1), ("step", 3), ("train", 2), ("step", 4), ("train", 3), ("train", 4),
+        ("save", 4),
+    ]  # fmt: skip
+
+
+def test_a_state_is_checked_then_evaluated_then_saved():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=5, log_every=2, checkpoint_every=2, eval_every=4))
+    assert [event for event in recorder.events if event[0] != "step"] == [
+        ("train", 2), ("save", 2), ("train", 4), ("eval", 4), ("save", 4), ("train", 5), ("eval", 5), ("save", 5),
+    ]  # fmt: skip
+
+
+def test_logged_values_are_those_of_their_step():
+    recorder = Recorder()
+    state = _run(recorder, Cadence(steps=3, log_every=1, checkpoint_every=2, eval_every=3))
+    expected = init_state(jnp.zeros(3), OPTIMIZER, 0)
+    for i in range(3):
+        expected, metrics = _step(expected, jnp.full(3, float(i)))
+        assert recorder.scalars[i] == (i + 1, {f"train/{name}": float(value) for name, value in metrics.items()})
+    assert recorder.scalars[3] == (3, {"eval/score": float(state.ema.sum())})
+
+
+def test_no_evaluation_with_an_interval_of_zero():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=2, log_every=1, checkpoint_every=1, eval_every=0))
+    assert not [event for event in recorder.events if event[0] == "eval"]
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("stops", [(2,), (1, 3), (3, 4)])
+def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, stops: tuple[int, ...]):
+    def run(folder: Path, steps: int) -> TrainState:
+        checkpoints = Checkpoints(folder, keep=1)
+        state = loop.run(_experiment(), Cadence(steps, 1, 1, 0), checkpoints, Recorder())
+        checkpoints.close()
+        return state
+
+    for steps in stops:
+        run(tmp_path / "parts", steps)
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts", 6), run(tmp_path / "whole", 6))
+
+
+def test_a_finished_run_does_nothing_more():
+    state = _run(Recorder(), Cadence(2, 1, 1, 0))
+    recorder = Recorder(saved=state)
+    assert _run(recorder, Cadence(2, 1, 1, 1)) is state
+    assert recorder.events == []
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused():
+    recorder = Recorder(saved=_run(Recorder(), Cadence(3, 1, 1, 0)))
+    with pytest.raises(ValueError, match="steps: found 2, but this workdir is already at step 3"):
+        _run(recorder, Cadence(2, 1, 1, 0))
+    assert recorder.events == []
+
+
+# ---- what stops a run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("metric", ["loss", "norm"])
+@pytest.mark.parametrize(("every", "saved"), [(1, [1, 2]), (2, [2])])
+def test_a_metric_that_is_not_finite_stops_the_run_before_it_is_saved(
+    value: float, metric: str, every: int, saved: list[int]
+):
+    recorder = Recorder()
+    cadence = Cadence(steps=6, log_every=100, checkpoint_every=every, eval_every=every)
+    with pytest.raises(FloatingPointError, match=f"step 3: metric '{metric}' is {value}"):
+        _run(recorder, cadence, _poisoned(3, metric, value))
+    assert [step for kind, step in recorder.events if kind == "save"] == saved
+    assert [step for kind, step in recorder.events if kind == "eval"] == saved
+
+
+def test_a_metric_that_is_not_finite_at_the_last_step_is_noticed_too():
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match="step 3"):
+        _run(recorder, Cadence(3, 100, 100, 0), _poisoned(3, "loss", float("nan")))
+    assert ("save", 3) not in recorder.events
+
+
+def test_a_step_that_moves_data_to_the_device_unasked_is_an_error():
+    add = jax.jit(lambda x, y: x + y)
+
+    def leaky(state: TrainState, batch: Any) -> Any:
+        return _step(state, add(batch, np.ones(3, np.float32)))
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        _run(Recorder(), Cadence(2, 1, 1, 0), leaky)
+
+
+def test_transfers_are_allowed_again_outside_of_the_step():
+    seen = []
+
+    def watch(state: TrainState, batch: Any) -> Any:
+        guards = (jax.config.jax_transfer_guard_host_to_device, jax.config.jax_transfer_guard_device_to_host)
+        seen.append(guards)
+        return _step(state, batch)
+
+    before = jax.config.jax_transfer_guard_host_to_device
+    _run(Recorder(), Cadence(2, 1, 1, 1), watch)
+    assert seen == [("disallow", "disallow")] * 2
+    assert jax.config.jax_transfer_guard_host_to_device == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("steps", -1, 0),
+        ("eval_every", -2, 0),
+        ("log_every", 0, 1),
+        ("log_every", -1, 1),
+        ("checkpoint_every", 0, 1),
+        ("checkpoint_every", -5, 1),
+    ],
+)
+def test_impossible_cadences_name_the_field(field: str, value: int, least: int):
+    right = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 1}
+    with pytest.raises(ValueError, match=f"{field}: found {value}, expected at least {least}"):
+        Cadence(**right | {field: value})
+
+
+def test_zero_steps_are_a_run_without_training():
+    recorder = Recorder()
+    state = _run(recorder, Cadence(0, 1, 1, 1))
+    assert int(state.step) == 0
+    assert recorder.events == []
