@@ -27,10 +27,10 @@ def get_config() -> ConfigDict:
     config.stage = "opd"
     config.preset = "miniature"
     config.seed = 0
-    config.steps = 60
+    config.steps = 140
     config.log_every = 1
-    config.checkpoint_every = 10
-    config.eval_every = 20
+    config.checkpoint_every = 20
+    config.eval_every = 35
     config.keep_checkpoints = 2
 
     config.base = "packaged:base.safetensors"
@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     config.objective.weighting = "kl"  # "kl_no_dt", "ode", "uniform"
     config.objective.clip = 1e-4
     config.objective.reward_limit = 5.0
-    config.objective.mar_beta = 0.02
+    config.objective.mar_beta = 0.08
     config.objective.window_only = False
     config.updates_per_rollout = 1
     config.minibatches = 1
@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     config.optimizer.betas = (0.9, 0.999)
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 1.0
-    config.ema = ConfigDict({"decay": 0.9, "every": 1})
+    config.ema = ConfigDict({"decay": 0.95, "every": 1})
 
     config.eval = ConfigDict()  # the periodic evaluation; the report uses `final_samples` pairs a task and fresh noise
     config.eval.tasks = ("text", "composition")

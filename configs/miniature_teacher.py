@@ -17,14 +17,14 @@ The packaged `teacher_*.safetensors` are these runs' `adapter.safetensors`.
 
 from ml_collections import ConfigDict
 
-OWN = {"share": 0.75, "wrong_caption": 0.0, "degraded": 0.35}
+OWN = {"share": 0.75, "wrong_caption": 0.0, "degraded": 0.2}
 DRIFT = {"share": 0.25, "wrong_caption": 1.0, "degraded": 1.0}
 SKILLS = {
     "text": {"text": OWN, "composition": DRIFT},
     "composition": {"text": DRIFT, "composition": OWN},
     "quality": {
-        "text": {"share": 0.5, "wrong_caption": 0.35, "degraded": 0.25},
-        "composition": {"share": 0.5, "wrong_caption": 0.2, "degraded": 0.25},
+        "text": {"share": 0.5, "wrong_caption": 0.35, "degraded": 0.12},
+        "composition": {"share": 0.5, "wrong_caption": 0.2, "degraded": 0.12},
     },
 }
 
@@ -38,7 +38,7 @@ def get_config(skill: str = "text") -> ConfigDict:
     config.stage = "flow_matching"
     config.preset = "miniature"
     config.seed = 0
-    config.steps = 600
+    config.steps = 400
     config.log_every = 50
     config.checkpoint_every = 200
     config.eval_every = 200

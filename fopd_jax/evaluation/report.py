@@ -90,17 +90,19 @@ def _counts(scores: Scores) -> str:
 
 
 def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
-    """Rows are models, columns the same held-out prompts and noise: as many a task as fit, at most one batch."""
-    per_task = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
-    rows, prompts = [], []
-    for task in eval_set.tasks.values():
-        prompts += next(eval_set.pairs(task))[0][:per_task]
-    for model in models:
-        row = []
-        for task in eval_set.tasks.values():
-            chosen, index = next(eval_set.pairs(task))
-            keys = noise_keys(eval_set.seed, task.name, index)
-            images = sample_images(sampler, world, model.variables, model.adapter, chosen, keys)
-            row.append(images[:per_task])
-        rows.append(np.concatenate(row))
-    save_grid(path, np.stack(rows), [model.name for model in models], prompts)
+    """Rows are models, columns the same pairs, spread evenly over each task's first batch so that all kinds show."""
+    count = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
+    columns = np.arange(count) * eval_set.batch_size // count
+    batches = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
+    labels = [prompts[column] for prompts, _ in batches.values() for column in columns]
+
+    def row(model: Model) -> np.ndarray:
+        images = [
+            sample_images(
+                sampler, world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index)
+            )[columns]
+            for name, (prompts, index) in batches.items()
+        ]
+        return np.concatenate(images)
+
+    save_grid(path, np.stack([row(model) for model in models]), [model.name for model in models], labels)

@@ -20,14 +20,28 @@ FORMAT = "fopd_jax/1"
 
 
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = "float32") -> None:
-    """Write a nested dict of arrays; names are joined by '/'. Metadata values are stored as JSON."""
+    """Write a nested dict of arrays; names are joined by '/'. Metadata values are stored as JSON.
+
+    Equal trees and metadata give equal bytes.
+    """
     flat: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
     tensors = {name: np.asarray(value.astype(np.dtype(dtype)), order="C") for name, value in flat.items()}
     header = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata=header)
+    _sort_metadata(temporary)
     os.replace(temporary, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order a file's metadata by name, in place: safetensors itself writes it in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:

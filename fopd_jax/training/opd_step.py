@@ -75,8 +75,18 @@ class OPDSpec:
             )
         if self.updates_per_rollout < 1:
             raise ValueError(f"updates_per_rollout: found {self.updates_per_rollout}, expected at least 1")
+        if len(self.teacher_guidance) != len(self.teachers) + 1:
+            raise ValueError(
+                f"teacher_guidance: found {len(self.teacher_guidance)} scales, expected {len(self.teachers) + 1}: "
+                "one per teacher and the anchor's"
+            )
         if self.minibatches < 1 or batch_size % self.minibatches:
             raise ValueError(f"minibatches: found {self.minibatches}, expected a divisor of batch_size {batch_size}")
+        if self.minibatches > self.updates_per_rollout:
+            raise ValueError(
+                f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
+                f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
+            )
         if not self.noisy[: len(self.sigmas) - 2].any() and trains(self.objective, jnp.zeros(())) == 0:
             raise ValueError("sampler.window: holds no trained step, so the objective would have nothing to train")
 

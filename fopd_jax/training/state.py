@@ -72,7 +72,7 @@ def apply_gradients(
     """One optimizer update without advancing `step`; also returns the gradient norm before clipping."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    return dataclasses.replace(state, trained=trained, opt_state=opt_state), optax.global_norm(gradients)
+    return dataclasses.replace(state, trained=trained, opt_state=opt_state), optax.tree.norm(gradients)
 
 
 def advance(state: TrainState, ema: EMA) -> TrainState:

@@ -130,7 +130,8 @@ def test_pictures_stand_under_their_own_prompts(
     _write(tmp_path, _config(eval={"tasks": ("text", "composition"), "batch_size": batch_size, "seed": 1}))
     assert drawn["rows"] == list(MODELS)
     assert drawn["images"].shape[:2] == (3, len(drawn["columns"]))
-    assert drawn["columns"] == [f"{name} {('one', 'two')[i % 2]}" for name in _world().tasks for i in range(per_task)]
+    spread = [i * batch_size // per_task for i in range(per_task)]  # evenly over the batch
+    assert drawn["columns"] == [f"{name} {('one', 'two')[i % 2]}" for name in _world().tasks for i in spread]
     # The same noise in every row: rows differ by the models' shifts alone.
     np.testing.assert_allclose(drawn["images"][0] - drawn["images"][2], 0.5, atol=1e-6)
 

@@ -57,6 +57,16 @@ def test_metadata_keeps_its_types(tmp_path: Path):
     assert load_tree(tmp_path / "tree.safetensors")[1] == metadata
 
 
+def test_equal_trees_are_equal_files(tmp_path: Path):
+    """safetensors orders metadata at random, so one pair of files would not tell."""
+    metadata = {"preset": "miniature", "scale": 2.0, "targets": ["attn"], "umlaut": 'ä\n"\t\x01'}
+    for i in range(6):
+        save_tree(tmp_path / str(i), _tree(), dict(reversed(metadata.items())) if i % 2 else metadata)
+    first = (tmp_path / "0").read_bytes()
+    assert all((tmp_path / str(i)).read_bytes() == first for i in range(6))
+    assert load_tree(tmp_path / "0")[1] == metadata
+
+
 def test_bfloat16_files_hold_rounded_values(tmp_path: Path):
     values = np.linspace(-1, 1, 101, dtype=np.float32)
     save_tree(tmp_path / "half.safetensors", {"x": values}, {}, dtype="bfloat16")

@@ -554,6 +554,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "updates_per_rollout": ({"updates_per_rollout": 0}, "updates_per_rollout: found 0, expected at least 1"),
     "minibatches": ({"minibatches": 4}, "minibatches: found 4, expected a divisor of batch_size 6"),
     "no minibatch": ({"minibatches": 0}, "minibatches: found 0, expected a divisor of batch_size 6"),
+    "untrained minibatches": ({"minibatches": 2}, "minibatches: found 2, expected at most updates_per_rollout (1)"),
+    "guidance": ({"teacher_guidance": (4.5, 1.0)}, "teacher_guidance: found 2 scales, expected 3"),
     "window": ({"noisy": noise_window(STEPS, 4, 5)}, "sampler.window: holds no trained step"),
     "direct in the window": (
         {"noisy": noise_window(STEPS, 4, 5), "objective": dataclasses.replace(DIRECT, window_only=True)},
