@@ -147,13 +147,13 @@ def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
     Both factors carry the square root of the singular values, so neither starts tiny.
 
     Raises:
-      ValueError: the target rank exceeds the adapter's.
+      ValueError: the target rank exceeds what the adapter's layers can have.
     """
 
     def shrink(layer: dict[str, Array]) -> dict[str, Array]:
-        rank = layer["a"].shape[-1]
-        if config.rank > rank:
-            raise ValueError(f"adapter.rank: cannot truncate rank {rank} to {config.rank}")
+        available = min(layer["a"].shape[-2:] + layer["b"].shape[-1:])
+        if config.rank > available:
+            raise ValueError(f"adapter.rank: found {config.rank}, but the merged layers have rank {available} at most")
         qa, ra = jnp.linalg.qr(layer["a"])
         qb, rb = jnp.linalg.qr(jnp.swapaxes(layer["b"], -1, -2))
         u, s, vt = jnp.linalg.svd((adapter.scale / config.scale) * ra @ jnp.swapaxes(rb, -1, -2), full_matrices=False)
@@ -174,10 +174,13 @@ def average_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Ad
 
 
 def merge(method: str, adapters: Sequence[Adapter], weights: Sequence[float], config: LoRAConfig) -> Adapter:
-    """Merge teachers into a start for the student: `svd` (exact average, truncated), `concatenate` or `factors`.
+    """Merge teachers into a start for the student.
+
+    `svd`: the exact average, truncated to `config.rank`; `concatenate`: the exact average at the sum of the ranks;
+    `factors`: a and b averaged apart.
 
     Raises:
-      ValueError: unknown method, or `concatenate` into a rank that is not the sum of the ranks.
+      ValueError: unknown method.
     """
     if method == "svd":
         return truncate(concatenate(adapters, weights), config)

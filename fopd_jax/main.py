@@ -4,10 +4,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from PIL import Image
 
 from fopd_jax.config import Config
+from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.training import loop, workdir
 from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.flow_matching import FlowMatching
@@ -38,10 +41,16 @@ def main(argv: list[str]) -> None:
     ready = time.monotonic()
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
     writer = MetricWriter(folder, checkpoints.latest_step() or 0)
-    state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
-    checkpoints.close()
+    try:
+        state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        checkpoints.close()
     trained = time.monotonic()
     stage.finish(state)
+    with Image.open(folder / SAMPLES_FILE) as samples:
+        writer.write_images(int(state.step), {"samples": np.asarray(samples)})
     writer.close()
     seconds = {"setup": ready - began, "train": trained - ready, "report": time.monotonic() - trained}
     workdir.write_json(folder / "timing.json", {f"{name}_seconds": round(value, 2) for name, value in seconds.items()})

@@ -238,7 +238,7 @@ def test_truncation_balances_the_factors():
 
 def test_truncation_cannot_raise_the_rank():
     (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
-    with pytest.raises(ValueError, match="cannot truncate rank 4 to 5"):
+    with pytest.raises(ValueError, match="found 5, but the merged layers have rank 4 at most"):
         truncate(adapter, LoRAConfig(5, 10.0))
 
 

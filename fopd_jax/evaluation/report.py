@@ -18,6 +18,7 @@ from fopd_jax.training.workdir import write_json
 Scores = Mapping[str, np.ndarray]
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 GRID_COLUMNS = 12
+SAMPLES_FILE = "samples.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def write_report(
     table = format_table(scores, student)
     (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
     print(table)
-    draw_samples(workdir / "samples.png", sampler, world, eval_set, models)
+    draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
 def format_table(scores: Mapping[str, Scores], student: str) -> str:

@@ -31,6 +31,7 @@ def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = 
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata=header)
     _sort_metadata(temporary)
+    temporary.chmod(0o644)  # the library makes it private
     os.replace(temporary, path)
 
 

@@ -7,6 +7,7 @@ import jax
 
 from fopd_jax.adapters import Adapter, effective, init_adapter
 from fopd_jax.config import Config
+from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.safetensors import save_adapter, save_tree
 from fopd_jax.miniature.pairs import PairSpec, TaskPairs, make_pairs
@@ -60,7 +61,7 @@ class FlowMatching:
         def score(state: TrainState) -> dict[str, float]:
             return means(evaluate(setup.sampler, setup.world, setup.eval_set, *assemble(frozen, state.ema)))
 
-        self.setup, self.frozen, self.full = setup, frozen, full
+        self.setup, self.frozen, self.full, self.assemble = setup, frozen, full, assemble
         self.experiment = Experiment(
             state=init_state(trained, setup.optimizer, config.seed),
             step=partial(step, frozen),
@@ -74,9 +75,11 @@ class FlowMatching:
         print_overview(self.config.name, trained if self.full else trained.weights, self.frozen)
 
     def finish(self, state: TrainState) -> None:
-        """Write the averaged weights to `base.safetensors` or `adapter.safetensors`."""
+        """Write the averaged weights to `base.safetensors` or `adapter.safetensors`, and what they draw."""
         metadata = {"preset": self.config.preset}
         if self.full:
             save_tree(self.workdir / "base.safetensors", {"params": state.ema, **self.frozen}, metadata)
         else:
             save_adapter(self.workdir / "adapter.safetensors", state.ema, metadata)
+        setup, model = self.setup, Model(self.config.name, *self.assemble(self.frozen, state.ema))
+        draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, setup.world, setup.eval_set, [model])

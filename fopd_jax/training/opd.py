@@ -139,12 +139,15 @@ def load_teachers(config: Config, variables: Any) -> dict[str, Adapter]:
     """Teachers by task name, and the anchor under its own name if it has an adapter.
 
     Raises:
-      ValueError: a file is missing, damaged, of another preset, or its shapes are not those that `config.adapter` gives
-        on this network; names the file and the first layer that differs.
+      ValueError: the anchor has a teacher's name but another file; or a file is missing, damaged, of another preset, or
+        its shapes are not those that `config.adapter` gives on this network; names the file and the first layer that
+        differs.
     """
     expected = jax.eval_shape(lambda: init_adapter(jax.random.key(0), variables["params"], lora_config(config)))
     sources = {name: config.teachers[name].adapter for name in config.teachers}
     if config.anchor.adapter:
+        if sources.get(config.anchor.name, config.anchor.adapter) != config.anchor.adapter:
+            raise ValueError(f"anchor.name: found {config.anchor.name!r}, which is a teacher with another adapter")
         sources[config.anchor.name] = config.anchor.adapter
     adapters = {}
     for name, source in sources.items():
