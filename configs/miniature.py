@@ -5,17 +5,26 @@
 Loads the packaged base and teachers, starts the student from their merge, distils it on-policy, and reports base,
 teachers, merge and student on the same held-out (prompt, noise) pairs.
 
-Cost on 2 CPU cores: @@COST@@
-Result: @@RESULT@@
+Cost on 2 CPU cores: 4.1-4.4 minutes, 1.9 GB of memory.
+Result: mean of seeds 0, 1, 2 over 1,024 pairs a task (quality: 2,048)
+                        text  composition  strict  quality
+    base                0.520        0.589   0.215    0.653
+    merge               0.454        0.506   0.138    0.680
+    student             0.856        0.827   0.585    0.792
+    teacher/composition 0.145        0.848   0.637    0.617
+    teacher/quality     0.556        0.588   0.213    0.818
+    teacher/text        0.876        0.119   0.002    0.612
 
 Other recipes are settings:
+    --config.objective.weighting=kl                   the paper's: 77% of the weight on the last trained step
+    --config.objective.weighting=ode                  DiffusionOPD's
     --config.objective.name=direct                    the loss itself instead of PPO's surrogate around it
+    --config.objective.weighting=kl --config.objective.reward=log_ratio     the policy-gradient form
     --config.objective.reward=kl_detached             the paper's first text, which does not learn
-    --config.objective.weighting=ode                  DiffusionOPD's; more weight on the steps that decide layout
     --config.objective.mar_beta=0                     without the anchor
     --config.cold_start.method=none                   from the base instead of the merge
     --config.updates_per_rollout=2 --config.minibatches=2
-    --config.sampler.transition=ode --config.objective.name=direct --config.objective.weighting=ode
+    --config.sampler.transition=ode --config.objective.name=direct
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -27,10 +36,10 @@ def get_config() -> ConfigDict:
     config.stage = "opd"
     config.preset = "miniature"
     config.seed = 0
-    config.steps = 140
+    config.steps = 120
     config.log_every = 1
     config.checkpoint_every = 20
-    config.eval_every = 35
+    config.eval_every = 40
     config.keep_checkpoints = 2
 
     config.base = "packaged:base.safetensors"
@@ -71,10 +80,10 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict()
     config.objective.name = "clipped"  # "direct"
     config.objective.reward = "kl"  # "log_ratio", "kl_detached"
-    config.objective.weighting = "kl"  # "kl_no_dt", "ode", "uniform"
+    config.objective.weighting = "uniform"  # "kl" (the paper's), "kl_no_dt", "ode"
     config.objective.clip = 1e-4
     config.objective.reward_limit = 5.0
-    config.objective.mar_beta = 0.08
+    config.objective.mar_beta = 0.05
     config.objective.window_only = False
     config.updates_per_rollout = 1
     config.minibatches = 1

@@ -9,8 +9,10 @@ be improved upon has to have room: like SD3.5-Medium it ends about half right at
 first step on would never learn to spell. 10% of the captions are empty, so the base can be guided. Held-out prompts
 are in neither.
 
-Cost on 2 CPU cores: @@COST@@
-Result (128 held-out prompts a task, 10 ODE steps, no guidance): @@RESULT@@
+Cost on 2 CPU cores: `clean` 37 minutes on cores shared with other work (4 steps a second when alone, which makes 24),
+`mediocre` 2.6 minutes alone; 2.3 GB of memory.
+Result (128 held-out prompts a task, 10 ODE steps, no guidance): `clean` text .96, composition .92 (strict .79),
+quality .98 after 5,000 steps; `mediocre` text .51, composition .50 (strict .20), quality .66.
 The weights packaged as `base.safetensors` are the second run's.
 """
 
