@@ -33,10 +33,6 @@ class MetricWriter:
         for name, image in images.items():
             self._board.add_image(name, image, step, dataformats="HWC")
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for name, text in texts.items():
-            self._board.add_text(name, text, step)
-
     def close(self) -> None:
         self._board.close()
         self._lines.close()

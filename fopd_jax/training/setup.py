@@ -36,7 +36,6 @@ class Setup:
     world: World
     model: MMDiT
     velocity: Velocity
-    null: Conditioning | None
     sampler: Sampler
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
@@ -67,7 +66,6 @@ def make_setup(config: Config) -> Setup:
         world=world,
         model=model,
         velocity=velocity,
-        null=null,
         sampler=sampler,
         eval_set=EvalSet(
             select_tasks(world, evaluation.tasks), evaluation.samples, evaluation.batch_size, evaluation.seed
