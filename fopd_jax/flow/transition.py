@@ -71,6 +71,15 @@ class Transition(Protocol):
         ...
 
 
+def _name(name: str) -> Any:
+    """A static field that tells the transitions' tree structures apart.
+
+    JAX 0.10.2 compares the structures of two dataclasses by their fields alone, so that a jitted function given SDE and
+    CPS in turn could, where their hashes fell together, run the one's program for the other.
+    """
+    return struct.field(pytree_node=False, default=name)
+
+
 class _AffineGaussian:
     """What follows from `coefficients` alone, and is therefore the same for every transition."""
 
@@ -111,6 +120,7 @@ class SDE(_AffineGaussian):
     """
 
     noise_level: Any = 0.7  # float or 0-d float array; Any because tree operations put anything into a leaf
+    name: str = _name("sde")
 
     def coefficients(self, sigma: Scalar, sigma_next: Scalar) -> Coefficients:
         """Written with `s²/sigma = a²/(1 - sigma)`, in which nothing is 0/0 at either end of the schedule.
@@ -149,6 +159,7 @@ class CPS(_AffineGaussian):
     """
 
     noise_level: Any = 0.7  # float or 0-d float array; Any because tree operations put anything into a leaf
+    name: str = _name("cps")
 
     def coefficients(self, sigma: Scalar, sigma_next: Scalar) -> Coefficients:
         """The mean gathered by x and v, so that at `a = 0` it is the ODE step without rounding.
@@ -176,6 +187,8 @@ class CPS(_AffineGaussian):
 @struct.dataclass
 class ODE(_AffineGaussian):
     """The deterministic Euler step `x' = x + v·dt`: no noise, no density."""
+
+    name: str = _name("ode")
 
     @property
     def has_density(self) -> bool:

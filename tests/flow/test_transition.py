@@ -393,3 +393,9 @@ def test_from_pure_noise_the_sde_carries_extra_variance_that_refinement_removes_
     excess = [propagate(SDE(A), grid(count, 1.0, 0.5), 0.0, 1.0)[1] / marginal_variance(0.5) - 1 for count in counts]
     np.testing.assert_allclose(first, 1 + A**4 / 4, rtol=1e-3)
     assert A**2 - 0.02 < order(counts, excess) < A**2 + 0.02
+
+
+def test_tree_structures_tell_transitions_apart():
+    """Else a function jitted over a transition may run another one's program (see `_name`)."""
+    structures = [jax.tree.structure(transition) for transition in (SDE(0.7), CPS(0.7), ODE())]
+    assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
