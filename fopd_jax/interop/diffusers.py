@@ -2,7 +2,7 @@
 
 The name table below is the only place that knows both sides. Which leaves a module has, and their shapes, come from
 the network itself, so that a tensor is checked against what the network will read. Module paths are those of the
-per-layer form of the parameter tree (`convert_layers(…, scan=False)`); a path is the tree's keys joined by "/".
+per-layer form of the parameter tree (`convert_layers(…, scan=False)`).
 """
 
 import functools
@@ -10,13 +10,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fopd_jax.models.mmdit import MMDiT, MMDiTConfig, centre_crop, convert_layers, position_table
+from fopd_jax.interop.tables import (
+    LINEAR,
+    Component,
+    Source,
+    check_names,
+    from_tensors,
+    locate,
+    parameter_shapes,
+    to_tensors,
+)
+from fopd_jax.models.mmdit import (
+    LAYER_STACKS,
+    MMDiT,
+    MMDiTConfig,
+    centre_crop,
+    convert_layers,
+    position_table,
+)
 
 Names = tuple[tuple[str, str], ...]  # (our path, diffusers' path)
 
@@ -65,8 +79,11 @@ _BLOCK_DUAL_QK_NORM: Names = (
     ("attn2/norm_k", "attn2.norm_k"),
 )
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
-_PATCH_KERNEL = "patch_embed/kernel"
-_TABLE = "pos_embed.pos_embed"
+_SIZES = (
+    "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads",
+    "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size",
+)  # fmt: skip
+TABLE = "pos_embed.pos_embed"
 
 
 def module_names(config: MMDiTConfig) -> dict[str, str]:
@@ -101,8 +118,8 @@ def _block_modules(config: MMDiTConfig, index: int) -> Names:
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter_shapes(config: MMDiTConfig) -> Mapping[str, tuple[int, ...]]:
-    """Path → shape of every parameter, in per-layer form, from an abstract initialisation."""
+def transformer_component(config: MMDiTConfig) -> Component:
+    """The name table of an `SD3Transformer2DModel`; its fixed position table is kept beside the parameters."""
     p = config.patch_size
     inputs = (
         jnp.zeros((1, p, p, config.channels)),
@@ -110,59 +127,29 @@ def _parameter_shapes(config: MMDiTConfig) -> Mapping[str, tuple[int, ...]]:
         jnp.zeros((1, 1, config.context_dim)),
         jnp.zeros((1, config.pooled_dim)),
     )
-    variables = jax.eval_shape(MMDiT(config, scan_layers=False).init, jax.random.key(0), *inputs)
-    return {path: leaf.shape for path, leaf in _flatten(nn.unbox(variables["params"])).items()}
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(flatten_dict(tree, sep="/"))
-
-
-def _tensor_names(config: MMDiTConfig) -> dict[str, str]:
-    """Parameter path → diffusers' tensor name."""
-    modules = module_names(config)
-    names = {}
-    for path in _parameter_shapes(config):
+    shapes = parameter_shapes(MMDiT(config).init, *inputs)
+    leaves: dict[str, list[str]] = {}
+    for path in shapes:
         module, _, leaf = path.rpartition("/")
-        names[path] = f"{modules[module]}.{_LEAVES[leaf]}"
-    return names
+        leaves.setdefault(module, []).append(leaf)
+    return Component(
+        config=config,
+        shapes=shapes,
+        sources={
+            f"{module}/{leaf}": _source(config, module, theirs, leaf)
+            for module, theirs in module_names(config).items()
+            for leaf in leaves[locate(module, LAYER_STACKS)[0]]
+        },
+        stacks=LAYER_STACKS,
+        kept={TABLE: (1, config.table_size**2, config.width)},
+    )
 
 
-def _tensor_shape(path: str, config: MMDiTConfig) -> tuple[int, ...]:
-    if path == _PATCH_KERNEL:
-        return config.width, config.channels, config.patch_size, config.patch_size
-    return _parameter_shapes(config)[path][::-1]
-
-
-def _table_shape(config: MMDiTConfig) -> tuple[int, int, int]:
-    return 1, config.table_size**2, config.width
-
-
-def _from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
-    """[out, in] → [in, out], the patch convolution [D, c, p, q] → [(p q c), D], vectors as they are."""
-    return rearrange(tensor, "D c p q -> (p q c) D") if path == _PATCH_KERNEL else tensor.T
-
-
-def _to_torch(path: str, leaf: np.ndarray, config: MMDiTConfig) -> np.ndarray:
-    """Inverse of `_from_torch`."""
-    if path == _PATCH_KERNEL:
-        return rearrange(leaf, "(p q c) D -> D c p q", p=config.patch_size, q=config.patch_size)
-    return leaf.T
-
-
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise ValueError(f"tensor {name!r}: found shape {found}, expected {expected}")
-
-
-def _check_names(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse the first name that only one side has."""
-    for name, shape in expected.items():
-        if name not in found:
-            raise ValueError(f"tensor {name!r}: missing, expected shape {shape}")
-    for name in found:
-        if name not in expected:
-            raise ValueError(f"tensor {name!r}: found shape {np.shape(found[name])}, expected no such tensor")
+def _source(config: MMDiTConfig, module: str, theirs: str, leaf: str) -> Source:
+    name = f"{theirs}.{_LEAVES[leaf]}"
+    if module == "patch_embed" and leaf == "kernel":
+        return Source(name, "D c p q -> (p q c) D", (("p", config.patch_size), ("q", config.patch_size)))
+    return Source(name, LINEAR) if leaf == "kernel" else Source(name)
 
 
 def transformer_from_diffusers(
@@ -171,33 +158,24 @@ def transformer_from_diffusers(
     """Variables of `MMDiT` from the state dict of an `SD3Transformer2DModel`; every tensor is used exactly once.
 
     Args:
-      tensors: name → array of any floating dtype, which is kept. It may read lazily.
+      tensors: name → array of any floating dtype, which is kept.
       config: must describe the same network (see `config_from_diffusers`).
       rows: rows of the grid of patches that the position table is cropped to.
       columns: its columns.
       scan: stacked layers (`MMDiT.scan_layers=True`) or per-layer form.
 
     Returns:
-      `{"params": …, "constants": {"pos_embed": [rows, columns, D]}}`, unboxed numpy leaves. Kernels in per-layer
-      form are transposed views of `tensors`. The position table is the middle of the checkpoint's own one.
+      `{"params": …, "constants": {"pos_embed": [rows, columns, D]}}`, unboxed numpy leaves. The position table is the
+      middle of the checkpoint's own one.
 
     Raises:
       ValueError: a tensor is missing, superfluous or misshapen, or the grid exceeds the table.
     """
-    names = _tensor_names(config)
-    expected = {name: _tensor_shape(path, config) for path, name in names.items()} | {_TABLE: _table_shape(config)}
-    _check_names(tensors, expected)
-
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        _check_shape(name, tensor.shape, expected[name])
-        return tensor
-
+    params = from_tensors(transformer_component(config), tensors)
     side = config.table_size
-    table = centre_crop(read(_TABLE).reshape(side, side, config.width), rows, columns)
-    params = unflatten_dict({path: _from_torch(path, read(name)) for path, name in names.items()}, sep="/")
+    table = centre_crop(tensors[TABLE].reshape(side, side, config.width), rows, columns)
     constants = {"pos_embed": np.array(table)}  # a copy, so that the whole table can be freed
-    return {"params": convert_layers(params, scan=True) if scan else params, "constants": constants}
+    return {"params": params if scan else convert_layers(params, scan=False), "constants": constants}
 
 
 def transformer_to_diffusers(
@@ -212,30 +190,23 @@ def transformer_to_diffusers(
     Raises:
       ValueError: a parameter is missing, superfluous or misshapen, or the table does not reproduce the crop.
     """
-    params = jax.tree.map(np.asarray, nn.unbox(variables["params"]))
-    leaves = _flatten(convert_layers(params, scan=False))
-    shapes = _parameter_shapes(config)
-    _check_names(leaves, shapes)
-    tensors = {}
-    for path, name in _tensor_names(config).items():
-        _check_shape(path, leaves[path].shape, shapes[path])
-        # safetensors writes an array's memory as it lies, so transposed views must be copied.
-        tensors[name] = np.ascontiguousarray(_to_torch(path, leaves[path], config))
-    tensors[_TABLE] = _whole_table(np.asarray(nn.unbox(variables["constants"])["pos_embed"]), config, table)
-    return tensors
+    params = nn.unbox(variables["params"])
+    tensors = to_tensors(transformer_component(config), convert_layers(params, scan=True))
+    return tensors | {TABLE: _whole_table(np.asarray(nn.unbox(variables["constants"])["pos_embed"]), config, table)}
 
 
 def _whole_table(crop: np.ndarray, config: MMDiTConfig, table: np.ndarray | None) -> np.ndarray:
     side = config.table_size
-    whole = position_table(config, side, side).reshape(_table_shape(config)) if table is None else table
-    _check_shape(_TABLE, whole.shape, _table_shape(config))
+    shape = (1, side**2, config.width)
+    whole = position_table(config, side, side).reshape(shape) if table is None else table
+    check_names({TABLE: whole.shape}, {TABLE: shape})
     middle = centre_crop(whole.reshape(side, side, config.width), *crop.shape[:2])
-    _check_shape("constants/pos_embed", crop.shape, middle.shape)
+    check_names({"pos_embed": crop.shape}, {"pos_embed": middle.shape}, "constant")
     difference = float(np.abs(np.asarray(middle, np.float32) - np.asarray(crop, np.float32)).max())
     allowed = max(1e-6, float(jnp.finfo(crop.dtype).eps))
     if difference > allowed:
         raise ValueError(
-            f"tensor {_TABLE!r}: its middle differs from the variables' pos_embed by {difference:.2g}, "
+            f"tensor {TABLE!r}: its middle differs from the variables' pos_embed by {difference:.2g}, "
             f"more than {allowed:.2g}; pass the table of the checkpoint that the variables came from"
         )
     return whole
@@ -249,13 +220,12 @@ def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
     """
     if (kind := config.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
         raise _wrong("_class_name", kind, "'SD3Transformer2DModel'")
-    fields = (
-        "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads",
-        "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "out_channels", "pos_embed_max_size",
-    )  # fmt: skip
-    for field in fields:
+    for field in (*_SIZES, "out_channels"):
         if field not in config:
             raise _wrong(field, "nothing", "a value")
+    for field in _SIZES:
+        if type(config[field]) is not int or config[field] < 1:
+            raise _wrong(field, repr(config[field]), "a positive integer")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     if config["caption_projection_dim"] != width:
         raise _wrong("caption_projection_dim", config["caption_projection_dim"], width)
@@ -264,15 +234,11 @@ def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
     # SD3's own configuration predates these two fields: diffusers' defaults stand for them.
     if (qk_norm := config.get("qk_norm")) not in (None, "rms_norm"):
         raise _wrong("qk_norm", repr(qk_norm), "None or 'rms_norm'")
-    dual, depth = list(config.get("dual_attention_layers") or ()), config["num_layers"]
-    leading = list(range(min(len(dual), depth - 1)))  # the last block is never dual
-    if dual != leading:
-        raise _wrong("dual_attention_layers", dual, leading)
     return MMDiTConfig(
-        depth=depth,
+        depth=config["num_layers"],
         num_heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
-        dual_layers=len(dual),
+        dual_layers=_dual_layers(config.get("dual_attention_layers") or (), config["num_layers"]),
         qk_norm=qk_norm is not None,
         patch_size=config["patch_size"],
         channels=config["in_channels"],
@@ -281,6 +247,16 @@ def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
         table_size=config["pos_embed_max_size"],
         base_size=config["sample_size"] // config["patch_size"],
     )
+
+
+def _dual_layers(listed: Any, depth: int) -> int:
+    """How many blocks are dual: the first ones, never the last."""
+    if not isinstance(listed, list | tuple):
+        raise _wrong("dual_attention_layers", repr(listed), "a list")
+    leading = list(range(min(len(listed), depth - 1)))
+    if list(listed) != leading:
+        raise _wrong("dual_attention_layers", list(listed), leading)
+    return len(listed)
 
 
 def _wrong(field: str, found: Any, right: Any) -> ValueError:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.models.attention import AttentionImpl, attention
 
 Dtype = Any
+LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
 RematPolicy = Literal["none", "full", "dots"]
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
@@ -376,9 +377,8 @@ def convert_layers(tree: dict[str, Any], *, scan: bool) -> dict[str, Any]:
 
     `{"blocks": leaf[L, …]}` ↔ `{"blocks_0": leaf[…], …, "blocks_L-1": leaf[…]}`. Other entries are kept.
     """
-    stacks = ("dual_blocks", "blocks")
     out = dict(tree)
-    for name in stacks:
+    for name in LAYER_STACKS:
         if scan:
             layers = [out.pop(f"{name}_{i}") for i in range(sum(k.rpartition("_")[0] == name for k in tree))]
             if layers:

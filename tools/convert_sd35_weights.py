@@ -1,0 +1,91 @@
+"""Convert Stable Diffusion 3 and 3.5 weights once, for every later run.
+
+    python tools/convert_sd35_weights.py --src FOLDER --dst CONVERTED [--dtype bfloat16] [--components transformer,vae]
+    python tools/convert_sd35_weights.py --src sd3.5_medium.safetensors --dst CONVERTED
+    python tools/convert_sd35_weights.py --reverse --src CONVERTED --dst FOLDER/transformer
+
+FOLDER is a diffusers pipeline (`model_index.json`, single or sharded safetensors); a single file is the original layout
+of the transformer. A destination that is already converted from the same files is left alone, so the command may stand
+in a job's script; a component that is missing there, or whose files changed, is converted. The autoencoder, which runs
+in float32, is kept in float32. With --reverse a converted transformer is written back as diffusers reads it.
+
+Exit codes: 0 done (or nothing to do), 1 something is wrong with source or destination (one line says what), 2 usage,
+130 interrupted. Whatever happens, the destination is whole or as it was before.
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
+
+from tqdm import tqdm
+
+from fopd_jax.interop.convert import OUTPUT_DTYPES, convert, write_transformer
+from fopd_jax.interop.tensor_files import Progress
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Progress]:
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 if it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src", type=Path, required=True)
+    parser.add_argument("--dst", type=Path, required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(OUTPUT_DTYPES))
+    parser.add_argument("--components", help="comma-separated; default: all that the source has")
+    parser.add_argument("--reverse", action="store_true", help="write a converted transformer as a diffusers folder")
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Convert; returns what was done, in words."""
+    if args.reverse:
+        write_transformer(args.src, args.dst, progress=progress)
+        return f"wrote the transformer of {args.src} to {args.dst}"
+    components = args.components.split(",") if args.components else None
+    done = convert(args.src, args.dst, dtype=args.dtype, components=components, progress=progress)
+    return f"converted {', '.join(done)} into {args.dst}" if done else f"{args.dst}: already converted, unchanged"
+
+
+def fail(status: int, message: str) -> NoReturn:
+    """Exit with one line."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    try:
+        print(run(args))
+    except ValueError as error:
+        fail(1, str(error))
+    except OSError as error:
+        what = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        fail(1, f"{error.filename or args.dst}: {what}")
+    except KeyboardInterrupt:
+        fail(130, f"interrupted; nothing half-written is left in {args.dst}")
+
+
+def silence_libraries() -> None:
+    """Orbax logs each save at length. An error is raised too, and this program's one line must not drown in the
+    tracebacks that its threads and unfinished tasks print meanwhile and at exit."""
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up as Ctrl-C does
+    silence_libraries()
+    main()
