@@ -1,0 +1,137 @@
+"""The tool from the outside: every direction, what each source needs to be told, and one line for what is wrong."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from fopd_jax.adapters import Adapter
+from fopd_jax.interop.lora_modules import places
+from fopd_jax.interop.safetensors import load_adapter, save_adapter
+from fopd_jax.models.mmdit import PRESETS
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_adapter.py"
+MINIATURE = {  # the transformer of PRESETS["miniature"], as diffusers describes it
+    "_class_name": "SD3Transformer2DModel", "sample_size": 24, "patch_size": 4, "in_channels": 3, "out_channels": 3,
+    "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 32,
+    "caption_projection_dim": 128, "pooled_projection_dim": 24, "pos_embed_max_size": 6,
+    "dual_attention_layers": [0, 1], "qk_norm": "rms_norm",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_adapter", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_adapter() -> Adapter:
+    random = np.random.default_rng(0)
+    weights: dict[str, dict[str, dict[str, dict[str, np.ndarray]]]] = {}
+    for place in places(PRESETS["miniature"]).values():
+        stack, attention, layer = place.path
+        leaves = {
+            leaf: random.standard_normal(shape, dtype=np.float32) for leaf, shape in place.factor_shapes(2).items()
+        }
+        weights.setdefault(stack, {}).setdefault(attention, {})[layer] = leaves
+    return Adapter(weights, 1.5)
+
+
+def run(tool: ModuleType, *arguments: object) -> str:
+    """The one line that the tool exits with."""
+    with pytest.raises(SystemExit) as caught:
+        tool.main([str(each) for each in arguments])
+    assert isinstance(caught.value.code, str)  # which makes Python exit with status 1
+    assert "\n" not in caught.value.code
+    return caught.value.code
+
+
+@pytest.mark.parametrize("model", ["preset", "transformer", "."])
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui"])
+def test_there_and_back(tool: ModuleType, layout: str, model: str, tmp_path: Path) -> None:
+    ours, theirs, back = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", tmp_path / "back.safetensors"
+    save_adapter(ours, make_adapter(), {"preset": "miniature"})
+    (tmp_path / "pipeline" / "transformer").mkdir(parents=True)
+    (tmp_path / "pipeline" / "transformer" / "config.json").write_text(json.dumps(MINIATURE))
+    network = ["--preset", "miniature"] if model == "preset" else ["--model", str(tmp_path / "pipeline" / model)]
+    tool.main(["--src", str(ours), "--dst", str(theirs), "--to", layout])
+    tool.main(["--src", str(theirs), "--dst", str(back), "--to", "fopd_jax", *network])
+    found, metadata = load_adapter(back)
+    assert metadata["preset"] == "miniature"
+    assert found.scale == 1.5
+    jax.tree.map(np.testing.assert_array_equal, found.weights, make_adapter().weights)
+    assert ours.read_bytes() == back.read_bytes()
+
+
+def test_networks_that_are_not_known(tool: ModuleType, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs"
+    save_adapter(ours, make_adapter(), {"preset": "miniature"})
+    message = run(tool, "--src", ours, "--dst", theirs, "--to", "peft", "--preset", "sd35_medium")
+    assert message == f"error: {ours}: its preset 'miniature' is another network than sd35_medium"
+    tool.main(["--src", str(ours), "--dst", str(theirs), "--to", "peft", "--preset", "miniature"])
+    message = run(tool, "--src", theirs, "--dst", tmp_path / "x", "--to", "comfyui")
+    assert message == f"error: {theirs}: does not tell its network; give --preset or --model"
+    save_adapter(ours, make_adapter(), {"preset": "gigantic"})
+    assert f"{ours}: found preset 'gigantic', expected one of" in run(
+        tool, "--src", ours, "--dst", theirs, "--to", "peft"
+    )
+
+
+def test_models_that_are_not_understood(tool: ModuleType, tmp_path: Path) -> None:
+    arguments = ["--src", tmp_path / "theirs", "--dst", tmp_path / "x", "--to", "fopd_jax", "--model", tmp_path]
+    assert "found neither transformer/config.json nor config.json" in run(tool, *arguments)
+    file = tmp_path / "config.json"
+    for text, message in (("{", "Expecting property name"), ("[]", "found JSON of type list, expected an object")):
+        file.write_text(text)
+        assert run(tool, *arguments).startswith(f"error: {file}: {message}")
+    file.write_text(json.dumps(MINIATURE | {"_class_name": "UNet2DConditionModel"}))
+    assert run(tool, *arguments).startswith(
+        f"error: {file}: transformer config _class_name: found UNet2DConditionModel"
+    )
+
+
+def test_a_network_without_a_preset_has_no_file_of_ours(tool: ModuleType, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "ours.safetensors", make_adapter(), {"preset": "miniature"})
+    tool.main(["--src", str(tmp_path / "ours.safetensors"), "--dst", str(tmp_path / "theirs"), "--to", "peft"])
+    (tmp_path / "config.json").write_text(json.dumps(MINIATURE | {"pos_embed_max_size": 9}))
+    given = ["--src", tmp_path / "theirs", "--model", tmp_path]
+    tool.main([str(each) for each in (*given, "--dst", tmp_path / "a.safetensors", "--to", "diffusers")])
+    message = run(tool, *given, "--dst", tmp_path / "b.safetensors", "--to", "fopd_jax")
+    assert message.startswith("error: this network is none of the presets (sd35_medium, ")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_files_that_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    arguments = ["--dst", tmp_path / "out", "--preset", "miniature"]
+    absent = run(tool, "--src", tmp_path / "absent", "--to", "peft", *arguments)
+    assert absent == f"error: {tmp_path / 'absent'}: no such file or folder"
+    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
+    damaged = run(tool, "--src", tmp_path / "damaged.safetensors", "--to", "peft", *arguments)
+    assert damaged.startswith(f"error: {tmp_path / 'damaged.safetensors'}: damaged or no safetensors file")
+    save_adapter(tmp_path / "ours.safetensors", make_adapter(), {"preset": "miniature"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    taken = run(tool, "--src", tmp_path / "ours.safetensors", "--to", "peft", *arguments)
+    assert taken == f"error: {tmp_path / 'out'}: exists already, expected a new or an empty folder"
+    beneath = ["--dst", tmp_path / "out" / "precious" / "file.safetensors"]
+    assert "precious" in run(tool, "--src", tmp_path / "ours.safetensors", "--to", "comfyui", *beneath)
+
+
+def test_exit_status(tmp_path: Path) -> None:
+    for arguments, status in ((["--to", "peft"], 1), (["--to", "somewhere"], 2)):
+        command = [sys.executable, str(TOOL), "--src", "absent", "--dst", str(tmp_path / "x"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=TOOL.parents[1])
+        assert done.returncode == status
+        assert "Traceback" not in done.stderr
+        assert "error: " in done.stderr.splitlines()[-1]
+        assert not list(tmp_path.iterdir())
