@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "miniature"
     config.stage = "opd"
-    config.preset = "miniature"
     config.seed = 0
     config.steps = 120
     config.log_every = 1
@@ -42,21 +41,26 @@ def get_config() -> ConfigDict:
     config.eval_every = 40
     config.keep_checkpoints = 2
 
-    config.base = "packaged:base.safetensors"
-    config.attention = "xla"
-    config.dtype = "float32"
+    config.model = ConfigDict()
+    config.model.preset = "miniature"
+    config.model.path = "packaged:base.safetensors"
+    config.model.attention = "xla"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
     config.shift = 3.0
 
-    # Prompts: shares of the routed tasks; images per prompt beyond 1 form groups, which distillation does not need.
-    config.tasks = ConfigDict({"text": 1.0, "composition": 1.0})
+    # The routed tasks: weight among the prompts, teacher, and the teacher's guidance scale (1 = off: guidance would
+    # undo the base's caption noise). Images per prompt beyond 1 form groups, which distillation does not need.
+    config.tasks = ConfigDict()
+    config.tasks.text = ConfigDict({"teacher": "packaged:teacher_text.safetensors", "guidance": 1.0, "weight": 1.0})
+    config.tasks.composition = ConfigDict(
+        {"teacher": "packaged:teacher_composition.safetensors", "guidance": 1.0, "weight": 1.0}
+    )
     config.batch_size = 64
     config.images_per_prompt = 1
 
-    # Teachers by task, then the anchor; an empty anchor adapter makes the base the anchor. A teacher may have its own
-    # guidance scale; guidance would undo the base's caption noise, so the miniature goes without (1 = off).
-    config.teachers = ConfigDict()
-    config.teachers.text = ConfigDict({"adapter": "packaged:teacher_text.safetensors", "guidance": 1.0})
-    config.teachers.composition = ConfigDict({"adapter": "packaged:teacher_composition.safetensors", "guidance": 1.0})
+    # An empty anchor adapter makes the base the anchor.
     config.anchor = ConfigDict()
     config.anchor.name = "quality"
     config.anchor.adapter = "packaged:teacher_quality.safetensors"
@@ -102,6 +106,8 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 128
     config.eval.num_steps = 10
     config.eval.guidance = 1.0
+    config.eval.transition = "ode"
+    config.eval.noise_level = 0.7  # of "sde" and "cps"
     config.eval.seed = 1
     config.final_samples = 1024
     config.export = "ema"  # "raw"

@@ -48,7 +48,6 @@ def get_config(phase: str = "clean") -> ConfigDict:
     config = ConfigDict()
     config.name = f"miniature_pretrain_{phase}"
     config.stage = "flow_matching"
-    config.preset = "miniature"
     config.seed = 0
     config.steps = settings["steps"]
     config.log_every = 50
@@ -57,9 +56,13 @@ def get_config(phase: str = "clean") -> ConfigDict:
     config.keep_checkpoints = 2
 
     config.trained = "params"  # the whole network; "adapter" trains LoRA on a frozen base
-    config.base = settings["base"]  # empty: from random weights
-    config.attention = "xla"
-    config.dtype = "float32"
+    config.model = ConfigDict()
+    config.model.preset = "miniature"
+    config.model.path = settings["base"]  # empty: from random weights
+    config.model.attention = "xla"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
     config.shift = 3.0  # of the evaluation's schedule
     config.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})  # logit-normal training noise levels
 
@@ -82,5 +85,7 @@ def get_config(phase: str = "clean") -> ConfigDict:
     config.eval.batch_size = 128
     config.eval.num_steps = 10
     config.eval.guidance = 1.0
+    config.eval.transition = "ode"
+    config.eval.noise_level = 0.7  # of "sde" and "cps"
     config.eval.seed = 1
     return config

@@ -36,7 +36,6 @@ def get_config(skill: str = "text") -> ConfigDict:
     config = ConfigDict()
     config.name = f"miniature_teacher_{skill}"
     config.stage = "flow_matching"
-    config.preset = "miniature"
     config.seed = 0
     config.steps = 400
     config.log_every = 50
@@ -45,10 +44,14 @@ def get_config(skill: str = "text") -> ConfigDict:
     config.keep_checkpoints = 2
 
     config.trained = "adapter"
-    config.base = "packaged:base.safetensors"
+    config.model = ConfigDict()
+    config.model.preset = "miniature"
+    config.model.path = "packaged:base.safetensors"
+    config.model.attention = "xla"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
     config.adapter = ConfigDict({"rank": 32, "alpha": 64.0, "targets": ("attn",)})
-    config.attention = "xla"
-    config.dtype = "float32"
     config.shift = 3.0  # of the evaluation's schedule
     config.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})  # logit-normal training noise levels
 
@@ -71,5 +74,7 @@ def get_config(skill: str = "text") -> ConfigDict:
     config.eval.batch_size = 128
     config.eval.num_steps = 10
     config.eval.guidance = 1.0
+    config.eval.transition = "ode"
+    config.eval.noise_level = 0.7  # of "sde" and "cps"
     config.eval.seed = 1
     return config

@@ -103,6 +103,62 @@ def stack_bank(adapters: Mapping[str, Adapter]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=-3), *(effective(each) for each in adapters.values()))
 
 
+def conform(name: str, adapter: Adapter, layers: Tree, rank: int) -> Adapter:
+    """The same update on all of `layers` (shapes of an adapter's weights) and at `rank`: what is missing becomes zeros.
+
+    Raises:
+      ValueError: the adapter's rank is larger, or it adapts a layer that is not in `layers` or has another shape.
+    """
+    there: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
+    wanted: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(layers)
+    for path, leaf in there.items():
+        axis, spelled = _rank_axis(path), "/".join(path)
+        found = tuple(size for i, size in enumerate(leaf.shape) if i != leaf.ndim + axis)
+        if path not in wanted:
+            raise ValueError(f"adapter {name!r} adapts {spelled}, but adapter.targets leaves that layer out")
+        expected = tuple(size for i, size in enumerate(wanted[path].shape) if i != leaf.ndim + axis)
+        if found != expected or leaf.shape[axis] > rank:
+            raise ValueError(
+                f"adapter {name!r} at {spelled}: found shape {leaf.shape}, expected {expected} and a rank up to {rank}"
+            )
+
+    def pad(path: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+        axis = _rank_axis(path)
+        full = tuple(rank if i == len(shape) + axis else size for i, size in enumerate(shape))
+        if path not in there:
+            return jnp.zeros(full, jnp.float32)
+        leaf = jnp.asarray(there[path])
+        return jnp.pad(leaf, [(0, want - have) for want, have in zip(full, leaf.shape, strict=True)])
+
+    weights = {path: pad(path, leaf.shape) for path, leaf in wanted.items()}
+    return Adapter(traverse_util.unflatten_dict(weights), adapter.scale)
+
+
+def revive(key: PRNGKeyArray, adapter: Adapter) -> Adapter:
+    """The same update, but trainable everywhere: a component that is zero in both factors gets a fresh `a`.
+
+    Neither factor of such a component would ever see a gradient; merges leave them in layers that no teacher adapts.
+    """
+    weights: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
+    layers = sorted(path[:-1] for path in weights if path[-1] == "a")
+    for layer_key, path in zip(jax.random.split(key, len(layers)), layers, strict=True):
+        a, b = weights[*path, "a"], weights[*path, "b"]
+        dead = ~(a.any(axis=-2) | b.any(axis=-1))  # [*L, R]
+        fresh = jax.random.normal(layer_key, a.shape, a.dtype) / a.shape[-1]
+        weights[*path, "a"] = jnp.where(jnp.expand_dims(dead, -2), fresh, a)
+    return Adapter(traverse_util.unflatten_dict(weights), adapter.scale)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """The largest rank of an adapter's layers."""
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
+    return max(leaf.shape[_rank_axis(path)] for path, leaf in leaves.items())
+
+
+def _rank_axis(path: tuple[str, ...]) -> int:
+    return -1 if path[-1] == "a" else -2
+
+
 def check_like(name: str, found: Tree, reference_name: str, reference: Tree) -> None:
     """Refuse a tree whose leaves or shapes differ from a reference (arrays or shapes).
 
@@ -165,19 +221,27 @@ def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
 
 
 def average_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Average a and b apart, as the method's authors do. It is not the average of the products; for comparison only."""
+    """Average a and b apart, as the method's authors do. It is not the average of the products; for comparison only.
+
+    Scales that differ from the first's are multiplied into b.
+    """
+    scale = adapters[0].scale
 
     def mean(*leaves: Array) -> Array:
         return jnp.stack([w * leaf for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
 
-    return Adapter(jax.tree.map(mean, *(each.weights for each in adapters)), adapters[0].scale)
+    scaled = [
+        _map_layers(lambda layer, f=each.scale / scale: {**layer, "b": f * layer["b"]}, each.weights)
+        for each in adapters
+    ]
+    return Adapter(jax.tree.map(mean, *scaled), scale)
 
 
 def merge(method: str, adapters: Sequence[Adapter], weights: Sequence[float], config: LoRAConfig) -> Adapter:
     """Merge teachers into a start for the student.
 
     `svd`: the exact average, truncated to `config.rank`; `concatenate`: the exact average at the sum of the ranks;
-    `factors`: a and b averaged apart.
+    `factors`: a and b averaged apart, at the teachers' own rank.
 
     Raises:
       ValueError: unknown method.

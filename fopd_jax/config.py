@@ -9,8 +9,11 @@ from ml_collections import ConfigDict
 Config = Any
 """An `ml_collections.ConfigDict`; its fields are dynamic, so type checkers cannot know them."""
 
-EXTENDABLE = ("steps", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints")
-"""Fields under whose new values a run may be resumed or extended."""
+EXTENDABLE = (
+    "steps", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "mesh", "conditioning_cache",
+    "encode_batch_size",
+)  # fmt: skip
+"""Fields, or groups of them, under whose new values a run may be resumed or extended."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def identity(config: Config) -> dict[str, Any]:
             flat[prefix[:-1]] = node
 
     visit("", config)
-    return json.loads(json.dumps({name: value for name, value in flat.items() if name not in EXTENDABLE}))
+    return json.loads(json.dumps({name: value for name, value in flat.items() if name.split(".")[0] not in EXTENDABLE}))
 
 
 def config_hash(config: Config) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fopd_jax.config import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
+from fopd_jax.flags import parse_flags
 from fopd_jax.training import loop, workdir
 from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.flow_matching import FlowMatching
@@ -72,26 +73,6 @@ def prepare(config: Config, folder: Path) -> FlowMatching | OPD:
     return stage
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a bad flag, a config file that is not there or a field that it lacks is one line too."""
-    try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.keys()  # a config file that failed to load raises no sooner than when it is used
-    except (AttributeError, KeyError) as error:
-        reason = error.args[0]  # ml_collections wraps the one in the other
-        reason = reason.args[0] if isinstance(reason, KeyError) else reason
-        sys.exit(f"error: the config has no such field: {_one_line(reason)}")
-    except (flags.Error, OSError) as error:
-        sys.exit(f"error: {_one_line(error)}")
-    return rest
-
-
-def _one_line(message: object) -> str:
-    """The message, or what the traceback in it ends with: ml_collections quotes one where a config file raises."""
-    text = str(message).strip()
-    return text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, _CONFIG))

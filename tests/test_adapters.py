@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,17 +17,20 @@ from fopd_jax.adapters import (
     LoRAConfig,
     average_factors,
     concatenate,
+    conform,
     delta,
     effective,
     init_adapter,
     merge,
+    rank_of,
+    revive,
     stack_bank,
     target_kernels,
     truncate,
     zeros_like,
 )
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, convert_layers
-from fopd_jax.training.setup import abstract_variables, init_variables
+from fopd_jax.pipeline import boxed_variables, init_variables
 
 Tree = Any
 TINY = MMDiTConfig(
@@ -255,6 +259,13 @@ def test_averaged_factors_keep_only_part_of_the_average():
             assert abs(cosine - 1 / math.sqrt(3)) < 0.02
 
 
+def test_averaged_factors_respect_every_adapters_own_scale():
+    experts = _experts(3, 12, 10, (4,) * 3, (2.0, 0.5, 3.0))
+    folded = [Adapter(effective(each), 1.0) for each in experts]  # the same updates at one scale
+    expected = _dense(average_factors(folded, SHARES))
+    assert _error(_dense(average_factors(experts, SHARES)), expected) <= 1e-6
+
+
 def test_merge_chooses_by_name():
     experts, thirds = _experts(3, 12, 10, (4,) * 3, (2.0,) * 3), (1 / 3,) * 3
     config = LoRAConfig(4, 8.0)
@@ -269,13 +280,119 @@ def test_merge_chooses_by_name():
         merge("mean", experts, thirds, config)
 
 
+# ---- other ranks, fewer layers
+
+
+def _whole(adapter: Adapter) -> Adapter:
+    """Small whole numbers, whose products and sums float32 holds exactly in any order."""
+    return Adapter(jax.tree.map(lambda leaf: jnp.round(4 * leaf), adapter.weights), 2.0)
+
+
+@pytest.mark.parametrize(("targets", "rank"), [(("attn",), 3), (("attn", "mlp"), 4), (EVERYTHING.targets, 9)])
+def test_a_conformed_adapter_has_exactly_the_same_update(targets: tuple[str, ...], rank: int):
+    layers = _adapter(1).weights
+    adapter = _whole(_adapter(2, LoRAConfig(3, 6.0, targets)))
+    padded = conform("two", adapter, layers, rank)
+    assert padded.scale == adapter.scale
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(padded.weights).items()}
+    assert shapes.keys() == flatten_dict(layers).keys()
+    assert {shape[-1] if path[-1] == "a" else shape[-2] for path, shape in shapes.items()} == {rank}
+    assert rank_of(padded) == rank
+    expected = flatten_dict(delta(adapter), sep="/")
+    for path, update in flatten_dict(delta(padded), sep="/").items():
+        np.testing.assert_array_equal(update, expected.get(path, np.zeros_like(update)))
+    assert any(leaf.any() for leaf in expected.values())
+
+
+def test_an_adapter_that_fits_is_left_as_it_is():
+    adapter = _adapter(1)
+    jax.tree.map(np.testing.assert_array_equal, conform("one", adapter, adapter.weights, 3), adapter)
+
+
+def test_layers_may_be_shapes_and_ranks_may_differ_by_layer():
+    """PEFT's `rank_pattern`: the largest rank counts."""
+    shapes = jax.eval_shape(lambda: _adapter(1))
+    adapter = _whole(_adapter(2))
+    query = adapter.weights["last_block"]["attn"]["to_q"]
+    query["a"], query["b"] = query["a"][:, :1], query["b"][:1]
+    assert rank_of(adapter) == 3
+    padded = conform("two", adapter, shapes.weights, 3)
+    assert padded.weights["last_block"]["attn"]["to_q"]["a"].shape == (16, 3)
+    jax.tree.map(np.testing.assert_array_equal, delta(padded), delta(adapter))
+
+
+def test_conformed_adapters_make_one_bank_in_which_each_teaches_its_own():
+    adapters = {"few": _adapter(1, LoRAConfig(2, 4.0)), "many": _adapter(2, EVERYTHING)}
+    layers = _adapter(3).weights
+    bank = stack_bank({name: conform(name, adapter, layers, 3) for name, adapter in adapters.items()})
+    inputs, route = _inputs(2), jnp.array([0, 1])
+    routed = _forward(True)(bank, inputs, route)
+    for i, adapter in enumerate(adapters.values()):
+        alone = tuple(leaf[i : i + 1] for leaf in inputs)
+        own = np.asarray(_forward(True)(effective(adapter), alone))
+        assert np.linalg.norm(routed[i : i + 1] - own) <= 1e-5 * np.linalg.norm(own)
+
+
+@pytest.mark.parametrize(
+    ("lora", "targets", "rank", "message"),
+    [
+        (LoRAConfig(3, 6.0, ("attn", "attn2")), ("attn",), 3, r"'two' adapts dual_blocks/attn2/\w+/[ab], but adapter"),
+        (LoRAConfig(3, 6.0), ("mlp",), 3, r"'two' adapts \w+/attn/\w+/[ab], but adapter.targets leaves that layer out"),
+        (LoRAConfig(4, 8.0), ("attn",), 3, r"'two' at \w+/attn/\w+/a: found shape \(1, 16, 4\), expected .* up to 3"),
+    ],
+)
+def test_what_cannot_be_padded_is_named(lora: LoRAConfig, targets: tuple[str, ...], rank: int, message: str):
+    layers = jax.eval_shape(lambda: _adapter(1, LoRAConfig(3, 6.0, targets))).weights
+    with pytest.raises(ValueError, match=message):
+        conform("two", _adapter(2, lora), layers, rank)
+
+
+@pytest.mark.parametrize("leaf", ["a", "b"])
+def test_a_layer_of_another_size_is_named(leaf: str):
+    adapter, layers = _adapter(2), jax.eval_shape(lambda: _adapter(1)).weights
+    up = adapter.weights["blocks"]["ff"]["up"]
+    up[leaf] = up[leaf][:, :-1] if leaf == "a" else up[leaf][..., :-1]
+    with pytest.raises(ValueError, match=rf"blocks/ff/up/{leaf}: found shape .*, expected \(1, \d+\) and a rank up to"):
+        conform("two", adapter, layers, 3)
+
+
+@pytest.mark.parametrize("method", ["svd", "concatenate", "factors"])
+def test_a_merge_can_be_trained_in_every_component(method: str):
+    """Where both factors are zero neither would ever get a gradient: of a layer no teacher adapts, of padded ranks."""
+    experts = _experts(2, 12, 10, (2, 4), (2.0, 0.5))
+    layers = jax.tree.map(lambda leaf: leaf, experts[1].weights)
+    layers["blocks"]["ff"] = {"up": layers["blocks"]["attn"]["to_q"]}
+    merged = merge(
+        method, [conform(str(k), each, layers, 4) for k, each in enumerate(experts)], (0.5, 0.5), LoRAConfig(4)
+    )
+    alive = revive(jax.random.key(0), merged)
+    assert alive.scale == merged.scale
+    before, after = flatten_dict(merged.weights, sep="/"), flatten_dict(alive.weights, sep="/")
+    assert before.keys() == after.keys()
+    assert not before["blocks/ff/up/a"].any()
+    for path, leaf in after.items():
+        there = before[path] != 0
+        np.testing.assert_array_equal(leaf[there], before[path][there])
+        if path.endswith("a"):
+            assert (leaf.any(-2) | after[f"{path[:-1]}b"].any(-1)).all()
+    assert _dense(alive).keys() == _dense(merged).keys()
+    for path, update in _dense(alive).items():
+        np.testing.assert_array_equal(update, _dense(merged)[path])
+
+
+def test_what_is_alive_is_left_as_it_is():
+    fresh = init_adapter(jax.random.key(1), _variables()["params"], EVERYTHING)
+    for adapter in (fresh, _adapter(1)):
+        jax.tree.map(np.testing.assert_array_equal, revive(jax.random.key(0), adapter), adapter)
+
+
 # ---- targets and initial values
 
 
 @functools.cache
 def _medium() -> Tree:
     """SD3.5-Medium's parameter shapes."""
-    return abstract_variables(MMDiT(PRESETS["sd35_medium"]), (64, 64, 16))["params"]
+    return nn.unbox(boxed_variables(MMDiT(PRESETS["sd35_medium"]), (64, 64, 16))["params"])
 
 
 def _count_modules(params: Tree, targets: tuple[str, ...]) -> int:

@@ -1,6 +1,8 @@
 """Every config is a manual that runs: its docstring holds its command, its variants load, wrong ones are named."""
 
 import importlib.util
+import operator
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,7 @@ VARIANTS = {
     "miniature": [()],
     "miniature_pretrain": [("clean",), ("mediocre",)],
     "miniature_teacher": [("text",), ("composition",), ("quality",)],
+    "sd35m_opd": [()],
 }
 
 
@@ -50,9 +53,24 @@ def test_unknown_variants_are_named(name: str, variant: str):
         load(name).get_config(variant)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_settings_that_a_docstring_names_exist(name: str):
+    config = load(name).get_config(*VARIANTS[name][0])
+    for field in re.findall(r"--config\.([\w.]+)=", load(name).__doc__ or ""):
+        operator.attrgetter(field)(config)  # AttributeError where it does not
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_config_names_its_network_mesh_and_sampler_alike(name: str):
+    config, reference = load(name).get_config(*VARIANTS[name][0]), load("miniature").get_config()
+    for group in ("model", "mesh", "eval", "optimizer", "ema"):
+        assert config[group].keys() == reference[group].keys()
+
+
 def test_identity_ignores_what_changes_no_step():
-    config, changed = load("miniature").get_config(), load("miniature").get_config()
+    config, changed = load("sd35m_opd").get_config(), load("sd35m_opd").get_config()
     changed.steps, changed.log_every, changed.keep_checkpoints = 1000, 7, 9
+    changed.mesh.fsdp, changed.conditioning_cache, changed.encode_batch_size = 4, "elsewhere", 8
     assert config_hash(changed) == config_hash(config)
     changed.objective.mar_beta = 0.5
     assert config_hash(changed) != config_hash(config)

@@ -19,17 +19,17 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
-from fopd_jax.adapters import Adapter, LoRAConfig, init_adapter
+from fopd_jax.adapters import Adapter, LoRAConfig, delta, init_adapter
 from fopd_jax.evaluation import suite
 from fopd_jax.interop.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.main import prepare
 from fopd_jax.miniature.world import make_world
 from fopd_jax.models.mmdit import PRESETS, MMDiT
+from fopd_jax.pipeline import init_variables
 from fopd_jax.training import loop
 from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.metrics import MetricWriter
 from fopd_jax.training.opd_step import OPDStep
-from fopd_jax.training.setup import init_variables
 
 Overrides = dict[str, Any]
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,7 +37,7 @@ RANK, STEPS = 4, 4
 TIMEOUT = 600.0  # seconds; compiling on a busy machine takes minutes
 TINY: Overrides = {
     "seed": 3, "steps": STEPS, "log_every": 1, "checkpoint_every": 1, "eval_every": 2, "keep_checkpoints": 2,
-    "preset": "miniature", "dtype": "float32", "batch_size": 4, "images_per_prompt": 1,
+    "model.preset": "miniature", "model.dtype": "float32", "batch_size": 4, "images_per_prompt": 1,
     "sampler.num_steps": 3, "adapter.rank": RANK, "adapter.alpha": 2.0 * RANK, "adapter.targets": ("attn",),
     "optimizer.learning_rate": 1e-2, "optimizer.warmup": 2, "final_samples": 6,
     "eval.samples": 4, "eval.batch_size": 4, "eval.num_steps": 2, "eval.guidance": 1.0, "guidance": 1.0,
@@ -83,13 +83,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _experts() -> list[str]:
     config = _load().get_config()
-    return [*config.teachers, config.anchor.name]
+    return [*config.tasks, config.anchor.name]
 
 
 def _overrides(weights: Path) -> Overrides:
     *teachers, anchor = _experts()
-    adapters = {f"teachers.{name}.adapter": f"{weights}/{name}.safetensors" for name in teachers}
-    files = {"base": f"{weights}/base.safetensors", "anchor.adapter": f"{weights}/{anchor}.safetensors"}
+    adapters = {f"tasks.{name}.teacher": f"{weights}/{name}.safetensors" for name in teachers}
+    files = {"model.path": f"{weights}/base.safetensors", "anchor.adapter": f"{weights}/{anchor}.safetensors"}
     return TINY | adapters | files
 
 
@@ -301,7 +301,7 @@ def test_a_prompt_without_a_teacher_is_one_line(program: Program, tmp_path: Path
     path.write_text(
         "import runpy\n\n\ndef get_config():\n"
         f"    c = runpy.run_path({str(CONFIGS / 'miniature.py')!r})['get_config']()\n"
-        "    del c.teachers['composition']\n    return c\n"
+        "    c.tasks.composition.teacher = ''\n    return c\n"
     )
     overrides = {name: value for name, value in program.overrides.items() if "composition" not in name}
     error = _one_error(program.call(_command(tmp_path / "run", overrides, path)))
@@ -321,7 +321,7 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(OPDStep, "fused", traced)
     monkeypatch.setattr(OPDStep, "replay", traced)
-    monkeypatch.setattr(suite, "sample_ode", traced)
+    monkeypatch.setattr(suite, "sample_final", traced)
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
@@ -342,7 +342,8 @@ def _refused(config: ConfigDict, folder: Path, *fragments: str) -> None:
 
 SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
     ({"stage": "grpo"}, ("stage: found 'grpo'", "'opd'")),
-    ({"preset": "sd35_medium"}, ("preset: found 'sd35_medium'", "'miniature'")),
+    ({"model.preset": "sd35_tiny"}, ("model.preset: found 'sd35_tiny'", "'miniature'")),
+    ({"model.preset": "sd35_medium"}, ("model.path: found", "'sd35_medium' needs a converted folder")),
     ({"steps": -1}, ("steps: found -1",)),
     ({"log_every": 0}, ("log_every: found 0",)),
     ({"checkpoint_every": 0}, ("checkpoint_every: found 0",)),
@@ -358,7 +359,8 @@ SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
     ({"objective.name": "ppo"}, ("objective.name: found 'ppo'",)),
     ({"adapter.rank": 0}, ("adapter.rank: found 0",)),
     ({"adapter.targets": ("attn3",)}, ("adapter.targets", "attn3")),
-    ({"tasks.text": 0.0, "tasks.composition": 0.0}, ("tasks", "[0.0, 0.0]")),
+    ({"tasks.text.weight": 0.0, "tasks.composition.weight": 0.0}, ("tasks", "[0.0, 0.0]")),
+    ({"tasks.text.weight": -1.0}, ("tasks", "[1.0, -1.0]")),
     ({"eval.samples": 0}, ("eval.samples", "found 0")),
     ({"eval.batch_size": 0}, ("eval.batch_size", "0")),
     ({"eval.num_steps": 0}, ("num_steps: found 0",)),
@@ -366,8 +368,13 @@ SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
     ({"final_samples": 0}, ("final_samples: found 0",)),
     ({"cold_start.method": "sft"}, ("cold_start.method: found 'sft'",)),
     ({"cold_start.merge": "mean"}, ("cold_start.merge: found 'mean'",)),
-    ({"attention": "flash"}, ("'flash'",)),
-    ({"dtype": "float33"}, ("dtype: found 'float33'",)),
+    ({"eval.transition": "euler"}, ("'euler'", "sde")),
+    ({"eval.transition": "cps", "eval.noise_level": 1.5}, ("noise_level: found 1.5", "'cps'")),
+    ({"model.attention": "flash"}, ("'flash'",)),
+    ({"model.dtype": "float33"}, ("model.dtype: found 'float33'",)),
+    ({"model.remat": "some"}, ("model.remat: found 'some'", "'dots'")),
+    ({"mesh.tensor": 3}, ("mesh", "'tensor': 3", "devices")),
+    ({"anchor.name": "text"}, ("anchor.name: found 'text'", "another teacher")),
 ]
 
 
@@ -382,7 +389,7 @@ def test_values_out_of_range_are_named(
 
 @pytest.mark.usefixtures("no_compilation")
 def test_a_task_without_a_teacher_is_named_with_a_prompt(config: ConfigDict, tmp_path: Path):
-    del config.teachers["composition"]
+    config.tasks.composition.teacher = ""
     prompt = make_world().tasks["composition"].train[0]
     _refused(config, tmp_path / "run", repr(prompt), "'composition' has no teacher", "('text',)")
 
@@ -399,23 +406,72 @@ def _other_adapter(path: Path, weights: Path, lora: LoRAConfig, preset: str = "m
     return str(path)
 
 
+def _teach(config: ConfigDict, expert: str, path: str) -> str:
+    """Give an expert another file; returns its name."""
+    name = config.anchor.name if expert == "anchor" else next(iter(config.tasks))
+    config.update_from_flattened_dict({"anchor.adapter" if expert == "anchor" else f"tasks.{name}.teacher": path})
+    return name
+
+
 @pytest.mark.usefixtures("no_compilation")
 @pytest.mark.parametrize("expert", ["teacher", "anchor"])
 @pytest.mark.parametrize(
     ("lora", "fragments"),
     [
-        (LoRAConfig(RANK - 1, 8.0), ("/attn/", "/a", f"found (1, 128, {RANK - 1})", f"expected (1, 128, {RANK})")),
-        (LoRAConfig(RANK, 8.0, ("attn2",)), ("/attn/", "found nothing", "expected (")),
-        (LoRAConfig(RANK, 8.0, ("attn", "mlp")), ("/ff/", "expected nothing")),
+        (LoRAConfig(RANK, 8.0, ("attn2",)), ("adapts dual_blocks/attn2/", "adapter.targets leaves that layer out")),
+        (LoRAConfig(RANK, 8.0, ("attn", "mlp")), ("/ff/", "adapter.targets leaves that layer out")),
     ],
 )
-def test_an_adapter_of_another_shape_is_named_with_file_and_layer(
+def test_an_adapter_of_a_layer_that_the_student_lacks_is_named_with_file_and_layer(
     config: ConfigDict, weights: Path, tmp_path: Path, expert: str, lora: LoRAConfig, fragments: tuple[str, ...]
 ):
-    path = _other_adapter(tmp_path / "other.safetensors", weights, lora)
-    name = config.anchor.name if expert == "anchor" else next(iter(config.teachers))
-    (config.anchor if expert == "anchor" else config.teachers[name]).adapter = path
+    name = _teach(config, expert, _other_adapter(tmp_path / "other.safetensors", weights, lora))
     _refused(config, tmp_path / "run", name, "other.safetensors", *fragments)
+
+
+@pytest.mark.usefixtures("no_compilation")
+@pytest.mark.parametrize("expert", ["teacher", "anchor"])
+def test_an_adapter_of_another_shape_is_named_with_file_and_layer(
+    config: ConfigDict, weights: Path, tmp_path: Path, expert: str
+):
+    adapter, metadata = load_adapter(weights / "text.safetensors")
+    layer = adapter.weights["last_block"]["attn"]["to_q"]
+    layer["a"] = layer["a"][:-1]
+    save_adapter(tmp_path / "other.safetensors", adapter, metadata)
+    name = _teach(config, expert, f"{tmp_path}/other.safetensors")
+    fragments = "last_block/attn/to_q/a", f"found shape (127, {RANK})", "expected (128,)"
+    _refused(config, tmp_path / "run", name, "other.safetensors", *fragments)
+
+
+@pytest.mark.usefixtures("no_compilation")
+def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(
+    config: ConfigDict, weights: Path, tmp_path: Path
+):
+    """The bank takes the largest rank and the student's layers; each teacher's update stays its own."""
+    variables, _ = load_tree(weights / "base.safetensors")
+    shapes = {"text": LoRAConfig(RANK - 1, 8.0), "composition": LoRAConfig(RANK + 2, 3.0, ("attn", "attn2"))}
+    for seed, (name, lora) in enumerate(shapes.items()):
+        adapter = _noisy(seed, init_adapter(jax.random.key(seed), variables["params"], lora), 0.05)
+        save_adapter(tmp_path / f"{name}.safetensors", adapter, {"preset": "miniature"})
+        config.tasks[name].teacher = f"{tmp_path}/{name}.safetensors"
+    config.adapter.targets = ("attn", "attn2", "mlp")
+    stage = prepare(config, tmp_path / "run")
+    bank = flatten_dict(stage.frozen.bank, sep="/")
+    assert {leaf.shape[-1] for path, leaf in bank.items() if path.endswith("/a")} == {RANK + 2}
+    assert {leaf.shape[-1] for path, leaf in flatten_dict(stage.student.weights).items() if path[-1] == "a"} == {RANK}
+    # Nobody adapts the feed-forwards, and yet the student can.
+    assert all(leaf.any() for path, leaf in flatten_dict(stage.student.weights).items() if path[-1] == "a")
+    files = [tmp_path / "composition.safetensors", tmp_path / "text.safetensors", weights / "quality.safetensors"]
+    for k, file in enumerate(files):  # the tasks' order, which is the alphabet's, then the anchor
+        expected = flatten_dict(delta(load_adapter(file)[0]), sep="/")
+        found = {
+            path[:-2]: bank[path][..., k, :, :] @ bank[f"{path[:-1]}b"][..., k, :, :]
+            for path in bank
+            if path.endswith("/a")
+        }
+        assert expected.keys() < found.keys()
+        for path, update in found.items():
+            np.testing.assert_allclose(update, expected.get(path, np.zeros_like(update)), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.usefixtures("no_compilation")
@@ -425,8 +481,8 @@ def test_weights_of_another_preset_are_named(config: ConfigDict, weights: Path, 
     lora = LoRAConfig(RANK, 2.0 * RANK)
     adapter = _other_adapter(tmp_path / "adapter.safetensors", weights, lora, "sd35_large")
     for field, path, preset in (
-        ("base", f"{tmp_path}/base.safetensors", "sd35_medium"),
-        ("teachers.text.adapter", adapter, "sd35_large"),
+        ("model.path", f"{tmp_path}/base.safetensors", "sd35_medium"),
+        ("tasks.text.teacher", adapter, "sd35_large"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({field: path})
@@ -439,12 +495,12 @@ def test_base_weights_of_other_shapes_are_named_with_the_tensor(config: ConfigDi
     variables["params"]["proj_out"]["bias"] = np.zeros(7, np.float32)
     path = tmp_path / "base.safetensors"
     save_tree(path, variables, metadata)
-    config.base = str(path)
+    config.model.path = str(path)
     _refused(config, tmp_path / "run", str(path), "params/proj_out/bias", "found (7,)", "expected (48,)")
 
 
 @pytest.mark.usefixtures("no_compilation")
-@pytest.mark.parametrize("field", ["base", "teachers.text.adapter", "anchor.adapter"])
+@pytest.mark.parametrize("field", ["model.path", "tasks.text.teacher", "anchor.adapter"])
 def test_weights_that_are_missing_or_damaged_are_named(config: ConfigDict, weights: Path, tmp_path: Path, field: str):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((weights / "base.safetensors").read_bytes()[:5000])
@@ -505,17 +561,17 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: ConfigDict, weights
     teacher = _load("miniature_teacher").get_config("text")
     shared = {name: value for name, value in TINY.items() if name.startswith(("seed", "adapter", "eval.", "optimizer"))}
     sizes = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 0, "data.batch_size": 2}
-    teacher.update_from_flattened_dict(shared | sizes | {"base": f"{weights}/base.safetensors"})
+    teacher.update_from_flattened_dict(shared | sizes | {"model.path": f"{weights}/base.safetensors"})
     _train(teacher, tmp_path / "teacher")
     adapter, metadata = load_adapter(tmp_path / "teacher" / "adapter.safetensors")
     assert isinstance(adapter, Adapter)
     assert metadata["preset"] == "miniature"
     assert adapter.scale == 2.0
-    config.teachers.text.adapter = f"{tmp_path}/teacher/adapter.safetensors"
+    config.tasks.text.teacher = f"{tmp_path}/teacher/adapter.safetensors"
     prepare(config, tmp_path / "student")
 
 
 def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
     teacher = _load("miniature_teacher").get_config("text")
-    teacher.update_from_flattened_dict({"base": f"{weights}/base.safetensors", "trained": "everything"})
+    teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "trained": "everything"})
     _refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")

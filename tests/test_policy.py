@@ -11,8 +11,8 @@ import pytest
 from fopd_jax.adapters import LoRAConfig, init_adapter, stack_bank
 from fopd_jax.conditioning import Conditioning
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
+from fopd_jax.pipeline import init_variables
 from fopd_jax.policy import guided_velocity, make_velocity
-from fopd_jax.training.setup import init_variables
 
 Tree = Any
 TINY = MMDiTConfig(

@@ -1,30 +1,39 @@
 """Labelled image grids."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _FONT_SIZE, _MARGIN, _LEAST_CELL = 13, 6, 96
 
 
-def save_grid(
-    path: Path, images: Float[np.ndarray, "rows columns h w 3"], row_labels: Sequence[str], column_labels: Sequence[str]
-) -> None:
-    """Write images in [-1, 1] as one PNG, row labels at the left, column labels (wrapped) on top."""
-    grid = draw_grid(images, row_labels, column_labels)
+def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a picture under a temporary name and rename it; metadata become text chunks."""
+    chunks = PngInfo()
+    for name, text in (metadata or {}).items():
+        chunks.add_itxt(name, text)
     temporary = path.with_name(path.name + ".tmp")
-    grid.save(temporary, format="PNG")
+    picture.save(temporary, format="PNG", pnginfo=chunks)
     os.replace(temporary, path)
+
+
+def to_pixels(images: Float[np.ndarray, "*n h w 3"]) -> UInt8[np.ndarray, "*n h w 3"]:
+    """Images in [-1, 1] as bytes, rounded to nearest; values beyond are clipped."""
+    return np.clip(images * 127.5 + 128.0, 0, 255).astype(np.uint8)
 
 
 def draw_grid(
     images: Float[np.ndarray, "rows columns h w 3"], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
-    """The picture that `save_grid` writes. Small images are enlarged by whole factors, without smoothing."""
+    """Images in [-1, 1] as one picture, row labels at the left, column labels (wrapped) on top.
+
+    Small images are enlarged by whole factors, without smoothing.
+    """
     rows, columns, height, width, _ = images.shape
     factor = max(1, -(-_LEAST_CELL // width))
     cell_w, cell_h = width * factor, height * factor
@@ -34,7 +43,7 @@ def draw_grid(
     top = max(text.count("\n") + 1 for text in wrapped) * (_FONT_SIZE + 4) + 2 * _MARGIN
     canvas = Image.new("RGB", (left + columns * (cell_w + _MARGIN), top + rows * (cell_h + _MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
-    pixels = np.clip((images + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+    pixels = to_pixels(images)
     for c, text in enumerate(wrapped):
         draw.multiline_text((left + c * (cell_w + _MARGIN), _MARGIN), text, "black", font)
     for r, label in enumerate(row_labels):

@@ -6,11 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from fopd_jax.config import Config, config_hash
-from fopd_jax.evaluation.grid import save_grid
-from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys, sample_images
+from fopd_jax.evaluation.grid import draw_grid, write_png
+from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.task import World, select_tasks
 from fopd_jax.training.workdir import write_json
@@ -35,15 +36,15 @@ def write_report(
 ) -> None:
     """Evaluate every model on the same pairs, print the table and write the files; the last model is the student.
 
-    `results.json` holds no times, so that it is the same however often the run was interrupted.
+    `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
+    scores, there is no table.
     """
     evaluation = config.eval
     tasks = select_tasks(world, evaluation.tasks)
     eval_set = EvalSet(tasks, config.final_samples, evaluation.batch_size, evaluation.seed + 1)
     scores: dict[str, Scores] = {}
-    with tqdm(
-        total=len(models) * len(tasks) * eval_set.samples, unit="image", desc="report", dynamic_ncols=True
-    ) as bar:
+    total = len(models) * len(eval_set.scored()) * eval_set.samples
+    with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total) as bar:
         for model in models:
             scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
     student = models[-1].name
@@ -60,9 +61,10 @@ def write_report(
             "versions": {package: version(package) for package in PACKAGES},
         },
     )
-    table = format_table(scores, student)
-    (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    if eval_set.scored():
+        table = format_table(scores, student)
+        (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
+        print(table)
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
@@ -91,6 +93,11 @@ def _counts(scores: Scores) -> str:
 
 
 def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
+    """Write the grid that `sample_grid` draws."""
+    write_png(path, sample_grid(sampler, world, eval_set, models))
+
+
+def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> Image.Image:
     """Rows are models, columns the same pairs, spread evenly over each task's first batch so that all kinds show."""
     count = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
     columns = np.arange(count) * eval_set.batch_size // count
@@ -99,11 +106,9 @@ def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, 
 
     def row(model: Model) -> np.ndarray:
         images = [
-            sample_images(
-                sampler, world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index)
-            )[columns]
+            sampler(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
             for name, (prompts, index) in batches.items()
         ]
         return np.concatenate(images)
 
-    save_grid(path, np.stack([row(model) for model in models]), [model.name for model in models], labels)
+    return draw_grid(np.stack([row(model) for model in models]), [model.name for model in models], labels)

@@ -1,22 +1,24 @@
 """Sample the same held-out (prompt, noise) pairs from any policy and score them."""
 
 import dataclasses
+import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from fopd_jax.conditioning import Conditioning
-from fopd_jax.flow.rollout import sample_ode
-from fopd_jax.flow.transition import standard_normal
+from fopd_jax.flow.rollout import sample_final
+from fopd_jax.flow.transition import Transition, standard_normal
+from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.policy import Tree, Velocity, guided_velocity
-from fopd_jax.tasks.task import Task, World
+from fopd_jax.tasks.task import Scores, Task, World
 
-Sampler = Callable[[Tree, Tree, Conditioning, Array], Float[Array, "b h w c"]]
 Progress = Callable[[int], Any]
 
 
@@ -35,19 +37,55 @@ class EvalSet:
             index = np.arange(start, start + self.batch_size)
             yield [task.test[i % len(task.test)] for i in index], index
 
+    def scored(self) -> list[tuple[Task, Scores]]:
+        """The tasks that something measures, and what does."""
+        return [(task, task.score) for task in self.tasks.values() if task.score is not None]
+
+    def prompts(self) -> list[str]:
+        """Every prompt that evaluation may ask for, the empty one included: of tasks without scores, what is drawn."""
+        drawn = [next(self.pairs(task))[0] for task in self.tasks.values()]
+        return ["", *itertools.chain(*drawn, *(task.test for task, _ in self.scored()))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """One jitted program for all policies: `draw(variables, adapter, conditioning, null, keys [B]) → latents`.
+
+    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it.
+    """
+
+    draw: Callable[..., Float[Array, "b h w c"]]
+    guided: bool
+    mesh: Mesh
+
+    def __call__(
+        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
+    ) -> Float[np.ndarray, "b height width 3"]:
+        """Images in [-1, 1] on the host, each from its prompt and key alone."""
+        conditioning, keys = jax.device_put((world.encode(prompts), keys), batch_sharding(self.mesh))
+        null = jax.device_put(world.encode([""]), replicated(self.mesh)) if self.guided else None
+        return world.decode(jax.device_get(self.draw(variables, adapter, conditioning, null, keys)))
+
 
 def make_sampler(
-    velocity: Velocity, sigmas: np.ndarray, null: Conditioning | None, guidance: float, latent_shape: tuple[int, ...]
+    velocity: Velocity,
+    transition: Transition,
+    sigmas: np.ndarray,
+    guidance: float,
+    latent_shape: tuple[int, ...],
+    mesh: Mesh,
 ) -> Sampler:
-    """A jitted ODE sampler `(variables, adapter, conditioning, noise keys [B]) → latents`, one program for all."""
+    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the empty prompt."""
 
-    def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, keys: Array) -> Array:
+    def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
         def policy(x: Array, sigma: Array) -> Array:
             return guided_velocity(velocity, variables, adapter, x, sigma, conditioning, null, guidance)
 
-        return sample_ode(policy, jnp.asarray(sigmas), standard_normal(keys, latent_shape))
+        noise = standard_normal(keys, latent_shape)
+        steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
+        return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
 
-    return jax.jit(sample)
+    return Sampler(jax.jit(sample), guidance != 1, mesh)
 
 
 def noise_keys(seed: int, task: str, index: np.ndarray) -> Array:
@@ -64,26 +102,19 @@ def evaluate(
     adapter: Tree,
     progress: Progress = lambda n: None,
 ) -> dict[str, Float[np.ndarray, " n"]]:
-    """Scores by skill, one value per pair, in the order of the pairs; tasks that share a skill are concatenated."""
+    """Scores by skill, one value per pair, in the order of the pairs; tasks that share a skill are concatenated.
+
+    Tasks without scores are not sampled.
+    """
     scores: dict[str, list[np.ndarray]] = {}
-    for task in eval_set.tasks.values():
+    for task, score in eval_set.scored():
         for prompts, index in eval_set.pairs(task):
-            images = sample_images(
-                sampler, world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index)
-            )
+            images = sampler(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
             wanted = int((index < eval_set.samples).sum())
-            for skill, values in task.score(images[:wanted], prompts[:wanted]).items():
+            for skill, values in score(images[:wanted], prompts[:wanted]).items():
                 scores.setdefault(skill, []).append(values)
             progress(wanted)
     return {skill: np.concatenate(parts) for skill, parts in scores.items()}
-
-
-def sample_images(
-    sampler: Sampler, world: World, variables: Tree, adapter: Tree, prompts: list[str], keys: Array
-) -> Float[np.ndarray, "b h w 3"]:
-    """Images in [-1, 1] on the host."""
-    conditioning = jax.device_put(world.encode(prompts))
-    return world.decode(jax.device_get(sampler(variables, adapter, conditioning, keys)))
 
 
 def means(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:

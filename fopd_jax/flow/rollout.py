@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
-from fopd_jax.flow.transition import ODE, Transition, at_least_float32, transition_step
+from fopd_jax.flow.transition import Transition, at_least_float32, transition_step
 
 PolicyVelocity = Callable[[Array, Array], Array]
 """`(x [B, ...], sigma 0-d) -> v [B, ...]`, guidance included."""
@@ -55,20 +55,25 @@ def rollout(
     return Trajectory(latents=jnp.concatenate([start[None], latents]), log_probs=log_probs)
 
 
-def sample_ode(
+def sample_final(
     policy_velocity: PolicyVelocity,
+    transition: Transition,
     sigmas: Float[Array | np.ndarray, "t_plus_1"],
     noise: Float[Array, "b *shape"],
+    keys: Key[Array, "t b"],
 ) -> Float[Array, "b *shape"]:
-    """The final state of the deterministic sampler, for evaluation; no state on the way is kept."""
+    """The final state of a sampler, for evaluation; no state on the way is kept. The ODE does not use its keys.
+
+    Raises ValueError where the numbers of steps disagree.
+    """
+    _check_steps(sigmas, keys, None)
     sigmas = jnp.asarray(sigmas)
 
-    def step(x, levels):
-        sigma, sigma_next = levels
-        mean, _ = ODE().moments(x, policy_velocity(x, sigma), sigma, sigma_next)
-        return mean, None
+    def step(x, inputs):
+        sigma, sigma_next, step_keys = inputs
+        return transition_step(transition, x, policy_velocity(x, sigma), sigma, sigma_next, step_keys)[0], None
 
-    final, _ = jax.lax.scan(step, at_least_float32(noise), (sigmas[:-1], sigmas[1:]))
+    final, _ = jax.lax.scan(step, at_least_float32(noise), (sigmas[:-1], sigmas[1:], keys))
     return final
 
 

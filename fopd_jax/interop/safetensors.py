@@ -64,6 +64,15 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
     return traverse_util.unflatten_dict(flat, sep="/"), {key: json.loads(value) for key, value in metadata.items()}
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a file is there and says that this project wrote it."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def save_adapter(path: Path, adapter: Adapter, metadata: Mapping[str, Any]) -> None:
     """Write an adapter; its scale travels in the metadata."""
     save_tree(path, adapter.weights, {**metadata, "scale": adapter.scale})
@@ -88,4 +97,4 @@ def check_preset(path: Path, metadata: Mapping[str, Any], preset: str) -> None:
       ValueError: names the file, the preset found and the one expected.
     """
     if metadata.get("preset") != preset:
-        raise ValueError(f"{path}: weights of preset {metadata.get('preset')!r}, but config.preset is {preset!r}")
+        raise ValueError(f"{path}: weights of preset {metadata.get('preset')!r}, but model.preset is {preset!r}")

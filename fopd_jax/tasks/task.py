@@ -1,7 +1,7 @@
 """Tasks, the world they live in, and the routing table from tasks to teachers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,23 +15,27 @@ Scores = Callable[[Float[np.ndarray, "n h w 3"], Sequence[str]], dict[str, Float
 class Task:
     """Prompts to train on, prompts held out from every stage of training, and named scores in [0, 1] of images.
 
-    `score(images in [-1, 1], prompts)` returns one array per skill that the task measures.
+    `score(images in [-1, 1], prompts)` returns one array per skill that the task measures; None where nothing measures.
     """
 
     name: str
     train: tuple[str, ...]
     test: tuple[str, ...]
-    score: Scores
+    score: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What surrounds a network: its tasks, how prompts become conditioning, how latents become images in [-1, 1]."""
+    """What surrounds a network: its tasks, how prompts become conditioning, how latents become images in [-1, 1].
+
+    `prepare` tells the world all the prompts that a run will encode, so that it can do so at once, before training.
+    """
 
     latent_shape: tuple[int, int, int]
     tasks: Mapping[str, Task]
     encode: Callable[[Sequence[str]], Conditioning]
     decode: Callable[[np.ndarray], Float[np.ndarray, "n h w 3"]]
+    prepare: Callable[[Iterable[str]], None] = lambda prompts: None
 
 
 def select_tasks(world: World, names: Sequence[str]) -> dict[str, Task]:
@@ -47,7 +51,7 @@ def select_tasks(world: World, names: Sequence[str]) -> dict[str, Task]:
 
 
 def routes(tasks: Sequence[str], prompts: Sequence[str], teachers: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """Hard routing T(c) = k: each prompt's index into the teachers, by its task.
+    """Hard routing T(c) = k: each prompt's index into the teachers (one per task), by its task.
 
     Raises:
       ValueError: a prompt's task has no teacher; names prompt, task and the teachers there are.

@@ -12,10 +12,12 @@ from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.safetensors import save_adapter, save_tree
 from fopd_jax.miniature.pairs import PairSpec, TaskPairs, make_pairs
 from fopd_jax.objectives.flow_matching import LogitNormal
+from fopd_jax.parallel.sharding import batch_sharding, check_batch, replicated
+from fopd_jax.pipeline import load_base
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.task import select_tasks
 from fopd_jax.training.loop import Experiment
-from fopd_jax.training.setup import init_variables, load_base, lora_config, make_setup, print_overview
+from fopd_jax.training.setup import lora_config, make_setup, print_overview
 from fopd_jax.training.state import TrainState, init_state
 from fopd_jax.training.step import make_flow_matching_step
 
@@ -31,23 +33,24 @@ def assemble_adapter(frozen: Tree, trained: Adapter) -> tuple[Tree, Tree]:
 
 
 class FlowMatching:
-    """The stage: `experiment` for the loop, `finish` to export what was trained."""
+    """The stage: `experiment` for the loop, `finish` to export what was trained. Images are the miniature's."""
 
     def __init__(self, config: Config, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
+        if config.model.preset != "miniature":
+            raise ValueError(
+                f"model.preset: found {config.model.preset!r}; stage flow_matching has images for 'miniature'"
+            )
         setup = make_setup(config)
-        data = config.data
-        select_tasks(setup.world, tuple(data.tasks))
+        pipeline, data = setup.pipeline, config.data
+        select_tasks(pipeline.world, tuple(data.tasks))
         tasks = {name: TaskPairs(**pairs) for name, pairs in data.tasks.items()}
         spec = PairSpec(data.batch_size, tasks, data.empty_caption)
+        check_batch("data.batch_size", data.batch_size, pipeline.mesh)
         if config.trained not in ("params", "adapter"):
             raise ValueError(f"trained: found {config.trained!r}, expected 'params' or 'adapter'")
         full = config.trained == "params"
-        variables = (
-            init_variables(setup.model, setup.world.latent_shape, config.seed)
-            if not config.base
-            else load_base(config, setup)
-        )
+        variables = load_base(config, pipeline, "float32" if full else None)  # what trains is never rounded
         trained = (
             variables["params"]
             if full
@@ -56,17 +59,20 @@ class FlowMatching:
         frozen = {"constants": variables["constants"]} if full else variables
         assemble = assemble_full if full else assemble_adapter
         levels = LogitNormal(config.levels.mean, config.levels.std, config.levels.shift)
-        step = make_flow_matching_step(setup.velocity, assemble, levels, setup.optimizer, setup.ema)
+        everywhere = replicated(pipeline.mesh)
+        step = make_flow_matching_step(pipeline.velocity, assemble, levels, setup.optimizer, setup.ema, everywhere)
 
         def score(state: TrainState) -> dict[str, float]:
-            return means(evaluate(setup.sampler, setup.world, setup.eval_set, *assemble(frozen, state.ema)))
+            return means(evaluate(setup.sampler, pipeline.world, setup.eval_set, *assemble(frozen, state.ema)))
 
         self.setup, self.frozen, self.full, self.assemble = setup, frozen, full, assemble
         self.experiment = Experiment(
-            state=init_state(trained, setup.optimizer, config.seed),
+            state=jax.device_put(init_state(trained, setup.optimizer, config.seed), everywhere),
             step=partial(step, frozen),
-            batch=lambda i: make_pairs(setup.world, spec, config.seed, i),
+            batch=lambda i: make_pairs(pipeline.world, spec, config.seed, i),
+            sharding=batch_sharding(pipeline.mesh),
             evaluate=score,
+            draw=lambda state: setup.draw(Model(config.name, *assemble(frozen, state.ema))),
         )
 
     def describe(self) -> None:
@@ -76,10 +82,10 @@ class FlowMatching:
 
     def finish(self, state: TrainState) -> None:
         """Write the averaged weights to `base.safetensors` or `adapter.safetensors`, and what they draw."""
-        metadata = {"preset": self.config.preset}
+        metadata = {"preset": self.config.model.preset}
         if self.full:
             save_tree(self.workdir / "base.safetensors", {"params": state.ema, **self.frozen}, metadata)
         else:
             save_adapter(self.workdir / "adapter.safetensors", state.ema, metadata)
         setup, model = self.setup, Model(self.config.name, *self.assemble(self.frozen, state.ema))
-        draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, setup.world, setup.eval_set, [model])
+        draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, setup.pipeline.world, setup.eval_set, [model])

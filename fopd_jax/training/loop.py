@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from fopd_jax.training.checkpoints import Checkpoints
@@ -17,12 +18,17 @@ Metrics = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One stage, ready to run. `batch(i)` is a function of the step alone, so the data position *is* the step."""
+    """One stage, ready to run. `batch(i)` is a function of the step alone, so the data position *is* the step.
+
+    `sharding`: where batches are put. `draw`: pictures (uint8 `[H, W, 3]`) to look at beside the evaluation's scores.
+    """
 
     state: TrainState
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     batch: Callable[[int], Any]
+    sharding: jax.sharding.Sharding
     evaluate: Callable[[TrainState], Mapping[str, float]]
+    draw: Callable[[TrainState], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ def run(experiment: Experiment, cadence: Cadence, checkpoints: Checkpoints, writ
         total=cadence.steps, initial=first, unit="step", dynamic_ncols=True, disable=first >= cadence.steps
     ) as bar:
         for i in range(first, cadence.steps):
-            batch = jax.device_put(experiment.batch(i))
+            batch = jax.device_put(experiment.batch(i), experiment.sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = experiment.step(state, batch)
             if pending is not None:
@@ -79,6 +85,7 @@ def run(experiment: Experiment, cadence: Cadence, checkpoints: Checkpoints, writ
                 writer.write_scalars(
                     i + 1, {f"eval/{name}": value for name, value in experiment.evaluate(state).items()}
                 )
+                writer.write_images(i + 1, experiment.draw(state))
             if saves:
                 checkpoints.save(i + 1, state)
             bar.update()

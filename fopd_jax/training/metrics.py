@@ -23,6 +23,8 @@ class MetricWriter:
         self._lines = self._path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not scalars:
+            return
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         self._lines.write(json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n")

@@ -127,10 +127,15 @@ class OPDStep:
         sigmas = jnp.asarray(spec.sigmas)
         self.levels = Level(sigmas[:trained], sigmas[1 : trained + 1], jnp.asarray(spec.noisy[:trained]))
 
-    def make(self) -> Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]:
-        """The step: fused for one update on the whole batch, replayed otherwise."""
+    def make(
+        self, placed: jax.sharding.Sharding | None = None
+    ) -> Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The step: fused for one update on the whole batch, replayed otherwise.
+
+        `placed`: where the new state and the metrics live; as the state before them, or each step compiles anew.
+        """
         fused = self.spec.updates_per_rollout == 1 and self.spec.minibatches == 1
-        return jax.jit(self.fused if fused else self.replay, donate_argnums=1)
+        return jax.jit(self.fused if fused else self.replay, donate_argnums=1, out_shardings=placed)
 
     # ---- the two forms
 

@@ -16,9 +16,17 @@ Assemble = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
 
 def make_flow_matching_step(
-    velocity: Velocity, assemble: Assemble, levels: LogitNormal, optimizer: optax.GradientTransformation, ema: EMA
+    velocity: Velocity,
+    assemble: Assemble,
+    levels: LogitNormal,
+    optimizer: optax.GradientTransformation,
+    ema: EMA,
+    placed: jax.sharding.Sharding | None = None,
 ) -> Callable[[Tree, TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Flow matching of images `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter."""
+    """Flow matching of images `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter.
+
+    `placed`: where the new state and the metrics live; as the state before them, or each step compiles anew.
+    """
 
     def step(frozen: Tree, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         noise_key, level_key = jax.random.split(state.rng())
@@ -35,4 +43,4 @@ def make_flow_matching_step(
         state, norm = apply_gradients(state, gradients, optimizer)
         return advance(state, ema), {"loss": loss, "grad_norm": jnp.asarray(norm)}
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, out_shardings=placed)

@@ -16,8 +16,10 @@ from fopd_jax.conditioning import Conditioning
 from fopd_jax.config import config_hash
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
+from fopd_jax.evaluation.suite import Sampler
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.tasks.task import Task, World
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.tasks.task import Scores, Task, World
 
 LATENT = (24, 24, 3)
 MODELS = {"base": 0.5, "teacher/text": -0.25, "student": 0.0}
@@ -27,8 +29,8 @@ def _score(images: np.ndarray, prompts: Any) -> dict[str, np.ndarray]:
     return {"level": images.mean((1, 2, 3)), "spread": images.std((1, 2, 3))}
 
 
-def _world() -> World:
-    tasks = {name: Task(name, (), (f"{name} one", f"{name} two"), _score) for name in ("text", "composition")}
+def _world(score: Scores | None = _score) -> World:
+    tasks = {name: Task(name, (), (f"{name} one", f"{name} two"), score) for name in ("text", "composition")}
     return World(
         LATENT,
         tasks,
@@ -37,8 +39,11 @@ def _world() -> World:
     )
 
 
-def _sampler(variables: Any, adapter: Any, conditioning: Conditioning, keys: jax.Array) -> jax.Array:
+def _draw(variables: Any, adapter: Any, conditioning: Conditioning, null: None, keys: jax.Array) -> jax.Array:
     return 0.1 * standard_normal(keys, LATENT) + adapter
+
+
+SAMPLER = Sampler(_draw, guided=False, mesh=make_mesh(MeshShape()))
 
 
 def _config(**changes: Any) -> ConfigDict:
@@ -46,9 +51,9 @@ def _config(**changes: Any) -> ConfigDict:
     return ConfigDict({"name": "x", "seed": 7, "steps": 2, "final_samples": 10, "eval": evaluation} | changes)
 
 
-def _write(folder: Path, config: ConfigDict, steps: int = 2) -> dict[str, Any]:
+def _write(folder: Path, config: ConfigDict, steps: int = 2, world: World | None = None) -> dict[str, Any]:
     models = [Model(name, {}, jnp.float32(shift)) for name, shift in MODELS.items()]
-    write_report(folder, config, _sampler, _world(), models, steps=steps)
+    write_report(folder, config, SAMPLER, world or _world(), models, steps=steps)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -106,6 +111,14 @@ def test_a_second_report_is_the_same_and_leaves_no_temporary_files(tmp_path: Pat
     assert printed == before["table.txt"].decode()
 
 
+def test_without_scores_there_are_pictures_and_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = _write(tmp_path, _config(), world=_world(None))
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.png"}
+    assert results["models"] == {name: {} for name in MODELS}
+    assert results["samples"] == {}
+    assert capsys.readouterr().out == ""
+
+
 def test_the_report_uses_other_noise_than_the_periodic_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seeds = []
     evaluate = report.evaluate
@@ -123,10 +136,11 @@ def test_pictures_stand_under_their_own_prompts(
     """Twelve columns by task, or as many as one batch holds."""
     drawn: dict[str, Any] = {}
 
-    def save_grid(path: Path, images: np.ndarray, rows: Any, columns: Any) -> None:
+    def draw_grid(images: np.ndarray, rows: Any, columns: Any) -> Image.Image:
         drawn.update(images=images, rows=list(rows), columns=list(columns))
+        return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(report, "save_grid", save_grid)
+    monkeypatch.setattr(report, "draw_grid", draw_grid)
     _write(tmp_path, _config(eval={"tasks": ("text", "composition"), "batch_size": batch_size, "seed": 1}))
     assert drawn["rows"] == list(MODELS)
     assert drawn["images"].shape[:2] == (3, len(drawn["columns"]))

@@ -1,5 +1,6 @@
 """Evaluation pairs: the same for every model, a function of seed, task and index alone."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from fopd_jax.conditioning import Conditioning
-from fopd_jax.evaluation.suite import EvalSet, evaluate, make_sampler, means, noise_keys
-from fopd_jax.flow.transition import standard_normal
+from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, make_sampler, means, noise_keys
+from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
 from fopd_jax.tasks.task import Task, World
 
 LATENT = (2, 2, 3)
@@ -37,14 +39,18 @@ def _world() -> World:
     return World(LATENT, tasks, encode, lambda latents: latents)
 
 
-def _sampler(variables: Any, adapter: Any, conditioning: Conditioning, keys: jax.Array) -> jax.Array:
+def _draw(variables: Any, adapter: Any, conditioning: Conditioning, null: None, keys: jax.Array) -> jax.Array:
     """A network that returns its noise plus the weight that tells models apart."""
     return standard_normal(keys, LATENT) + variables
 
 
+MESH = make_mesh(MeshShape())
+SAMPLER = Sampler(_draw, guided=False, mesh=MESH)
+
+
 def _evaluate(samples: int, batch_size: int, *, seed: int = 0, shift: float = 0.0, world: World | None = None) -> Row:
     world = world or _world()
-    return evaluate(_sampler, world, EvalSet(world.tasks, samples, batch_size, seed), jnp.float32(shift), {})
+    return evaluate(SAMPLER, world, EvalSet(world.tasks, samples, batch_size, seed), jnp.float32(shift), {})
 
 
 def test_pairs_go_round_the_prompts_and_fill_up_the_last_batch():
@@ -98,7 +104,7 @@ def test_skills_that_tasks_share_are_joined_and_only_wanted_samples_count():
 
 def test_progress_counts_the_wanted_samples():
     world, counted = _world(), []
-    evaluate(_sampler, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {}, counted.append)
+    evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {}, counted.append)
     assert counted == [4, 1, 4, 1]
 
 
@@ -109,12 +115,97 @@ def _velocity(variables: Any, adapter: Any, x: jax.Array, sigma: Any, text: Cond
     return jnp.broadcast_to(variables * text.pooled[:, :, None, None] + adapter, x.shape)
 
 
+def _sampler(transition: Transition, guidance: float) -> Sampler:
+    return make_sampler(_velocity, transition, SIGMAS, guidance, LATENT, MESH)
+
+
+def _pooling_world() -> World:
+    """Text pools to the code of its letter less 95 (a: 2), the empty prompt to 0.5; others of a batch do not matter."""
+
+    def encode(prompts: Any) -> Conditioning:
+        pooled = np.array([[ord(prompt) - 95 if prompt else 0.5] for prompt in prompts], np.float32)
+        return Conditioning(np.zeros((len(prompts), 1, 1), np.float32), pooled)
+
+    return World(LATENT, {}, encode, lambda latents: latents)
+
+
 @pytest.mark.parametrize(("guidance", "factor"), [(1.0, 2.0), (3.0, 0.5 + 3 * 1.5)])
 def test_the_sampler_integrates_the_guided_velocity_from_noise_to_image(guidance: float, factor: float):
     """A constant velocity v moves noise by exactly -v; text pools to 2, the empty prompt to 0.5."""
-    null = Conditioning(jnp.zeros((1, 1, 1)), jnp.full((1, 1), 0.5))
-    text = Conditioning(jnp.zeros((4, 1, 1)), jnp.full((4, 1), 2.0))
-    sampler = make_sampler(_velocity, SIGMAS, null if guidance != 1 else None, guidance, LATENT)
+    sampler = _sampler(ODE(), guidance)
+    assert sampler.guided == (guidance != 1)
     keys = noise_keys(0, "text", np.arange(4))
-    found = sampler(jnp.float32(10), jnp.float32(0.25), text, keys)
+    found = sampler(_pooling_world(), jnp.float32(10), jnp.float32(0.25), ["a"] * 4, keys)
     np.testing.assert_allclose(found, standard_normal(keys, LATENT) - (10 * factor + 0.25), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7)])
+def test_a_noisy_sampler_draws_each_step_from_the_images_own_key(transition: Transition):
+    """The key gives the starting noise, and folded with the step's number that step's."""
+    keys = noise_keys(0, "text", np.arange(3))
+    found = _sampler(transition, 1.0)(_pooling_world(), jnp.float32(0.5), jnp.float32(0.25), ["a", "b", "a"], keys)
+    assert found.dtype == np.float32
+    for i, pooled in enumerate((2, 3, 2)):
+        x = jax.random.normal(keys[i], LATENT)[None]
+        v = jnp.full(x.shape, 0.5 * pooled + 0.25)
+        for t in range(len(SIGMAS) - 1):
+            mean, std = transition.moments(x, v, jnp.asarray(SIGMAS[t]), jnp.asarray(SIGMAS[t + 1]))
+            x = mean + std * jax.random.normal(jax.random.fold_in(keys[i], t), LATENT)[None]
+        np.testing.assert_allclose(found[i], x[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7), ODE()])
+def test_an_image_depends_on_its_prompt_and_key_alone(transition: Transition):
+    keys, sampler, world = noise_keys(0, "text", np.arange(4)), _sampler(transition, 3.0), _pooling_world()
+
+    def draw(prompts: str, rows: list[int]) -> np.ndarray:
+        return sampler(world, jnp.float32(0.5), jnp.float32(0.25), list(prompts), keys[np.array(rows)])
+
+    together = draw("abcd", [0, 1, 2, 3])
+    np.testing.assert_allclose(draw("db", [3, 1]), together[[3, 1]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(draw("aaac", [0, 3, 1, 2])[[0, 3]], together[[0, 2]], rtol=0, atol=1e-5)
+    # Another key under the same prompt is another image.
+    assert np.abs(draw("aa", [0, 1])[1] - together[0]).max() > 0.1
+
+
+def test_transitions_give_different_images():
+    keys = noise_keys(0, "text", np.arange(1))
+    images = [
+        _sampler(transition, 1.0)(_pooling_world(), jnp.float32(0.5), jnp.float32(0), ["a"], keys)
+        for transition in (ODE(), SDE(0.7), CPS(0.7), SDE(0.3))
+    ]
+    for i, one in enumerate(images):
+        assert all(np.abs(one - other).max() > 1e-2 for other in images[:i])
+
+
+# ---- tasks that nothing measures
+
+
+def _mixed_world() -> World:
+    """Task "one" has no scores; "two" has."""
+    world = _world()
+    return dataclasses.replace(world, tasks=dict(world.tasks) | {"one": Task("one", (), PROMPTS)})
+
+
+def test_tasks_without_scores_are_not_sampled():
+    counted: list[int] = []
+    world = _mixed_world()
+    scores = evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {}, counted.append)
+    assert {skill: len(values) for skill, values in scores.items()} == {"other": 5, "skill": 5}
+    assert counted == [4, 1]
+    for skill, values in scores.items():  # what the others score is as if it were alone
+        np.testing.assert_array_equal(values, _evaluate(5, 4)[skill][-5:])
+
+
+def test_the_prompts_of_an_evaluation_are_told_beforehand():
+    """Of a task that is only drawn its first batch, of one that is scored everything, and the empty prompt."""
+    world = _mixed_world()
+    asked: list[str] = []
+    encode = world.encode
+    recorded = dataclasses.replace(world, encode=lambda prompts: (asked.extend(prompts), encode(prompts))[1])
+    eval_set = EvalSet(world.tasks, 5, 2, 0)
+    told = eval_set.prompts()
+    assert set(told) == {"", *PROMPTS}
+    assert set(EvalSet({"one": world.tasks["one"]}, 5, 2, 0).prompts()) == {"", "a", "b"}
+    evaluate(SAMPLER, recorded, eval_set, jnp.float32(0), {})
+    assert set(asked) <= set(told)

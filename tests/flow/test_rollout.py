@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fopd_jax.flow.rollout import Trajectory, noise_window, rollout, sample_keys, sample_ode
+from fopd_jax.flow.rollout import Trajectory, noise_window, rollout, sample_final, sample_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE
 
@@ -22,6 +22,11 @@ def policy(x, sigma):
 def run(transition, noise, keys, noisy):
     """Compiled once per kind of transition for all tests here."""
     return rollout(policy, transition, SIGMAS, noise, keys, noisy)
+
+
+@jax.jit
+def final(transition, noise, keys):
+    return sample_final(policy, transition, SIGMAS, noise, keys)
 
 
 ALWAYS, NEVER = np.ones(STEPS, bool), np.zeros(STEPS, bool)
@@ -72,7 +77,7 @@ def test_a_rollout_equals_a_python_loop(transition, noisy, noise, keys):
 def test_a_closed_window_samples_the_ode(transition, noise, keys):
     found = run(transition, noise, keys, NEVER)
     np.testing.assert_array_equal(found.log_probs, np.zeros((STEPS, BATCH)))
-    np.testing.assert_allclose(found.latents[-1], sample_ode(policy, SIGMAS, noise), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(found.latents[-1], final(ODE(), noise, keys), rtol=0, atol=ATOL)
 
 
 def test_outside_its_window_a_rollout_does_not_depend_on_the_keys(noise, keys):
@@ -118,17 +123,26 @@ def test_without_a_window_every_step_is_noisy(noise, keys):
     np.testing.assert_allclose(found.latents, expected.latents, rtol=0, atol=ATOL)
 
 
-def test_the_ode_rollout_ends_where_sample_ode_does(noise, keys):
+def test_the_ode_rollout_ends_where_sample_final_does(noise, keys):
     found = run(ODE(), noise, keys, ALWAYS)
     np.testing.assert_array_equal(found.log_probs, np.zeros((STEPS, BATCH)))
-    np.testing.assert_allclose(sample_ode(policy, SIGMAS, noise), found.latents[-1], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(final(ODE(), noise, keys), found.latents[-1], rtol=0, atol=ATOL)
+    np.testing.assert_array_equal(final(ODE(), noise, keys[:, ::-1]), final(ODE(), noise, keys))  # no keys are used
+
+
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7)])
+def test_a_noisy_rollout_ends_where_sample_final_does(transition, noise, keys):
+    expected = run(transition, noise, keys, ALWAYS).latents[-1]
+    np.testing.assert_allclose(final(transition, noise, keys), expected, rtol=0, atol=ATOL)
+    assert np.abs(final(transition, noise, keys[:, ::-1]) - expected).max() > 0.1  # each sample its own keys
 
 
 def test_a_constant_velocity_is_followed_exactly(noise):
     """Straight paths need no steps: with v = noise - data the ODE reaches the data from anywhere."""
     data = jnp.ones_like(noise)
     for num_steps in (1, 7):
-        found = sample_ode(lambda x, sigma: noise - data, flow_match_sigmas(num_steps), noise)
+        steps = sample_keys(jax.random.key(0), num_steps, BATCH)
+        found = sample_final(lambda x, sigma: noise - data, ODE(), flow_match_sigmas(num_steps), noise, steps)
         np.testing.assert_allclose(found, data, rtol=0, atol=ATOL)
 
 
@@ -159,5 +173,7 @@ def test_a_window_outside_the_schedule_is_refused(start, stop):
 def test_disagreeing_numbers_of_steps_are_refused(noise, keys):
     with pytest.raises(ValueError, match=r"keys: found 5 steps, expected 6"):
         rollout(policy, SDE(), flow_match_sigmas(6), noise, keys)
+    with pytest.raises(ValueError, match=r"keys: found 5 steps, expected 6"):
+        sample_final(policy, SDE(), flow_match_sigmas(6), noise, keys)
     with pytest.raises((ValueError, TypeError), match="noisy"):  # whichever of shape annotation and check comes first
         rollout(policy, SDE(), SIGMAS, noise, keys, np.ones(4, bool))

@@ -18,6 +18,7 @@ from fopd_jax.training.metrics import MetricWriter
 from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
 
 OPTIMIZER = make_optimizer(0.1, 1, (0.9, 0.99), 0.0, 1.0)
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 Step = Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]]
 
 
@@ -37,12 +38,17 @@ class Recorder(Checkpoints, MetricWriter):
     def __init__(self, saved: TrainState | None = None) -> None:
         self.events: list[tuple[str, int]] = []
         self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.images: list[tuple[int, dict[str, np.ndarray]]] = []
         self.saved = saved
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         kind = next(iter(scalars)).partition("/")[0]
         self.events.append((kind, step))
         self.scalars.append((step, dict(scalars)))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self.events.append(("images", step))
+        self.images.append((step, dict(images)))
 
     def save(self, step: int, state: TrainState) -> None:
         assert int(state.step) == step
@@ -68,7 +74,9 @@ def _experiment(step: Step = _step) -> Experiment:
         state=init_state(jnp.zeros(3), OPTIMIZER, 0),
         step=step,
         batch=lambda i: np.full(3, i, np.float32),
+        sharding=SHARDING,
         evaluate=lambda state: {"score": float(state.ema.sum())},
+        draw=lambda state: {"samples": np.full((2, 2, 3), int(state.step), np.uint8)},
     )
 
 
@@ -106,7 +114,8 @@ def test_a_state_is_checked_then_evaluated_then_saved():
     recorder = Recorder()
     _run(recorder, Cadence(steps=5, log_every=2, checkpoint_every=2, eval_every=4))
     assert [event for event in recorder.events if event[0] != "step"] == [
-        ("train", 2), ("save", 2), ("train", 4), ("eval", 4), ("save", 4), ("train", 5), ("eval", 5), ("save", 5),
+        ("train", 2), ("save", 2), ("train", 4), ("eval", 4), ("images", 4), ("save", 4),
+        ("train", 5), ("eval", 5), ("images", 5), ("save", 5),
     ]  # fmt: skip
 
 
@@ -118,12 +127,26 @@ def test_logged_values_are_those_of_their_step():
         expected, metrics = _step(expected, jnp.full(3, float(i)))
         assert recorder.scalars[i] == (i + 1, {f"train/{name}": float(value) for name, value in metrics.items()})
     assert recorder.scalars[3] == (3, {"eval/score": float(state.ema.sum())})
+    ((step, images),) = recorder.images
+    assert step == 3
+    np.testing.assert_array_equal(images["samples"], np.full((2, 2, 3), 3))
+
+
+def test_batches_are_put_where_the_experiment_says():
+    seen: list[Any] = []
+
+    def watch(state: TrainState, batch: Any) -> Any:
+        seen.append(batch)
+        return _step(state, batch)
+
+    _run(Recorder(), Cadence(2, 1, 1, 0), watch)
+    assert [(type(batch), batch.sharding) for batch in seen] == [(type(jnp.zeros(3)), SHARDING)] * 2
 
 
 def test_no_evaluation_with_an_interval_of_zero():
     recorder = Recorder()
     _run(recorder, Cadence(steps=2, log_every=1, checkpoint_every=1, eval_every=0))
-    assert not [event for event in recorder.events if event[0] == "eval"]
+    assert not [event for event in recorder.events if event[0] in ("eval", "images")]
 
 
 # ---- resuming

@@ -1,0 +1,135 @@
+"""Flow-OPD of Stable Diffusion 3.5 Medium at 512 px: three task teachers and an anchor into one student.
+
+    python tools/convert_sd35_weights.py --src stable-diffusion-3.5-medium --dst weights/sd35m
+    python -m fopd_jax.main --config=configs/sd35m_opd.py --workdir=runs/sd35m_opd
+
+Needs, by default in the working directory (any path can be set by its field):
+    weights/sd35m                     the converted base (tools/convert_sd35_weights.py)
+    teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours
+    data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line
+
+First the run encodes every prompt that it will draw, once, and keeps the encodings in `conditioning_cache` for itself
+and later runs: 1.7 MB a prompt with 77 + 128 text tokens, so up to 86 GB for 51,200 distinct prompts. Then it trains,
+draws student pictures every `eval_every` updates, and at the end writes `student.safetensors`, `student_peft/` (which
+diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base, teachers, merge and
+student on the same held-out prompts and noise.
+
+Cost, by arithmetic (2.22 TFLOP a forward at 512 px, 12 forward-equivalents a trained timestep with guidance, anchor and
+full rematerialisation): 31 PFLOP an update of 128 images, so 400 updates take about 10 hours at 350 TFLOP/s. Not yet
+measured on an accelerator.
+Cost on 2 CPU cores: none that is useful; the miniature (configs/miniature.py) is for that.
+
+Result, published (the method's paper, SD3.5-M, 512 px, 40 steps; not reproduced by this project yet):
+                        GenEval   OCR   DeQA  PickScore
+    base                    .63   .59   4.07      21.64
+    teachers, own metric    .94   .92   4.23      23.19
+    student, merge start    .92   .94   4.35      23.08
+
+Where a value comes from: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code, [ours] decided here.
+
+Other recipes are settings:
+    --config.objective.name=direct                                    the paper's later text: the loss itself
+    --config.objective.weighting=ode --config.sampler.transition=ode --config.objective.name=direct
+        --config.objective.mar_beta=0 --config.cold_start.method=none         DiffusionOPD's
+    --config.batch_size=256 --config.images_per_prompt=16 --config.updates_per_rollout=2 --config.minibatches=2
+        --config.objective.mar_beta=0.04                                      the authors' code's batch and anchor
+    --config.tasks.geneval.guidance=1.0                               a teacher that was trained without guidance
+    --config.model.preset=sd35_large --config.model.path=weights/sd35l        another network of the family
+    --config.model.attention=cudnn                                    flash attention on NVIDIA GPUs
+    --config.mesh.data=1 --config.mesh.fsdp=-1                        base weights sharded over all devices
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "sd35m_opd"
+    config.stage = "opd"
+    config.seed = 0  # [ours]
+    config.steps = 400  # [code] the curve flattens there
+    config.log_every = 1
+    config.checkpoint_every = 20
+    config.eval_every = 50
+    config.keep_checkpoints = 2
+
+    config.model = ConfigDict()
+    config.model.preset = "sd35_medium"  # [paper]
+    config.model.path = "weights/sd35m"
+    config.model.attention = "xla"
+    config.model.dtype = "bfloat16"  # [code] base and activations; what trains is float32
+    config.model.remat = "full"  # [ours]
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
+    config.resolution = 512  # [paper] pixels a side
+    config.t5_length = 128  # [code] T5 tokens in training; 256 at inference
+    config.encode_batch_size = 64
+    config.conditioning_cache = "runs/conditioning"
+    config.shift = 3.0  # SD3.5's own schedule
+
+    # The routed tasks; a teacher keeps the guidance scale under which it was trained.
+    config.tasks = ConfigDict()
+    for name, weight in (("geneval", 3.0), ("ocr", 1.0), ("pickscore", 1.0)):  # [paper] GRPO-Mix's ratio
+        config.tasks[name] = ConfigDict(
+            {
+                "prompts": f"data/{name}/train.txt",
+                "test": f"data/{name}/test.txt",
+                "teacher": f"teachers/{name}",
+                "guidance": 4.5,  # [paper]
+                "weight": weight,
+            }
+        )
+    config.batch_size = 128  # [code] 256 samples an epoch in two updates; [ours] one update, in the fused step
+    config.images_per_prompt = 1  # [ours] distillation needs no groups: 16 times the prompts at equal cost; [code] 16
+
+    # Manifold anchor regularisation; an empty adapter makes the base the anchor.
+    config.anchor = ConfigDict()
+    config.anchor.name = "deqa"  # [paper]
+    config.anchor.adapter = "teachers/deqa"
+    config.anchor.guidance = 4.5  # [paper]
+    config.guidance = 4.5  # [paper] of the student; the empty prompt is the negative one
+
+    # The student: its adapter, and what it starts from.
+    config.adapter = ConfigDict({"rank": 32, "alpha": 64.0, "targets": ("attn",)})  # [code]
+    config.cold_start = ConfigDict()
+    config.cold_start.method = "merge"  # [paper]
+    config.cold_start.merge = "svd"  # [ours] the exact average at the student's rank; [code] "factors"
+    config.cold_start.weights = ConfigDict({"geneval": 1 / 3, "ocr": 1 / 3, "pickscore": 1 / 3})  # [paper] the average
+
+    # The rollout. All steps but the last are sampled and trained; `window = (start, stop)` limits the noise to some.
+    config.sampler = ConfigDict()
+    config.sampler.num_steps = 10  # [paper]
+    config.sampler.transition = "sde"  # [paper]
+    config.sampler.noise_level = 0.7  # [paper]
+    config.sampler.window = config_dict.placeholder(tuple)
+
+    config.objective = ConfigDict()
+    config.objective.name = "clipped"  # [paper]
+    config.objective.reward = "kl"  # [code] attached; the paper's text detaches it, which does not learn
+    config.objective.weighting = "kl"  # [paper]
+    config.objective.clip = 1e-4  # [paper]
+    config.objective.reward_limit = 5.0  # [code]
+    config.objective.mar_beta = 0.02  # [paper]; [code] .04
+    config.objective.window_only = False
+    config.updates_per_rollout = 1  # [ours]; [code] 2 updates an epoch, each on half of it
+    config.minibatches = 1
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4  # [code]
+    config.optimizer.warmup = 1  # [code] none
+    config.optimizer.betas = (0.9, 0.999)  # [code]
+    config.optimizer.weight_decay = 1e-4  # [code]
+    config.optimizer.clip_norm = 1.0  # [code]
+    config.ema = ConfigDict({"decay": 0.9, "every": 8})  # [code]
+
+    config.eval = ConfigDict()  # pictures of held-out prompts; scores of these tasks need their reward models
+    config.eval.tasks = ("geneval", "ocr", "pickscore")
+    config.eval.samples = 16
+    config.eval.batch_size = 16
+    config.eval.num_steps = 40  # [paper]
+    config.eval.guidance = 4.5  # [paper]
+    config.eval.transition = "ode"
+    config.eval.noise_level = 0.7  # of "sde" and "cps"
+    config.eval.seed = 1
+    config.final_samples = 16
+    config.export = "ema"  # [code]; "raw"
+    return config

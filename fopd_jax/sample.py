@@ -1,0 +1,159 @@
+"""`python -m fopd_jax.sample --config=configs/miniature.py [--prompt=… --prompts-file=… --adapter=… --out=…]`.
+
+Writes one PNG per image, with prompt, seed and settings in its metadata, and `grid.png`, a labelled overview. The
+config names network and sampler; its `eval` fields are the sampler's settings (`--config.eval.num_steps=40
+--config.eval.guidance=4.5 --config.eval.transition=sde …`) and `eval.batch_size` is how many images are made at once.
+
+Every prompt gets `--images-per-prompt` images, of seeds `--seed`, `--seed + 1`, …: an image is a function of prompt,
+seed and settings alone, whatever else is sampled beside it. Without prompts the first held-out ones of the config's
+tasks are drawn.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+from tqdm import tqdm
+
+from fopd_jax.adapters import effective
+from fopd_jax.config import Config
+from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
+from fopd_jax.evaluation.suite import Sampler
+from fopd_jax.flags import parse_flags
+from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.policy import Tree
+from fopd_jax.tasks.prompts import read_prompts
+from fopd_jax.tasks.task import World
+from fopd_jax.training.setup import eval_sampler
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].", lock_config=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+_PROMPTS_FILE = flags.DEFINE_string("prompts-file", None, "A file with one prompt a line.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter",
+    None,
+    "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME.",
+)
+_OUT = flags.DEFINE_string("out", None, "Folder for the images; default samples/<config.name>.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image.", lower_bound=0)
+_IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1)
+
+DEFAULT_PROMPTS, GRID_COLUMNS, GRID_ROWS = 8, 8, 8
+Request = tuple[str, int]  # prompt, seed
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    config = _CONFIG.value
+    out = Path(_OUT.value or f"samples/{config.name}")
+    try:
+        run(config, out)
+    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
+        sys.exit(f"error: {error}")
+
+
+def run(config: Config, out: Path) -> None:
+    """Check everything, then sample and write.
+
+    Raises:
+      ValueError: names the field, flag, file or key that is wrong; before anything is compiled or written.
+      OSError: `out` cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, expected a folder")
+    prompts = _given_prompts()
+    if prompts:  # then the config's own prompt files need not be there
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.tasks = ConfigDict()
+    pipeline = make_pipeline(config)
+    sampler = eval_sampler(config, pipeline)
+    prompts = prompts or _held_out_prompts(pipeline.world)
+    adapter = {} if _ADAPTER.value is None else effective(load_policy(_ADAPTER.value, pipeline))
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline.world.prepare([*prompts, ""])  # before the base: text encoders need not be in memory with it
+    variables = load_base(config, pipeline)
+    requests = [(prompt, _SEED.value + j) for prompt in prompts for j in range(_IMAGES.value)]
+    began = time.monotonic()
+    images = []
+    with tqdm(total=len(requests), unit="image", dynamic_ncols=True) as bar:
+        for index, (request, image) in enumerate(
+            generate(sampler, pipeline.world, variables, adapter, requests, config.eval.batch_size)
+        ):
+            _write(out / f"{index:05d}.png", image, request, _settings(config, pipeline))
+            if index < GRID_COLUMNS * _IMAGES.value:
+                images.append(image)
+            bar.update()
+    shown = _write_grid(out / "grid.png", images, prompts)
+    seconds = time.monotonic() - began
+    print(f"{len(requests)} images in {out} ({seconds:.1f} s); grid.png shows {shown}")
+
+
+def generate(
+    sampler: Sampler, world: World, variables: Tree, adapter: Tree, requests: Sequence[Request], batch_size: int
+) -> Iterator[tuple[Request, np.ndarray]]:
+    """Images in [-1, 1], in the order of the requests; the last batch is filled up, its surplus dropped."""
+    for start in range(0, len(requests), batch_size):
+        batch = list(requests[start : start + batch_size])
+        filled = batch + [batch[-1]] * (batch_size - len(batch))
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in filled], jnp.uint32))
+        images = sampler(world, variables, adapter, [prompt for prompt, _ in filled], keys)
+        yield from zip(batch, images, strict=False)
+
+
+def _given_prompts() -> list[str]:
+    given = list(_PROMPT.value)
+    if _PROMPTS_FILE.value is not None:
+        given += read_prompts(Path(_PROMPTS_FILE.value), "prompts-file")
+    return given
+
+
+def _held_out_prompts(world: World) -> list[str]:
+    share = -(-DEFAULT_PROMPTS // len(world.tasks))
+    return [prompt for task in world.tasks.values() for prompt in task.test[:share]]
+
+
+def _settings(config: Config, pipeline: Pipeline) -> dict[str, object]:
+    evaluation = config.eval
+    return {
+        "model": config.model.path or f"random {pipeline.preset}",
+        "adapter": _ADAPTER.value,
+        "steps": evaluation.num_steps,
+        "guidance": evaluation.guidance,
+        "transition": evaluation.transition,
+        **({} if evaluation.transition == "ode" else {"noise_level": evaluation.noise_level}),
+        "shift": config.shift,
+        "dtype": config.model.dtype,
+    }
+
+
+def _write(path: Path, image: np.ndarray, request: Request, settings: dict[str, object]) -> None:
+    prompt, seed = request
+    metadata = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
+    write_png(path, Image.fromarray(to_pixels(image)), metadata)
+
+
+def _write_grid(path: Path, images: Sequence[np.ndarray], prompts: Sequence[str]) -> str:
+    """Columns are prompts, rows are seeds; returns what it shows."""
+    columns, per_prompt = min(GRID_COLUMNS, len(prompts)), _IMAGES.value
+    rows = min(GRID_ROWS, per_prompt)
+    cells = np.stack([[images[c * per_prompt + r] for c in range(columns)] for r in range(rows)])
+    labels = [f"seed {_SEED.value + r}" for r in range(rows)]
+    write_png(path, draw_grid(cells, labels, list(prompts[:columns])))
+    return f"{columns} of {len(prompts)} prompts, {rows} of {per_prompt} seeds"
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, _CONFIG))

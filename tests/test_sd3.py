@@ -1,0 +1,330 @@
+"""A converted Stable Diffusion 3 folder end to end, against diffusers' pipeline and PEFT, on tiny random weights."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from ml_collections import ConfigDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+
+from fopd_jax.adapters import effective
+from fopd_jax.conditioning import PromptEncoder
+from fopd_jax.evaluation.grid import to_pixels
+from fopd_jax.evaluation.suite import Sampler
+from fopd_jax.interop.converted import read_manifest, write_manifest
+from fopd_jax.interop.safetensors import load_adapter
+from fopd_jax.main import prepare
+from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.training import loop
+from fopd_jax.training.checkpoints import Checkpoints
+from fopd_jax.training.metrics import MetricWriter
+from fopd_jax.training.opd import OPD
+from fopd_jax.training.setup import eval_sampler
+
+ENCODING_ATOL = 2e-5  # encoders in float32, states of order 1
+PIXEL_LIMIT = 2  # of 255
+CONFIG = Path(__file__).parents[1] / "configs" / "sd35m_opd.py"
+TASKS = ("geneval", "ocr", "pickscore")
+RANKS = {"geneval": 4, "ocr": 4, "pickscore": 2, "deqa": 4}
+RESOLUTION, T5_LENGTH, STEPS, GUIDANCE = 64, 24, 5, 4.5
+PROMPTS = ['a sign that says "Hello"', "", "a photo of a cat " * 20, "two red squares"]
+TARGETS = [
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+]
+
+
+# ---- what a user has: a converted folder, adapters made by PEFT, prompt files
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PEFT folders, of two ranks."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed, (name, rank) in enumerate(RANKS.items()):
+        torch.manual_seed(seed)
+        base: Any = SD3Transformer2DModel.from_pretrained(tiny_pipeline / "transformer")
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=TARGETS)
+        adapted = get_peft_model(base, lora)
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        for split in ("train", "test"):
+            lines = [f"{split} prompt {i} of {task}" for i in range(3)]
+            (folder / f"{task}_{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def config(converted_pipeline: Path, teachers: Path, prompt_files: Path, tmp_path: Path) -> ConfigDict:
+    """The recipe, on the tiny network; everything else as it is in the file."""
+    spec = importlib.util.spec_from_file_location("sd35m_opd", CONFIG)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(
+        {
+            "model.path": str(converted_pipeline), "model.preset": "custom", "model.dtype": "float32",
+            "resolution": RESOLUTION, "t5_length": T5_LENGTH, "encode_batch_size": 3,
+            "conditioning_cache": str(tmp_path / "conditioning"), "adapter.rank": 4, "adapter.alpha": 8.0,
+            "anchor.adapter": str(teachers / "deqa"), "batch_size": 4, "steps": 2, "checkpoint_every": 1,
+            "eval_every": 2, "export": "raw", "sampler.num_steps": 3, "eval.batch_size": 2, "eval.num_steps": STEPS,
+        }
+    )  # fmt: skip
+    for task in TASKS:
+        config.tasks[task].update(
+            prompts=f"{prompt_files}/{task}_train.txt",
+            test=f"{prompt_files}/{task}_test.txt",
+            teacher=str(teachers / task),
+        )
+    return config
+
+
+@pytest.fixture(scope="module")
+def torch_pipeline(tiny_pipeline: Path) -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# ---- text
+
+
+@torch.no_grad()
+def _torch_encoding(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    context, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
+    )
+    return context.numpy(), pooled.numpy()
+
+
+def test_prompts_are_encoded_as_diffusers_does(config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline):
+    found = make_pipeline(config).world.encode(PROMPTS)
+    context, pooled = _torch_encoding(torch_pipeline, PROMPTS)
+    assert found.context.shape == (len(PROMPTS), 77 + T5_LENGTH, 96)
+    np.testing.assert_allclose(found.context, context, rtol=0, atol=ENCODING_ATOL)
+    np.testing.assert_allclose(found.pooled, pooled, rtol=0, atol=ENCODING_ATOL)
+    assert np.abs(context).max() > 0.5  # the tolerance means something
+
+
+def test_without_t5_its_place_is_zeros(
+    config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline, converted_pipeline: Path, tmp_path: Path
+):
+    folder = tmp_path / "without_t5"
+    folder.mkdir()
+    for path in converted_pipeline.iterdir():
+        if path.name not in ("text_encoder_3", "tokenizer_3", "manifest.json"):
+            (folder / path.name).symlink_to(path)
+    manifest = read_manifest(converted_pipeline)
+    rest = {name: each for name, each in manifest.components.items() if name != "text_encoder_3"}
+    write_manifest(folder, type(manifest)(manifest.preset, rest))
+    config.model.path = str(folder)
+    found = make_pipeline(config).world.encode(PROMPTS)
+    t5 = torch_pipeline.text_encoder_3
+    try:
+        torch_pipeline.text_encoder_3 = None
+        context, _ = _torch_encoding(torch_pipeline, PROMPTS)
+    finally:
+        torch_pipeline.text_encoder_3 = t5
+    np.testing.assert_allclose(found.context, context, rtol=0, atol=ENCODING_ATOL)
+    assert not found.context[:, 77:].any()
+
+
+# ---- images
+
+
+def _ours(config: ConfigDict, prompts: list[str], adapter: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, and the initial noise that they came from."""
+    pipeline = make_pipeline(config)
+    sampler = eval_sampler(config, pipeline)
+    weights = {} if adapter is None else effective(load_policy(str(adapter), pipeline))
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
+    images = sampler(pipeline.world, load_base(config, pipeline), weights, prompts, keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, pipeline.world.latent_shape))(keys)
+    return to_pixels(images), np.asarray(noise)
+
+
+def _theirs(pipeline: StableDiffusion3Pipeline, prompts: list[str], noise: np.ndarray) -> np.ndarray:
+    output = pipeline(
+        prompts, negative_prompt="", latents=torch.tensor(noise).permute(0, 3, 1, 2).contiguous(),
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=RESOLUTION, width=RESOLUTION,
+        max_sequence_length=T5_LENGTH,
+    )  # fmt: skip
+    return np.stack([np.asarray(image) for image in output.images])
+
+
+def _worst(left: np.ndarray, right: np.ndarray) -> int:
+    return int(np.abs(left.astype(int) - right.astype(int)).max())
+
+
+def test_images_equal_the_pytorch_pipelines(config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline):
+    prompts = PROMPTS[:2]
+    found, noise = _ours(config, prompts, None)
+    expected = _theirs(torch_pipeline, prompts, noise)
+    assert found.shape == (2, RESOLUTION, RESOLUTION, 3)
+    assert expected.std() > 10  # pictures, not a grey plane
+    assert _worst(found, expected) <= PIXEL_LIMIT
+    assert _worst(found[0], found[1]) > 10 * PIXEL_LIMIT
+
+
+# ---- training
+
+
+def _train(config: ConfigDict, workdir: Path) -> OPD:
+    stage = prepare(config, workdir)
+    assert isinstance(stage, OPD)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    writer = MetricWriter(workdir, checkpoints.latest_step() or 0)
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
+            state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
+    finally:
+        checkpoints.close()
+        writer.close()
+    stage.finish(state)
+    return stage
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt that reaches the text encoders."""
+    seen: list[str] = []
+    encode = PromptEncoder.__call__
+
+    def record(self: PromptEncoder, prompts: list[str]) -> Any:
+        seen.extend(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(PromptEncoder, "__call__", record)
+    return seen
+
+
+def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
+    config: ConfigDict,
+    tiny_pipeline: Path,
+    torch_pipeline: StableDiffusion3Pipeline,
+    tmp_path: Path,
+    encoded: list[str],
+):
+    workdir = tmp_path / "run"
+    stage = _train(config, workdir)
+    assert {path.name for path in workdir.iterdir()} >= {
+        "student.safetensors", "student_peft", "samples.png", "results.json", "metrics.jsonl", "checkpoints",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["train/grad_norm"] > 0 and line["train/teacher_gap"] > 0 for line in lines)
+    with Image.open(workdir / "samples.png") as picture:  # 7 models by 2 prompts of each of 3 tasks
+        assert picture.width > 6 * 96
+        assert picture.height > 7 * 96
+
+    # Every distinct prompt met the encoders once; a second, longer run over the same prompts encodes only new ones.
+    assert len(encoded) == len(set(encoded)) > 6
+    config.steps, first = 3, len(encoded)
+    _train(config, workdir)
+    assert len(encoded) == len(set(encoded)) <= first + 4
+
+    # The student's PEFT folder, read by PEFT, samples what ours samples.
+    moved, _ = load_adapter(workdir / "student.safetensors")
+    start = stage.student
+    assert any(
+        not np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(jax.tree.leaves(moved.weights), jax.tree.leaves(start.weights), strict=True)
+    )
+    found, noise = _ours(config, PROMPTS[:2], workdir / "student_peft")
+    base: Any = SD3Transformer2DModel.from_pretrained(tiny_pipeline / "transformer")
+    bare = torch_pipeline.transformer
+    try:
+        torch_pipeline.transformer = PeftModel.from_pretrained(base, workdir / "student_peft").merge_and_unload()
+        expected = _theirs(torch_pipeline, PROMPTS[:2], noise)
+    finally:
+        torch_pipeline.transformer = bare
+    assert _worst(found, expected) <= PIXEL_LIMIT
+    assert _worst(expected, _theirs(torch_pipeline, PROMPTS[:2], noise)) > 10 * PIXEL_LIMIT  # the adapter shows
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"resolution": 60}, ("resolution: found 60", "multiple of 16")),
+        ({"resolution": 512}, ("resolution: found 512", "at most 384")),
+        ({"t5_length": 0}, ("t5_length: found 0",)),
+        ({"encode_batch_size": 0}, ("encode_batch_size: found 0",)),
+        ({"model.preset": "sd35_medium"}, ("model.preset: found 'sd35_medium'", "'custom'")),
+        ({"model.preset": "sd4"}, ("model.preset: found 'sd4'", "'sd35_medium'")),
+        ({"model.path": "nowhere"}, ("model.path", "nowhere", "no such file")),
+        ({"model.remat": "some"}, ("model.remat: found 'some'", "'full'")),
+        ({"mesh.fsdp": 7}, ("mesh", "'fsdp': 7", "1 devices")),
+        ({"tasks.ocr.prompts": "nowhere.txt"}, ("tasks.ocr.prompts", "nowhere.txt")),
+        ({"tasks.ocr.test": "nowhere.txt"}, ("tasks.ocr.test", "nowhere.txt")),
+        ({"tasks.ocr.teacher": "nowhere"}, ("tasks.ocr.teacher", "nowhere")),
+        ({"tasks.ocr.teacher": ""}, ("'ocr' has no teacher",)),
+        ({"anchor.adapter": "nowhere"}, ("anchor.adapter", "nowhere")),
+        ({"anchor.name": "ocr"}, ("anchor.name: found 'ocr'",)),
+        ({"adapter.targets": ("mlp",)}, ("geneval", "adapter.targets")),
+        ({"cold_start.weights": {"deqs": 1.0}}, ("cold_start.weights", "deqs")),
+        ({"export": "best"}, ("export: found 'best'",)),
+    ],
+)
+def test_bad_input_is_one_error_and_nothing_is_written(
+    config: ConfigDict, tmp_path: Path, changes: dict[str, Any], fragments: tuple[str, ...], encoded: list[str]
+):
+    for field, value in changes.items():
+        with config.unlocked():
+            if field == "cold_start.weights":
+                config.cold_start.weights = ConfigDict(value)
+            else:
+                config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=r"found|no such|cannot|has no|adapts|does not") as error:
+        prepare(config, tmp_path / "run")
+    assert all(fragment in str(error.value) for fragment in fragments), str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "conditioning").exists()
+    assert not encoded
+
+
+def test_an_adapter_of_another_network_is_refused(config: ConfigDict, teachers: Path, tmp_path: Path):
+    from safetensors.numpy import load_file, save_file
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((teachers / "ocr" / "adapter_config.json").read_bytes())
+    tensors = load_file(teachers / "ocr" / "adapter_model.safetensors")
+    save_file(
+        {name.replace("blocks.3", "blocks.30"): value for name, value in tensors.items()},
+        other / "adapter_model.safetensors",
+    )
+    config.tasks.ocr.teacher = str(other)
+    with pytest.raises(ValueError, match=r"tasks\.ocr\.teacher: .*transformer_blocks\.30"):
+        prepare(config, tmp_path / "run")
+
+
+def test_types_of_what_a_pipeline_holds(config: ConfigDict):
+    """The base is loaded in the dtype that the config names, the table of positions in float32."""
+    config.model.dtype = "bfloat16"
+    pipeline: Pipeline = make_pipeline(config)
+    assert isinstance(eval_sampler(config, pipeline), Sampler)
+    variables = load_base(config, pipeline)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.bfloat16)}
+    assert variables["constants"]["pos_embed"].dtype == jnp.float32
+    assert variables["constants"]["pos_embed"].shape == (4, 4, 48)
