@@ -99,7 +99,7 @@ def stack_bank(adapters: Mapping[str, Adapter]) -> Tree:
     """
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
-        check_like(name, adapter.weights, first_name, first.weights)
+        check_like(f"adapter {name!r}", adapter.weights, repr(first_name), first.weights)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=-3), *(effective(each) for each in adapters.values()))
 
 
@@ -169,7 +169,7 @@ def check_like(name: str, found: Tree, reference_name: str, reference: Tree) -> 
     for path in sorted(shapes.keys() | expected.keys()):
         if shapes.get(path) != expected.get(path):
             raise ValueError(
-                f"adapter {name!r} does not match {reference_name!r} at {path}: "
+                f"{name} does not match {reference_name} at {path}: "
                 f"found {shapes.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
             )
 

@@ -1,16 +1,18 @@
-"""Command lines: absl's flags, with every mistake in them told in one line."""
+"""Command lines: the flag that all programs share, and absl's parser with every mistake told in one line."""
 
 import sys
-from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].", lock_config=True)
 
 
-def parse_flags(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a bad flag, a config file that is not there or a field that it lacks is one line too."""
     try:
         rest = flags.FLAGS(argv)
-        config.value.keys()  # a config file that failed to load raises no sooner than when it is used
+        CONFIG.value.keys()  # a config file that failed to load raises no sooner than when it is used
     except (AttributeError, KeyError) as error:
         reason = error.args[0]  # ml_collections wraps the one in the other
         reason = reason.args[0] if isinstance(reason, KeyError) else reason

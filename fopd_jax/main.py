@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from PIL import Image
 
 from fopd_jax.config import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
-from fopd_jax.flags import parse_flags
+from fopd_jax.flags import CONFIG, parse_flags
 from fopd_jax.training import loop, workdir
 from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.flow_matching import FlowMatching
 from fopd_jax.training.metrics import MetricWriter
 from fopd_jax.training.opd import OPD
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."
 )
@@ -31,7 +29,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
-    config = _CONFIG.value
+    config = CONFIG.value
     folder = Path(_WORKDIR.value or f"runs/{config.name}")
     began = time.monotonic()
     try:
@@ -74,5 +72,6 @@ def prepare(config: Config, folder: Path) -> FlowMatching | OPD:
 
 
 if __name__ == "__main__":
+    flags.declare_key_flag("config")  # for --help
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, _CONFIG))
+    app.run(main, flags_parser=parse_flags)

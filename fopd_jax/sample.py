@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,14 +27,13 @@ from fopd_jax.adapters import effective
 from fopd_jax.config import Config
 from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
 from fopd_jax.evaluation.suite import Sampler
-from fopd_jax.flags import parse_flags
+from fopd_jax.flags import CONFIG, parse_flags
 from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.prompts import read_prompts
 from fopd_jax.tasks.task import World
 from fopd_jax.training.setup import eval_sampler
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].", lock_config=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts-file", None, "A file with one prompt a line.")
 _ADAPTER = flags.DEFINE_string(
@@ -43,7 +42,7 @@ _ADAPTER = flags.DEFINE_string(
     "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for the images; default samples/<config.name>.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image.", lower_bound=0, upper_bound=2**31)
 _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1)
 
 DEFAULT_PROMPTS, GRID_COLUMNS, GRID_ROWS = 8, 8, 8
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    config = _CONFIG.value
+    config = CONFIG.value
     out = Path(_OUT.value or f"samples/{config.name}")
     try:
         run(config, out)
@@ -155,5 +154,6 @@ def _write_grid(path: Path, images: Sequence[np.ndarray], prompts: Sequence[str]
 
 
 if __name__ == "__main__":
+    flags.declare_key_flag("config")  # for --help
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, _CONFIG))
+    app.run(main, flags_parser=parse_flags)

@@ -321,18 +321,6 @@ def test_layers_may_be_shapes_and_ranks_may_differ_by_layer():
     jax.tree.map(np.testing.assert_array_equal, delta(padded), delta(adapter))
 
 
-def test_conformed_adapters_make_one_bank_in_which_each_teaches_its_own():
-    adapters = {"few": _adapter(1, LoRAConfig(2, 4.0)), "many": _adapter(2, EVERYTHING)}
-    layers = _adapter(3).weights
-    bank = stack_bank({name: conform(name, adapter, layers, 3) for name, adapter in adapters.items()})
-    inputs, route = _inputs(2), jnp.array([0, 1])
-    routed = _forward(True)(bank, inputs, route)
-    for i, adapter in enumerate(adapters.values()):
-        alone = tuple(leaf[i : i + 1] for leaf in inputs)
-        own = np.asarray(_forward(True)(effective(adapter), alone))
-        assert np.linalg.norm(routed[i : i + 1] - own) <= 1e-5 * np.linalg.norm(own)
-
-
 @pytest.mark.parametrize(
     ("lora", "targets", "rank", "message"),
     [

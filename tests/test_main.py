@@ -193,6 +193,8 @@ def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program:
     with Image.open(whole / "samples.png") as picture:
         assert picture.format == "PNG"
     assert newest_step(whole) == STEPS
+    events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
+    assert events.count(b"\x89PNG") == 3  # what each of the two evaluations drew, and the report
 
 
 def test_the_results_compare_base_teachers_merge_and_student(whole: Path):
@@ -575,3 +577,33 @@ def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
     teacher = _load("miniature_teacher").get_config("text")
     teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "trained": "everything"})
     _refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")
+
+
+def _dtypes(tree: Any) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+def test_only_what_is_frozen_is_rounded(config: ConfigDict, weights: Path, tmp_path: Path):
+    """`model.dtype` is that of base and bank; what trains stays in float32, exactly as its file has it."""
+    config.model.dtype = "bfloat16"
+    stage = prepare(config, tmp_path / "student")
+    assert _dtypes(stage.frozen.variables["params"]) == _dtypes(stage.frozen.bank) == {"bfloat16"}
+    assert _dtypes(stage.experiment.state.trained) == _dtypes(stage.experiment.state.ema) == {"float32"}
+
+    teacher = _load("miniature_teacher").get_config("text")
+    path = f"{weights}/base.safetensors"
+    teacher.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
+    stage = prepare(teacher, tmp_path / "adapter")
+    assert _dtypes(stage.frozen["params"]) == {"bfloat16"}
+    assert _dtypes(stage.experiment.state.trained) == {"float32"}
+
+    whole = _load("miniature_pretrain").get_config("mediocre")
+    whole.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
+    trained = prepare(whole, tmp_path / "whole").experiment.state.trained
+    jax.tree.map(np.testing.assert_array_equal, trained, load_tree(weights / "base.safetensors")[0]["params"])
+
+
+def test_the_other_stage_has_images_of_the_miniature_alone(weights: Path, tmp_path: Path):
+    teacher = _load("miniature_teacher").get_config("text")
+    teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
+    _refused(teacher, tmp_path / "run", "model.preset: found 'sd35_medium'", "flow_matching", "'miniature'")

@@ -20,12 +20,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from fopd_jax.interop.autoencoder import autoencoder_component
 from fopd_jax.interop.diffusers import TABLE, config_from_diffusers, transformer_component
-from fopd_jax.interop.tables import Component
+from fopd_jax.interop.tables import Component, Shape, check_names
 from fopd_jax.interop.tensor_files import open_tensor_file, read_json, write_tensor_file
 from fopd_jax.interop.text_encoders import clip_component, t5_component
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig, centre_crop
@@ -227,11 +227,20 @@ def load_params(folder: Path, name: str, abstract: Tree) -> Tree:
     restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            args = ocp.args.PyTreeRestore(placed, restore_args=restore_args)
-            return checkpointer.restore((folder / name).resolve(), args=args)
+            path, args = (folder / name).resolve(), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
+            stored: Any = checkpointer.metadata(path).item_metadata
+            if stored is None:
+                raise ValueError("its metadata cannot be read")
+            check_names(_shapes(stored.tree), _shapes(placed), "parameter")
+            return checkpointer.restore(path, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / name}: damaged, or of another shape ({reason}); convert {name} again") from error
+
+
+def _shapes(tree: Tree) -> dict[str, Shape]:
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def load_sharded(folder: Path, name: str, boxed: Tree, dtype: Any, mesh: Mesh) -> Tree:

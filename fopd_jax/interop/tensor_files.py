@@ -5,14 +5,16 @@ duplicate names and gaps. This reader holds one tensor at a time and refuses wha
 the index say. Format: 8 bytes of header length, a JSON header, the tensors' bytes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -79,7 +81,7 @@ class TensorFiles:
         buffer = np.empty(max((entry.end - entry.begin for entry in self.entries.values()), default=0), np.uint8)
         for file in self.files:
             mine = {name: entry for name, entry in self.entries.items() if entry.file == file}
-            with file.open("rb", buffering=0) as source:
+            with _open(file) as source:
                 for name, entry in sorted(mine.items(), key=lambda item: item[1].begin):
                     raw = buffer[: entry.end - entry.begin]
                     source.seek(entry.begin)
@@ -174,10 +176,20 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], start: int, size: in
         raise ValueError(f"{path}: found {size} bytes, expected {at}")
 
 
-def _read_exactly(source: BinaryIO, into: memoryview, name: str, path: Path) -> None:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[FileIO]:
+    """A file without a buffer, for reading; errors while reading name it, as the system's do not."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _read_exactly(source: FileIO, into: memoryview, name: str, path: Path) -> None:
     done = 0
     while done < len(into):
-        count = source.readinto(into[done:])  # type: ignore[attr-defined]  # an unbuffered file has it
+        count = source.readinto(into[done:])
         if not count:
             raise ValueError(f"tensor {name!r} in {path.name}: file truncated while reading")
         done += count
@@ -233,7 +245,7 @@ def hash_file(path: Path, progress: Progress = lambda count: None) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(1 << 22))
-    with path.open("rb", buffering=0) as file:
+    with _open(path) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
             progress(count)

@@ -1,6 +1,6 @@
 """The miniature as a `World`: 24x24 RGB pixels as latents, one-hot tokens as text encoder, no decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -37,6 +37,15 @@ def _score_scene(images: Float[np.ndarray, "n h w 3"], prompts: Sequence[str]) -
     return {"composition": continuous, "composition_strict": strict, "quality": quality_score(images)}
 
 
+def check(prompts: Iterable[str]) -> None:
+    """Refuse, before anything is drawn, what is no prompt of this world.
+
+    Raises:
+      ValueError: as `tokenize`.
+    """
+    language.tokenize(sorted(set(prompts)))
+
+
 def make_world() -> World:
     """Text and composition; both also measure quality, which every image has."""
     scores = {"text": _score_sign, "composition": _score_scene}
@@ -44,4 +53,4 @@ def make_world() -> World:
         name: Task(name, language.prompts(name, "train"), language.prompts(name, "test"), score)
         for name, score in scores.items()
     }
-    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: latents)
+    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check)

@@ -259,3 +259,9 @@ def test_hash(tmp_path: Path) -> None:
     counts: list[int] = []
     assert hash_file(path, counts.append) == hashlib.sha256(data).hexdigest()
     assert sum(counts) == len(data)
+
+
+def test_system_error_names_the_file() -> None:
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        hash_file(Path("/proc/self/mem"))  # whose first page nobody may read
+    assert caught.value.filename == "/proc/self/mem"

@@ -60,8 +60,16 @@ def test_tasks_hold_their_splits_and_their_renderings_score_one(name: str):
     assert task.name == name
     assert (task.train, task.test) == (prompts(name, "train"), prompts(name, "test"))
     images = np.stack([render(prompt, np.random.default_rng(i)) for i, prompt in enumerate(task.test[:8])])
+    assert task.score is not None
     scores = task.score(world.decode(images), task.test[:8])
     assert scores.keys() == SKILLS[name]
     for skill, values in scores.items():
         assert values.shape == (8,)
         np.testing.assert_allclose(values, 1, atol=1e-6, err_msg=skill)
+
+
+def test_prompts_are_checked_before_they_are_drawn():
+    world = make_world()
+    world.prepare(iter([SCENE, "", 'sign "ABC"', SCENE]))
+    with pytest.raises(ValueError, match="unknown word 'sheep' in prompt 'two red sheep'"):
+        world.prepare(iter([SCENE, "two red sheep"]))

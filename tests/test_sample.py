@@ -1,0 +1,296 @@
+"""Sampling from the command line: files, their metadata, images that depend on prompt and seed alone, bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from fopd_jax import sample
+from fopd_jax.adapters import LoRAConfig, init_adapter
+from fopd_jax.evaluation.grid import draw_grid
+from fopd_jax.flags import parse_flags
+from fopd_jax.interop.safetensors import save_adapter, save_tree
+from fopd_jax.miniature.world import make_world
+from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
+from fopd_jax.pipeline import boxed_variables
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+CONFIG = Path(__file__).parents[1] / "configs" / "miniature.py"
+PROMPTS = ('sign "K7B"', "two red squares and one red circle", "three blue circles")
+SIDE, STEPS, BATCH = 24, 3, 4
+TINY = MMDiTConfig(
+    depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=4, channels=3,
+    context_dim=32, pooled_dim=24, table_size=6, base_size=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network() -> Iterator[None]:
+    """A smaller network under the miniature's name: it compiles in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "miniature", TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(small_network: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random base and a random adapter."""
+    folder, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
+    shapes = nn.unbox(boxed_variables(MMDiT(TINY), (SIDE, SIDE, 3)))
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), shapes["params"], LoRAConfig(2, 4.0)))
+
+    def random(leaf: Any) -> np.ndarray:
+        return 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+
+    save_tree(folder / "base.safetensors", jax.tree.map(random, shapes), {"preset": "miniature"})
+    save_adapter(folder / "adapter.safetensors", jax.tree.map(random, adapter), {"preset": "miniature"})
+    save_adapter(folder / "other.safetensors", jax.tree.map(random, adapter), {"preset": "sd35_medium"})
+    return folder
+
+
+def _call(*arguments: str) -> None:
+    """What `python -m fopd_jax.sample` does, in this process."""
+    argv = ["fopd_jax.sample", f"--config={CONFIG}", *arguments]
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)  # where ml_collections looks for the config's fields
+        sample.main(parse_flags(argv)[:1])
+
+
+Run = Callable[..., list[Path]]
+
+
+@pytest.fixture(scope="module")
+def run(weights: Path) -> Run:
+    """Sample into a folder; returns the images in order."""
+
+    def run(out: Path, *arguments: str, **fields: Any) -> list[Path]:
+        fields = {"batch_size": BATCH, "num_steps": STEPS, "guidance": 2.0} | fields
+        settings = [f"--config.eval.{name}={value}" for name, value in fields.items()]
+        _call(f"--config.model.path={weights}/base.safetensors", f"--out={out}", *settings, *arguments)
+        return sorted(out.glob("[0-9]*.png"))
+
+    return run
+
+
+def _flags(*prompts: str) -> list[str]:
+    return [f"--prompt={prompt}" for prompt in prompts]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture).astype(int)
+
+
+def _text(path: Path) -> dict[str, str]:
+    with Image.open(path) as picture:
+        picture.load()
+        return dict(picture.text)
+
+
+def _request(path: Path) -> tuple[str, int]:
+    return _text(path)["prompt"], int(_text(path)["seed"])
+
+
+# ---- what is written
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three prompts, two seeds each: two batches, the second filled up."""
+    out = tmp_path_factory.mktemp("whole") / "images"
+    adapter = f"--adapter={weights}/adapter.safetensors"
+    return run(out, *_flags(*PROMPTS), "--images-per-prompt=2", "--seed=5", adapter)
+
+
+def test_every_image_of_every_prompt_is_written_and_nothing_else(whole: list[Path]):
+    names = [f"{i:05d}.png" for i in range(6)]
+    assert [path.name for path in whole] == names
+    assert {path.name for path in whole[0].parent.iterdir()} == {*names, "grid.png"}
+    for path in whole:
+        assert _pixels(path).shape == (SIDE, SIDE, 3)
+        assert _pixels(path).std() > 10
+    assert len({_pixels(path).tobytes() for path in whole}) == 6
+
+
+def test_an_image_carries_its_prompt_seed_and_settings(whole: list[Path], weights: Path):
+    assert [_request(path) for path in whole] == [(prompt, seed) for prompt in PROMPTS for seed in (5, 6)]
+    for path in whole:
+        assert _text(path).keys() == {"prompt", "seed", "settings"}
+        assert json.loads(_text(path)["settings"]) == {
+            "model": f"{weights}/base.safetensors",
+            "adapter": f"{weights}/adapter.safetensors",
+            "steps": STEPS,
+            "guidance": 2.0,
+            "transition": "ode",
+            "shift": 3.0,
+            "dtype": "float32",
+        }
+
+
+def test_the_grid_shows_prompts_as_columns_and_seeds_as_rows(whole: list[Path]):
+    images = np.stack([_pixels(path) for path in whole]).reshape(3, 2, SIDE, SIDE, 3).swapaxes(0, 1)
+    expected = draw_grid((images / 127.5 - 1).astype(np.float32), ["seed 5", "seed 6"], PROMPTS)
+    np.testing.assert_array_equal(_pixels(whole[0].parent / "grid.png"), np.asarray(expected))
+
+
+def test_the_grid_is_limited_to_eight_prompts_and_seeds(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = [f"{count} red {shape}" for count in ("two", "three") for shape in ("squares", "circles", "triangles")]
+    prompts += [f"one blue {shape}" for shape in ("square", "circle", "triangle")]
+    images = run(tmp_path, *_flags(*prompts), "--images-per-prompt=9", batch_size=27, num_steps=1, guidance=1.0)
+    assert len(images) == 81
+    assert re.search(r"81 images in .* grid\.png shows 8 of 9 prompts, 8 of 9 seeds", capsys.readouterr().out)
+    cells = np.stack([_pixels(path) for path in images]).reshape(9, 9, SIDE, SIDE, 3).swapaxes(0, 1)[:8, :8]
+    expected = draw_grid((cells / 127.5 - 1).astype(np.float32), [f"seed {i}" for i in range(8)], prompts[:8])
+    np.testing.assert_array_equal(_pixels(tmp_path / "grid.png"), np.asarray(expected))
+
+
+# ---- what an image depends on
+
+
+def _same(found: Path, expected: Path) -> None:
+    """Equal but for the rounding of programs of other batch sizes."""
+    assert _request(found) == _request(expected)
+    assert np.abs(_pixels(found) - _pixels(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("transition", ["ode", "sde"])
+def test_an_image_depends_on_its_prompt_and_seed_alone(run: Run, tmp_path: Path, transition: str):
+    fields = {"transition": transition, "noise_level": 0.5}
+    together = run(tmp_path / "together", *_flags(*PROMPTS), "--images-per-prompt=2", "--seed=5", **fields)
+    # One at a time, in another order, counted from another seed.
+    alone = run(
+        tmp_path / "alone", *_flags(PROMPTS[2], PROMPTS[0]), "--images-per-prompt=2", "--seed=6", batch_size=1, **fields
+    )
+    _same(alone[0], together[5])
+    _same(alone[2], together[1])
+    settings = json.loads(_text(alone[0])["settings"])
+    assert settings["transition"] == transition
+    assert settings.get("noise_level") == (0.5 if transition == "sde" else None)
+    # Beside other prompts, at another place of the batch.
+    beside = run(tmp_path / "beside", *_flags("one green square", "", PROMPTS[1], PROMPTS[1]), "--seed=6", **fields)
+    _same(beside[2], together[3])
+    assert np.abs(_pixels(together[2]) - _pixels(together[3])).max() > 50  # seeds
+    assert np.abs(_pixels(together[1]) - _pixels(together[3])).max() > 5  # prompts
+
+
+def test_sampling_again_gives_the_same_files(run: Run, whole: list[Path], weights: Path):
+    before = {path.name: path.read_bytes() for path in whole[0].parent.iterdir()}
+    adapter = f"--adapter={weights}/adapter.safetensors"
+    run(whole[0].parent, *_flags(*PROMPTS), "--images-per-prompt=2", "--seed=5", adapter)
+    assert {path.name: path.read_bytes() for path in whole[0].parent.iterdir()} == before
+
+
+def test_an_adapter_and_a_prompts_file(run: Run, whole: list[Path], tmp_path: Path):
+    """Prompts of a file follow those of flags; without the adapter the same requests give other images."""
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n{PROMPTS[2]}\n", encoding="utf-8")
+    found = run(tmp_path / "out", *_flags(PROMPTS[0]), f"--prompts-file={tmp_path}/prompts.txt", "--seed=5")
+    assert [_request(path) for path in found] == [(prompt, 5) for prompt in PROMPTS]
+    assert json.loads(_text(found[0])["settings"])["adapter"] is None
+    for path, adapted in zip(found, whole[::2], strict=True):
+        assert np.abs(_pixels(path) - _pixels(adapted)).max() > 5
+
+
+def test_without_prompts_held_out_ones_are_drawn(run: Run, tmp_path: Path):
+    images = run(tmp_path, guidance=1.0)
+    expected = [prompt for task in make_world().tasks.values() for prompt in task.test[:4]]
+    assert [_request(path) for path in images] == [(prompt, 0) for prompt in expected]
+
+
+# ---- bad input
+
+
+def _error(out: Path, *arguments: str) -> str:
+    """The one line that a user sees; no file is written."""
+    with pytest.raises(SystemExit) as stop:
+        _call(f"--out={out}", *arguments)
+    message = str(stop.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    return message
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with inputs that are not right."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "blank.txt").write_text("a\n\nb\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "damaged.safetensors").write_bytes(b"\x00" * 40)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--nope=1"], ("'nope'",)),
+        (["--config.eval.nope=1"], ("no such field", "'nope'")),
+        (["--seed=-1"], ("--seed=-1",)),
+        (["--seed=5000000000"], ("--seed=5000000000",)),
+        (["--seed=one"], ("--seed=one",)),
+        (["--images-per-prompt=0"], ("--images-per-prompt=0",)),
+        (["--config.eval.batch_size=0"], ("eval.batch_size: found 0",)),
+        (["--config.eval.num_steps=0"], ("num_steps: found 0",)),
+        (["--config.eval.transition=euler"], ("'euler'", "sde")),
+        (["--config.eval.transition=sde", "--config.eval.noise_level=-1.0"], ("noise_level: found -1.0", "'sde'")),
+        (["--config.model.dtype=half"], ("model.dtype: found 'half'",)),
+        (["--config.model.preset=sd35_medium"], ("model.path: found", "'sd35_medium' needs a converted folder")),
+        (["--config.model.path=FILES/missing.safetensors"], ("model.path", "missing.safetensors: no such file")),
+        (["--config.model.path=FILES/damaged.safetensors"], ("damaged.safetensors: damaged",)),
+        (["--config.model.path=FILES"], ("no manifest.json",)),
+        (["--prompts-file=FILES/missing.txt"], ("prompts-file: cannot read", "missing.txt", "No such file")),
+        (["--prompts-file=FILES/empty.txt"], ("prompts-file: ", "empty.txt is empty")),
+        (["--prompts-file=FILES/blank.txt"], ("prompts-file: ", "blank.txt, line 2 is blank")),
+        (["--prompt=one red square", "--prompt=two red sheep"], ("unknown word 'sheep' in prompt 'two red sheep'",)),
+        (["--adapter=FILES/missing.safetensors"], ("missing.safetensors", "no such file")),
+        (["--adapter=FILES/damaged.safetensors"], ("damaged.safetensors", "damaged")),
+        (["--adapter=WEIGHTS/other.safetensors"], ("other.safetensors", "preset 'sd35_medium'")),
+        (["--adapter=WEIGHTS/base.safetensors"], ("base.safetensors", "holds no adapter")),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    weights: Path, files: Path, tmp_path: Path, arguments: list[str], fragments: tuple[str, ...]
+):
+    places = {"FILES": str(files), "WEIGHTS": str(weights)}
+    base = f"--config.model.path={weights}/base.safetensors"
+    given = [re.sub("FILES|WEIGHTS", lambda match: places[match[0]], argument) for argument in arguments]
+    message = _error(tmp_path / "out", base, *given)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_a_config_file_that_is_not_there_is_one_line(tmp_path: Path):
+    assert "missing.py" in _error(tmp_path / "out", f"--config={tmp_path}/missing.py")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(weights: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    base = f"--config.model.path={weights}/base.safetensors"
+    assert f"out: {tmp_path}/file is a file" in _error(tmp_path / "file", base)
+    assert "Not a directory" in _error(tmp_path / "file" / "out", base)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_program_ends_with_the_error_and_nothing_else(tmp_path: Path):
+    command = [sys.executable, "-m", "fopd_jax.sample", f"--config={CONFIG}", f"--out={tmp_path}/out", "--seed=one"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: flag --seed=one")
+
+
+def test_arguments_that_are_no_flags_are_refused():
+    with pytest.raises(SystemExit, match=r"error: unexpected arguments \['a cat'\]"):
+        sample.main(["fopd_jax.sample", "a cat"])
