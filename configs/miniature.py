@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 20
     config.eval_every = 40
     config.keep_checkpoints = 2
+    config.keep_best = ""  # also keep the best checkpoint by an evaluation's score: "max:text"
 
     config.model = ConfigDict()
     config.model.preset = "miniature"
@@ -60,14 +61,19 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.images_per_prompt = 1
 
+    config.whole_teachers = False  # True: teachers and anchor are weights of whole networks, like `model.path`
     # An empty anchor adapter makes the base the anchor.
     config.anchor = ConfigDict()
     config.anchor.name = "quality"
     config.anchor.adapter = "packaged:teacher_quality.safetensors"
     config.anchor.guidance = 1.0
+    config.anchor.every = 1  # m: the anchor sees one random sample of every m a timestep, which counts m times
     config.guidance = 1.0  # of the student
 
-    # The student: its adapter, and what it starts from.
+    # The student: what trains, its adapter, and what it starts from. `reduce_once`: mesh axes over which gradients are
+    # summed once an update instead of once a timestep, at the price of one float32 sum each (docs/running-at-scale.md).
+    config.trained = "adapter"  # "params": all of the network
+    config.reduce_once = ("data", "fsdp")
     config.adapter = ConfigDict({"rank": 32, "alpha": 64.0, "targets": ("attn",)})
     config.cold_start = ConfigDict()
     config.cold_start.method = "merge"  # or "none"
@@ -80,6 +86,8 @@ def get_config() -> ConfigDict:
     config.sampler.transition = "sde"  # "cps", "ode"
     config.sampler.noise_level = 0.7
     config.sampler.window = config_dict.placeholder(tuple)
+    config.sampler.trained = config_dict.placeholder(tuple)  # (start, stop): train these timesteps alone
+    config.one_timestep = False  # True: one timestep of each rollout, drawn by weight; for objective "direct"
 
     config.objective = ConfigDict()
     config.objective.name = "clipped"  # "direct"
@@ -111,4 +119,10 @@ def get_config() -> ConfigDict:
     config.eval.seed = 1
     config.final_samples = 1024
     config.export = "ema"  # "raw"
+
+    # What watches over the run; none of it changes a step, and all of it may change between runs in one workdir.
+    config.max_skipped_steps = 0  # updates with a loss or gradient that is not finite to leave out before stopping
+    config.alarms = ConfigDict({"ratio": (0.9, 1.1)})  # metrics to warn of outside their bounds, never to stop for
+    config.watchdog_seconds = 1800.0  # report a hang after as long without a step; longer while compiling; 0: never
+    config.watchdog_abort = False  # and end the process, for a job manager to start it again
     return config

@@ -54,6 +54,7 @@ def get_config(phase: str = "clean") -> ConfigDict:
     config.checkpoint_every = 500
     config.eval_every = 500
     config.keep_checkpoints = 2
+    config.keep_best = ""  # also keep the best checkpoint by an evaluation's score: "max:text"
 
     config.trained = "params"  # the whole network; "adapter" trains LoRA on a frozen base
     config.model = ConfigDict()
@@ -88,4 +89,10 @@ def get_config(phase: str = "clean") -> ConfigDict:
     config.eval.transition = "ode"
     config.eval.noise_level = 0.7  # of "sde" and "cps"
     config.eval.seed = 1
+
+    # What watches over the run; none of it changes a step, and all of it may change between runs in one workdir.
+    config.max_skipped_steps = 0  # updates with a loss or gradient that is not finite to leave out before stopping
+    config.alarms = ConfigDict()  # metrics to warn of outside their bounds, never to stop for
+    config.watchdog_seconds = 1800.0  # report a hang after as long without a step; longer while compiling; 0: never
+    config.watchdog_abort = False  # and end the process, for a job manager to start it again
     return config

@@ -35,7 +35,13 @@ Other recipes are settings:
         --config.objective.mar_beta=0.04                                      the authors' code's batch and anchor
     --config.tasks.geneval.guidance=1.0                               a teacher that was trained without guidance
     --config.model.preset=sd35_large --config.model.path=weights/sd35l        another network of the family
-    --config.model.attention=cudnn                                    flash attention on NVIDIA GPUs
+    --config.trained=params --config.mesh.data=8 --config.mesh.fsdp=8 --config.reduce_once="('data',)"
+        --config.optimizer.learning_rate=1e-5                         all of the network trains, sharded (64 chips)
+    --config.whole_teachers=true --config.cold_start.method=none      teachers are converted folders, not adapters
+    --config.sampler.trained="(6,9)"                                  the last three timesteps alone train
+    --config.anchor.every=4                                           the anchor sees one sample in four, unbiased
+    --config.one_timestep=true --config.objective.name=direct         one timestep of each rollout trains, unbiased
+    --config.guidance=1.0                                             a student that needs no guidance
     --config.mesh.data=1 --config.mesh.fsdp=-1                        base weights sharded over all devices
 """
 
@@ -52,11 +58,12 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 20
     config.eval_every = 50
     config.keep_checkpoints = 2
+    config.keep_best = ""  # also keep the best checkpoint by an evaluation's score: "max:text"
 
     config.model = ConfigDict()
     config.model.preset = "sd35_medium"  # [paper]
     config.model.path = "weights/sd35m"
-    config.model.attention = "xla"
+    config.model.attention = "auto"  # [ours] cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else "xla"
     config.model.dtype = "bfloat16"  # [code] base and activations; what trains is float32
     config.model.remat = "full"  # [ours]
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
@@ -81,14 +88,19 @@ def get_config() -> ConfigDict:
     config.batch_size = 128  # [code] 256 samples an epoch in two updates; [ours] one update, in the fused step
     config.images_per_prompt = 1  # [ours] distillation needs no groups: 16 times the prompts at equal cost; [code] 16
 
+    config.whole_teachers = False  # True: teachers and anchor are converted folders, like `model.path`
     # Manifold anchor regularisation; an empty adapter makes the base the anchor.
     config.anchor = ConfigDict()
     config.anchor.name = "deqa"  # [paper]
     config.anchor.adapter = "teachers/deqa"
     config.anchor.guidance = 4.5  # [paper]
+    config.anchor.every = 1  # m: the anchor sees one random sample of every m a timestep, which counts m times
     config.guidance = 4.5  # [paper] of the student; the empty prompt is the negative one
 
-    # The student: its adapter, and what it starts from.
+    # The student: what trains, its adapter, and what it starts from. `reduce_once`: mesh axes over which gradients are
+    # summed once an update instead of once a timestep, at the price of one float32 sum each (docs/running-at-scale.md).
+    config.trained = "adapter"  # "params": all of the network
+    config.reduce_once = ("data", "fsdp")
     config.adapter = ConfigDict({"rank": 32, "alpha": 64.0, "targets": ("attn",)})  # [code]
     config.cold_start = ConfigDict()
     config.cold_start.method = "merge"  # [paper]
@@ -101,6 +113,8 @@ def get_config() -> ConfigDict:
     config.sampler.transition = "sde"  # [paper]
     config.sampler.noise_level = 0.7  # [paper]
     config.sampler.window = config_dict.placeholder(tuple)
+    config.sampler.trained = config_dict.placeholder(tuple)  # (start, stop): train these timesteps alone
+    config.one_timestep = False  # True: one timestep of each rollout, drawn by weight; for objective "direct"
 
     config.objective = ConfigDict()
     config.objective.name = "clipped"  # [paper]
@@ -132,4 +146,10 @@ def get_config() -> ConfigDict:
     config.eval.seed = 1
     config.final_samples = 16
     config.export = "ema"  # [code]; "raw"
+
+    # What watches over the run; none of it changes a step, and all of it may change between runs in one workdir.
+    config.max_skipped_steps = 0  # updates with a loss or gradient that is not finite to leave out before stopping
+    config.alarms = ConfigDict({"ratio": (0.9, 1.1)})  # metrics to warn of outside their bounds, never to stop for
+    config.watchdog_seconds = 1800.0  # report a hang after as long without a step; longer while compiling; 0: never
+    config.watchdog_abort = False  # and end the process, for a job manager to start it again
     return config

@@ -22,6 +22,7 @@ JOINT_ATTENTION = tuple(
 )
 IMAGE_ATTENTION = tuple(f"attn2/{name}" for name in ("to_q", "to_k", "to_v", "to_out"))
 FEED_FORWARD = tuple(f"{ff}/{name}" for ff in ("ff", "ff_context") for name in ("up", "down"))
+MERGES = ("svd", "concatenate", "factors")
 TARGETS = {"attn": JOINT_ATTENTION, "attn2": IMAGE_ATTENTION, "mlp": FEED_FORWARD}
 
 
@@ -246,13 +247,18 @@ def merge(method: str, adapters: Sequence[Adapter], weights: Sequence[float], co
     Raises:
       ValueError: unknown method.
     """
+    check_merge(method)
     if method == "svd":
         return truncate(concatenate(adapters, weights), config)
     if method == "concatenate":
         return concatenate(adapters, weights)
-    if method == "factors":
-        return average_factors(adapters, weights)
-    raise ValueError(f"cold_start.merge: found {method!r}, expected 'svd', 'concatenate' or 'factors'")
+    return average_factors(adapters, weights)
+
+
+def check_merge(method: str) -> None:
+    """Raises ValueError where there is no such way to merge."""
+    if method not in MERGES:
+        raise ValueError(f"cold_start.merge: found {method!r}, expected one of {MERGES}")
 
 
 def _map_layers(function: Any, *trees: Tree) -> Tree:

@@ -1,11 +1,19 @@
-"""Command lines: the flag that all programs share, and absl's parser with every mistake told in one line."""
+"""Command lines: the flags that programs share, and absl's parser with every mistake told in one line."""
 
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
+from fopd_jax.parallel import distributed
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].", lock_config=True)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("num-processes", None, "Of several processes: how many there are.")
+_PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the number of this one, from 0.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", distributed.MODES, "Whether to look for a cluster that this process is in."
+)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -20,6 +28,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, OSError) as error:
         sys.exit(f"error: {_one_line(error)}")
     return rest
+
+
+def join_processes() -> None:
+    """Become one of several processes, if the flags or a cluster say so; before any device is touched.
+
+    Raises:
+      ValueError, TimeoutError: as `distributed.initialize`.
+    """
+    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, mode=_DISTRIBUTED.value)
 
 
 def _one_line(message: object) -> str:

@@ -1,27 +1,42 @@
-"""`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--config.field=value …]`."""
+"""`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--config.field=value …]`.
 
+The same command continues a run that ended early; after SIGTERM or Ctrl-C, which save first, the exit status is 143
+or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
+--num-processes and --process-id.
+"""
+
+import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config import Config
+from fopd_jax.config import Config, config_hash
 from fopd_jax.evaluation.report import SAMPLES_FILE
-from fopd_jax.flags import CONFIG, parse_flags
+from fopd_jax.flags import CONFIG, join_processes, parse_flags
+from fopd_jax.parallel import distributed
 from fopd_jax.training import loop, workdir
 from fopd_jax.training.checkpoints import Checkpoints, newest_step
 from fopd_jax.training.flow_matching import FlowMatching
 from fopd_jax.training.metrics import MetricWriter
 from fopd_jax.training.opd import OPD
+from fopd_jax.training.preemption import Preempted
+from fopd_jax.training.state import TrainState
+from fopd_jax.training.supervision import Supervision, make_supervision
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."
 )
 
 STAGES = {"flow_matching": FlowMatching, "opd": OPD}
+COMPILED = "compiled"
 
 
 def main(argv: list[str]) -> None:
@@ -30,29 +45,95 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
     config = CONFIG.value
-    folder = Path(_WORKDIR.value or f"runs/{config.name}")
+    try:
+        join_processes()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `training/preemption.py` will
+        run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+    except Preempted as stop:
+        _leave(str(stop), stop.status)
+    except KeyboardInterrupt:
+        _leave("interrupted; what was saved before is intact, and the same command continues", 128 + signal.SIGINT)
+    except (ValueError, FloatingPointError) as error:  # every process meets these: bad input is one line, no traceback
+        _leave(f"error: {error}", 1)
+    except OSError as error:
+        _abandon(f"error: {error}")
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        _abandon(traceback.format_exc())
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    """Exit together with the other processes, of which one tells why."""
+    if distributed.is_main():
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _abandon(message: str) -> NoReturn:
+    """Exit at once: the others may be waiting for this process, and would notice no sooner than it is gone."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(1) if jax.process_count() == 1 else os._exit(1)
+
+
+def run(config: Config, folder: Path) -> None:
+    """The stage from its beginning, or from its newest checkpoint, to its report.
+
+    Raises:
+      ValueError: bad input, here or on another process.
+      TimeoutError: another process is missing.
+      Preempted, FloatingPointError, OSError: as `loop.run`.
+    """
     began = time.monotonic()
+    with distributed.failing_together():
+        watch = make_supervision(config, folder)
+        with watch.goodput:
+            stage = prepare(config, folder)
+            distributed.barrier("the stage is ready")
+            keep_compiled(folder)
+            ready = time.monotonic()
+            state, writer = train(config, folder, stage, watch)
+            trained = time.monotonic()
+            with watch.goodput.measure("eval"):
+                report(folder, stage, state, writer)
+            watch.goodput.mark(int(state.step))
+            writer.write_shares(int(state.step), watch.goodput.shares())
+    writer.close()
+    if distributed.is_main():
+        print(watch.goodput.summary())
+        seconds = {"setup": ready - began, "train": trained - ready, "report": time.monotonic() - trained}
+        rounded = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
+        workdir.write_json(folder / "timing.json", rounded)
+
+
+def train(
+    config: Config, folder: Path, stage: FlowMatching | OPD, watch: Supervision
+) -> tuple[TrainState, MetricWriter]:
+    """The loop, on the workdir's checkpoints; they are whole when this returns or raises."""
+    if distributed.is_main():
+        stage.describe()
+    checkpoints = Checkpoints(
+        folder, config.keep_checkpoints, keep_best=config.keep_best, config_hash=config_hash(config)
+    )
     try:
-        stage = prepare(config, folder)
-    except ValueError as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}")
-    stage.describe()
-    ready = time.monotonic()
-    checkpoints = Checkpoints(folder, config.keep_checkpoints)
-    writer = MetricWriter(folder, checkpoints.latest_step() or 0)
-    try:
-        state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
+        writer = MetricWriter(folder, checkpoints.latest_step() or 0)
+        return loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer, watch), writer
     finally:
         checkpoints.close()
-    trained = time.monotonic()
+
+
+def report(folder: Path, stage: FlowMatching | OPD, state: TrainState, writer: MetricWriter) -> None:
+    """What the stage leaves at its end."""
     stage.finish(state)
-    with Image.open(folder / SAMPLES_FILE) as samples:
-        writer.write_images(int(state.step), {"samples": np.asarray(samples)})
-    writer.close()
-    seconds = {"setup": ready - began, "train": trained - ready, "report": time.monotonic() - trained}
-    workdir.write_json(folder / "timing.json", {f"{name}_seconds": round(value, 2) for name, value in seconds.items()})
+    if distributed.is_main():
+        with Image.open(folder / SAMPLES_FILE) as samples:
+            writer.write_images(int(state.step), {"samples": np.asarray(samples)})
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled programs in the workdir for the runs that continue this one, unless a place is already named."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).resolve()))
 
 
 def prepare(config: Config, folder: Path) -> FlowMatching | OPD:

@@ -6,6 +6,7 @@ the encoders are dropped as soon as their prompts are encoded.
 """
 
 import dataclasses
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -23,10 +24,11 @@ from fopd_jax.interop.peft import read_lora
 from fopd_jax.interop.safetensors import check_preset, is_own_file, load_adapter, load_tree
 from fopd_jax.interop.world import FolderWorld
 from fopd_jax.miniature.world import make_world as make_miniature_world
-from fopd_jax.models.attention import check_attention_impl
+from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, RematPolicy
+from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.parallel.sharding import parameter_shardings, replicated
+from fopd_jax.parallel.sharding import AnyMesh, parameter_shardings, replicated
 from fopd_jax.policy import Tree, Velocity, make_velocity
 from fopd_jax.tasks.task import World
 
@@ -55,7 +57,6 @@ def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
       ValueError: a field is out of range or names something that does not exist; before anything is compiled.
     """
     model = config.model
-    check_attention_impl(model.attention)
     for field, found, known in (("dtype", model.dtype, DTYPES), ("remat", model.remat, get_args(RematPolicy))):
         if found not in known:
             raise ValueError(f"model.{field}: found {found!r}, expected one of {known}")
@@ -65,7 +66,8 @@ def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
         raise ValueError(f"model.path: {path}: no such file or folder")
     manifest = read_manifest(path) if model.path and path.is_dir() else None
     network = _network(model.preset, path, manifest)
-    mmdit = MMDiT(network, model.attention, jnp.dtype(model.dtype), remat=model.remat)
+    attention = config_attention(config, network, mesh)
+    mmdit = MMDiT(network, attention, jnp.dtype(model.dtype), remat=model.remat)
     if manifest is not None:
         world = FolderWorld(path, manifest, config, mesh, cache).world()
     elif model.preset == "miniature":
@@ -75,13 +77,27 @@ def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
     return Pipeline(mesh, model.preset, mmdit, make_velocity(mmdit), world, manifest)
 
 
-def _network(preset: str, path: Path, manifest: Manifest | None) -> MMDiTConfig:
+def config_attention(config: Config, network: MMDiTConfig, mesh: AnyMesh) -> AttentionImpl:
+    """The attention of `model.attention` on the devices of a mesh, which need not be this process's; tells of `auto`.
+
+    Raises:
+      ValueError: it does not exist, or cannot run there.
+    """
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    found = resolve_attention(config.model.attention, config.model.dtype, network.head_dim, platform)
+    if config.model.attention == AUTO and jax.process_index() == 0:
+        on = f"{platform}, {config.model.dtype}, head dimension {network.head_dim}"
+        print(f"attention: auto → {found} ({on})", file=sys.stderr, flush=True)
+    return found
+
+
+def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "model.path") -> MMDiTConfig:
     if manifest is None:
         if preset not in PRESETS:
             raise ValueError(f"model.preset: found {preset!r}, expected one of {tuple(PRESETS)}")
         return PRESETS[preset]
     if "transformer" not in manifest.components:
-        raise ValueError(f"model.path: {path} holds no transformer, only {', '.join(manifest.components)}")
+        raise ValueError(f"{field}: {path} holds no transformer, only {', '.join(manifest.components)}")
     if manifest.preset != preset:
         expected = f"{manifest.preset!r}, which is what {path} holds"
         if preset not in PRESETS and preset != CUSTOM:
@@ -118,28 +134,51 @@ def load_base(config: Config, pipeline: Pipeline, dtype: str | None = None) -> T
     """The base's variables, every parameter in `dtype` (default `model.dtype`) and born in the shards of the mesh.
 
     Raises:
+      ValueError: as `load_network`.
+    """
+    stored = jnp.dtype(dtype or config.model.dtype)
+    if config.model.path:
+        return load_network(config.model.path, pipeline, stored)
+    latent_shape = pipeline.world.latent_shape
+    shardings = parameter_shardings(pipeline.mesh, boxed_variables(pipeline.model, latent_shape))
+
+    def init() -> Tree:
+        return _cast(init_variables(pipeline.model, latent_shape, config.seed), stored)
+
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def load_network(source: str, pipeline: Pipeline, dtype: Any) -> Tree:
+    """Variables of a whole network like the pipeline's: a converted folder, or a file of this project's own.
+
+    Raises:
       ValueError: a file is missing or damaged, of another preset or shape; names it.
     """
-    latent_shape, stored = pipeline.world.latent_shape, jnp.dtype(dtype or config.model.dtype)
+    path, latent_shape = weight_path(source), pipeline.world.latent_shape
     boxed = boxed_variables(pipeline.model, latent_shape)
-    shardings = parameter_shardings(pipeline.mesh, boxed)
-    if not config.model.path:
-
-        def init() -> Tree:
-            return _cast(init_variables(pipeline.model, latent_shape, config.seed), stored)
-
-        return jax.jit(init, out_shardings=shardings)()
-    path = weight_path(config.model.path)
     if pipeline.manifest is None:
         variables, metadata = load_tree(path)
-        check_preset(path, metadata, config.model.preset)
-        check_like(str(path), variables, f"preset {config.model.preset}", nn.unbox(boxed))
-        return jax.device_put(_cast(variables, stored), shardings)
-    params = load_sharded(path, "transformer", boxed["params"], stored, pipeline.mesh)
+        check_preset(path, metadata, pipeline.preset)
+        check_like(str(path), variables, f"preset {pipeline.preset}", nn.unbox(boxed))
+        return put_replicated(_cast(variables, dtype), parameter_shardings(pipeline.mesh, boxed))
+    params = load_sharded(path, "transformer", boxed["params"], dtype, pipeline.mesh)
     side, patch = pipeline.model.config.table_size, pipeline.model.config.patch_size
     table = load_table(path, (side, latent_shape[0] // patch, latent_shape[1] // patch))
-    constants = {"pos_embed": jax.device_put(table.astype(np.float32), replicated(pipeline.mesh))}
+    constants = {"pos_embed": put_replicated(table.astype(np.float32), replicated(pipeline.mesh))}
     return {"params": params, "constants": constants}
+
+
+def check_network(field: str, source: str, pipeline: Pipeline) -> None:
+    """Refuse, before anything is loaded, what `load_network` could not load.
+
+    Raises:
+      ValueError: there is no such file or folder, or it holds another network; names field and file.
+    """
+    path = weight_path(source)
+    if not path.exists():
+        raise ValueError(f"{field}: {path}: no such file or folder")
+    if pipeline.manifest is not None:
+        _network(pipeline.preset, path, read_manifest(path), field)
 
 
 def _cast(variables: Tree, dtype: Any) -> Tree:

@@ -45,7 +45,7 @@ def guided_velocity(
     variables: Tree,
     adapter: Tree,
     x: Float[Array, "b h w c"],
-    sigma: Float[Array, ""],
+    sigma: Float[Array, "*s"],
     conditioning: Conditioning,
     null: Conditioning | None,
     scale: Float[Array, "*k"] | float | None,
@@ -57,10 +57,21 @@ def guided_velocity(
     """
     if null is None:
         return velocity(variables, adapter, x, sigma, conditioning, route)
-    doubled = jax.tree.map(
-        lambda text, empty: jnp.concatenate([text, jnp.broadcast_to(empty, text.shape)]), conditioning, null
-    )
-    routes = None if route is None else jnp.concatenate([route, route])
-    v = velocity(variables, adapter, jnp.concatenate([x, x]), sigma, doubled, routes)
-    v_text, v_null = jnp.split(v, 2)
+    empty = jax.tree.map(lambda text, row: jnp.broadcast_to(row, text.shape), conditioning, null)
+    doubled = jax.tree.map(interleave, conditioning, empty)
+    routes = None if route is None else interleave(route, route)
+    sigma = jnp.broadcast_to(sigma, x.shape[:1])
+    v = velocity(variables, adapter, interleave(x, x), interleave(sigma, sigma), doubled, routes)
+    v_text, v_null = deinterleave(v)
     return guided(v_text, v_null, jnp.asarray(scale, v.dtype))
+
+
+def interleave(first: Array, second: Array) -> Array:
+    """Two batches as one, row by row: joining them end to end would move rows between the devices that hold them."""
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
+
+
+def deinterleave(rows: Array) -> tuple[Array, Array]:
+    """The two batches that `interleave` joined."""
+    pairs = rows.reshape(-1, 2, *rows.shape[1:])
+    return pairs[:, 0], pairs[:, 1]

@@ -27,7 +27,8 @@ from fopd_jax.adapters import effective
 from fopd_jax.config import Config
 from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
 from fopd_jax.evaluation.suite import Sampler
-from fopd_jax.flags import CONFIG, parse_flags
+from fopd_jax.flags import CONFIG, join_processes, parse_flags
+from fopd_jax.parallel.distributed import is_main
 from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.prompts import read_prompts
@@ -57,9 +58,10 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     out = Path(_OUT.value or f"samples/{config.name}")
     try:
+        join_processes()
         run(config, out)
     except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if is_main() else 1)
 
 
 def run(config: Config, out: Path) -> None:
@@ -80,20 +82,24 @@ def run(config: Config, out: Path) -> None:
     sampler = eval_sampler(config, pipeline)
     prompts = prompts or _held_out_prompts(pipeline.world)
     adapter = {} if _ADAPTER.value is None else effective(load_policy(_ADAPTER.value, pipeline))
-    out.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
     pipeline.world.prepare([*prompts, ""])  # before the base: text encoders need not be in memory with it
     variables = load_base(config, pipeline)
     requests = [(prompt, _SEED.value + j) for prompt in prompts for j in range(_IMAGES.value)]
     began = time.monotonic()
     images = []
-    with tqdm(total=len(requests), unit="image", dynamic_ncols=True) as bar:
+    with tqdm(total=len(requests), unit="image", dynamic_ncols=True, disable=not is_main()) as bar:
         for index, (request, image) in enumerate(
             generate(sampler, pipeline.world, variables, adapter, requests, config.eval.batch_size)
         ):
-            _write(out / f"{index:05d}.png", image, request, _settings(config, pipeline))
+            if is_main():
+                _write(out / f"{index:05d}.png", image, request, _settings(config, pipeline))
             if index < GRID_COLUMNS * _IMAGES.value:
                 images.append(image)
             bar.update()
+    if not is_main():
+        return
     shown = _write_grid(out / "grid.png", images, prompts)
     seconds = time.monotonic() - began
     print(f"{len(requests)} images in {out} ({seconds:.1f} s); grid.png shows {shown}")

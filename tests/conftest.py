@@ -2,7 +2,11 @@
 
 import contextlib
 import importlib.util
+import os
 from pathlib import Path
+
+# Tolerances are those of a CPU, also in programs that tests start. JAX_PLATFORMS=cuda runs what needs a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

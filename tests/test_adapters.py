@@ -276,7 +276,7 @@ def test_merge_chooses_by_name():
     }
     for method, adapter in expected.items():
         jax.tree.map(np.testing.assert_array_equal, merge(method, experts, thirds, config), adapter)
-    with pytest.raises(ValueError, match=r"cold_start\.merge: found 'mean', expected 'svd', 'concatenate' or"):
+    with pytest.raises(ValueError, match=r"cold_start\.merge: found 'mean', expected one of \('svd', 'concatenate',"):
         merge("mean", experts, thirds, config)
 
 

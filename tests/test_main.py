@@ -1,10 +1,12 @@
 """The program from flags to results, on random weights: outputs, kills, extensions, bad input."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from fopd_jax.adapters import Adapter, LoRAConfig, delta, init_adapter
+from fopd_jax.config import config_hash
 from fopd_jax.evaluation import suite
 from fopd_jax.interop.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.main import prepare
@@ -43,8 +46,10 @@ TINY: Overrides = {
     "eval.samples": 4, "eval.batch_size": 4, "eval.num_steps": 2, "eval.guidance": 1.0, "guidance": 1.0,
 }  # fmt: skip
 OUTPUTS = {
-    "config.json", "metrics.jsonl", "results.json", "samples.png", "student.safetensors", "table.txt", "timing.json",
+    "config.json", "goodput.json", "metrics.jsonl", "results.json", "samples.png", "student.safetensors", "table.txt",
+    "timing.json",
 }  # fmt: skip
+CLOCKED = {"goodput.json", "timing.json"}
 
 
 # ---- a tiny experiment
@@ -110,6 +115,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -139,19 +145,46 @@ class Program:
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
 
-    def kill(self, name: str, when: Callable[[Path], bool]) -> bool:
+    def start(self, name: str, *flags: str, **changes: Any) -> subprocess.Popen[str]:
+        command = _command(self.folder / name, self.overrides | changes) + list(flags)
+        with (self.folder / f"{name}.err").open("a") as errors:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL, stderr=errors, text=True
+            )
+
+    def kill(self, name: str, when: Callable[[Path], bool], **changes: Any) -> bool:
         """Start it, kill it outright as soon as `when(workdir)` holds; False if it ended before that."""
-        command, workdir = _command(self.folder / name, self.overrides), self.folder / name
-        with subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            deadline = time.monotonic() + TIMEOUT
-            while process.poll() is None and not when(workdir):
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            alive = process.poll() is None
-            process.send_signal(signal.SIGKILL)
+        with self.start(name, **changes) as process:
+            alive = _await([process], lambda: when(self.folder / name))
+            process.kill()
         return alive
+
+    def kill_one_of_two(self, name: str, when: Callable[[Path], bool], victim: int, **changes: Any) -> bool:
+        """The same for two processes, of which one dies; the other is given up, as a job manager would."""
+        processes = self.start_two(name, **changes)
+        alive = _await(processes, lambda: when(self.folder / name))
+        processes[victim].kill()
+        time.sleep(1)
+        for process in processes:
+            process.kill()
+            process.wait()
+        return alive
+
+    def start_two(self, name: str, **changes: Any) -> list[subprocess.Popen[str]]:
+        with socket.create_server(("localhost", 0)) as free:
+            flags = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num-processes=2"]
+        return [self.start(name, *flags, f"--process-id={process}", **changes) for process in range(2)]
+
+
+def _await(processes: list[subprocess.Popen[str]], condition: Callable[[], bool]) -> bool:
+    """Until the condition holds; False if a process ends before."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        if any(process.poll() is not None for process in processes):
+            return False
+        time.sleep(0.002)
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +206,7 @@ def _logged(workdir: Path) -> list[dict[str, float]]:
 
 def _same_outcome(found: Path, expected: Path) -> None:
     """Timing apart, everything that a run leaves is the same, byte by byte."""
-    for name in OUTPUTS - {"timing.json"}:
+    for name in OUTPUTS - CLOCKED:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
@@ -208,7 +241,7 @@ def test_the_results_compare_base_teachers_merge_and_student(whole: Path):
 
 def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Path, config: ConfigDict, tmp_path: Path):
     student, metadata = load_adapter(whole / "student.safetensors")
-    start = prepare(config, tmp_path / "run").student
+    start = prepare(config, tmp_path / "run").teaching.start
     assert metadata["preset"] == "miniature"
     assert student.scale == start.scale
     before, after = (flatten_dict(tree, sep="/") for tree in (start.weights, student.weights))
@@ -248,6 +281,67 @@ def test_kills_in_every_phase_change_nothing(program: Program, whole: Path):
     _same_outcome(program.run("random"), whole)
 
 
+def test_a_run_told_to_stop_saves_in_time(program: Program):
+    """30 s is what clouds give; the second signal is the one that impatient job managers send."""
+    workdir = program.folder / "stopped"
+    with program.start("stopped", steps=10_000, eval_every=0, checkpoint_every=1000) as process:
+        assert _await([process], lambda: len(_logged(workdir)) >= 2)
+        process.terminate()
+        began = time.monotonic()
+        time.sleep(0.1)
+        process.terminate()
+        assert process.wait(TIMEOUT) in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter if it has already saved
+        seconds = time.monotonic() - began
+    assert newest_step(workdir) == max(line["step"] for line in _logged(workdir)) > 0
+    assert seconds < 30, seconds
+
+
+LONG: Overrides = {"steps": 40, "eval_every": 10}
+
+
+def _moment(rng: np.random.Generator, newest: int) -> Callable[[Path], bool]:
+    """When to kill: while a checkpoint is being written, some time after the next one, or at any time at all."""
+    kind, delay, later = rng.integers(3), rng.uniform(0, 2), time.monotonic() + rng.uniform(0, 20)
+    seen: list[float] = []
+
+    def after_a_save(workdir: Path) -> bool:
+        if not seen and (newest_step(workdir) > newest or (workdir / "results.json").exists()):
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + delay
+
+    def in_a_save(workdir: Path) -> bool:
+        return any((workdir / "checkpoints").glob("*tmp*"))
+
+    return [in_a_save, after_a_save, lambda workdir: time.monotonic() > later][kind]
+
+
+def _kill_often(kills: int, workdir: Path, kill: Callable[[Callable[[Path], bool]], bool]) -> None:
+    """As many kills of one run; a run that ends in between is started again, as any other."""
+    rng, done, newest = np.random.default_rng(0), 0, 0
+    while done < kills:
+        done += kill(_moment(rng, newest))
+        assert newest_step(workdir) >= newest  # no checkpoint is ever lost
+        newest = newest_step(workdir)
+
+
+@pytest.mark.slow
+def test_thirty_random_kills_change_nothing(program: Program):
+    expected = program.run("uninterrupted", **LONG)
+    _kill_often(30, program.folder / "thirty", lambda when: program.kill("thirty", when, **LONG))
+    _same_outcome(program.run("thirty", **LONG), expected)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_one_of_two_processes_change_nothing(program: Program):
+    def to_the_end(name: str) -> Path:
+        assert [process.wait(TIMEOUT) for process in program.start_two(name, **LONG)] == [0, 0]
+        return program.folder / name
+
+    expected, victims = to_the_end("pair"), itertools.cycle((1, 0))
+    _kill_often(10, program.folder / "ten", lambda when: program.kill_one_of_two("ten", when, next(victims), **LONG))
+    _same_outcome(to_the_end("ten"), expected)
+
+
 def test_a_finished_run_can_be_extended(program: Program, whole: Path):
     short = program.run("extended", steps=2)
     assert json.loads((short / "results.json").read_text())["steps"] == 2
@@ -256,7 +350,7 @@ def test_a_finished_run_can_be_extended(program: Program, whole: Path):
 
 @pytest.mark.slow
 def test_a_finished_run_repeats_only_its_report(program: Program, whole: Path):
-    before = {name: (whole / name).read_bytes() for name in OUTPUTS - {"timing.json"}}
+    before = {name: (whole / name).read_bytes() for name in OUTPUTS - CLOCKED}
     program.run("whole")
     assert {name: (whole / name).read_bytes() for name in before} == before
 
@@ -460,9 +554,10 @@ def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(
     stage = prepare(config, tmp_path / "run")
     bank = flatten_dict(stage.frozen.bank, sep="/")
     assert {leaf.shape[-1] for path, leaf in bank.items() if path.endswith("/a")} == {RANK + 2}
-    assert {leaf.shape[-1] for path, leaf in flatten_dict(stage.student.weights).items() if path[-1] == "a"} == {RANK}
+    trained = flatten_dict(stage.teaching.start.weights)
+    assert {leaf.shape[-1] for path, leaf in trained.items() if path[-1] == "a"} == {RANK}
     # Nobody adapts the feed-forwards, and yet the student can.
-    assert all(leaf.any() for path, leaf in flatten_dict(stage.student.weights).items() if path[-1] == "a")
+    assert all(leaf.any() for path, leaf in trained.items() if path[-1] == "a")
     files = [tmp_path / "composition.safetensors", tmp_path / "text.safetensors", weights / "quality.safetensors"]
     for k, file in enumerate(files):  # the tasks' order, which is the alphabet's, then the anchor
         expected = flatten_dict(delta(load_adapter(file)[0]), sep="/")
@@ -550,7 +645,8 @@ def _train(config: ConfigDict, folder: Path) -> Any:
     """What `main` does, in this process."""
     stage = prepare(config, folder)
     stage.describe()
-    checkpoints, writer = Checkpoints(folder, config.keep_checkpoints), MetricWriter(folder, 0)
+    checkpoints = Checkpoints(folder, config.keep_checkpoints, config_hash=config_hash(config))
+    writer = MetricWriter(folder, 0)
     with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
         state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
     checkpoints.close()

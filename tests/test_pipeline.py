@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -11,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from fopd_jax import pipeline as module
 from fopd_jax.adapters import LoRAConfig, init_adapter
 from fopd_jax.interop.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.miniature.world import make_world
+from fopd_jax.models.attention import resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
-from fopd_jax.pipeline import boxed_variables, load_base, load_policy, make_pipeline, weight_path
+from fopd_jax.pipeline import boxed_variables, config_attention, load_base, load_policy, make_pipeline, weight_path
 
 CONFIG = Path(__file__).parents[1] / "configs" / "miniature.py"
 SHAPE = make_world().latent_shape
@@ -59,6 +61,20 @@ def test_a_pipeline_holds_what_its_fields_say(config: ConfigDict):
     assert pipeline.model == MMDiT(PRESETS["miniature"], "xla", jnp.dtype("bfloat16"), remat="dots")
     assert pipeline.mesh.size == jax.device_count()
     assert list(pipeline.world.tasks) == ["text", "composition"]
+
+
+def test_the_automatic_attention_is_told(config: ConfigDict, capsys: pytest.CaptureFixture[str]):
+    config.model.attention = "auto"
+    expected = resolve_attention("auto", "float32", PRESETS["miniature"].head_dim)
+    assert make_pipeline(config).model.impl == expected
+    assert f"attention: auto → {expected} ({jax.default_backend()}, float32, head dimension" in capsys.readouterr().err
+
+
+def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: ConfigDict):
+    """A mesh of a machine that is not there: what its devices say counts."""
+    config.model.update(attention="auto", dtype="bfloat16")
+    mesh = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform="tpu")]))
+    assert config_attention(config, PRESETS["sd35_medium"], mesh) == "splash"
 
 
 @pytest.mark.parametrize(

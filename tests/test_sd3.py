@@ -18,6 +18,7 @@ from PIL import Image
 
 from fopd_jax.adapters import effective
 from fopd_jax.conditioning import PromptEncoder
+from fopd_jax.config import config_hash
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.suite import Sampler
 from fopd_jax.interop.converted import read_manifest, write_manifest
@@ -192,7 +193,7 @@ def test_images_equal_the_pytorch_pipelines(config: ConfigDict, torch_pipeline: 
 def _train(config: ConfigDict, workdir: Path) -> OPD:
     stage = prepare(config, workdir)
     assert isinstance(stage, OPD)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints, config_hash=config_hash(config))
     writer = MetricWriter(workdir, checkpoints.latest_step() or 0)
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
@@ -245,7 +246,7 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
 
     # The student's PEFT folder, read by PEFT, samples what ours samples.
     moved, _ = load_adapter(workdir / "student.safetensors")
-    start = stage.student
+    start = stage.teaching.start
     assert any(
         not np.array_equal(np.asarray(a), np.asarray(b))
         for a, b in zip(jax.tree.leaves(moved.weights), jax.tree.leaves(start.weights), strict=True)
@@ -260,6 +261,33 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
         torch_pipeline.transformer = bare
     assert _worst(found, expected) <= PIXEL_LIMIT
     assert _worst(expected, _theirs(torch_pipeline, PROMPTS[:2], noise)) > 10 * PIXEL_LIMIT  # the adapter shows
+
+
+def test_all_of_the_network_trains_and_goes_back_to_diffusers(
+    config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
+):
+    config.trained, config.steps, config.cold_start.method = "params", 1, "none"
+    workdir = tmp_path / "run"
+    stage = _train(config, workdir)
+    assert not (workdir / "student.safetensors").exists()
+    student: Any = SD3Transformer2DModel.from_pretrained(workdir / "student_diffusers" / "transformer")
+    found, noise = _ours(config, PROMPTS[:2], None)
+    bare = torch_pipeline.transformer
+    before = _theirs(torch_pipeline, PROMPTS[:2], noise)
+    try:
+        torch_pipeline.transformer = student
+        after = _theirs(torch_pipeline, PROMPTS[:2], noise)
+    finally:
+        torch_pipeline.transformer = bare
+    assert _worst(found, before) <= PIXEL_LIMIT  # the base is as it was
+    theirs = dict(student.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
+    checkpoints = Checkpoints(workdir, 1, config_hash=config_hash(config))
+    ours = checkpoints.restore(stage.experiment.state).trained["dual_blocks"]["ff"]["up"]["kernel"][0]
+    checkpoints.close()
+    np.testing.assert_array_equal(theirs, np.asarray(ours).T)
+    base = dict(bare.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
+    assert np.abs(theirs - base).max() > 0
+    assert after.shape == before.shape
 
 
 @pytest.mark.parametrize(

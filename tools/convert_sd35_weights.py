@@ -14,28 +14,18 @@ Exit codes: 0 done (or nothing to do), 1 something is wrong with source or desti
 """
 
 import argparse
-import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
-from tqdm import tqdm
-
-from fopd_jax.interop.convert import OUTPUT_DTYPES, convert, write_transformer
-from fopd_jax.interop.tensor_files import Progress
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Progress]:
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
-        yield bar.update
+from fopd_jax.interop.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,10 +42,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> str:
     """Convert; returns what was done, in words."""
     if args.reverse:
-        write_transformer(args.src, args.dst, progress=progress)
+        write_transformer(args.src, args.dst, progress=byte_bar)
         return f"wrote the transformer of {args.src} to {args.dst}"
     components = args.components.split(",") if args.components else None
-    done = convert(args.src, args.dst, dtype=args.dtype, components=components, progress=progress)
+    done = convert(args.src, args.dst, dtype=args.dtype, components=components, progress=byte_bar)
     return f"converted {', '.join(done)} into {args.dst}" if done else f"{args.dst}: already converted, unchanged"
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fopd_jax.config import Config, config_hash
 from fopd_jax.evaluation.grid import draw_grid, write_png
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys
+from fopd_jax.parallel.distributed import is_main
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.task import World, select_tasks
 from fopd_jax.training.workdir import write_json
@@ -36,6 +37,7 @@ def write_report(
 ) -> None:
     """Evaluate every model on the same pairs, print the table and write the files; the last model is the student.
 
+    All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
     scores, there is no table.
     """
@@ -44,10 +46,15 @@ def write_report(
     eval_set = EvalSet(tasks, config.final_samples, evaluation.batch_size, evaluation.seed + 1)
     scores: dict[str, Scores] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
-    with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total) as bar:
+    with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total or not is_main()) as bar:
         for model in models:
             scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
-    student = models[-1].name
+    if is_main():
+        _write_scores(workdir, config, scores, models[-1].name, steps)
+    draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
+
+
+def _write_scores(workdir: Path, config: Config, scores: Mapping[str, Scores], student: str, steps: int) -> None:
     write_json(
         workdir / "results.json",
         {
@@ -61,11 +68,10 @@ def write_report(
             "versions": {package: version(package) for package in PACKAGES},
         },
     )
-    if eval_set.scored():
+    if scores[student]:
         table = format_table(scores, student)
         (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
         print(table)
-    draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
 def format_table(scores: Mapping[str, Scores], student: str) -> str:
@@ -93,8 +99,10 @@ def _counts(scores: Scores) -> str:
 
 
 def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
-    """Write the grid that `sample_grid` draws."""
-    write_png(path, sample_grid(sampler, world, eval_set, models))
+    """Write the grid that `sample_grid` draws; all processes draw it, process 0 writes."""
+    picture = sample_grid(sampler, world, eval_set, models)
+    if is_main():
+        write_png(path, picture)
 
 
 def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> Image.Image:

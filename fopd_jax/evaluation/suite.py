@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning import Conditioning
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.transition import Transition, standard_normal
+from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.policy import Tree, Velocity, guided_velocity
 from fopd_jax.tasks.task import Scores, Task, World
@@ -51,7 +52,8 @@ class EvalSet:
 class Sampler:
     """One jitted program for all policies: `draw(variables, adapter, conditioning, null, keys [B]) → latents`.
 
-    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it.
+    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it, so that
+    each process encodes and decodes the rows of its own devices alone.
     """
 
     draw: Callable[..., Float[Array, "b h w c"]]
@@ -61,10 +63,23 @@ class Sampler:
     def __call__(
         self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
     ) -> Float[np.ndarray, "b height width 3"]:
-        """Images in [-1, 1] on the host, each from its prompt and key alone."""
-        conditioning, keys = jax.device_put((world.encode(prompts), keys), batch_sharding(self.mesh))
-        null = jax.device_put(world.encode([""]), replicated(self.mesh)) if self.guided else None
-        return world.decode(jax.device_get(self.draw(variables, adapter, conditioning, null, keys)))
+        """Images in [-1, 1] on every process, each from its prompt and key alone."""
+        images = self.held(world, variables, adapter, prompts, keys)
+        return gather_rows(images, batch_sharding(self.mesh), len(prompts))
+
+    def held(
+        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
+    ) -> Float[np.ndarray, "n height width 3"]:
+        """Of the same images those that this process's devices make, in the order of `rows`."""
+        sharding, size = batch_sharding(self.mesh), len(prompts)
+        conditioning = put_batch(world.encode([prompts[int(row)] for row in self.rows(size)]), sharding, size)
+        null = put_replicated(world.encode([""]), replicated(self.mesh)) if self.guided else None
+        latents = self.draw(variables, adapter, conditioning, null, put_replicated(keys, sharding))
+        return world.decode(held_rows(latents))
+
+    def rows(self, batch_size: int) -> Int[np.ndarray, " n"]:
+        """The rows of a batch that this process makes."""
+        return rows_of(batch_sharding(self.mesh), batch_size)
 
 
 def make_sampler(
@@ -85,7 +100,7 @@ def make_sampler(
         steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
         return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
 
-    return Sampler(jax.jit(sample), guidance != 1, mesh)
+    return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 
 
 def noise_keys(seed: int, task: str, index: np.ndarray) -> Array:
@@ -104,17 +119,26 @@ def evaluate(
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """Scores by skill, one value per pair, in the order of the pairs; tasks that share a skill are concatenated.
 
-    Tasks without scores are not sampled.
+    Tasks without scores are not sampled. Each process scores its own images; all get all scores.
     """
     scores: dict[str, list[np.ndarray]] = {}
     for task, score in eval_set.scored():
         for prompts, index in eval_set.pairs(task):
-            images = sampler(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
-            wanted = int((index < eval_set.samples).sum())
-            for skill, values in score(images[:wanted], prompts[:wanted]).items():
-                scores.setdefault(skill, []).append(values)
+            images = sampler.held(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
+            rows, wanted = sampler.rows(len(prompts)), int((index < eval_set.samples).sum())
+            values = _score(score, images, [prompts[int(row)] for row in rows], int((rows < wanted).sum()))
+            gathered = gather_rows(values, batch_sharding(sampler.mesh), len(prompts))
+            for skill in values:  # in the task's order, which gathering does not keep
+                scores.setdefault(skill, []).append(gathered[skill][:wanted])
             progress(wanted)
     return {skill: np.concatenate(parts) for skill, parts in scores.items()}
+
+
+def _score(score: Scores, images: np.ndarray, prompts: Sequence[str], wanted: int) -> dict[str, np.ndarray]:
+    """Scores of the first `wanted` images, then zeros; of one at least, since the skills are known from it alone."""
+    count = max(wanted, 1)
+    scores = score(images[:count], prompts[:count])
+    return {skill: np.pad(values, (0, len(images) - count)) for skill, values in scores.items()}
 
 
 def means(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:

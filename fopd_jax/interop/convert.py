@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 from fopd_jax.interop import original
 from fopd_jax.interop.converted import (
@@ -54,9 +56,17 @@ from fopd_jax.interop.tensor_files import (
 OUTPUT_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _STAGE = ".partial"
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # others: "model"
+Tree = Any
 Parts = Iterator[tuple[str, np.ndarray]]
 Display = Callable[[str, int], contextlib.AbstractContextManager[Progress]]
 """Opens a display of a title and a total of bytes, and yields the function that counts them."""
+
+
+@contextlib.contextmanager
+def byte_bar(title: str, total: int) -> Iterator[Progress]:
+    """A `Display` on the terminal."""
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,15 +366,26 @@ def write_transformer(src: Path, dst: Path, *, progress: Display) -> None:
         raise ValueError(f"src: {src} holds no transformer, only {', '.join(manifest.components)}")
     if dst.exists():
         raise ValueError(f"dst: {dst} exists; choose another")
-    converted, component = manifest.components["transformer"], manifest.component("transformer")
-    shapes, dtype, table = component.tensor_shapes(), OUTPUT_DTYPES[converted.dtype], load_table(src)
+    component, dtype = manifest.component("transformer"), OUTPUT_DTYPES[manifest.components["transformer"].dtype]
+    params = load_params(src, "transformer", abstract_params(component, dtype))
+    write_diffusers(dst, manifest, params, load_table(src), progress=progress)
+
+
+def write_diffusers(dst: Path, manifest: Manifest, params: Tree, table: np.ndarray, *, progress: Display) -> None:
+    """Write a transformer like the manifest's, its parameters (on this host, all in one dtype) given, as `dst`.
+
+    Raises:
+      OSError: the destination cannot be written; it is left as it was.
+    """
+    component, dtype = manifest.component("transformer"), jax.tree.leaves(params)[0].dtype
+    shapes = component.tensor_shapes()
     dtypes = {name: table.dtype if name == TABLE else dtype for name in shapes}
     total = _count(component.shapes) * dtype.itemsize + table.nbytes
     with _staging(dst) as stage:
         _check_space(stage, total)
-        params = load_params(src, "transformer", abstract_params(component, dtype))
         tensors = itertools.chain(stream_tensors(component, params), [(TABLE, table)])
-        (stage / "config.json").write_text(json.dumps(converted.config, indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(manifest.components["transformer"].config, indent=2)
+        (stage / "config.json").write_text(config + "\n", encoding="utf-8")
         with progress("write transformer", total) as count:
             weights = stage / f"{_STEMS['transformer']}.safetensors"
             write_tensor_file(weights, shapes, dtypes, _counted(tensors, count))

@@ -219,14 +219,18 @@ def load_params(folder: Path, name: str, abstract: Tree) -> Tree:
     Raises:
       ValueError: the checkpoint is damaged, or its shapes are not those of `abstract`; names the folder.
     """
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract
     )
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes_at_once(placed))
     restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(  # another process may have no need to read
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             path, args = (folder / name).resolve(), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
             stored: Any = checkpointer.metadata(path).item_metadata
             if stored is None:

@@ -1,8 +1,9 @@
 """The world of a converted folder: its text encoders, its autoencoder, and prompts from files."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +21,12 @@ from fopd_jax.interop.converted import TOKENIZERS, Manifest, load_sharded
 from fopd_jax.models.autoencoder import Autoencoder
 from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.t5 import T5Encoder
+from fopd_jax.parallel.distributed import barrier, is_main, local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, check_batch
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.tasks.task import World
 
+ENCODING_TIMEOUT_S = 7200.0  # a host that has its prompts waits while another one encodes them all
 CLIP_TOWERS = ("text_encoder", "text_encoder_2")
 
 
@@ -57,14 +60,18 @@ class MemoryEncodings:
 
 
 class FolderWorld:
-    """Text encoders, autoencoder and prompt files around a converted folder's transformer."""
+    """Text encoders, autoencoder and prompt files around a converted folder's transformer.
+
+    Each process encodes and decodes by itself, on its own devices.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, config: Config, mesh: Mesh, cache: Path | None) -> None:
-        self._folder, self._manifest, self._mesh, self._config = folder, manifest, mesh, config
+        self._folder, self._manifest, self._config = folder, manifest, config
+        self._mesh = local_mesh(mesh)
         for name in ("vae", *CLIP_TOWERS):
             if name not in manifest.components:
                 raise ValueError(f"model.path: {folder} holds no {name}; convert it too")
-        check_batch("encode_batch_size", config.encode_batch_size, mesh)
+        check_batch("encode_batch_size", config.encode_batch_size, self._mesh)
         if config.t5_length < 1:
             raise ValueError(f"t5_length: found {config.t5_length}, expected at least 1")
         vae, network = manifest.component("vae").config, manifest.transformer
@@ -99,20 +106,29 @@ class FolderWorld:
         return ConditioningCache(folder, fingerprint, shapes)
 
     def _prepare(self, prompts: Iterable[str]) -> None:
-        """Encode what is not there yet; the encoders are in memory only meanwhile."""
-        missing = self._encodings.missing(prompts)
+        """Encode what is not there yet; the encoders are in memory only meanwhile.
+
+        Every process encodes its share, then what others have encoded into folders that it does not see.
+        """
+        distinct, encoder = list(dict.fromkeys(prompts)), functools.cache(self._load_encoder)
+        self._fill(distinct[jax.process_index() :: jax.process_count()], encoder)
+        barrier("prompts are encoded", ENCODING_TIMEOUT_S)
+        self._fill(distinct, encoder)
+
+    def _fill(self, prompts: Iterable[str], encoder: Callable[[], PromptEncoder]) -> None:
+        missing, size = self._encodings.missing(prompts), self._config.encode_batch_size
         if not missing:
             return
         self._encodings.check_space(len(missing))
-        encoder, size = self._load_encoder(), self._config.encode_batch_size
-        with tqdm(total=len(missing), desc="encode prompts", unit="prompt", dynamic_ncols=True) as bar:
+        title, encode = "encode prompts", encoder()
+        with tqdm(total=len(missing), desc=title, unit="prompt", dynamic_ncols=True, disable=not is_main()) as bar:
             for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
-                self._encodings.write(batch, encoder(batch))
+                self._encodings.write(batch, encode(batch))
                 bar.update(len(batch))
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        self._prepare(prompts)
+        self._fill(prompts, self._load_encoder)
         return self._encodings.read(prompts)
 
     def _load_encoder(self) -> PromptEncoder:

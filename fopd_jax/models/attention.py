@@ -1,23 +1,70 @@
-"""Scaled dot-product attention with a named implementation."""
+"""Scaled dot-product attention with a named implementation.
 
-from typing import Literal, get_args
+- `xla`: plain matrix products; the scores of all heads stand in memory. Runs everywhere.
+- `cudnn`: NVIDIA's flash attention; half precision only.
+- `splash`: JAX's own flash attention for TPUs (Pallas), run on each device's own rows and heads.
 
+A flash kernel's backward needs its output and one float32 a query, but no scores. `save_attention` is the
+rematerialisation policy that keeps exactly these, so that no attention kernel runs a second time.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-AttentionImpl = Literal["xla", "cudnn"]
+AttentionImpl = Literal["xla", "cudnn", "splash"]
+AUTO = "auto"
+ATTENTION_OUTPUT = "attention"  # what `checkpoint_name` calls it
+_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+_CUDNN_DTYPES = ("bfloat16", "float16")
+_CUDNN_FORWARD = "dot_product_attention_fwd"  # begins the names of the primitives that JAX has for it
+_TILE, _MAX_BLOCK, _MAX_WHOLE = 128, 1024, 2048  # a TPU register's lanes; what fits into 16 MiB of VMEM
+AXES = ("batch", None, "heads", None)  # logical axes of queries, keys and values
 
 
-def check_attention_impl(impl: str) -> None:
-    """Refuse an implementation that does not exist or cannot run on the default backend.
+# ---- the choice
+
+
+def resolve_attention(name: str, dtype: Any, head_dim: int, platform: str | None = None) -> AttentionImpl:
+    """The implementation that a config's `model.attention` names; `auto` is the fastest that can run.
+
+    `platform`: of the devices that the program is for (default: those of the default backend).
 
     Raises:
-      ValueError: `impl` is unknown, or is `cudnn` where the default backend is no GPU. There is no silent fallback.
+      ValueError: there is no such implementation, or it cannot run there. There is no silent fallback.
     """
-    if impl not in get_args(AttentionImpl):
-        raise ValueError(f"attention: found {impl!r}, expected one of {get_args(AttentionImpl)}")
-    if impl == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention: 'cudnn' needs a GPU, but the backend is {jax.default_backend()!r}; use 'xla'")
+    if name not in (AUTO, *get_args(AttentionImpl)):
+        raise ValueError(f"attention: found {name!r}, expected one of {(AUTO, *get_args(AttentionImpl))}")
+    fastest_first: tuple[AttentionImpl, ...] = ("cudnn", "splash", "xla")
+    wanted: list[AttentionImpl] = [impl for impl in fastest_first if name in (AUTO, impl)]
+    refusals = [_refusal(impl, jnp.dtype(dtype).name, head_dim, platform or jax.default_backend()) for impl in wanted]
+    if all(refusals):
+        raise ValueError(f"attention: {name!r} {refusals[0]}; use 'xla' or 'auto'")
+    return wanted[refusals.index("")]
+
+
+def _refusal(impl: AttentionImpl, dtype: str, head_dim: int, platform: str) -> str:
+    """Why an implementation cannot run, or nothing."""
+    if _PLATFORMS.get(impl, platform) != platform:
+        return f"needs a {_PLATFORMS[impl].upper()}, but the backend is {platform!r}"
+    if impl == "cudnn" and dtype not in _CUDNN_DTYPES:
+        return f"computes in {' or '.join(_CUDNN_DTYPES)}, but the network's dtype is {dtype}"
+    if impl == "cudnn" and (head_dim > 128 or head_dim % 8):
+        return f"needs a head dimension of at most 128 and a multiple of 8, but the network's is {head_dim}"
+    return ""
+
+
+# ---- attention
 
 
 def attention(
@@ -25,4 +72,87 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """softmax(q·kᵀ/√h)·v over all positions, softmax in float32. SD3 masks nothing: padded text is attended."""
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
-        return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+        if impl == "splash":
+            return splash_attention(q, k, v)
+        out = jax.nn.dot_product_attention(q, k, v, implementation=impl)
+    return checkpoint_name(out, ATTENTION_OUTPUT) if impl == "xla" else out
+
+
+def save_attention(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Rematerialisation policy: keep attentions' outputs, and what else a flash kernel's backward reads of them."""
+    if primitive.name.startswith(_CUDNN_FORWARD):  # its float32 a query has no name, so all its outputs are kept
+        return True
+    return _save_named(primitive, *args, **params)
+
+
+_save_named = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+
+
+# ---- splash
+
+
+def splash_attention(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
+) -> Float[Array, "b t n h"]:
+    """Flash attention of as many queries as keys, on each device's own rows and heads of the ambient mesh.
+
+    Which mesh axes hold them is what Linen's logical rules say of `batch` and `heads`. A dimension that its axes do not
+    divide is whole on every device, as parameters are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _splash_local(q, k, v)
+    wished: Any = nn.spmd.logical_to_mesh_axes(AXES)
+    spec = P(*(_dividing(mesh, axes, size) for axes, size in zip(wished, q.shape, strict=True)))
+    # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
+    local = jax.shard_map(_splash_local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return local(q, k, v)
+
+
+def _dividing(mesh: Any, axes: Any, size: int) -> Any:
+    """The axes, or None where they do not divide a dimension."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+def _splash_local(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
+) -> Float[Array, "b t n h"]:
+    length, heads, head_dim = q.shape[1:]
+    padded, _ = splash_blocks(length)
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not scale; exact for H = 64
+    padding = ((0, 0), (0, padded - length), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, padding).transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.vmap(_splash_kernel(heads, length))(q, k, v)
+    return out.transpose(0, 2, 1, 3)[:, :length]
+
+
+def splash_blocks(length: int) -> tuple[int, int]:
+    """Length of a padded sequence, and of the equal blocks that it is cut into: as few as fit, with little padding."""
+    tiles = -(-length // _TILE)
+    count = -(-tiles * _TILE // _MAX_BLOCK)
+    block = -(-tiles // count) * _TILE
+    return count * block, block
+
+
+def _splash_kernel(heads: int, length: int) -> Callable[..., Any]:
+    """The kernel `[N, T, H]³ → [N, T, H]` for padded sequences; padded keys are masked in the blocks that hold any.
+
+    The fused backward computes dq, dk and dv in five matrix products a block, where two kernels would take seven.
+    """
+    padded, block = splash_blocks(length)
+    whole = padded if padded <= _MAX_WHOLE else block  # with all keys in one block, dq needs no sum over blocks
+    mask = splash.FullMask((padded, padded)) if padded == length else _real_keys(padded, length)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block,
+        block_q_dkv=block, block_kv_dkv=whole, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads), block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT
+        )
+
+
+@functools.cache
+def _real_keys(padded: int, length: int) -> splash.NumpyMask:
+    return splash.NumpyMask(np.broadcast_to(np.arange(padded) < length, (padded, padded)))

@@ -69,8 +69,8 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         )
 
 
-def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, ""]) -> Samples:
-    """w·‖v - sg(target)‖², mean per dimension, one value per sample."""
+def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, "*k"]) -> Samples:
+    """w·‖v - sg(target)‖², mean per dimension, one value per sample; w is one number or one per sample."""
     return weight * jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
 
 

@@ -1,10 +1,13 @@
-"""Logical axes of parameters → mesh axes, as data; and shardings of whole trees."""
+"""Logical axes of parameters and activations → mesh axes, as data; and shardings of whole trees."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +20,23 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
 )
-BATCH = P(("data", "fsdp"))
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)
+
+
+@contextlib.contextmanager
+def activation_rules(mesh: AnyMesh, batch: tuple[str, ...] = BATCH_AXES) -> Iterator[None]:
+    """While tracing: activations are split over the mesh axes `batch` along their leading axis, kernels by `RULES`.
+
+    Propagation alone may prefer to split activations as parameters are and to repeat whole matrix products instead.
+    An axis of the batch's that is not in `batch` belongs to a mapped axis outside (see `gradients`): nothing is split
+    over it, so that within a layer its kernel is whole along it.
+    """
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    taken = set(BATCH_AXES) - set(batch)
+    rules = [(name, None if axis in taken else axis) for name, axis in RULES]
+    with jax.sharding.use_abstract_mesh(abstract), nn.logical_axis_rules((*rules, ("batch", batch))):
+        yield
 
 
 def parameter_shardings(mesh: AnyMesh, boxed: Tree) -> Tree:
@@ -27,6 +46,28 @@ def parameter_shardings(mesh: AnyMesh, boxed: Tree) -> Tree:
     """
     specs = nn.spmd.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
     return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _fit(mesh, leaf.shape, spec)), nn.unbox(boxed), specs)
+
+
+def bank_shardings(mesh: AnyMesh, boxed_params: Tree, bank: Tree) -> Tree:
+    """Shardings of an adapter bank `[*L, K, D_in, R]`, `[*L, K, R, D_out]`: each factor split as its kernel is there.
+
+    `boxed_params`: the network's parameters, boxed with logical axis names; `bank`: arrays or shapes.
+    """
+    kernels: dict[tuple[str, ...], Any] = flatten_dict(parameter_shardings(mesh, boxed_params))
+    factors: dict[tuple[str, ...], Any] = flatten_dict(bank)
+
+    def place(path: tuple[str, ...], leaf: Any) -> NamedSharding:
+        kernel = kernels[*path[:-1], "kernel"].spec
+        d_in, d_out = (*kernel, None, None)[leaf.ndim - 3 : leaf.ndim - 1]
+        lead = (None,) * (leaf.ndim - 2)
+        return NamedSharding(mesh, P(*lead, d_in, None) if path[-1] == "a" else P(*lead, None, d_out))
+
+    return unflatten_dict({path: place(path, leaf) for path, leaf in factors.items()})
+
+
+def stacked_shardings(mesh: AnyMesh, boxed: Tree) -> Tree:
+    """As `parameter_shardings`, for trees stacked along a new leading axis that no device splits."""
+    return jax.tree.map(lambda each: NamedSharding(mesh, P(None, *each.spec)), parameter_shardings(mesh, boxed))
 
 
 def _fit(mesh: AnyMesh, shape: tuple[int, ...], spec: P) -> P:
@@ -47,12 +88,17 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def batch_ways(mesh: AnyMesh) -> int:
+    """Into how many parts a batch is split."""
+    return _length(mesh, BATCH_AXES)
+
+
 def check_batch(field: str, size: int, mesh: AnyMesh) -> None:
     """Refuse a batch that cannot be split evenly; nothing is ever padded silently.
 
     Raises:
       ValueError: names the field, its value and what it must be a multiple of.
     """
-    ways = _length(mesh, ("data", "fsdp"))
+    ways = batch_ways(mesh)
     if size < 1 or size % ways:
         raise ValueError(f"{field}: found {size}, expected a multiple of {ways} (mesh axes data x fsdp)")

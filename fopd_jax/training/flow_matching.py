@@ -5,31 +5,23 @@ from pathlib import Path
 
 import jax
 
-from fopd_jax.adapters import Adapter, effective, init_adapter
+from fopd_jax.adapters import init_adapter
 from fopd_jax.config import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.safetensors import save_adapter, save_tree
 from fopd_jax.miniature.pairs import PairSpec, TaskPairs, make_pairs
 from fopd_jax.objectives.flow_matching import LogitNormal
+from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, check_batch, replicated
 from fopd_jax.pipeline import load_base
 from fopd_jax.policy import Tree
 from fopd_jax.tasks.task import select_tasks
-from fopd_jax.training.loop import Experiment
+from fopd_jax.training.loop import Experiment, Progress
 from fopd_jax.training.setup import lora_config, make_setup, print_overview
 from fopd_jax.training.state import TrainState, init_state
 from fopd_jax.training.step import make_flow_matching_step
-
-
-def assemble_full(frozen: Tree, trained: Tree) -> tuple[Tree, Tree]:
-    """The parameters train; only the constants are frozen."""
-    return {"params": trained, "constants": frozen["constants"]}, {}
-
-
-def assemble_adapter(frozen: Tree, trained: Adapter) -> tuple[Tree, Tree]:
-    """An adapter trains on a frozen network."""
-    return frozen, effective(trained)
+from fopd_jax.training.student import ADAPTER, network
 
 
 class FlowMatching:
@@ -57,22 +49,29 @@ class FlowMatching:
             else init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
         )
         frozen = {"constants": variables["constants"]} if full else variables
-        assemble = assemble_full if full else assemble_adapter
+        student = network(config.model.dtype) if full else ADAPTER
         levels = LogitNormal(config.levels.mean, config.levels.std, config.levels.shift)
-        everywhere = replicated(pipeline.mesh)
-        step = make_flow_matching_step(pipeline.velocity, assemble, levels, setup.optimizer, setup.ema, everywhere)
+        everywhere, sharding = replicated(pipeline.mesh), batch_sharding(pipeline.mesh)
+        rows = rows_of(sharding, data.batch_size)
+        step = make_flow_matching_step(pipeline.velocity, student, levels, setup.optimizer, setup.ema, everywhere)
 
-        def score(state: TrainState) -> dict[str, float]:
-            return means(evaluate(setup.sampler, pipeline.world, setup.eval_set, *assemble(frozen, state.ema)))
+        def batch(step: int) -> Tree:
+            whole = make_pairs(pipeline.world, spec, config.seed, step)
+            return jax.tree.map(lambda leaf: leaf[rows], whole)
 
-        self.setup, self.frozen, self.full, self.assemble = setup, frozen, full, assemble
+        def score(state: TrainState, progress: Progress) -> dict[str, float]:
+            policy = student.policy(frozen, state.ema)
+            return means(evaluate(setup.sampler, pipeline.world, setup.eval_set, *policy, progress))
+
+        self.setup, self.frozen, self.full, self.student = setup, frozen, full, student
         self.experiment = Experiment(
-            state=jax.device_put(init_state(trained, setup.optimizer, config.seed), everywhere),
+            state=put_replicated(init_state(trained, setup.optimizer, config.seed), everywhere),
             step=partial(step, frozen),
-            batch=lambda i: make_pairs(pipeline.world, spec, config.seed, i),
-            sharding=batch_sharding(pipeline.mesh),
+            batch=batch,
+            batch_size=data.batch_size,
+            sharding=sharding,
             evaluate=score,
-            draw=lambda state: setup.draw(Model(config.name, *assemble(frozen, state.ema))),
+            draw=lambda state: setup.draw(Model(config.name, *student.policy(frozen, state.ema))),
         )
 
     def describe(self) -> None:
@@ -82,10 +81,12 @@ class FlowMatching:
 
     def finish(self, state: TrainState) -> None:
         """Write the averaged weights to `base.safetensors` or `adapter.safetensors`, and what they draw."""
-        metadata = {"preset": self.config.model.preset}
-        if self.full:
-            save_tree(self.workdir / "base.safetensors", {"params": state.ema, **self.frozen}, metadata)
-        else:
-            save_adapter(self.workdir / "adapter.safetensors", state.ema, metadata)
-        setup, model = self.setup, Model(self.config.name, *self.assemble(self.frozen, state.ema))
+        trained, frozen = fetch((state.ema, self.frozen if self.full else None))
+        if is_main():
+            metadata = {"preset": self.config.model.preset}
+            if self.full:
+                save_tree(self.workdir / "base.safetensors", {"params": trained, **frozen}, metadata)
+            else:
+                save_adapter(self.workdir / "adapter.safetensors", trained, metadata)
+        setup, model = self.setup, Model(self.config.name, *self.student.policy(self.frozen, state.ema))
         draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, setup.pipeline.world, setup.eval_set, [model])

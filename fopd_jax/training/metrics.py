@@ -8,36 +8,59 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from fopd_jax.parallel.distributed import is_main
+
 
 class MetricWriter:
     """Writes scalars and images to TensorBoard event files and one JSON line per step to `metrics.jsonl`.
 
-    On resuming, lines beyond `resume_step` belong to updates that were lost and are dropped.
+    On resuming, lines beyond `resume_step` belong to updates that were lost and are dropped. Only process 0 writes:
+    on the others nothing here does anything.
     """
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            _drop_after(self._path, resume_step)
+        self._writes = is_main()
+        if not self._writes:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, resume_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-        self._lines = self._path.open("a", encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        if not scalars:
+        if not scalars or not self._writes:
             return
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         self._lines.write(json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n")
         self._lines.flush()
 
+    def write_shares(self, step: int, shares: Mapping[str, float]) -> None:
+        """Where the time went, to TensorBoard alone: `metrics.jsonl` does not depend on the clock."""
+        if self._writes:
+            for name, share in shares.items():
+                self._board.add_scalar(f"goodput/{name}", share, step)
+
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images are uint8 `[H, W, 3]`."""
+        if not self._writes:
+            return
         for name, image in images.items():
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._board.close()
         self._lines.close()
+
+
+def is_logged(workdir: Path, step: int, prefix: str) -> bool:
+    """Whether a scalar of that step whose name has that prefix has been written."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(name.startswith(prefix) for line in lines if _step_of(line) == step for name in json.loads(line))
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.suite import EvalSet, Sampler, make_sampler
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
+from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import check_batch, replicated
 from fopd_jax.pipeline import Pipeline, make_pipeline
 from fopd_jax.policy import Tree
@@ -48,7 +49,7 @@ def make_setup(config: Config, cache: Path | None = None) -> Setup:
     cadence = Cadence(config.steps, config.log_every, config.checkpoint_every, config.eval_every)
     if config.keep_checkpoints < 1:
         raise ValueError(f"keep_checkpoints: found {config.keep_checkpoints}, expected at least 1")
-    pipeline, evaluation, opt = make_pipeline(config, cache), config.eval, config.optimizer
+    pipeline, evaluation = make_pipeline(config, cache), config.eval
     if evaluation.samples < 1 or evaluation.batch_size < 1:
         raise ValueError(
             f"eval.samples, eval.batch_size: found {evaluation.samples}, {evaluation.batch_size}, expected ≥ 1"
@@ -58,7 +59,7 @@ def make_setup(config: Config, cache: Path | None = None) -> Setup:
         pipeline=pipeline,
         sampler=eval_sampler(config, pipeline),
         eval_set=EvalSet(tasks, evaluation.samples, evaluation.batch_size, evaluation.seed),
-        optimizer=make_optimizer(opt.learning_rate, opt.warmup, tuple(opt.betas), opt.weight_decay, opt.clip_norm),
+        optimizer=config_optimizer(config),
         ema=EMA(config.ema.decay, config.ema.every),
         cadence=cadence,
     )
@@ -84,7 +85,12 @@ def eval_sampler(config: Config, pipeline: Pipeline) -> Sampler:
 
 def null_conditioning(pipeline: Pipeline) -> Conditioning:
     """The empty prompt, one row, on every device."""
-    return jax.device_put(pipeline.world.encode([""]), replicated(pipeline.mesh))
+    return put_replicated(pipeline.world.encode([""]), replicated(pipeline.mesh))
+
+
+def config_optimizer(config: Config) -> optax.GradientTransformation:
+    opt = config.optimizer
+    return make_optimizer(opt.learning_rate, opt.warmup, tuple(opt.betas), opt.weight_decay, opt.clip_norm)
 
 
 def lora_config(config: Config) -> LoRAConfig:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 Tree = Any
@@ -75,7 +76,26 @@ def apply_gradients(
     return dataclasses.replace(state, trained=trained, opt_state=opt_state), optax.tree.norm(gradients)
 
 
-def advance(state: TrainState, ema: EMA) -> TrainState:
-    """Close an outer step: count it, then move the average."""
+def land(finite: jax.Array, updated: TrainState, before: TrainState) -> TrainState:
+    """The update where it is `finite`, bit by bit the state before it elsewhere."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
+
+
+def advance(state: TrainState, ema: EMA, skipped: jax.Array | bool = False) -> TrainState:
+    """Close an outer step: count it, then move the average, unless the step was skipped."""
     step = state.step + 1
-    return dataclasses.replace(state, step=step, ema=ema.update(state.ema, state.trained, step))
+    moved = ema.update(state.ema, state.trained, step)
+    moved = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moved, state.ema)
+    return dataclasses.replace(state, step=step, ema=moved)
+
+
+def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, trained: Tree) -> TrainState:
+    """Where a state lives: averages and moments as what trains (`trained`: its shardings), the scalars everywhere.
+
+    `state`: arrays or shapes.
+    """
+    everywhere = NamedSharding(jax.tree.leaves(trained)[0].mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, place: place, state.opt_state, trained, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(step=everywhere, seed=everywhere, trained=trained, opt_state=opt_state, ema=trained)

@@ -9,19 +9,17 @@ import optax
 
 from fopd_jax.objectives.flow_matching import LogitNormal, flow_matching, interpolate
 from fopd_jax.policy import Tree, Velocity
-from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients
-
-Assemble = Callable[[Tree, Tree], tuple[Tree, Tree]]
-"""`(frozen, trained) → (variables, adapter)`: what the network reads, whichever part of it trains."""
+from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients, land
+from fopd_jax.training.student import Student
 
 
 def make_flow_matching_step(
     velocity: Velocity,
-    assemble: Assemble,
+    student: Student,
     levels: LogitNormal,
     optimizer: optax.GradientTransformation,
     ema: EMA,
-    placed: jax.sharding.Sharding | None = None,
+    placed: Any = None,
 ) -> Callable[[Tree, TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Flow matching of images `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter.
 
@@ -34,13 +32,16 @@ def make_flow_matching_step(
         noise = jax.random.normal(noise_key, x0.shape)
         sigma = levels.sample(level_key, x0.shape[0])
 
-        def loss_fn(trained: Tree) -> jax.Array:
-            variables, adapter = assemble(frozen, trained)
+        def loss_fn(trained: Tree) -> tuple[jax.Array, jax.Array]:
+            variables, adapter = student.policy(frozen, trained)
             v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, batch["conditioning"])
-            return flow_matching(v, x0, noise).mean()
+            losses = flow_matching(v, x0, noise)
+            return losses.mean(), losses
 
-        loss, gradients = jax.value_and_grad(loss_fn)(state.trained)
-        state, norm = apply_gradients(state, gradients, optimizer)
-        return advance(state, ema), {"loss": loss, "grad_norm": jnp.asarray(norm)}
+        (loss, losses), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        updated, norm = apply_gradients(state, gradients, optimizer)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": (~finite).astype(jnp.float32), "samples/loss": losses}
+        return advance(land(finite, updated, state), ema, ~finite), metrics
 
     return jax.jit(step, donate_argnums=1, out_shardings=placed)

@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config import EXTENDABLE, Config, identity
+from fopd_jax.parallel.distributed import barrier, is_main
 
 CONFIG_FILE = "config.json"
 
 
 def check(workdir: Path, config: Config) -> None:
-    """Make sure that a workdir is new, empty or this config's own. Writes nothing.
+    """Make sure that a workdir is new, empty or this config's own. Writes nothing. Process 0 looks, the others wait.
 
     Raises:
       ValueError: it belongs to another config (names every differing field with both values), or to something else.
     """
+    if is_main():
+        _check(workdir, config)
+    barrier("the workdir is checked")
+
+
+def _check(workdir: Path, config: Config) -> None:
     path, here = workdir / CONFIG_FILE, identity(config)
     if path.exists():
         there = _read(path)
@@ -41,10 +48,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Make a checked workdir this config's own."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG_FILE).exists():
-        write_json(workdir / CONFIG_FILE, identity(config))
+    """Make a checked workdir this config's own. Process 0 does, the others wait."""
+    if is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / CONFIG_FILE).exists():
+            write_json(workdir / CONFIG_FILE, identity(config))
+    barrier("the workdir is claimed")
 
 
 def write_json(path: Path, value: Any) -> None:

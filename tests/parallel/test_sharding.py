@@ -1,9 +1,5 @@
-"""Which parameter lives where, pinned; and eight simulated devices computing what one does."""
+"""Which parameter lives where, pinned."""
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import flax.linen as nn
@@ -11,23 +7,22 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.adapters import LoRAConfig, effective, init_adapter, stack_bank
-from fopd_jax.conditioning import Conditioning
-from fopd_jax.evaluation.suite import make_sampler, noise_keys
-from fopd_jax.flow.schedule import flow_match_sigmas
-from fopd_jax.flow.transition import SDE
+from fopd_jax.adapters import LoRAConfig, init_adapter
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
-from fopd_jax.objectives.opd import Objective
-from fopd_jax.parallel.mesh import AXES, MeshShape, make_mesh
-from fopd_jax.parallel.sharding import RULES, batch_sharding, check_batch, parameter_shardings, replicated
+from fopd_jax.parallel.mesh import AXES
+from fopd_jax.parallel.sharding import (
+    RULES,
+    bank_shardings,
+    batch_sharding,
+    check_batch,
+    parameter_shardings,
+    replicated,
+    stacked_shardings,
+)
 from fopd_jax.pipeline import boxed_variables
-from fopd_jax.policy import make_velocity
-from fopd_jax.tasks.task import World
-from fopd_jax.training.opd_step import Batch, Frozen, OPDSpec, OPDStep
-from fopd_jax.training.state import EMA, init_state, make_optimizer
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=2, channels=3,
@@ -132,92 +127,24 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused(size: int):
         check_batch("batch_size", size, _mesh(2, 2, 2))
 
 
-# ---- eight devices
-
-LATENT, BATCH, STEPS = (4, 4, 3), 4, 3
+# ---- banks of adapters and stacks of networks
 
 
-def _random(seed: int, shapes: Any) -> Any:
-    """A tree of these shapes; nothing is compiled to draw it."""
-    leaves, structure = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(structure, [0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+def test_a_bank_is_split_as_the_kernels_that_it_adapts():
+    mesh, boxed = _mesh(2, 2, 2), boxed_variables(MMDiT(TINY), (4, 4, 3))["params"]
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), nn.unbox(boxed), LoRAConfig(2, 4.0)).weights)
+    bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-2], 3, *leaf.shape[-2:]), leaf.dtype), adapter)
+    found = {path: place.spec for path, place in flatten_dict(bank_shardings(mesh, boxed, bank), sep="/").items()}
+    for path in ("attn/to_q", "attn/to_v", "attn/add_k_proj"):
+        assert found[f"blocks/{path}/a"] == P(None, None, "fsdp", None)
+        assert found[f"blocks/{path}/b"] == P(None, None, None, "tensor")
+        assert found[f"last_block/{path}/a"] == P(None, "fsdp", None)
+    assert found["blocks/attn/to_out/a"] == P(None, None, "tensor", None)
+    assert found["blocks/attn/to_out/b"] == P(None, None, None, "fsdp")
+    assert found.keys() == flatten_dict(bank, sep="/").keys()
 
 
-def _conditioning(count: int) -> Conditioning:
-    rng = np.random.default_rng(count)
-    return Conditioning(*(rng.normal(size=(count, *shape)).astype(np.float32) for shape in ((4, 5), (7,))))
-
-
-def _outcome(mesh: Mesh) -> dict[str, Any]:
-    """Three distillation updates and four sampled images of a tiny network on a mesh, and how they were placed."""
-    model = MMDiT(TINY)
-    velocity, sigmas = make_velocity(model), flow_match_sigmas(3)
-    boxed = boxed_variables(model, LATENT)
-    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), nn.unbox(boxed)["params"], LoRAConfig(2, 4.0)))
-    bank = stack_bank({name: _random(seed, shapes) for seed, name in enumerate(("one", "two", "anchor"))})
-    placed = jax.device_put(_random(9, nn.unbox(boxed)), parameter_shardings(mesh, boxed))
-    everywhere = replicated(mesh)
-    frozen = Frozen(placed, jax.device_put(bank, everywhere), jax.device_put(_conditioning(1), everywhere))
-    optimizer = make_optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0)
-    spec = OPDSpec(
-        Objective(mar_beta=0.05), SDE(0.7), sigmas, np.ones(3, bool), LATENT, ("one", "two"), 2.0, (2.0, 2.0, 2.0)
-    )
-    step = OPDStep(spec, velocity, optimizer, EMA()).make(everywhere)
-    state = jax.device_put(init_state(_random(5, shapes), optimizer, 0), everywhere)
-    batch = jax.device_put(Batch(_conditioning(BATCH), np.arange(BATCH, dtype=np.int32) % 2), batch_sharding(mesh))
-    metrics = []
-    for _ in range(STEPS):
-        state, found = step(frozen, state, batch)
-        metrics.append({name: float(value) for name, value in found.items()})
-    world = World(LATENT, {}, lambda prompts: _conditioning(len(prompts)), lambda latents: latents)
-    sampler = make_sampler(velocity, SDE(0.7), sigmas, 2.0, LATENT, mesh)
-    images = sampler(world, placed, effective(state.ema), [""] * BATCH, noise_keys(0, "", np.arange(BATCH)))
-    kernel = placed["params"]["blocks"]["ff"]["up"]["kernel"]
-    return {
-        "metrics": metrics,
-        "images": images.tolist(),
-        "compiled": step._cache_size(),
-        "replicated": all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)),
-        "kernel": [kernel.shape, kernel.addressable_shards[0].data.shape],
-    }
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
-    """This file, run as a program on eight simulated devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter compiles fast
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_eight_devices_compute_what_one_does(outcomes: dict[str, Any]):
-    one, eight = outcomes["one"], outcomes["eight"]
-    np.testing.assert_allclose(eight["images"], one["images"], rtol=0, atol=1e-5 * np.abs(one["images"]).max())
-    assert np.std(one["images"]) > 0.1
-    for found, expected in zip(eight["metrics"], one["metrics"], strict=True):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    losses = [each["loss"] for each in one["metrics"]]
-    assert len(set(losses)) == STEPS  # it trained
-
-
-def test_a_network_on_a_mesh_is_split_and_what_trains_is_not(outcomes: dict[str, Any]):
-    assert outcomes["eight"]["kernel"] == [[1, 16, 64], [1, 8, 32]]
-    assert outcomes["eight"]["replicated"]
-
-
-def test_a_step_on_a_mesh_is_compiled_once(outcomes: dict[str, Any]):
-    assert outcomes["eight"]["compiled"] == outcomes["one"]["compiled"] == 1
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_default_matmul_precision", "highest")
-    assert jax.device_count() == 8
-    alone = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    print(json.dumps({"one": _outcome(alone), "eight": _outcome(make_mesh(MeshShape(2, 2, 2)))}))
+def test_a_stack_of_networks_is_split_as_each_of_them():
+    mesh, boxed = _mesh(2, 2, 2), boxed_variables(MMDiT(TINY), (4, 4, 3))["params"]
+    one, stacked = (flatten_dict(f(mesh, boxed), sep="/") for f in (parameter_shardings, stacked_shardings))
+    assert {path: P(None, *place.spec) for path, place in one.items()} == {k: v.spec for k, v in stacked.items()}

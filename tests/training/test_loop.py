@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+import json
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fopd_jax.training import loop
-from fopd_jax.training.checkpoints import Checkpoints
+from fopd_jax.training.checkpoints import Checkpoints, newest_step
+from fopd_jax.training.goodput import Goodput
+from fopd_jax.training.guards import Alarms, Guard
 from fopd_jax.training.loop import Cadence, Experiment
 from fopd_jax.training.metrics import MetricWriter
+from fopd_jax.training.preemption import Preempted
 from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
+from fopd_jax.training.supervision import Supervision
+from fopd_jax.training.watchdog import Watchdog
 
 OPTIMIZER = make_optimizer(0.1, 1, (0.9, 0.99), 0.0, 1.0)
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -39,6 +49,7 @@ class Recorder(Checkpoints, MetricWriter):
         self.events: list[tuple[str, int]] = []
         self.scalars: list[tuple[int, dict[str, float]]] = []
         self.images: list[tuple[int, dict[str, np.ndarray]]] = []
+        self.scores: dict[int, dict[str, float]] = {}
         self.saved = saved
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -50,9 +61,13 @@ class Recorder(Checkpoints, MetricWriter):
         self.events.append(("images", step))
         self.images.append((step, dict(images)))
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
         assert int(state.step) == step
         self.events.append(("save", step))
+        self.scores[step] = dict(metrics or {})
+
+    def wait(self) -> None:
+        pass
 
     def latest_step(self) -> int | None:
         return None if self.saved is None else int(self.saved.step)
@@ -74,8 +89,9 @@ def _experiment(step: Step = _step) -> Experiment:
         state=init_state(jnp.zeros(3), OPTIMIZER, 0),
         step=step,
         batch=lambda i: np.full(3, i, np.float32),
+        batch_size=3,
         sharding=SHARDING,
-        evaluate=lambda state: {"score": float(state.ema.sum())},
+        evaluate=lambda state, progress: {"score": float(state.ema.sum())},
         draw=lambda state: {"samples": np.full((2, 2, 3), int(state.step), np.uint8)},
     )
 
@@ -155,7 +171,7 @@ def test_no_evaluation_with_an_interval_of_zero():
 @pytest.mark.parametrize("stops", [(2,), (1, 3), (3, 4)])
 def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, stops: tuple[int, ...]):
     def run(folder: Path, steps: int) -> TrainState:
-        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints = Checkpoints(folder, keep=1, config_hash="")
         state = loop.run(_experiment(), Cadence(steps, 1, 1, 0), checkpoints, Recorder())
         checkpoints.close()
         return state
@@ -249,3 +265,167 @@ def test_zero_steps_are_a_run_without_training():
     state = _run(recorder, Cadence(0, 1, 1, 1))
     assert int(state.step) == 0
     assert recorder.events == []
+
+
+# ---- updates that did not land
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _guarded(state: TrainState, batch: jax.Array, bad: tuple[int, ...]) -> Any:
+    """The step as the guard inside it makes it: the updates of `bad` steps do not land, and say so."""
+    new, metrics = _step(state, batch)
+    skipped = jnp.isin(new.step, jnp.asarray(bad, jnp.int32))
+    landed = jax.tree.map(lambda after, before: jnp.where(skipped, before, after), new, state)
+    losses = jnp.where(skipped & (jnp.arange(3) == 1), jnp.nan, batch)
+    loss = jnp.where(skipped, jnp.nan, metrics["loss"])
+    news = {"loss": loss, "skipped": skipped.astype(jnp.float32), "samples/loss": losses}
+    return dataclasses.replace(landed, step=new.step), metrics | news
+
+
+def _skipping(folder: Path, most: int, bad: tuple[int, ...], recorder: Recorder) -> TrainState:
+    experiment = dataclasses.replace(
+        _experiment(lambda state, batch: _guarded(state, batch, bad)),
+        describe=lambda i, rows: [f"row {row} of batch {i}" for row in rows],
+    )
+    watch = Supervision(guard=Guard(folder, most))
+    return loop.run(experiment, Cadence(6, 2, 2, 0), recorder, recorder, watch)
+
+
+def test_a_bad_update_stops_the_run_before_it_is_saved(tmp_path: Path):
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match=r"step 3: loss is nan; bad samples: 1 \(row 1 of batch 2\)"):
+        _skipping(tmp_path, 0, (3,), recorder)
+    assert [step for kind, step in recorder.events if kind == "save"] == [2]
+    batch = load_file(tmp_path / "nonfinite" / "step_3.safetensors")
+    np.testing.assert_array_equal(batch[""], np.full(3, 2.0))
+
+
+def test_the_run_goes_on_beside_as_many_bad_updates_as_allowed(tmp_path: Path):
+    recorder = Recorder()
+    state = _skipping(tmp_path, 2, (3, 4), recorder)
+    assert int(state.step) == 6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    logged = dict(recorder.scalars)
+    assert sorted(logged) == [2, 3, 4, 6]  # a bad one is always logged
+    assert [step for step, values in logged.items() if values["train/skipped"]] == [3, 4]
+    assert "train/loss" not in logged[3]
+    assert not any("samples" in name for values in logged.values() for name in values)
+    with pytest.raises(FloatingPointError, match=r"step 4: .*this is number 2"):
+        _skipping(tmp_path / "other", 1, (3, 4), Recorder())
+
+
+def test_alarms_are_logged_and_stop_nothing():
+    recorder = Recorder()
+    watch = Supervision(alarms=Alarms({"norm": (-1.0, 0.0)}))
+    loop.run(_experiment(), Cadence(3, 2, 3, 0), recorder, recorder, watch)
+    assert [step for step, _ in recorder.scalars] == [1, 2, 3]  # an alarm is logged whatever the cadence
+    assert all(values["alarms/norm"] == 1 for _, values in recorder.scalars)
+
+
+# ---- signals, restarts, full disks
+
+
+def _signalling_twice(at: int, number: signal.Signals) -> Step:
+    """The step; during its `at`th call somebody asks the process to stop, and once more."""
+    calls = itertools.count(1)
+
+    def step(state: TrainState, batch: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return _step(state, batch)
+
+    return step
+
+
+def _finish(folder: Path, step: Step) -> TrainState:
+    """One run on real files."""
+    checkpoints, recorder = Checkpoints(folder, keep=2, config_hash=""), MetricWriter(folder, 0)
+    watch = Supervision(workdir=folder, goodput=Goodput(folder / "goodput.json"))
+    try:
+        return loop.run(_experiment(step), Cadence(6, 1, 4, 0), checkpoints, recorder, watch)
+    finally:
+        recorder.close()
+        checkpoints.close()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(tmp_path: Path, number: signal.Signals, status: int):
+    with pytest.raises(Preempted, match=f"{number.name}: stopped after step 3, saved in") as stop:
+        _finish(tmp_path / "parts", _signalling_twice(3, number))
+    assert stop.value.status == status
+    assert newest_step(tmp_path / "parts") == 3  # 4 would have been the next
+    resumed = _finish(tmp_path / "parts", _step)
+    jax.tree.map(np.testing.assert_array_equal, resumed, _finish(tmp_path / "whole", _step))
+    record = json.loads((tmp_path / "parts" / "goodput.json").read_text())
+    assert record["runs"] == 2
+    assert record["seconds"]["lost"] < 0.05 * sum(record["seconds"].values())
+
+
+def test_an_evaluation_is_left_for_a_signal_and_made_up_for(tmp_path: Path):
+    seen = []
+
+    def evaluate(state: TrainState, progress: loop.Progress) -> dict[str, float]:
+        seen.append(int(state.step))
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(1)
+        return {"score": float(state.ema.sum())}
+
+    def run(folder: Path) -> list[dict[str, float]]:
+        checkpoints = Checkpoints(folder, keep=2, config_hash="")
+        writer = MetricWriter(folder, checkpoints.latest_step() or 0)
+        experiment = dataclasses.replace(_experiment(), evaluate=evaluate)
+        try:
+            loop.run(experiment, Cadence(4, 1, 4, 2), checkpoints, writer, Supervision(workdir=folder))
+        finally:
+            writer.close()
+            checkpoints.close()
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    with pytest.raises(Preempted, match="stopped after step 2"):
+        run(tmp_path / "parts")
+    found = run(tmp_path / "parts")
+    assert seen == [2, 2, 4]
+    assert found == run(tmp_path / "whole")
+
+
+def test_scores_are_saved_with_the_state_they_belong_to():
+    recorder = Recorder()
+    _run(recorder, Cadence(4, 1, 1, 2))
+    assert {step for step, scores in recorder.scores.items() if "score" in scores} == {2, 4}
+
+
+def test_a_save_that_fails_is_tried_again_at_the_next_checkpoint(capsys: pytest.CaptureFixture[str]):
+    class Full(Recorder):
+        full: frozenset[int] = frozenset()
+
+        def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+            if step in self.full:
+                raise OSError("no space left on device")
+            super().save(step, state, metrics)
+
+    recorder = Full()
+    recorder.full = frozenset({2, 3})
+    _run(recorder, Cadence(6, 1, 1, 0))
+    assert [step for kind, step in recorder.events if kind == "save"] == [1, 4, 5, 6]
+    assert "warning: step 2: no checkpoint saved: saving failed (no space left on device)" in capsys.readouterr().err
+    recorder = Full()
+    recorder.full = frozenset({2, 3, 4})
+    with pytest.raises(OSError, match=r"step 4: .*3 in a row; the ones before are intact"):
+        _run(recorder, Cadence(6, 1, 1, 0))
+
+
+def test_the_watchdog_hears_of_every_step_checkpoint_and_part_of_an_evaluation(monkeypatch: pytest.MonkeyPatch):
+    heard: list[str] = []
+    dog = Watchdog()
+    monkeypatch.setattr(dog, "beat", heard.append)
+    recorder = Recorder()
+
+    def evaluate(state: TrainState, progress: loop.Progress) -> dict[str, float]:
+        progress(1)
+        return {"score": 1.0}
+
+    experiment = dataclasses.replace(_experiment(), evaluate=evaluate)
+    loop.run(experiment, Cadence(2, 1, 2, 2), recorder, recorder, Supervision(watchdog=dog))
+    assert heard == ["step 1", "step 2", "part of the evaluation at step 2", "the checkpoint of step 2"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from fopd_jax.training import metrics
 from fopd_jax.training.metrics import MetricWriter
 
 
@@ -90,3 +91,12 @@ def test_tensorboard_is_told_from_where_a_resumed_run_repeats(tmp_path: Path):
     _write(tmp_path, 3, range(4, 5))
     starts = [event.step for event in _events(tmp_path) if event.session_log.status == event.session_log.START]
     assert starts[-1] == 4  # TensorBoard hides what it saw of step 4 and later before
+
+
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "is_main", lambda: False)
+    writer = MetricWriter(tmp_path / "run", 0)
+    writer.write_scalars(1, {"train/loss": 1.0})
+    writer.write_images(1, {"samples": np.zeros((2, 2, 3), np.uint8)})
+    writer.close()
+    assert not (tmp_path / "run").exists()

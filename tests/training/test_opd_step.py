@@ -395,7 +395,7 @@ def test_forwards_hold_no_more_rows_than_needed(beta: float, guidance: Any, stud
     found = jax.eval_shape(step.targets, frozen_of(BANK), batch, x, level(True))
     assert (found.anchor is None) == (beta == 0)
     assert found.teacher.shape == x.shape
-    jax.eval_shape(step.student, frozen_of(BANK), STUDENT, batch, x, level(True))
+    jax.eval_shape(step.student, frozen_of(BANK), STUDENT, batch.conditioning, x, level(True))
     assert rows == [teachers, student]
 
 
@@ -525,6 +525,109 @@ def test_metrics_are_means_and_a_missing_task_reports_zero() -> None:
     assert (float(metrics["teacher_gap/ocr"]), float(metrics["teacher_gap/counting"])) == (0.875, 0.5)
 
 
+# ---- fewer forwards
+
+
+def scaled_sum(trees: list[Any], weights: Any) -> Any:
+    return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *trees)
+
+
+@pytest.mark.parametrize("objective", [DIRECT, CLIPPED], ids=["direct", "clipped"])
+def test_an_anchor_asked_of_some_samples_is_unbiased(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over every pick is the gradient of asking it of all."""
+    every, batch = 3, make_batch(6)
+    step = make_step(make_spec(objective, anchor_every=every))
+    state = make_state(step)
+    parts = []
+    for pick in range(every):
+        monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high, pick=pick: jnp.full(shape, pick))
+        run = quick(make_step(make_spec(objective, anchor_every=every)).fused_gradients)
+        parts.append(run(frozen_of(BANK), state, batch)[0])
+    monkeypatch.undo()
+    whole = quick(make_step(make_spec(objective)).fused_gradients)(frozen_of(BANK), state, batch)[0]
+    check(scaled_sum(parts, [1 / every] * every), whole)
+    assert relative_error(parts[0], whole) > 1e-2
+    drawn = quick(step.fused_gradients)(frozen_of(BANK), state, batch)[0]
+    assert min(relative_error(drawn, part) for part in parts) > 1e-3  # picks differ from block to block
+
+
+def test_the_anchor_sees_fewer_rows() -> None:
+    rows: list[int] = []
+    step = make_step(make_spec(DIRECT, guidance=PLAIN, anchor_every=3), rows)
+    batch = jax.tree.map(jnp.asarray, make_batch(6))
+    jax.eval_shape(step.targets, frozen_of(BANK), batch, jnp.zeros((6, *SHAPE)), level(True), jnp.zeros(2, jnp.int32))
+    assert rows == [6 + 2]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_training_some_timesteps_is_their_part_of_the_loss(updates: int) -> None:
+    """T·∇L = Σ T_w·∇L_w over windows that split the timesteps."""
+    windows, batch = ((0, 1), (1, 4)), make_batch()
+    state = make_state(make_step(make_spec(DIRECT)))
+
+    def gradient(**fields: Any) -> Any:
+        step = make_step(make_spec(DIRECT, **fields))
+        if updates == 1:
+            return quick(step.fused_gradients)(frozen_of(BANK), state, batch)[0]
+        stored = quick(step.collect)(frozen_of(BANK), state, batch)
+        return quick(step.replayed_gradients)(frozen_of(BANK), state.trained, batch, stored)[0]
+
+    parts = [gradient(trained=window) for window in windows]
+    check(scaled_sum(parts, [1 / 4, 3 / 4]), gradient())
+    assert relative_error(parts[0], parts[1]) > 1e-2
+
+
+@pytest.mark.parametrize("weighting", ["kl", "ode", "uniform"])
+def test_one_timestep_a_rollout_is_unbiased(weighting: str) -> None:
+    """The mean over timesteps, by the probability with which each is drawn, is the gradient of all."""
+    objective, batch = dataclasses.replace(DIRECT, weighting=weighting), make_batch()
+    step = make_step(make_spec(objective, one_timestep=True))
+    state, frozen = make_state(step), frozen_of(BANK)
+    run = quick(step.picked_gradients)
+    parts = [run(frozen, state, batch, jnp.full(BATCH, t)) for t in range(4)]
+    shares, _ = step.shares
+    assert shares.sum() == pytest.approx(1)
+    whole = quick(make_step(make_spec(objective)).fused_gradients)(frozen, state, batch)[0]
+    check(scaled_sum([gradient for gradient, _ in parts], shares), whole)
+    mixed, totals = run(frozen, state, batch, jnp.asarray([3, 0, 2]))
+    rows = [parts[t][1]["loss"][i] for i, t in enumerate((3, 0, 2))]
+    np.testing.assert_allclose(totals["loss"], rows, rtol=1e-5)
+    assert relative_error(mixed, parts[0][0]) > 1e-3
+
+
+# ---- what is not finite does not land
+
+
+@pytest.mark.parametrize(("updates", "minibatches"), [(1, 1), (2, 1)], ids=["fused", "replay"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_does_not_land(updates: int, minibatches: int, value: float) -> None:
+    spec = make_spec(CLIPPED, updates_per_rollout=updates, minibatches=minibatches)
+    step = OPDStep(spec, make_velocity(), make_optimizer(1e-2, 1, (0.9, 0.999), 1e-4, 1.0), EMA(0.5, 1))
+    run, state = quick(step.fused if updates == 1 else step.replay), make_state(step)
+    bad = make_batch(4)
+    bad.conditioning.pooled[2] = value
+    with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
+        after, metrics = run(frozen_of(BANK), state, bad)
+        moved, landed = run(frozen_of(BANK), after, make_batch(4))
+    assert (int(after.step), int(moved.step)) == (1, 2)
+    for name in ("trained", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+        assert relative_error(getattr(moved, name), getattr(state, name)) > 1e-6
+    assert (float(metrics["skipped"]), float(landed["skipped"])) == (1, 0)
+    assert np.isfinite(metrics["samples/loss"]).tolist() == [True, True, False, True]
+    assert np.isfinite(landed["samples/loss"]).all()
+
+
+def test_losses_by_sample_average_to_the_loss() -> None:
+    for updates, minibatches in ((1, 1), (3, 3)):
+        spec = make_spec(CLIPPED, updates_per_rollout=updates, minibatches=minibatches)
+        step = OPDStep(spec, make_velocity(), optax.sgd(0.0), EMA())
+        run = quick(step.fused if updates == 1 else step.replay)
+        _, metrics = run(frozen_of(BANK), make_state(step), make_batch())
+        assert metrics["samples/loss"].shape == (BATCH,)
+        np.testing.assert_allclose(metrics["samples/loss"].mean(), metrics["loss"], rtol=1e-5)
+
+
 # ---- compiled once
 
 
@@ -544,7 +647,7 @@ def test_the_step_compiles_once(updates: int, minibatches: int) -> None:
     assert run._cache_size() == 1
     assert len(traced) == first > 0
     assert int(state.step) == 4
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(np.isfinite(value).all() for value in metrics.values())
 
 
 # ---- what is refused
@@ -560,6 +663,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "direct in the window": (
         {"noisy": noise_window(STEPS, 4, 5), "objective": dataclasses.replace(DIRECT, window_only=True)},
         "sampler.window: holds no trained step",
+    ),
+    "timesteps": (
+        {"trained": (2, 5)},
+        "sampler.trained: found (2, 5), expected (start, stop) with 0 <=",
+    ),
+    "no timestep": ({"trained": (2, 2)}, "sampler.trained: found (2, 2)"),
+    "anchor": ({"anchor_every": 0}, "anchor.every: found 0, expected at least 1"),
+    "anchor of networks": (
+        {"anchor_every": 2, "whole_teachers": True},
+        "anchor.every: found 2, expected 1 where",
+    ),
+    "one timestep": (
+        {"one_timestep": True},
+        "one_timestep: found True, which needs objective.name 'direct'",
+    ),
+    "one timestep twice": (
+        {"one_timestep": True, "objective": DIRECT, "updates_per_rollout": 2},
+        "one_timestep: found True, expected False with several updates",
     ),
     "objective": ({"objective": Objective(clip=0.0)}, "objective.clip, reward_limit: found 0.0, 5.0, expected > 0"),
     "transition": ({"transition": ODE()}, "weighting: found 'kl', expected 'ode' or 'uniform': the ODE step"),

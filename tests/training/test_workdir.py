@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from fopd_jax.config import EXTENDABLE, config_hash, identity
+from fopd_jax.training import workdir
 from fopd_jax.training.workdir import check, claim, write_json
 
 
@@ -117,3 +118,18 @@ def test_json_is_written_whole_and_sorted(tmp_path: Path):
         assert json.loads((tmp_path / "x.json").read_text()) == value
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     assert (tmp_path / "x.json").read_text().index('"a"') < (tmp_path / "x.json").read_text().index('"b"')
+
+
+def test_only_process_0_looks_and_writes_and_all_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waited: list[str] = []
+    monkeypatch.setattr(workdir, "barrier", waited.append)
+    monkeypatch.setattr(workdir, "is_main", lambda: False)
+    (tmp_path / "something.txt").write_text("no run's folder")
+    check(tmp_path, _config())
+    claim(tmp_path / "new", _config())
+    assert waited == ["the workdir is checked", "the workdir is claimed"]
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(workdir, "is_main", lambda: True)
+    check(tmp_path / "new", _config())
+    claim(tmp_path / "new", _config())
+    assert len(waited) == 4

@@ -1,15 +1,17 @@
-"""Training prompts of the distillation stage: a function of the step alone, routed by task, all known beforehand."""
+"""Training prompts: a function of the step alone, routed by task, all known beforehand; each process has its own."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from fopd_jax.conditioning import Conditioning
 from fopd_jax.tasks.task import Task, World
-from fopd_jax.training.opd import PromptStream
+from fopd_jax.training.prompt_stream import PromptStream
 
 TASKS = ("geneval", "ocr", "pickscore")
 
@@ -67,6 +69,19 @@ def test_every_prompt_of_a_run_is_known_before_it_starts(steps: int):
     stream = PromptStream(_world(), _config())
     asked = [str(code) for step in range(steps) for code in _codes(stream, step)[::2]]
     assert list(stream.upto(steps)) == asked
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 2, 3, 9], [5], list(range(12))])
+def test_a_process_has_its_rows_of_the_same_batch_and_encodes_no_other_prompt(rows: list[int]):
+    world, asked = _world(), []
+    recording = dataclasses.replace(world, encode=lambda prompts: (asked.extend(prompts), world.encode(prompts))[1])
+    whole, part = PromptStream(world, _config()), PromptStream(recording, _config(), np.array(rows))
+    for step in range(3):
+        asked.clear()
+        expected, found = whole.batch(step), part.batch(step)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[np.array(rows)], b), expected, found)
+        assert len(asked) == len({row // 2 for row in rows})
+        assert part.draw(step) == whole.draw(step)
 
 
 @pytest.mark.parametrize(

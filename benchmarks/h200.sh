@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# SD3.5-Medium's true size on one GPU, random weights: every figure of the update, part by part.
+#
+#     benchmarks/h200.sh [step phases variants sweep peer startup]
+#
+# Without arguments all parts run, for BUDGET seconds together: a part that does not end in time is cut off, one that
+# cannot begin is named and left out, and either can be asked for alone in another call. Each part's JSON stands in OUT
+# and holds what was measured until then. In the environment: OUT (folder), BUDGET (seconds), BATCH, ATTENTION, REMAT,
+# PYTHON.
+# shellcheck disable=SC2329 # the parts are called by their names
+set -u
+cd "$(dirname "$0")/.." || exit
+OUT=${OUT:-benchmarks/results}
+BUDGET=${BUDGET:-480}
+BATCH=${BATCH:-16}
+ATTENTION=${ATTENTION:-cudnn}
+REMAT=${REMAT:-full}
+PYTHON=${PYTHON:-python3}
+
+CONFIG=(--config=configs/sd35m_opd.py --teachers=4)
+CHOSEN=("--config.model.attention=$ATTENTION" "--config.model.remat=$REMAT")
+SHORT=(--config.sampler.num_steps=3)  # two trained timesteps: the same program and memory, in less time
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
+XLA_FLAGS="${XLA_FLAGS:-} $(grep -hv '^ *#' launch/xla_flags/gpu.txt | tr '\n' ' ')"
+export XLA_FLAGS
+mkdir -p "$OUT"
+failed=0
+
+run() { # NAME COMMAND...: within what is left of the budget
+  local name=$1 left=$((BUDGET - SECONDS)) status
+  shift
+  if ((left < 30)); then
+    echo "== $name: left out, the budget of $BUDGET s is spent"
+    failed=1
+    return
+  fi
+  echo "== $name (at $SECONDS s): $*"
+  timeout --kill-after=10 "$left" "$@"
+  status=$?
+  if ((status != 0)); then
+    echo "== $name: ended with status $status at $SECONDS s"
+    failed=1
+  fi
+}
+
+bench() { # NAME FLAGS...
+  local name=$1
+  shift
+  run "$name" "$PYTHON" -m fopd_jax.benchmark "${CONFIG[@]}" "--json=$OUT/h200_$name.json" "$@"
+}
+
+step() { bench step "--batch=$BATCH" "${CHOSEN[@]}"; }
+
+phases() { bench phases "--batch=$BATCH" --phases "${SHORT[@]}" "${CHOSEN[@]}"; }
+
+variants() {
+  local attention remat
+  for remat in full attention dots none; do
+    for attention in cudnn xla; do
+      bench "variant_${attention}_$remat" "--batch=$BATCH" --steps=5 --warmup=1 "${SHORT[@]}" \
+        "--config.model.attention=$attention" "--config.model.remat=$remat"
+    done
+  done
+}
+
+sweep() { bench sweep "--batch=$((4 * BATCH))" --steps=3 --warmup=1 --sweep "${SHORT[@]}" "${CHOSEN[@]}"; }
+
+peer() {
+  run peer "$PYTHON" benchmarks/compare.py "${CONFIG[@]}" --config.batch_size=4 "${CHOSEN[@]}" \
+    --compile none blocks --steps=4 --warmup=1 --rounds=1 "--json=$OUT/h200_compare.json"
+}
+
+startup() {
+  run startup "$PYTHON" benchmarks/startup.py --config=configs/sd35m_opd.py --config.model.path= \
+    "--config.batch_size=$BATCH" "${CHOSEN[@]}" "--json=$OUT/h200_startup.json"
+}
+
+for part in "${@:-all}"; do
+  case $part in
+    step | phases | variants | sweep | peer | startup) "$part" ;;
+    all) for each in step phases peer variants sweep startup; do "$each"; done ;;
+    *) echo "error: part: found $part, expected step, phases, variants, sweep, peer, startup" >&2; exit 2 ;;
+  esac
+done
+exit "$failed"

@@ -1,0 +1,154 @@
+"""SD3.5-Medium's update compiled for pods that are not there.
+
+    python benchmarks/pods.py --work=FOLDER [--only NAME …]
+
+Each job of `JOBS` is `fopd_jax.compile_for` in a process of its own, one after another, for it takes minutes and
+gigabytes; its figures stay in FOLDER, so that an interrupted run goes on where it stopped and a job is repeated by
+deleting its file. Writes `benchmarks/results/pods.json` and `pods.md` from all that is there. Needs the extra
+`tpu-aot`; no accelerator, no weights.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GIB = 2**30
+TEACHERS = 4  # routed ones; the anchor comes on top
+LIMIT_SECONDS = 12 * 60
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`fsdp` of 1 replicates the network; `once`: mesh axes over which gradients are summed once an update."""
+
+    topology: str
+    per_chip_batch: int = 4
+    fsdp: int = 1
+    trained: str = "adapter"
+    once: tuple[str, ...] = ("data", "fsdp")
+    search: bool = False
+
+    def arguments(self) -> list[str]:
+        return [
+            "--config=configs/sd35m_opd.py",
+            f"--teachers={TEACHERS}",
+            f"--topology={self.topology}",
+            f"--per-chip-batch={self.per_chip_batch}",
+            f"--config.mesh.fsdp={self.fsdp}",
+            f"--config.trained={self.trained}",
+            f"--config.reduce_once={self.once!r}",
+            *(["--search"] if self.search else []),
+        ]
+
+
+JOBS = {
+    "adapter-v5e-256": Job("v5e:16x16"),
+    "adapter-v5p-64": Job("v5p:4x4x4"),
+    "adapter-v6e-256": Job("v6e:16x16"),
+    "adapter-v6e-8": Job("v6e:2x4"),  # weak scaling: the same batch a chip on 8 to 256 chips
+    "adapter-v6e-64": Job("v6e:8x8"),
+    "full-v5p-64": Job("v5p:4x4x4", fsdp=8, trained="params", once=("data",)),
+    "full-v6e-64": Job("v6e:8x8", fsdp=8, trained="params", once=("data",)),
+    "full-v5p-64-once": Job("v5p:4x4x4", fsdp=8, trained="params"),  # a whole float32 sum a chip
+    "full-v5p-64-each": Job("v5p:4x4x4", fsdp=8, trained="params", once=()),  # a reduction per timestep
+    "largest-v5e": Job("v5e:2x4", search=True),
+    "largest-v5p": Job("v5p:2x2x1", per_chip_batch=16, search=True),
+    "largest-v6e": Job("v6e:2x4", per_chip_batch=8, search=True),
+}
+
+
+def run(name: str, work: Path) -> bool:
+    """One job, unless its figures are there; whether they are now. What the program prints goes to a log."""
+    done = work / f"{name}.json"
+    if done.exists():
+        return True
+    command = [sys.executable, "-m", "fopd_jax.compile_for", *JOBS[name].arguments(), f"--json={done}"]
+    began = time.monotonic()
+    with (work / f"{name}.log").open("w") as log:
+        subprocess.run(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log, check=False)
+    print(f"{name}: {time.monotonic() - began:.0f} s{'' if done.exists() else f'; failed, see {log.name}'}", flush=True)
+    return done.exists()
+
+
+def table(results: dict[str, Fields]) -> str:
+    """Markdown, one row a job."""
+    head = (
+        "job", "mesh", "images a chip", "compiled", "arguments + temporaries = HBM a chip", "of",
+        "collectives in loops, a chip and update", "once an update", "PFLOP a chip", "at least", "largest batch a chip",
+    )  # fmt: skip
+    rows = [head, ("---",) * len(head), *(_row(name, fields) for name, fields in results.items())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _row(name: str, fields: Fields) -> tuple[str, ...]:
+    memory = fields["memory"]
+    seconds = fields.get("roofline_seconds") or {}
+    return (
+        name,
+        "×".join(map(str, fields["mesh"].values())),
+        str(fields["per_chip_batch"]),
+        f"{fields['compile_seconds']:.0f} s",
+        _memory(memory),
+        _gib(memory["capacity_bytes"]),
+        _collectives([row for row in fields.get("collectives", []) if row["loop_depth"]]),
+        _collectives([row for row in fields.get("collectives", []) if not row["loop_depth"]]),
+        f"{fields['flops_per_chip']['model'] / 1e15:.3f}",
+        f"{seconds['update']:.2f} s" if seconds else "",
+        str(fields["search"]["largest"]) if "search" in fields else "",
+    )
+
+
+def _memory(memory: Fields) -> str:
+    total = _gib(memory["total_bytes"])
+    if not memory["fits"]:
+        return f"does not fit: {total}"
+    return f"{_gib(memory['arguments_bytes'])} + {_gib(memory['temporaries_bytes'])} = {total}"
+
+
+def _collectives(rows: list[Fields]) -> str:
+    """Kinds and bytes by loops' length; a message of less than a MiB in all is not worth a word."""
+    totals: dict[tuple[str, str], float] = {}
+    for row in rows:
+        key = (row["kind"], "×".join(row["axes"]))
+        totals[key] = totals.get(key, 0) + (row["executed_bytes"] or row["bytes"])
+    named = [f"{kind} over {axes} {_gib(size)}" for (kind, axes), size in totals.items() if size >= 2**20]
+    return ", ".join(named) or "none"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the jobs' figures and logs")
+    parser.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), help="some of the jobs")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in options.only if not run(name, options.work)]
+    files = {name: options.work / f"{name}.json" for name in JOBS}
+    results = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    write(RESULTS / "pods.json", json.dumps(results, indent=2) + "\n")
+    write(RESULTS / "pods.md", table(results))
+    slow = [name for name, each in results.items() if each["compile_seconds"] > LIMIT_SECONDS]
+    if failed or slow:
+        sys.exit(f"error: failed: {failed or 'none'}; took more than {LIMIT_SECONDS} s to compile: {slow or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`python -m fopd_jax.benchmark --config=configs/sd35m_opd.py [--batch=16] [--teachers=4] [--phases] [--json=FILE]`.
+
+Times the whole update of a config on random weights, so that nothing has to be downloaded: median and spread of at
+least ten steps after a warm-up, each to its end on the device; samples/s, analytic TFLOP/s and MFU against a large
+matrix product timed in the same process and against the datasheet; memory, weights held, compile time cold and from
+the persistent cache. Any field of the config can be set: `--config.model.attention=cudnn --config.model.remat=dots`.
+
+    --phases           where the time goes, by ablation (fopd_jax/benchmarking/phases.py says how)
+    --sweep            then batches doubling from the given one to the first that does not fit
+    --teachers-sweep   then the same batch with 1, 2, 4 and 8 teachers
+    --profile=FOLDER   a trace of two steps for xprof or TensorBoard, its scopes named as in the code
+    --json=FILE        every figure, with device, driver, versions, flags and commit
+
+On 2 CPU cores: `--config=configs/miniature.py`, two minutes.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from fopd_jax.benchmarking.host import commit, hardware, versions
+from fopd_jax.benchmarking.measure import Options, measure
+from fopd_jax.benchmarking.problem import Fields, make_problem, with_batch, with_teachers
+from fopd_jax.benchmarking.sweeps import sweep_batches, sweep_teachers
+from fopd_jax.benchmarking.table import describe, describe_batches, describe_teachers
+from fopd_jax.benchmarking.timing import MatmulPeak, matmul_peak
+from fopd_jax.config import Config
+from fopd_jax.flags import CONFIG, parse_flags
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.training.workdir import write_json
+
+PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+
+_TEACHERS = flags.DEFINE_integer("teachers", None, "Routed teachers; default: the config's tasks.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", None, "Images an update; default config.batch_size.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed updates.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Updates before them.", lower_bound=1)
+_PHASES = flags.DEFINE_bool("phases", False, "Time the phases, by ablation.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Double the batch until it does not fit.")
+_TEACHERS_SWEEP = flags.DEFINE_bool("teachers-sweep", False, "Measure with 1, 2, 4 and 8 teachers.")
+_PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}")
+    try:
+        _check_folder(_JSON.value)
+        fields = run(_sized(CONFIG.value), Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
+    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if not fields["update"]["fits"]:
+        sys.exit("error: the update does not fit into the device's memory")
+
+
+def run(config: Config, options: Options) -> Fields:
+    """Measure what the flags ask for, printing and writing as it goes: what ends early leaves what it has.
+
+    Raises:
+      ValueError: names the field that is out of range.
+    """
+    mesh = make_mesh(MeshShape(**config.mesh))
+    problem = make_problem(config, mesh)
+    matmul = matmul_peak(mesh.devices.flat[0])
+    fields = circumstances(matmul)
+    fields["update"] = update = measure(problem, matmul, options)
+    _write(fields)
+    print(f"{_describe(fields)}\n{describe(update)}", flush=True)
+    plain = dataclasses.replace(options, phases=False, profile="")
+    if _SWEEP.value and update["fits"]:
+        rows = itertools.chain([update], sweep_batches(config, mesh, matmul, plain))
+        print(f"\n{describe_batches(_collect(fields, 'batches', rows))}", flush=True)
+    if _TEACHERS_SWEEP.value:
+        rows = sweep_teachers(config, mesh, matmul, plain)
+        print(f"\n{describe_teachers(_collect(fields, 'teachers', rows))}", flush=True)
+    return fields
+
+
+def _collect(fields: Fields, name: str, rows: Iterable[Fields]) -> list[Fields]:
+    """Measure the rows one by one into `fields`."""
+    fields[name] = found = []
+    for row in rows:
+        found.append(row)
+        _write(fields)
+    return found
+
+
+def _write(fields: Fields) -> None:
+    if _JSON.value is not None:
+        write_json(Path(_JSON.value), fields)
+
+
+def circumstances(matmul: MatmulPeak) -> Fields:
+    """All that the figures depend on beside the config."""
+    device = jax.devices()[0]
+    return {
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "hardware": hardware(),
+        "versions": versions(PACKAGES),
+        "flags": sys.argv[1:],
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "commit": commit(),
+        "matmul": dataclasses.asdict(matmul),
+    }
+
+
+def _describe(fields: Fields) -> str:
+    matmul, hardware_fields = fields["matmul"], fields["hardware"]
+    return (
+        f"{hardware_fields['gpu'] or fields['device']['kind']} on {hardware_fields['cpu']}, "
+        f"{hardware_fields['threads']} threads; {matmul['dtype']} matrix product of {matmul['side']}: "
+        f"{matmul['flops_per_second'] / 1e12:.4g} TFLOP/s (median {matmul['median_flops_per_second'] / 1e12:.4g})"
+    )
+
+
+def _sized(config: Config) -> Config:
+    config = config if _BATCH.value is None else with_batch(config, _BATCH.value)
+    return config if _TEACHERS.value is None else with_teachers(config, _TEACHERS.value)
+
+
+def _check_folder(path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"json: {Path(path).parent} is no folder")
+
+
+if __name__ == "__main__":
+    flags.declare_key_flag("config")  # for --help
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

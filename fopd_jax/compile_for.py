@@ -1,0 +1,190 @@
+"""`python -m fopd_jax.compile_for --config=configs/sd35m_opd.py --topology=v6e:16x16 [--per-chip-batch=N] [--search]`.
+
+Compiles a config's whole update with the machine's own compiler, for a TPU slice that need not be there (extra
+`tpu-aot`) or for simulated devices (`cpu:8`), and reports: compile time, memory a chip against its capacity,
+collectives and whether they stand inside loops, analytic FLOPs, and the time that they take at the very least.
+No weights and no prompts are read. `--search` also finds the largest batch that fits; `--json=FILE` writes the figures.
+
+Any field of the config can be set, so also the mesh: `--config.mesh.data=8 --config.mesh.fsdp=32`.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fopd_jax.aot.compilation import Compilation, compile_update
+from fopd_jax.aot.report import (
+    Fields,
+    collective_fields,
+    describe,
+    flops_fields,
+    loop_reductions,
+    memory_fields,
+    roofline,
+    versions,
+)
+from fopd_jax.aot.search import Trial, largest_fitting
+from fopd_jax.config import Config, config_hash
+from fopd_jax.flags import CONFIG, parse_flags
+from fopd_jax.flops import Update, config_flops
+from fopd_jax.parallel.hlo import collectives
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.sharding import BATCH_AXES
+from fopd_jax.parallel.topology import Chip, Topology, configure, parse_topology, topology_devices
+from fopd_jax.training.abstract import abstract_update
+from fopd_jax.training.workdir import write_json
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; or cpu:N.")
+_BATCH = flags.DEFINE_integer(
+    "per-chip-batch", None, "Images a chip (chips along `tensor` share them); default config.batch_size.", lower_bound=1
+)
+_TEACHERS = flags.DEFINE_integer("teachers", None, "Routed teachers, more than the config's tasks.", lower_bound=1)
+_SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits, from the given one.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}")
+    try:
+        out = None if _JSON.value is None else _writable(Path(_JSON.value))
+        fields = run(CONFIG.value, _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
+        if out is not None:
+            write_json(out, fields)
+    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(describe(fields))
+    if not fields["memory"]["fits"]:
+        sys.exit("error: the update does not fit into the chips' memory")
+
+
+def _writable(path: Path) -> Path:
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"json: {path.parent} is no folder")
+    return path
+
+
+def run(
+    config: Config, name: str, per_chip: int | None = None, teachers: int | None = None, *, search: bool = False
+) -> Fields:
+    """Compile for the topology `name` and measure; with `search` the largest batch that fits, from `per_chip` on.
+
+    Raises:
+      ValueError: names the flag or field that is wrong, or says what is missing.
+    """
+    topology = parse_topology(name)
+    if search and topology.chip is None:
+        raise ValueError(f"search: {name} has no memory limit to search for")
+    if config.stage != "opd":
+        raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
+    config = with_teachers(config, teachers)
+    configure(topology)
+    mesh = make_mesh(MeshShape(**config.mesh), topology_devices(topology))
+    start = per_chip or _per_chip(config, mesh)
+    if search and topology.chip is not None:
+        return _search(config, topology, mesh, start, topology.chip)
+    return measure(config, topology, mesh, start)
+
+
+def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
+    """The figures of the largest batch that fits (or of the first one, if none does), and all trials."""
+    found: dict[int, Fields] = {}
+
+    def attempt(per_chip: int) -> Trial:
+        found[per_chip] = measure(config, topology, mesh, per_chip)
+        memory = found[per_chip]["memory"]
+        print(f"{per_chip} images a chip: {memory['total_bytes']:,} bytes", file=sys.stderr, flush=True)
+        return memory["fits"], memory["total_bytes"]
+
+    largest, trials = largest_fitting(attempt, start, chip.hbm)
+    tried = [{"per_chip_batch": batch, "fits": fits, "total_bytes": size} for batch, (fits, size) in trials.items()]
+    return found[largest or start] | {"search": {"largest": largest, "trials": tried}}
+
+
+def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
+    """One compilation at a given batch per chip, with its figures."""
+    config = _with_batch(config, per_chip * _ways(mesh))
+    update = abstract_update(config, mesh)
+    compilation = compile_update(update)
+    text_tokens = update.arguments[2].conditioning.context.shape[1]
+    flops = config_flops(config, update.update.pieces.spec, text_tokens)
+    fields = {
+        "config": config.name,
+        "config_hash": config_hash(config),
+        "topology": topology.name,
+        "chips": topology.count,
+        "mesh": dict(mesh.shape),
+        "teachers": len(config.tasks),
+        "trained": config.trained,
+        "reduce_once": list(config.reduce_once),
+        "batch_size": config.batch_size,
+        "per_chip_batch": per_chip,
+        "lower_seconds": compilation.lower_seconds,
+        "compile_seconds": compilation.compile_seconds,
+        "memory": memory_fields(compilation, topology.chip),
+        "flops_per_chip": flops_fields(flops, topology.count),
+        "versions": versions(),
+    }
+    return fields | (_program(compilation, flops, topology, dict(mesh.shape)) if compilation.fits else {})
+
+
+def _program(compilation: Compilation, flops: Update, topology: Topology, mesh: dict[str, int]) -> Fields:
+    """What only a compiled program tells."""
+    found = collectives(compilation.text)
+    repeated = loop_reductions(found, mesh)
+    return {
+        "collectives": collective_fields(found, mesh),
+        "loop_reductions": {
+            "count": len(repeated),
+            "bytes": sum(each.bytes for each in repeated),
+            "operations": sorted({each.op_name for each in repeated}),
+        },
+        "roofline_seconds": roofline(flops, found, mesh, topology.count, topology.chip) if topology.chip else None,
+    }
+
+
+def _ways(mesh: Mesh) -> int:
+    ways = 1
+    for axis in BATCH_AXES:
+        ways *= mesh.shape[axis]
+    return ways
+
+
+def _per_chip(config: Config, mesh: Mesh) -> int:
+    if config.batch_size % _ways(mesh):
+        raise ValueError(
+            f"batch_size: found {config.batch_size}, expected a multiple of {_ways(mesh)} (mesh axes data x fsdp); "
+            "set it, or give --per-chip-batch"
+        )
+    return config.batch_size // _ways(mesh)
+
+
+def _with_batch(config: Config, batch_size: int) -> Config:
+    config = config.copy_and_resolve_references()
+    config.batch_size = batch_size
+    return config
+
+
+def with_teachers(config: Config, count: int | None) -> Config:
+    """The config with further tasks like its last one, so that a larger bank can be compiled.
+
+    Raises:
+      ValueError: the config has more tasks than that.
+    """
+    names = list(config.tasks)
+    if count is not None and count < len(names):
+        raise ValueError(f"teachers: found {count}, but the config has {len(names)} tasks")
+    config = config.copy_and_resolve_references()
+    config.tasks.unlock()
+    for k in range(len(names), count or 0):
+        config.tasks[f"teacher_{k}"] = ConfigDict(config.tasks[names[-1]])
+    return config
+
+
+if __name__ == "__main__":
+    flags.declare_key_flag("config")  # for --help
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main, flags_parser=parse_flags)

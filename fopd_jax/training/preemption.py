@@ -1,0 +1,87 @@
+"""Stopping on SIGTERM or Ctrl-C: the update in flight ends, a checkpoint is saved, all processes leave together."""
+
+import contextlib
+import signal
+from types import FrameType
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAG = 2
+"""Questions from one process's notice to the stop of all. Metrics are fetched one update late, so whoever asks for the
+(n + 2)th time holds a result that the notifying process took part in after it had asked, and told, for the nth time."""
+
+_FOLDER = "fopd_jax/stop"
+
+
+class Interrupted(Exception):
+    """An evaluation was left half done."""
+
+
+class Preempted(Exception):
+    """The run stopped on request, and its state is saved; `status` is what the process should exit with."""
+
+    def __init__(self, number: int, step: int, seconds: float) -> None:
+        self.status = 128 + number
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: stopped after step {step}, saved in {seconds:.1f} s; the same command continues")
+
+
+class Preemption:
+    """Notes the signals that ask to stop, from `listen` until the end of the context.
+
+    Until then they end the process at once, as by default: there is nothing to save before the first update, and a
+    compiler cannot be interrupted. Signals after the first change nothing, so they do not break the save.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._questions = 0
+        self._stop: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def listen(self) -> None:
+        for number in SIGNALS:
+            if number not in self._previous:
+                self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+    def asked(self) -> bool:
+        """Whether to stop now. All processes ask in the same places and as often, and get the same answers."""
+        self._questions += 1
+        if jax.process_count() == 1:
+            return self.number is not None
+        if self._stop is None:
+            self._stop = self._agree()
+        return self._questions == self._stop
+
+    def _agree(self) -> int | None:
+        """The question at which all stop, from the runtime's key-value store: whoever writes first decides."""
+        client: Any = global_state.client
+        if self.number is not None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+                client.key_value_set(f"{_FOLDER}/at", str(self._questions + LAG))
+        found = dict(client.key_value_dir_get(_FOLDER))
+        self.number = self.number or (signal.SIGTERM if found else None)
+        return int(next(iter(found.values()))) if found else None
+
+    def interrupt(self) -> None:
+        """Ask in the middle of something.
+
+        Raises:
+          Interrupted: the answer is yes.
+        """
+        if self.asked():
+            raise Interrupted

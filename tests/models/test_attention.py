@@ -1,0 +1,278 @@
+"""Every implementation computes the same attention, in which the choice is explicit and nothing falls back.
+
+Tolerances on ‖a - b‖/‖b‖ against `xla`, forward and gradients: 1e-5 in float32, 2e-2 in bfloat16 (an output of a few
+roundings of 2⁻⁸ each, through one softmax).
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fopd_jax.models import attention as module
+from fopd_jax.models.attention import attention, resolve_attention, save_attention, splash_blocks
+from fopd_jax.parallel.gradients import GradientGroups
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.sharding import activation_rules
+
+FLOAT32, BFLOAT16 = 1e-5, 2e-2
+HEADS, HEAD_DIM = 2, 16
+INTERPRETED = functools.partial(splash.make_splash_mha_single_device, interpret=True)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU's kernel, run by XLA on the CPU."""
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", INTERPRETED)
+
+
+def _inputs(batch: int, length: int, dtype: Any = np.float32, heads: int = HEADS, head_dim: int = HEAD_DIM) -> Any:
+    """Queries, keys, values and a cotangent."""
+    rng = np.random.default_rng(length)
+    return tuple(jnp.asarray(rng.standard_normal((batch, length, heads, head_dim)), dtype) for _ in range(4))
+
+
+def _outcome(impl: Any, q: Any, k: Any, v: Any, cotangent: Any) -> Any:
+    """Output and the gradients of its product with a cotangent."""
+    out, pull = jax.vjp(functools.partial(attention, impl=impl), q, k, v)
+    return out, *pull(cotangent)
+
+
+def _error(found: Any, expected: Any) -> float:
+    a, b = (np.asarray(each, np.float64) for each in (found, expected))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+# ---- the choice
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim", "platform", "expected"),
+    [
+        ("auto", "bfloat16", 64, "gpu", "cudnn"),
+        ("auto", "float32", 64, "gpu", "xla"),
+        ("auto", "bfloat16", 20, "gpu", "xla"),
+        ("auto", "bfloat16", 256, "gpu", "xla"),
+        ("auto", "bfloat16", 64, "tpu", "splash"),
+        ("auto", "float32", 32, "tpu", "splash"),
+        ("auto", "bfloat16", 64, "cpu", "xla"),
+        ("xla", "float32", 64, "gpu", "xla"),
+        ("xla", "bfloat16", 64, "tpu", "xla"),
+        ("cudnn", "float16", 128, "gpu", "cudnn"),
+        ("splash", "bfloat16", 64, "tpu", "splash"),
+    ],
+)
+def test_the_choice(name: str, dtype: str, head_dim: int, platform: str, expected: str):
+    assert resolve_attention(name, dtype, head_dim, platform) == expected
+    assert resolve_attention(name, jnp.dtype(dtype), head_dim, platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim", "platform", "message"),
+    [
+        ("flash", "bfloat16", 64, "gpu", "found 'flash', expected one of"),
+        ("cudnn", "bfloat16", 64, "cpu", "'cudnn' needs a GPU, but the backend is 'cpu'; use 'xla' or 'auto'"),
+        ("cudnn", "bfloat16", 64, "tpu", "'cudnn' needs a GPU"),
+        ("cudnn", "float32", 64, "gpu", "'cudnn' computes in bfloat16 or float16, but the network's dtype is float32"),
+        ("cudnn", "bfloat16", 20, "gpu", "multiple of 8, but the network's is 20"),
+        ("cudnn", "bfloat16", 256, "gpu", "at most 128"),
+        ("splash", "bfloat16", 64, "gpu", "'splash' needs a TPU, but the backend is 'gpu'"),
+    ],
+)
+def test_a_wrong_choice_is_refused(name: str, dtype: str, head_dim: int, platform: str, message: str):
+    with pytest.raises(ValueError, match=f"^attention: .*{message}"):
+        resolve_attention(name, dtype, head_dim, platform)
+
+
+def test_the_default_platform_is_this_process():
+    assert resolve_attention("auto", "float32", 64) == resolve_attention("auto", "float32", 64, jax.default_backend())
+
+
+# ---- splash
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, (128, 128)), (128, (128, 128)), (1024, (1024, 1024)), (1229, (1280, 640)), (4096, (4096, 1024)),
+     (4429, (4480, 896))],
+)  # fmt: skip
+def test_blocks_hold_the_sequence_with_little_padding(length: int, expected: tuple[int, int]):
+    assert splash_blocks(length) == expected
+
+
+def test_blocks_are_equal_and_of_whole_tiles():
+    for length in range(1, 5000, 7):
+        padded, block = splash_blocks(length)
+        assert padded % block == 0
+        assert block % 128 == 0
+        assert block <= 1024
+        assert length <= padded < length + 128 * (padded // block)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("length", "longest"), [(40, 1024), (128, 1024), (200, 128)], ids=["padded", "exact", "blocks"]
+)
+def test_splash_equals_xla(length: int, longest: int, monkeypatch: pytest.MonkeyPatch):
+    """A block with padding, one without, and two blocks with dq summed over them."""
+    monkeypatch.setattr(module, "_MAX_BLOCK", longest)
+    monkeypatch.setattr(module, "_MAX_WHOLE", longest)
+    inputs = _inputs(2, length)
+    found, expected = (jax.jit(functools.partial(_outcome, impl))(*inputs) for impl in ("splash", "xla"))
+    for name, ours, theirs in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        assert _error(ours, theirs) <= FLOAT32, name
+
+
+GROUPS = {"one sum a device": ("data", "fsdp"), "one sum a row": ("data",), "one sum a timestep": ()}
+
+
+def _grouped(once: tuple[str, ...]) -> dict[str, float]:
+    """Errors of splash on a mesh of eight devices, inside the groups of `GradientGroups`, against xla on one."""
+    mesh, (q, k, v, cotangent) = make_mesh(MeshShape(2, 2, 2)), _inputs(8, 24)
+    weight = 1 + 0.1 * jnp.arange(HEADS * HEAD_DIM, dtype=jnp.float32).reshape(HEADS, HEAD_DIM)
+
+    def differentiate(impl: Any) -> Callable[[Any, Any], Any]:
+        def loss(weight: Any, rows: Any) -> Any:
+            q, k, v, cotangent = rows
+            out = attention(q * weight[None, None], k, v, impl)
+            return (out * cotangent).sum(), out
+
+        return jax.grad(loss, has_aux=True)
+
+    @jax.jit
+    def found(weight: Any, rows: Any) -> Any:
+        groups = GradientGroups(mesh, once, P())
+        with activation_rules(mesh):
+            sums, out = groups.gradient(differentiate("splash"), weight, rows)
+            return groups.total(sums), out
+
+    rows = jax.device_put((q, k, v, cotangent), NamedSharding(mesh, P(("data", "fsdp"))))
+    expected = jax.jit(differentiate("xla"))(weight, (q, k, v, cotangent))
+    return dict(zip(("gradient", "output"), map(_error, found(weight, rows), expected), strict=True))
+
+
+def _child(what: str) -> Any:
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_splash_runs_on_each_devices_own_rows_and_heads():
+    for case, errors in _child("groups").items():
+        assert max(errors.values()) <= FLOAT32, (case, errors)
+
+
+def _compiled(name: str) -> dict[str, Any]:
+    """Forward and backward at SD3.5-Medium's sizes for a TPU that is not there."""
+    from fopd_jax.parallel.topology import configure, parse_topology, topology_devices
+
+    topology = parse_topology(name)
+    configure(topology)
+    mesh = make_mesh(MeshShape(data=2, tensor=2), topology_devices(topology))
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+
+    @jax.jit
+    def program(*inputs: Any) -> Any:
+        with activation_rules(mesh):
+            return _outcome("splash", *inputs)
+
+    texts = {}
+    for length in (1024, 1229, 4429):
+        shape = jax.ShapeDtypeStruct((4, length, 24, 64), jnp.bfloat16, sharding=sharding)
+        text = program.lower(shape, shape, shape, shape).compile().as_text()
+        texts[str(length)] = {"kernels": text.count('"tpu_custom_call"'), "moved": "all-" in text}
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
+def test_splash_compiles_for_tpus(name: str):
+    """One kernel forward and one backward at 512 px (image alone, with text) and 1024 px; no data moves."""
+    assert _child(name) == {length: {"kernels": 2, "moved": False} for length in ("1024", "1229", "4429")}
+
+
+# ---- what the backward repeats
+
+
+def _rematerialised(impl: Any, policy: Any) -> Any:
+    def loss(x: Any) -> Any:
+        out = attention(x, 2 * x, 3 * x, impl)
+        return jnp.sin(out).astype(jnp.float32).sum()
+
+    return jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))
+
+
+def test_saved_attention_is_not_repeated_by_splash():
+    x = _inputs(1, 40)[0]
+    traces = [_rematerialised("splash", policy).trace(x) for policy in (None, save_attention)]
+    counts = [each.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") for each in traces]
+    assert counts == [3, 2]  # forward and backward, and without the policy the forward once more
+
+
+@pytest.fixture
+def traced_cudnn() -> Iterator[None]:
+    """Let cuDNN's attention be traced where there is none to run it."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    with mock.patch.multiple(
+        cudnn, check_cudnn_version=lambda: 91000, check_compute_capability=lambda _: True
+    ):  # what JAX asks of the machine while tracing
+        yield
+
+
+@pytest.mark.usefixtures("traced_cudnn")
+def test_saved_attention_is_not_repeated_by_cudnn():
+    x = _inputs(1, 40, jnp.bfloat16)[0]
+    traces = [str(_rematerialised("cudnn", policy).trace(x).jaxpr) for policy in (None, save_attention)]
+    assert [each.count(" dot_product_attention_fwd_wrapper[") for each in traces] == [2, 1]
+
+
+def test_saved_attention_is_kept_by_xla():
+    """The scores are made again; the product of weights and values, which makes the output, is not."""
+    length = 40
+    x = _inputs(1, length)[0]
+    costs = [
+        _rematerialised("xla", policy).lower(x).compile().cost_analysis()["flops"] for policy in (None, save_attention)
+    ]
+    assert costs[0] - costs[1] == pytest.approx(2 * length**2 * HEADS * HEAD_DIM, rel=0.02)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("length", [1024, 1229])
+def test_cudnn_equals_xla_in_bfloat16(length: int):
+    inputs = _inputs(2, length, jnp.bfloat16, 24, 64)
+    exact = jax.jit(functools.partial(_outcome, "xla"))(*(x.astype(jnp.float32) for x in inputs))
+    found = jax.jit(functools.partial(_outcome, "cudnn"))(*inputs)
+    for name, ours, theirs in zip(("output", "dq", "dk", "dv"), found, exact, strict=True):
+        assert _error(ours, theirs) <= BFLOAT16, name
+
+
+def _main(what: str) -> None:
+    if what == "groups":
+        with mock.patch.object(splash, "make_splash_mha_single_device", INTERPRETED):
+            print(json.dumps({case: _grouped(once) for case, once in GROUPS.items()}))
+    else:
+        print(json.dumps(_compiled(what)))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,141 @@
+"""A pod without a pod: the real update of a tiny network compiled for eight devices, and what is said of it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import app
+
+from fopd_jax import compile_for
+from fopd_jax.config import Config
+from fopd_jax.flags import parse_flags
+from fopd_jax.models.mmdit import PRESETS
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--config.sampler.num_steps=3", "--per-chip-batch=2")
+
+
+def _config() -> Config:
+    spec = importlib.util.spec_from_file_location("miniature", ROOT / "configs" / "miniature.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command on a tiny network (this file, run as a program), compiled fast rather than well."""
+    command = [sys.executable, __file__, f"--config={ROOT}/configs/miniature.py", *arguments]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What it prints and writes for `cpu:8`."""
+    out = tmp_path_factory.mktemp("aot") / "figures.json"
+    done = _program("--topology=cpu:8", *SMALL, "--teachers=4", f"--json={out}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_gradients_are_reduced_once_an_update(outcome: tuple[str, dict[str, Any]]):
+    """The one message is the adapter's gradient in float32, and per-sample metrics; it stands in no loop."""
+    _, fields = outcome
+    assert fields["loop_reductions"]["count"] == 0
+    assert not [row for row in fields["collectives"] if row["loop_depth"]]
+    (row,) = [row for row in fields["collectives"] if row["kind"] == "all-reduce"]
+    network = _tiny()
+    adapter = 4 * 32 * 2 * network.width * (8 * (network.depth - 1) + 7)  # the last block's text has no output
+    assert row["axes"] == ["data"]
+    assert adapter <= row["bytes"] < 1.05 * adapter
+
+
+def test_figures_are_complete(outcome: tuple[str, dict[str, Any]]):
+    _, fields = outcome
+    assert (fields["chips"], fields["mesh"]) == (8, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert (fields["batch_size"], fields["per_chip_batch"], fields["teachers"]) == (16, 2, 4)
+    memory = fields["memory"]
+    parts = ("arguments_bytes", "outputs_bytes", "temporaries_bytes", "code_bytes")
+    assert sum(memory[name] for name in parts) == memory["total_bytes"] > 0
+    assert memory["capacity_bytes"] is None
+    flops = fields["flops_per_chip"]
+    assert flops["model"] == flops["teachers"] + flops["forward"] + flops["backward"]
+    assert fields["compile_seconds"] > 0
+    assert fields["versions"]["jax"]
+
+
+def test_the_same_figures_are_printed(outcome: tuple[str, dict[str, Any]]):
+    printed, fields = outcome
+    for text in (
+        "miniature on cpu:8: 8 chips, mesh data 8 x fsdp 1 x tensor 1",
+        "batch 16, 2 a chip; trains adapter",
+        "reductions over the batch's axes: none inside loops",
+        f"{fields['flops_per_chip']['model']:.4g}",
+    ):
+        assert text in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
+def test_the_tpus_compiler_agrees(outcome: tuple[str, dict[str, Any]], tmp_path: Path):
+    """A pod's compiler: the same FLOPs, one reduction an update, and memory against a capacity."""
+    done = _program("--topology=v6e:2x4", *SMALL, "--teachers=4", f"--json={tmp_path}/figures.json")
+    assert done.returncode == 0, done.stderr
+    fields = json.loads((tmp_path / "figures.json").read_text())
+    assert fields["flops_per_chip"] == outcome[1]["flops_per_chip"]
+    assert fields["loop_reductions"]["count"] == 0
+    assert fields["memory"]["total_bytes"] < fields["memory"]["capacity_bytes"] == int(31.25 * 2**30)
+    assert fields["roofline_seconds"]["update"] > 0
+
+
+# ---- bad input
+
+
+def test_a_mistake_is_one_line(tmp_path: Path):
+    done = _program("--topology=v9:4x4")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "topology", "message"),
+    [
+        ("stage", "flow_matching", "cpu:8", "stage: found 'flow_matching', expected 'opd'"),
+        ("name", "any", "cpu:many", "topology: found 'cpu:many', expected cpu:A"),
+    ],
+)
+def test_what_is_wrong_is_named(field: str, value: str, topology: str, message: str):
+    config = _config()
+    config[field] = value
+    with pytest.raises(ValueError, match=message):
+        compile_for.run(config, topology)
+
+
+def test_simulated_devices_have_nothing_to_search():
+    with pytest.raises(ValueError, match="search: cpu:8 has no memory limit to search for"):
+        compile_for.run(_config(), "cpu:8", search=True)
+
+
+def test_further_teachers_are_like_the_last():
+    config = compile_for.with_teachers(_config(), 4)
+    assert set(config.tasks) == {"text", "composition", "teacher_2", "teacher_3"}
+    assert config.tasks.teacher_3.to_dict() == config.tasks.teacher_2.to_dict() == _config().tasks.text.to_dict()
+    with pytest.raises(ValueError, match="teachers: found 1, but the config has 2 tasks"):
+        compile_for.with_teachers(_config(), 1)
+
+
+def _tiny() -> Any:
+    return dataclasses.replace(PRESETS["miniature"], depth=3, num_heads=2, head_dim=8, dual_layers=1)
+
+
+if __name__ == "__main__":
+    PRESETS["miniature"] = _tiny()
+    app.run(compile_for.main, flags_parser=parse_flags)
