@@ -28,10 +28,10 @@ from typing import Any
 
 from peer_problem import COMPILE, FORMS, OURS, SDPA, TEACHERS
 from peer_report import pair, summaries, table
-from true_size import hardware
+
+from fopd_jax.benchmarking.host import commit, hardware
 
 ROOT = Path(__file__).parents[1]
-GPU_QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
 Fields = dict[str, Any]
 Command = list[str]
 
@@ -78,7 +78,7 @@ def compare(args: argparse.Namespace, config_flags: Command, work: Path) -> Fiel
         runs[name].append(measure(command, args, work))
         print(f"round {turn + 1}: {name}: {runs[name][-1]['samples_per_s']:.3g} samples/s", flush=True)
     return {
-        "hardware": hardware() | {"gpu": output(*GPU_QUERY)},
+        "hardware": hardware(),
         "commit": commit(),
         "flags": sys.argv[1:],
         "problem": json.loads((work / "problem.json").read_text()),
@@ -87,20 +87,6 @@ def compare(args: argparse.Namespace, config_flags: Command, work: Path) -> Fiel
         "programs": summaries(runs),
         "pairs": {name: pair(runs[OURS], each) for name, each in runs.items() if name != OURS},
     }
-
-
-def output(*command: str) -> str:
-    """What a program prints, or nothing where it fails or is not there."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def commit() -> str:
-    """The commit, with a + where the tree differs from it; nothing outside of a repository."""
-    head = output("git", "rev-parse", "HEAD")
-    return head + ("+" if output("git", "status", "--porcelain") else "")
 
 
 def main() -> None:

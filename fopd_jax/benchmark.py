@@ -26,11 +26,11 @@ from absl import app, flags
 
 from fopd_jax.benchmarking.host import commit, hardware, versions
 from fopd_jax.benchmarking.measure import Options, measure
-from fopd_jax.benchmarking.problem import Fields, make_problem, with_batch, with_teachers
+from fopd_jax.benchmarking.problem import Fields, make_problem
 from fopd_jax.benchmarking.sweeps import sweep_batches, sweep_teachers
 from fopd_jax.benchmarking.table import describe, describe_batches, describe_teachers
 from fopd_jax.benchmarking.timing import MatmulPeak, matmul_peak
-from fopd_jax.config import Config
+from fopd_jax.config import Config, with_batch, with_teachers
 from fopd_jax.flags import CONFIG, parse_flags
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
 from fopd_jax.training.workdir import write_json

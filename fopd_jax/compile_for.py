@@ -13,10 +13,10 @@ from pathlib import Path
 
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from fopd_jax.aot.compilation import Compilation, compile_update
 from fopd_jax.aot.report import (
+    PACKAGES,
     Fields,
     collective_fields,
     describe,
@@ -24,15 +24,15 @@ from fopd_jax.aot.report import (
     loop_reductions,
     memory_fields,
     roofline,
-    versions,
 )
 from fopd_jax.aot.search import Trial, largest_fitting
-from fopd_jax.config import Config, config_hash
+from fopd_jax.benchmarking.host import versions
+from fopd_jax.config import Config, config_hash, with_batch, with_teachers
 from fopd_jax.flags import CONFIG, parse_flags
 from fopd_jax.flops import Update, config_flops
 from fopd_jax.parallel.hlo import collectives
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.parallel.sharding import BATCH_AXES
+from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.parallel.topology import Chip, Topology, configure, parse_topology, topology_devices
 from fopd_jax.training.abstract import abstract_update
 from fopd_jax.training.workdir import write_json
@@ -80,7 +80,7 @@ def run(
         raise ValueError(f"search: {name} has no memory limit to search for")
     if config.stage != "opd":
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
-    config = with_teachers(config, teachers)
+    config = config if teachers is None else with_teachers(config, teachers)
     configure(topology)
     mesh = make_mesh(MeshShape(**config.mesh), topology_devices(topology))
     start = per_chip or _per_chip(config, mesh)
@@ -106,7 +106,7 @@ def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Ch
 
 def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
     """One compilation at a given batch per chip, with its figures."""
-    config = _with_batch(config, per_chip * _ways(mesh))
+    config = with_batch(config, per_chip * batch_ways(mesh))
     update = abstract_update(config, mesh)
     compilation = compile_update(update)
     text_tokens = update.arguments[2].conditioning.context.shape[1]
@@ -126,7 +126,7 @@ def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fi
         "compile_seconds": compilation.compile_seconds,
         "memory": memory_fields(compilation, topology.chip),
         "flops_per_chip": flops_fields(flops, topology.count),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
     return fields | (_program(compilation, flops, topology, dict(mesh.shape)) if compilation.fits else {})
 
@@ -146,42 +146,14 @@ def _program(compilation: Compilation, flops: Update, topology: Topology, mesh: 
     }
 
 
-def _ways(mesh: Mesh) -> int:
-    ways = 1
-    for axis in BATCH_AXES:
-        ways *= mesh.shape[axis]
-    return ways
-
-
 def _per_chip(config: Config, mesh: Mesh) -> int:
-    if config.batch_size % _ways(mesh):
+    ways = batch_ways(mesh)
+    if config.batch_size % ways:
         raise ValueError(
-            f"batch_size: found {config.batch_size}, expected a multiple of {_ways(mesh)} (mesh axes data x fsdp); "
+            f"batch_size: found {config.batch_size}, expected a multiple of {ways} (mesh axes data x fsdp); "
             "set it, or give --per-chip-batch"
         )
-    return config.batch_size // _ways(mesh)
-
-
-def _with_batch(config: Config, batch_size: int) -> Config:
-    config = config.copy_and_resolve_references()
-    config.batch_size = batch_size
-    return config
-
-
-def with_teachers(config: Config, count: int | None) -> Config:
-    """The config with further tasks like its last one, so that a larger bank can be compiled.
-
-    Raises:
-      ValueError: the config has more tasks than that.
-    """
-    names = list(config.tasks)
-    if count is not None and count < len(names):
-        raise ValueError(f"teachers: found {count}, but the config has {len(names)} tasks")
-    config = config.copy_and_resolve_references()
-    config.tasks.unlock()
-    for k in range(len(names), count or 0):
-        config.tasks[f"teacher_{k}"] = ConfigDict(config.tasks[names[-1]])
-    return config
+    return config.batch_size // ways
 
 
 if __name__ == "__main__":

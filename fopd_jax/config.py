@@ -31,6 +31,22 @@ def identity(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in flat.items() if name.split(".")[0] not in EXTENDABLE}))
 
 
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The config at another batch size."""
+    config = config.copy_and_resolve_references()
+    config.batch_size = batch_size
+    return config
+
+
+def with_teachers(config: Config, count: int) -> Config:
+    """The config with so many tasks, its own in turn, to compile or time a bank of any size."""
+    config = config.copy_and_resolve_references()
+    tasks = list(config.tasks.values())
+    with config.unlocked():
+        config.tasks = ConfigDict({f"task{k}": tasks[k % len(tasks)] for k in range(count)})
+    return config
+
+
 def config_hash(config: Config) -> str:
     """SHA-256 of the identity, first 16 hex digits."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -82,7 +82,7 @@ class Schedule:
     timesteps: int
     guided_student: bool
     guided_teachers: bool
-    teacher_forwards: float
+    teacher_forwards: float | int
     updates_per_rollout: int = 1
     minibatches: int = 1
     only_sampled: int = 0

@@ -28,7 +28,7 @@ from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, RematPolicy
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.parallel.sharding import AnyMesh, parameter_shardings, replicated
+from fopd_jax.parallel.sharding import AnyMesh, check_width, parameter_shardings, replicated
 from fopd_jax.policy import Tree, Velocity, make_velocity
 from fopd_jax.tasks.task import World
 
@@ -66,6 +66,7 @@ def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
         raise ValueError(f"model.path: {path}: no such file or folder")
     manifest = read_manifest(path) if model.path and path.is_dir() else None
     network = _network(model.preset, path, manifest)
+    check_width(network.width, mesh)
     attention = config_attention(config, network, mesh)
     mmdit = MMDiT(network, attention, jnp.dtype(model.dtype), remat=model.remat)
     if manifest is not None:

@@ -124,14 +124,6 @@ def test_simulated_devices_have_nothing_to_search():
         compile_for.run(_config(), "cpu:8", search=True)
 
 
-def test_further_teachers_are_like_the_last():
-    config = compile_for.with_teachers(_config(), 4)
-    assert set(config.tasks) == {"text", "composition", "teacher_2", "teacher_3"}
-    assert config.tasks.teacher_3.to_dict() == config.tasks.teacher_2.to_dict() == _config().tasks.text.to_dict()
-    with pytest.raises(ValueError, match="teachers: found 1, but the config has 2 tasks"):
-        compile_for.with_teachers(_config(), 1)
-
-
 def _tiny() -> Any:
     return dataclasses.replace(PRESETS["miniature"], depth=3, num_heads=2, head_dim=8, dual_layers=1)
 

@@ -1,7 +1,6 @@
 """What a compilation says about a pod: memory, collectives, FLOPs and the time that they cannot go below."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,17 +14,6 @@ PACKAGES = ("fopd_jax", "jax", "jaxlib", "libtpu", "flax")
 # What a ring sends per device and byte of message, times (n - 1) / n of n devices; a permutation sends all of it.
 _RING = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 Fields = dict[str, Any]
-
-
-def versions() -> Fields:
-    """Versions of what the figures depend on, as far as it is installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def memory_fields(compilation: Compilation, chip: Chip | None) -> Fields:

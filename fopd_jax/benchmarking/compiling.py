@@ -35,18 +35,17 @@ class CacheUse:
 @contextlib.contextmanager
 def cache_use() -> Iterator[CacheUse]:
     """Count while a persistent cache is in use: without one nothing is ever asked of it."""
-    use, counted = CacheUse(), True
+    use = CacheUse()
 
     def listen(event: str, **_: Any) -> None:
-        if counted:
-            use.requests += event == _REQUESTS
-            use.hits += event == _HITS
+        use.requests += event == _REQUESTS
+        use.hits += event == _HITS
 
     jax.monitoring.register_event_listener(listen)
     try:
         yield use
     finally:
-        counted = False  # JAX has no public way to take a listener away
+        jax.monitoring.unregister_event_listener(listen)
 
 
 @contextlib.contextmanager

@@ -140,12 +140,12 @@ def speed(problem: Problem, timing: Timing, matmul: MatmulPeak, device_kind: str
 # ---- memory
 
 
-def peak_bytes(device: jax.Device) -> int | None:
+def peak_bytes(device: Any) -> int | None:
     """What arrays and programs took of the device at most, in this process; None where the backend does not count."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def check_memory(memory: Memory, device: jax.Device) -> None:
+def check_memory(memory: Memory, device: Any) -> None:
     """Refuse, before anything is allocated, what cannot fit: a CPU's process would be killed instead.
 
     Raises:

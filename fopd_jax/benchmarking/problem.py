@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from fopd_jax.aot.report import flops_fields
 from fopd_jax.benchmarking.weights import held_bytes
@@ -37,21 +36,6 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     update = abstract_update(config, mesh)
     return Problem(config, mesh, update, config_flops(config, update.update.pieces.spec, _text_tokens(update)))
-
-
-def with_batch(config: Config, batch_size: int) -> Config:
-    config = config.copy_and_resolve_references()
-    config.batch_size = batch_size
-    return config
-
-
-def with_teachers(config: Config, count: int) -> Config:
-    """The config with so many tasks, its own in turn; nothing of them but guidance matters to random weights."""
-    config = config.copy_and_resolve_references()
-    tasks = list(config.tasks.values())
-    with config.unlocked():
-        config.tasks = ConfigDict({f"task{k}": tasks[k % len(tasks)] for k in range(count)})
-    return config
 
 
 def problem_fields(problem: Problem) -> Fields:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 
 from fopd_jax.benchmarking.measure import Options, measure
-from fopd_jax.benchmarking.problem import Fields, make_problem, with_batch, with_teachers
+from fopd_jax.benchmarking.problem import Fields, make_problem
 from fopd_jax.benchmarking.timing import MatmulPeak
-from fopd_jax.config import Config
+from fopd_jax.config import Config, with_batch, with_teachers
 
 MOST_STEPS = 3  # of each batch: large ones take long, and their steps differ little
 TEACHERS = (1, 2, 4, 8)

@@ -99,5 +99,5 @@ def _row(name: str, fields: Fields) -> str:
     )
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"

@@ -61,7 +61,7 @@ class MatmulPeak:
     median_flops_per_second: float
 
 
-def matmul_peak(device: jax.Device) -> MatmulPeak:
+def matmul_peak(device: Any) -> MatmulPeak:
     """Measure it on random numbers (zeros are faster): in bfloat16 on an accelerator, in float32 on a CPU."""
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     side = MATMUL_SIDE.get(device.platform, LARGE_SIDE)

@@ -16,7 +16,7 @@ from fopd_jax.conditioning import Conditioning
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.transition import Transition, standard_normal
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
-from fopd_jax.parallel.sharding import batch_sharding, replicated
+from fopd_jax.parallel.sharding import activation_rules, batch_sharding, replicated
 from fopd_jax.policy import Tree, Velocity, guided_velocity
 from fopd_jax.tasks.task import Scores, Task, World
 
@@ -98,7 +98,8 @@ def make_sampler(
 
         noise = standard_normal(keys, latent_shape)
         steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
-        return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
+        with activation_rules(mesh):
+            return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
 
     return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 

@@ -88,6 +88,19 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def check_width(width: int, mesh: AnyMesh) -> None:
+    """Refuse a mesh that a network's kernels cannot be split over evenly.
+
+    Raises:
+      ValueError: names the field, its value and what it must divide.
+    """
+    for axis in ("fsdp", "tensor"):
+        if width % mesh.shape[axis]:
+            raise ValueError(
+                f"mesh.{axis}: found {mesh.shape[axis]}, expected a divisor of the network's width {width}"
+            )
+
+
 def batch_ways(mesh: AnyMesh) -> int:
     """Into how many parts a batch is split."""
     return _length(mesh, BATCH_AXES)

@@ -53,7 +53,9 @@ class FlowMatching:
         levels = LogitNormal(config.levels.mean, config.levels.std, config.levels.shift)
         everywhere, sharding = replicated(pipeline.mesh), batch_sharding(pipeline.mesh)
         rows = rows_of(sharding, data.batch_size)
-        step = make_flow_matching_step(pipeline.velocity, student, levels, setup.optimizer, setup.ema, everywhere)
+        step = make_flow_matching_step(
+            pipeline.velocity, student, levels, setup.optimizer, setup.ema, pipeline.mesh, everywhere
+        )
 
         def batch(step: int) -> Tree:
             whole = make_pairs(pipeline.world, spec, config.seed, step)

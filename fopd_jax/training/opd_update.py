@@ -17,7 +17,7 @@ from fopd_jax.flow.transition import make_transition
 from fopd_jax.models.mmdit import MMDiT
 from fopd_jax.objectives.opd import Objective
 from fopd_jax.parallel.gradients import GradientGroups
-from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, parameter_shardings, replicated
+from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
 from fopd_jax.policy import Tree, make_velocity
 from fopd_jax.training.opd_step import Batch, Frozen, Metrics, OPDSpec, OPDStep
 from fopd_jax.training.setup import lora_config
@@ -51,11 +51,7 @@ def make_update(
     if config.trained not in TRAINED:
         raise ValueError(f"trained: found {config.trained!r}, expected one of {TRAINED}")
     check_batch("batch_size", config.batch_size, mesh)
-    for axis in ("fsdp", "tensor"):
-        if model.config.width % mesh.shape[axis]:
-            raise ValueError(
-                f"mesh.{axis}: found {mesh.shape[axis]}, expected a divisor of the network's width {model.config.width}"
-            )
+    check_width(model.config.width, mesh)
     spec.check(config.batch_size)
     samples = config.batch_size // batch_ways(mesh)
     if samples % spec.anchor_every:

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from fopd_jax.objectives.flow_matching import LogitNormal, flow_matching, interpolate
+from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy import Tree, Velocity
 from fopd_jax.training.state import EMA, TrainState, advance, apply_gradients, land
 from fopd_jax.training.student import Student
@@ -19,6 +21,7 @@ def make_flow_matching_step(
     levels: LogitNormal,
     optimizer: optax.GradientTransformation,
     ema: EMA,
+    mesh: Mesh,
     placed: Any = None,
 ) -> Callable[[Tree, TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Flow matching of images `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter.
@@ -34,7 +37,8 @@ def make_flow_matching_step(
 
         def loss_fn(trained: Tree) -> tuple[jax.Array, jax.Array]:
             variables, adapter = student.policy(frozen, trained)
-            v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, batch["conditioning"])
+            with activation_rules(mesh):
+                v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, batch["conditioning"])
             losses = flow_matching(v, x0, noise)
             return losses.mean(), losses
 

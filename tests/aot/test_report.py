@@ -12,7 +12,6 @@ from fopd_jax.aot.report import (
     loop_reductions,
     memory_fields,
     roofline,
-    versions,
 )
 from fopd_jax.flops import Update
 from fopd_jax.parallel.hlo import Collective
@@ -91,8 +90,3 @@ def test_a_program_that_fits_is_told_with_loops_and_trials():
     text = describe(fields)
     for expected in ("11.00 GiB of 31.25 GiB", "all-reduce", "loops 1", "1 inside loops", "4: 11.00 GiB fits"):
         assert expected in text
-
-
-def test_versions_name_what_the_figures_depend_on():
-    assert {"jax", "jaxlib", "libtpu", "flax", "fopd_jax"} == versions().keys()
-    assert versions()["jax"]

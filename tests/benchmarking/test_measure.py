@@ -20,10 +20,11 @@ from fopd_jax.benchmarking import measure as module
 from fopd_jax.benchmarking import phases, sweeps
 from fopd_jax.benchmarking.compiling import cache_use, compile_twice, empty_cache
 from fopd_jax.benchmarking.measure import Options, measure, speed
-from fopd_jax.benchmarking.problem import Problem, make_problem, with_batch, with_teachers
+from fopd_jax.benchmarking.problem import Problem, make_problem
 from fopd_jax.benchmarking.table import describe, describe_batches, describe_teachers
 from fopd_jax.benchmarking.timing import MatmulPeak, matmul_peak, summarise, time_calls
 from fopd_jax.benchmarking.weights import held_bytes, random_arguments, shard_bytes
+from fopd_jax.config import with_batch, with_teachers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
 from fopd_jax.parallel.topology import GIB, find_chip

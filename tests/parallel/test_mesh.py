@@ -1,11 +1,14 @@
 """Mesh shapes: what fills the devices, and what is refused."""
 
+import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from fopd_jax.parallel import mesh as module
 from fopd_jax.parallel.mesh import AXES, MeshShape, make_mesh
 
 
@@ -46,3 +49,34 @@ def test_a_mesh_covers_all_devices_and_leaves_its_axes_to_the_compiler():
     assert mesh.axis_names == AXES
     assert mesh.shape == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as far as meshes look at it."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def _slices(count: int, chips: int) -> list[Chip]:
+    return [Chip(id=s * chips + i, slice_index=s, process_index=s) for s in range(count) for i in range(chips)]
+
+
+@pytest.mark.parametrize("shape", [MeshShape(), MeshShape(-1, 4, 1), MeshShape(4, 2, 2), MeshShape(2, -1, 2)])
+def test_data_alone_crosses_slices(shape: MeshShape):
+    grid = module._hybrid(shape.resolve(16), _slices(2, 8), 2)
+    slices = np.vectorize(lambda chip: chip.slice_index)(grid)
+    assert grid.shape == shape.resolve(16)
+    assert len({chip.id for chip in grid.ravel()}) == 16
+    for row in slices.reshape(len(grid), -1):  # one row of `data` lies in one slice
+        assert len(set(row)) == 1
+    assert slices.reshape(2, -1).tolist() == [[0] * 8, [1] * 8]
+
+
+def test_data_has_to_span_the_slices():
+    with pytest.raises(ValueError, match=r"mesh\.data: found 3, expected a multiple of the 2 slices"):
+        module._hybrid((3, 4, 1), _slices(2, 6), 2)
