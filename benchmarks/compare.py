@@ -1,6 +1,6 @@
 """Our update and the PyTorch peers' (`torch_opd.py`) in turn on one machine, after a check that they compute the same.
 
-On CPU, the miniature, ours against both forms without compilation; 5 minutes on 2 cores, nothing to download:
+On CPU, the miniature, ours against both forms without compilation; 3 minutes on 2 cores with --steps=5, nothing to download:
 
     python benchmarks/compare.py --config=configs/miniature.py
 

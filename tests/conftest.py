@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Tolerances are those of a CPU, also in programs that tests start. JAX_PLATFORMS=cuda runs what needs a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes far longer than running here; up to rounding the programs compute the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
