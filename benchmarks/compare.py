@@ -1,8 +1,8 @@
 """Our update and the PyTorch peers' (`torch_opd.py`) in turn on one machine, after a check that they compute the same.
 
-On CPU, the miniature, ours against both forms without compilation; 3 minutes on 2 cores with --steps=5, nothing to download:
+On CPU, the miniature, ours against both forms without compilation; 3 minutes on 2 cores, nothing to download:
 
-    python benchmarks/compare.py --config=configs/miniature.py
+    python benchmarks/compare.py --config=configs/miniature.py --steps=5
 
 On a GPU, SD3.5-Medium's true size on random weights, 4 teachers and an anchor:
 
