@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from peer_problem import OURS, Problem, forward_equivalents, summarise
 
 from fopd_jax.adapters import TARGETS
 from fopd_jax.benchmarking.weights import random_arguments
-from fopd_jax.config import Config
+from fopd_jax.config import Config, with_teachers
 from fopd_jax.flags import CONFIG, parse_flags
 from fopd_jax.interop.lora_modules import places
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
@@ -59,11 +58,7 @@ def read_config(config: Config, teachers: int) -> Config:
     for field, (found, expected) in plain.items():
         if found != expected:
             raise ValueError(f"{field}: found {found!r}, but the comparison has only {expected!r}")
-    if teachers:
-        tasks = list(config.tasks.values())
-        with config.unlocked():
-            config.tasks = ConfigDict({f"task{k}": tasks[k % len(tasks)] for k in range(teachers)})
-    return config
+    return with_teachers(config, teachers) if teachers else config
 
 
 def make_problem(config: Config, network: MMDiTConfig, latent: tuple[int, int, int], tokens: int) -> Problem:

@@ -14,9 +14,8 @@ draws student pictures every `eval_every` updates, and at the end writes `studen
 diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base, teachers, merge and
 student on the same held-out prompts and noise.
 
-Cost, by arithmetic (2.22 TFLOP a forward at 512 px, 12 forward-equivalents a trained timestep with guidance, anchor and
-full rematerialisation): 31 PFLOP an update of 128 images, so 400 updates take about 10 hours at 350 TFLOP/s. Not yet
-measured on an accelerator.
+Cost, by arithmetic (fopd_jax/flops.py: 167 TFLOP an image with guidance and anchor, 197 with full rematerialisation):
+25 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an accelerator.
 Cost on 2 CPU cores: none that is useful; the miniature (configs/miniature.py) is for that.
 
 Result, published (the method's paper, SD3.5-M, 512 px, 40 steps; not reproduced by this project yet):

@@ -66,24 +66,18 @@ def abstract_update(config: Config, mesh: AnyMesh) -> AbstractUpdate:
 
 
 def _weights(config: Config, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:
-    """Base and bank. Where whole networks teach a whole network, nothing reads the base's parameters."""
+    """Base and bank."""
     dtype, count, places = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, parameter_shardings(mesh, boxed)
     variables = nn.unbox(boxed)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"])
-    base = {"constants": place(variables["constants"], places["constants"])}
-    if not spec.whole_teachers or config.trained == "adapter":
-        base["params"] = place(params, places["params"])
+    base = {"params": place(params, places["params"]), "constants": place(variables["constants"], places["constants"])}
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return base, place(bank, stacked_shardings(mesh, boxed["params"]))
     adapter = adapter_shapes(config, params)
-    bank = jax.eval_shape(lambda: stack_bank({str(k): adapter_zeros(adapter) for k in range(count)}))
+    bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
     return base, place(bank, bank_shardings(mesh, boxed["params"], bank))
-
-
-def adapter_zeros(shapes: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def world_shapes(config: Config) -> tuple[tuple[int, int, int], Conditioning]:

@@ -98,7 +98,7 @@ class OPD:
             self.export_network(exported)
         elif is_main():
             self.export_adapter(exported)
-        models = [*self.teaching.models, self.model(student)]
+        models = [*self.teaching.models(), self.model(student)]
         write_report(self.workdir, self.config, self.setup.sampler, self.pipeline.world, models, steps=int(state.step))
 
     def export_adapter(self, student: Tree) -> None:

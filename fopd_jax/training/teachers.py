@@ -1,6 +1,7 @@
 """Who teaches, adapters on the base or whole networks: the routed teachers and the anchor; and the student's start."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,13 +49,13 @@ class Teaching:
     """What a run starts from.
 
     `variables`: the base; `bank`: teachers by task in the config's order, then the anchor; `start`: of what trains;
-    `models`: everybody but the student, to report.
+    `models()`: everybody but the student, to report. Of whole networks these are copies: not to be held while training.
     """
 
     variables: Tree
     bank: Tree
     start: Tree
-    models: list[Model]
+    models: Callable[[], list[Model]]
 
 
 def sources(config: Config) -> Sources:
@@ -123,7 +124,7 @@ def teach_by_adapters(config: Config, pipeline: Pipeline, adapters: dict[str, Ad
         variables=variables,
         bank=put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked)),
         start=start if config.trained == "adapter" else _add_to_base(config, pipeline, start),
-        models=[Model(name, variables, adapter or no_update(start)) for name, adapter in models.items()],
+        models=lambda: [Model(name, variables, adapter or no_update(start)) for name, adapter in models.items()],
     )
 
 
@@ -175,8 +176,7 @@ def teach_by_networks(config: Config, pipeline: Pipeline, found: Sources) -> Tea
         lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
         out_shardings=stacked_shardings(pipeline.mesh, boxed["params"]),
     )
-    models = [Model("base", variables, {})]
-    models += [Model(f"teacher/{name}", {**variables, "params": each}, {}) for name, each in networks.items()]
+    bank = stack(*(networks[name] for name in config.tasks), anchor)
     if config.trained == "adapter":
         start = init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
     elif config.cold_start.method == "none":
@@ -184,10 +184,17 @@ def teach_by_networks(config: Config, pipeline: Pipeline, found: Sources) -> Tea
     else:
         weights = config.cold_start.weights
         start = _average(pipeline, [networks[name] for name in weights], list(weights.values()))
-    if config.cold_start.method == "merge":
-        merged = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-        models.append(Model("merge", {**variables, "params": merged}, {}))
-    return Teaching(variables, stack(*(networks[name] for name in config.tasks), anchor), start, models)
+
+    def models() -> list[Model]:
+        """The bank holds the named networks in their order, the anchor last."""
+        params = {"base": variables["params"]}
+        for k, name in enumerate(found.names):
+            params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
+        if config.cold_start.method == "merge":
+            params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
+        return [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+
+    return Teaching(variables, bank, start, models)
 
 
 def _average(pipeline: Pipeline, networks: list[Tree], weights: list[float]) -> Tree:

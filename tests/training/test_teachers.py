@@ -98,7 +98,7 @@ def test_a_network_starts_from_the_base_with_the_adapters_merged_in(weights: Pat
         np.testing.assert_allclose(leaf, base[path] + updates.get(path, 0), rtol=0, atol=2e-6, err_msg=path)
     assert updates.keys() < base.keys()
     assert len(updates) == 8 + 8 + 7  # joint attention of both stacks and of the last block
-    assert [model.name for model in stage.teaching.models] == [
+    assert [model.name for model in stage.teaching.models()] == [
         "base", "teacher/composition", "teacher/text", "teacher/quality", "merge",
     ]  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_without_a_cold_start_the_base_is_the_start(kind: str, weights: Path, tm
     base = _params(weights, "base")
     for path, leaf in _flat(stage.experiment.state.trained).items():
         np.testing.assert_array_equal(leaf, base[path], err_msg=path)
-    assert "merge" not in [model.name for model in stage.teaching.models]
+    assert "merge" not in [model.name for model in stage.teaching.models()]
     if kind == "network":  # the base is the anchor
         for path, leaf in _flat(stage.frozen.bank).items():
             np.testing.assert_array_equal(leaf[-1], base[path], err_msg=path)
