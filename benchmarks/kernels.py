@@ -7,6 +7,7 @@
 - `lora`: one routed projection: nothing, one adapter for all, gathered per sample, masked over all ranks, grouped.
 - `qkv`: three projections as three matrix products, as one of a stored matrix, as one of a matrix joined on the way.
 - `adaln`: the modulation of all blocks, to be set against a whole forward.
+- `forward`: a shallow network with no adapter, with one for all, with each sample's own out of a bank.
 - `remat`: gradient of a shallow network's adapter under each rematerialisation policy.
 
 Errors are relative to the first variant in float32. With `--topology` everything is compiled for one chip of that kind,
@@ -32,7 +33,7 @@ import numpy as np
 from fopd_jax.adapters import LoRAConfig, init_adapter
 from fopd_jax.conditioning import Conditioning
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
-from fopd_jax.models.mmdit import PRESETS, MMDiT, RematPolicy, low_rank
+from fopd_jax.models.mmdit import PRESETS, MMDiT, RematPolicy, routed_product
 from fopd_jax.parallel.topology import configure, parse_topology, topology_devices
 from fopd_jax.pipeline import boxed_variables
 from fopd_jax.policy import make_velocity
@@ -40,6 +41,7 @@ from fopd_jax.training.workdir import write_json
 
 NETWORK = PRESETS["sd35_medium"]
 WIDTH, IMAGE, TEXT = NETWORK.width, 1024, 205
+SHALLOW = dataclasses.replace(NETWORK, depth=5, dual_layers=2)
 TEACHERS, RANK = 5, 32
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 Fields = dict[str, Any]
@@ -107,6 +109,9 @@ def lora_cases(setting: Setting) -> Iterator[Case]:
     x, kernel = setting.shape(setting.rows, IMAGE, WIDTH), setting.shape(WIDTH, WIDTH)
     a, b = setting.shape(TEACHERS, WIDTH, RANK), setting.shape(TEACHERS, RANK, WIDTH)
 
+    def gathered(x: Any, a: Any, b: Any) -> Any:
+        return routed_product(routed_product(x, a, route), b, route)
+
     def projection(update: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, kernel, a, b: x @ kernel + update(x, a, b)
 
@@ -120,14 +125,14 @@ def lora_cases(setting: Setting) -> Iterator[Case]:
         return (hidden * mine[:, None]) @ b.reshape(-1, WIDTH)
 
     routed = {
-        "gathered": projection(lambda x, a, b: low_rank(x, a, b, route)),
+        "gathered": projection(gathered),
         "masked": projection(masked),
         "grouped": projection(grouped),
     }
     yield Case("lora/routed", routed, (x, kernel, a, b))
     shared = {
         "none": lambda x, kernel, a, b: x @ kernel,
-        "one adapter": projection(lambda x, a, b: low_rank(x, a[0], b[0], None)),
+        "one adapter": projection(lambda x, a, b: (x @ a[0]) @ b[0]),
         "merged": lambda x, kernel, a, b: x @ (kernel + a[0] @ b[0]),
     }
     yield Case("lora/shared", shared, (x, kernel, a, b), check=False)
@@ -162,30 +167,72 @@ def adaln_cases(setting: Setting) -> Iterator[Case]:
     yield Case("adaln", {"all blocks": modulations}, (setting.shape(setting.rows, WIDTH), kernels))
 
 
-def remat_cases(setting: Setting) -> Iterator[Case]:
-    """Two blocks of each stack and the last one; the memory of a deeper network grows with its blocks."""
-    config = dataclasses.replace(NETWORK, depth=5, dual_layers=2)
-    latent = (64, 64, config.channels)
-    variables = nn.unbox(boxed_variables(MMDiT(config), latent))
+@dataclasses.dataclass(frozen=True)
+class Shallow:
+    """A network of two blocks of each stack and the last one, with its inputs as shapes."""
+
+    impl: AttentionImpl
+    adapter: Any
+    frozen: Any
+    x: Any
+    conditioning: Conditioning
+    dtype: Any
+
+    def velocity(self, remat: RematPolicy = "none") -> Callable[..., Any]:
+        return make_velocity(MMDiT(SHALLOW, self.impl, self.dtype, remat=remat))
+
+
+def make_shallow(setting: Setting) -> Shallow:
+    latent = (64, 64, SHALLOW.channels)
+    variables = nn.unbox(boxed_variables(MMDiT(SHALLOW), latent))
     params = jax.tree.map(lambda leaf: setting.shape(*leaf.shape), variables["params"])
-    weights = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(RANK, 64.0)).weights)
-    impl = resolve_attention("auto", setting.dtype, config.head_dim, setting.platform)
-    conditioning = Conditioning(
-        setting.shape(setting.rows, TEXT, config.context_dim), setting.shape(setting.rows, config.pooled_dim)
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(RANK, 64.0)).weights)
+    return Shallow(
+        impl=resolve_attention("auto", setting.dtype, SHALLOW.head_dim, setting.platform),
+        adapter=adapter,
+        frozen={"params": params, "constants": variables["constants"]},
+        x=jax.ShapeDtypeStruct((setting.rows, *latent), jnp.float32),
+        conditioning=Conditioning(
+            setting.shape(setting.rows, TEXT, SHALLOW.context_dim), setting.shape(setting.rows, SHALLOW.pooled_dim)
+        ),
+        dtype=setting.dtype,
     )
 
+
+def forward_cases(setting: Setting) -> Iterator[Case]:
+    """What an adapter adds to a forward: none, one for all samples, each sample's own out of a bank."""
+    network = make_shallow(setting)
+    velocity, level = network.velocity(), jnp.float32(0.5)
+    route = jnp.arange(setting.rows) * TEACHERS // setting.rows
+    bank = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-2], TEACHERS, *leaf.shape[-2:]), setting.dtype),
+        network.adapter,
+    )
+    variants = {
+        "none": lambda bank, frozen, *inputs: velocity(frozen, {}, inputs[0], level, inputs[1]),
+        "one adapter": lambda bank, frozen, *inputs: velocity(
+            frozen, jax.tree.map(lambda leaf: leaf[..., 0, :, :], bank), inputs[0], level, inputs[1]
+        ),
+        "routed": lambda bank, frozen, *inputs: velocity(frozen, bank, inputs[0], level, inputs[1], route),
+    }
+    yield Case(f"forward/{network.impl}", variants, (bank, network.frozen, network.x, network.conditioning), False)
+
+
+def remat_cases(setting: Setting) -> Iterator[Case]:
+    """The memory of a deeper network grows with its blocks."""
+    network = make_shallow(setting)
+
     def gradient(policy: RematPolicy) -> Callable[..., Any]:
-        velocity = make_velocity(MMDiT(config, impl, setting.dtype, remat=policy))
+        velocity = network.velocity(policy)
 
         def loss(weights: Any, frozen: Any, x: Any, conditioning: Any) -> Any:
             return jnp.square(velocity(frozen, weights, x, jnp.float32(0.5), conditioning)).mean()
 
         return jax.value_and_grad(loss)
 
-    x = jax.ShapeDtypeStruct((setting.rows, *latent), jnp.float32)
-    frozen = {"params": params, "constants": variables["constants"]}
     variants = {policy: gradient(policy) for policy in get_args(RematPolicy)}
-    yield Case(f"remat/{impl}", variants, (weights, frozen, x, conditioning))
+    inputs = (network.adapter, network.frozen, network.x, network.conditioning)
+    yield Case(f"remat/{network.impl}", variants, inputs)
 
 
 CASES = {
@@ -193,6 +240,7 @@ CASES = {
     "lora": lora_cases,
     "qkv": qkv_cases,
     "adaln": adaln_cases,
+    "forward": forward_cases,
     "remat": remat_cases,
 }
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters import (
     TARGETS,
@@ -112,6 +112,18 @@ def test_a_mixed_batch_over_a_bank_equals_each_sample_alone_with_its_own_adapter
         norm = np.linalg.norm(own)
         assert np.linalg.norm(routed[i : i + 1] - own) <= 1e-5 * norm
         assert np.linalg.norm(own - base) > 1e-2 * norm  # else the comparison would prove nothing
+
+
+@pytest.mark.parametrize("names", [("to_k",), ("to_q", "add_v_proj")])
+def test_a_projection_without_an_update_equals_one_whose_update_is_zero(names: tuple[str, ...]):
+    """Queries, keys and values that all adapt share the product with `a`; others do not."""
+    weights, inputs, forward = effective(_adapter(1)), _inputs(2), _forward(True)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(weights)
+    some = unflatten_dict({path: leaf for path, leaf in flat.items() if path[-2] not in names})
+    zero = unflatten_dict({path: jnp.zeros_like(leaf) if path[-2] in names else leaf for path, leaf in flat.items()})
+    expected = np.asarray(forward(zero, inputs))
+    assert np.linalg.norm(forward(some, inputs) - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(forward(weights, inputs) - expected) > 1e-3 * np.linalg.norm(expected)
 
 
 def test_a_bank_holds_the_adapters_in_the_order_of_the_mapping_before_the_matrices():
