@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SD3.5-Medium's true size on one GPU, random weights: every figure of the update, part by part.
 #
-#     benchmarks/h200.sh [step phases variants sweep peer startup]
+#     benchmarks/h200.sh [step phases peer variants flags sweep startup]
 #
 # Without arguments all parts run, for BUDGET seconds together: a part that does not end in time is cut off, one that
 # cannot begin is named and left out, and either can be asked for alone in another call. Each part's JSON stands in OUT
@@ -22,8 +22,9 @@ CHOSEN=("--config.model.attention=$ATTENTION" "--config.model.remat=$REMAT")
 SHORT=(--config.sampler.num_steps=3)  # two trained timesteps: the same program and memory, in less time
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
-XLA_FLAGS="${XLA_FLAGS:-} $(grep -hv '^ *#' launch/xla_flags/gpu.txt | tr '\n' ' ')"
-export XLA_FLAGS
+GIVEN=${XLA_FLAGS:-}
+LAUNCHED=$(grep -h '^--' launch/xla_flags/gpu.txt | tr '\n' ' ')
+export XLA_FLAGS="$GIVEN $LAUNCHED"
 mkdir -p "$OUT"
 failed=0
 
@@ -64,6 +65,15 @@ variants() {
   done
 }
 
+flags() { # none of the launchers' flags, each of them alone, and one that is often proposed
+  local flag name
+  for flag in --none $LAUNCHED --xla_gpu_enable_triton_gemm=false; do
+    name=${flag#--} name=${name%%=*}
+    XLA_FLAGS="$GIVEN ${flag#--none}" bench "flag_$name" \
+      "--batch=$BATCH" --steps=5 --warmup=1 "${SHORT[@]}" "${CHOSEN[@]}"
+  done
+}
+
 sweep() { bench sweep "--batch=$((4 * BATCH))" --steps=3 --warmup=1 --sweep "${SHORT[@]}" "${CHOSEN[@]}"; }
 
 peer() {
@@ -78,9 +88,9 @@ startup() {
 
 for part in "${@:-all}"; do
   case $part in
-    step | phases | variants | sweep | peer | startup) "$part" ;;
-    all) for each in step phases peer variants sweep startup; do "$each"; done ;;
-    *) echo "error: part: found $part, expected step, phases, variants, sweep, peer, startup" >&2; exit 2 ;;
+    step | phases | peer | variants | flags | sweep | startup) "$part" ;;
+    all) for each in step phases peer variants flags sweep startup; do "$each"; done ;;
+    *) echo "error: part: found $part, expected step, phases, peer, variants, flags, sweep, startup" >&2; exit 2 ;;
   esac
 done
 exit "$failed"

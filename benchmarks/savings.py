@@ -12,11 +12,16 @@ A variant whose results are in FOLDER is not run again.
 import argparse
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from fopd_jax.benchmarking.host import commit, hardware, versions
+from fopd_jax.flops import config_flops
+from fopd_jax.training.abstract import world_shapes
+from fopd_jax.training.opd_update import make_spec
+from fopd_jax.training.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "savings_cpu.json"
@@ -53,10 +58,6 @@ def run(name: str, work: Path, steps: int) -> dict[str, Any]:
 
 def flops_a_sample(name: str) -> float:
     """Model FLOPs of an update, divided by its samples."""
-    from fopd_jax.flops import config_flops
-    from fopd_jax.training.abstract import world_shapes
-    from fopd_jax.training.opd_update import make_spec
-
     spec = importlib.util.spec_from_file_location("miniature", CONFIG)
     assert spec
     assert spec.loader
@@ -89,8 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {name: run(name, args.work, args.steps) for name in args.only}
     print(table(found))
-    content = {"steps": args.steps, "cpu": platform.processor(), "variants": found}
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    circumstances = {"hardware": hardware(), "versions": versions(("jax", "jaxlib")), "commit": commit()}
+    write_json(RESULTS, circumstances | {"steps": args.steps, "variants": found})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ from fopd_jax.training.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("empty cache", "warm cache")
+PARTS = (
+    "imports", "devices", "shapes", "load base", "random rest", "trace", "compile", "first step", "total",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 Fields = dict[str, Any]
@@ -128,9 +131,8 @@ def run(config_flags: list[str], folder: Path) -> Fields:
 
 
 def table(runs: dict[str, Fields]) -> str:
-    parts = next(iter(runs.values()))["seconds"]
     lines = [f"{'seconds':20}" + "".join(f"{name:>14}" for name in runs)]
-    lines += [f"{part:20}" + "".join(f"{each['seconds'][part]:>14.2f}" for each in runs.values()) for part in parts]
+    lines += [f"{part:20}" + "".join(f"{each['seconds'][part]:>14.2f}" for each in runs.values()) for part in PARTS]
     compiled = "".join(f"{each['programs']['compiled']:>14}" for each in runs.values())
     return "\n".join([*lines, f"{'programs compiled':20}{compiled}"])
 

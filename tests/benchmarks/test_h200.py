@@ -1,0 +1,111 @@
+"""`benchmarks/h200.sh` against a played interpreter: its commands are ones that the programs would take."""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "h200.sh"
+PARTS = ("step", "phases", "peer", "variants", "flags", "sweep", "startup")
+
+
+Played = tuple[subprocess.CompletedProcess[str], list[str]]
+
+
+def play(folder: Path, *parts: str, status: int = 0, **variables: str) -> Played:
+    """Run the script; what it said, and every command that it gave, after `XLA_FLAGS` in brackets."""
+    interpreter, log = folder / "python", folder / "commands"
+    interpreter.write_text(f'#!/bin/bash\necho "[$XLA_FLAGS] $*" >> {log}\nexit {status}\n')
+    interpreter.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHON": str(interpreter), "OUT": str(folder / "out"), **variables}
+    done = subprocess.run([str(SCRIPT), *parts], env=environment, capture_output=True, text=True, check=False)
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+@functools.cache
+def known_flags(program: str) -> set[str]:
+    """Names of the flags that a program's help lists."""
+    command = [sys.executable, *(["-m", program] if program.startswith("fopd_jax") else [program]), "--help"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return set(re.findall(r"--(?:\[no\])?([\w-]+)", done.stdout))
+
+
+def config_fields() -> set[str]:
+    spec = importlib.util.spec_from_file_location("sd35m_opd", ROOT / "configs" / "sd35m_opd.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+
+    def names(node: object, path: str) -> set[str]:
+        inner = dict(node.items()) if hasattr(node, "items") else {}
+        return {path}.union(*(names(each, f"{path}.{name}") for name, each in inner.items()))
+
+    return names(config, "config")
+
+
+def launched() -> list[str]:
+    lines = (ROOT / "launch" / "xla_flags" / "gpu.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith("--")]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_flag_is_one_that_the_program_has(part: str, tmp_path: Path) -> None:
+    done, commands = play(tmp_path, part)
+    assert done.returncode == 0, done.stderr
+    assert commands
+    for command in commands:
+        words = command.partition("] ")[2].split()
+        program = words[1] if words[0] == "-m" else words[0]
+        for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+            assert name in (config_fields() if name.startswith("config.") else known_flags(program) | {"config"}), name
+
+
+def test_no_two_measurements_share_a_file(tmp_path: Path) -> None:
+    _, commands = play(tmp_path)
+    files = [file for command in commands for file in re.findall(r"--json=(\S+)", command)]
+    assert len(files) == len(commands)
+    assert len(files) == len(set(files))
+    assert all(Path(file).parent == tmp_path / "out" for file in files)
+
+
+def test_each_flag_of_the_launchers_is_measured_alone(tmp_path: Path) -> None:
+    _, commands = play(tmp_path, "flags")
+    measured = [command.partition("]")[0].strip("[ ").split() for command in commands]
+    assert measured[0] == []
+    assert measured[1:-1] == [[flag] for flag in launched()]
+
+
+def test_the_other_parts_run_under_all_flags_of_the_launchers(tmp_path: Path) -> None:
+    _, (command,) = play(tmp_path, "step", XLA_FLAGS="--xla_mine=1")
+    assert command.partition("]")[0].strip("[ ").split() == ["--xla_mine=1", *launched()]
+
+
+def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
+    done, commands = play(tmp_path, "step", "phases", status=3)
+    assert done.returncode == 1
+    assert len(commands) == 2
+    assert "step: ended with status 3" in done.stdout
+
+
+def test_what_the_budget_leaves_no_time_for_is_named(tmp_path: Path) -> None:
+    done, commands = play(tmp_path, "step", BUDGET="10")
+    assert done.returncode == 1
+    assert commands == []
+    assert "step: left out, the budget of 10 s is spent" in done.stdout
+
+
+def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
+    done, commands = play(tmp_path, "speed")
+    assert done.returncode == 2
+    assert commands == []
+    assert "found speed, expected step, phases" in done.stderr
