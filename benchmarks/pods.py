@@ -35,6 +35,7 @@ class Job:
     fsdp: int = 1
     trained: str = "adapter"
     once: tuple[str, ...] = ("data", "fsdp")
+    remat: str = "full"
     search: bool = False
 
     def arguments(self) -> list[str]:
@@ -46,6 +47,7 @@ class Job:
             f"--config.mesh.fsdp={self.fsdp}",
             f"--config.trained={self.trained}",
             f"--config.reduce_once={self.once!r}",
+            f"--config.model.remat={self.remat}",
             *(["--search"] if self.search else []),
         ]
 
@@ -56,6 +58,7 @@ JOBS = {
     "adapter-v6e-256": Job("v6e:16x16"),
     "adapter-v6e-8": Job("v6e:2x4"),  # weak scaling: the same batch a chip on 8 to 256 chips
     "adapter-v6e-64": Job("v6e:8x8"),
+    **{f"adapter-v5p-64-{remat}": Job("v5p:4x4x4", remat=remat) for remat in ("attention", "dots", "none")},
     "full-v5p-64": Job("v5p:4x4x4", fsdp=8, trained="params", once=("data",)),
     "full-v6e-64": Job("v6e:8x8", fsdp=8, trained="params", once=("data",)),
     "full-v5p-64-once": Job("v5p:4x4x4", fsdp=8, trained="params"),  # a whole float32 sum a chip
@@ -82,8 +85,9 @@ def run(name: str, work: Path) -> bool:
 def table(results: dict[str, Fields]) -> str:
     """Markdown, one row a job."""
     head = (
-        "job", "mesh", "images a chip", "compiled", "arguments + temporaries = HBM a chip", "of",
-        "collectives in loops, a chip and update", "once an update", "PFLOP a chip", "at least", "largest batch a chip",
+        "job", "remat", "mesh", "images a chip", "compiled", "arguments + temporaries = HBM a chip", "of",
+        "collectives in loops, a chip and update", "once an update", "PFLOP a chip (with recomputation)", "at least",
+        "largest batch a chip",
     )  # fmt: skip
     rows = [head, ("---",) * len(head), *(_row(name, fields) for name, fields in results.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
@@ -94,6 +98,7 @@ def _row(name: str, fields: Fields) -> tuple[str, ...]:
     seconds = fields.get("roofline_seconds") or {}
     return (
         name,
+        JOBS[name].remat,
         "×".join(map(str, fields["mesh"].values())),
         str(fields["per_chip_batch"]),
         f"{fields['compile_seconds']:.0f} s",
@@ -101,7 +106,7 @@ def _row(name: str, fields: Fields) -> tuple[str, ...]:
         _gib(memory["capacity_bytes"]),
         _collectives([row for row in fields.get("collectives", []) if row["loop_depth"]]),
         _collectives([row for row in fields.get("collectives", []) if not row["loop_depth"]]),
-        f"{fields['flops_per_chip']['model'] / 1e15:.3f}",
+        "{model:.3f} ({hardware:.3f})".format(**{k: v / 1e15 for k, v in fields["flops_per_chip"].items()}),
         f"{seconds['update']:.2f} s" if seconds else "",
         str(fields["search"]["largest"]) if "search" in fields else "",
     )
