@@ -24,6 +24,7 @@ from fopd_jax.models.attention import AttentionImpl, attention, save_attention
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
+SHORT_STACK = 2  # layers; a loop over so few costs more in copies than it saves in compilation
 RematPolicy = Literal["none", "full", "attention", "dots"]  # by what a block keeps for the backward, but for "none"
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
@@ -132,11 +133,14 @@ class Dense(nn.Module):
 def routed_product(x: Array, factor: Array, route: Int[Array, " k"] | None) -> Array:
     """x·factor with one factor of an adapter, or with each sample's own, gathered from a bank by `route`.
 
+    One factor meets all tokens as rows of one matrix: contracting two axes for its gradient costs CPUs a transpose.
     By the TPU compiler's estimate the gather is free (v6e, 8 images of 512 px, 5 adapters of rank 32: a projection with
     it costs 0.97 of one with an adapter for all), and a product over all ranks, masked, adds 1.5 times as much.
     benchmarks/kernels.py measures both, and grouped products, anywhere.
     """
-    return x @ factor if route is None else jnp.einsum("BTI,BIO->BTO", x, factor[route])
+    if route is None:
+        return (rearrange(x, "... I -> (...) I") @ factor).reshape(*x.shape[:-1], -1)
+    return jnp.einsum("BTI,BIO->BTO", x, factor[route])
 
 
 def shared_hidden(
@@ -395,6 +399,7 @@ class MMDiT(nn.Module):
             split_rngs={"params": True},
             in_axes=in_axes,
             length=length,
+            unroll=length if length <= SHORT_STACK else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
