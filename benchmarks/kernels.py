@@ -41,7 +41,7 @@ from fopd_jax.training.workdir import write_json
 
 NETWORK = PRESETS["sd35_medium"]
 WIDTH, IMAGE, TEXT = NETWORK.width, 1024, 205
-SHALLOW = dataclasses.replace(NETWORK, depth=5, dual_layers=2)
+SHALLOW = dataclasses.replace(NETWORK, depth=7, dual_layers=3)  # stacks long enough to be loops, as the true ones
 TEACHERS, RANK = 5, 32
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 Fields = dict[str, Any]
@@ -169,7 +169,7 @@ def adaln_cases(setting: Setting) -> Iterator[Case]:
 
 @dataclasses.dataclass(frozen=True)
 class Shallow:
-    """A network of two blocks of each stack and the last one, with its inputs as shapes."""
+    """A network of three blocks of each stack and the last one, with its inputs as shapes."""
 
     impl: AttentionImpl
     adapter: Any
