@@ -208,12 +208,11 @@ def forward_cases(setting: Setting) -> Iterator[Case]:
         lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-2], TEACHERS, *leaf.shape[-2:]), setting.dtype),
         network.adapter,
     )
+    first = functools.partial(jax.tree.map, lambda leaf: leaf[..., 0, :, :])
     variants = {
-        "none": lambda bank, frozen, *inputs: velocity(frozen, {}, inputs[0], level, inputs[1]),
-        "one adapter": lambda bank, frozen, *inputs: velocity(
-            frozen, jax.tree.map(lambda leaf: leaf[..., 0, :, :], bank), inputs[0], level, inputs[1]
-        ),
-        "routed": lambda bank, frozen, *inputs: velocity(frozen, bank, inputs[0], level, inputs[1], route),
+        "none": lambda bank, frozen, x, text: velocity(frozen, {}, x, level, text),
+        "one adapter": lambda bank, frozen, x, text: velocity(frozen, first(bank), x, level, text),
+        "routed": lambda bank, frozen, x, text: velocity(frozen, bank, x, level, text, route),
     }
     yield Case(f"forward/{network.impl}", variants, (bank, network.frozen, network.x, network.conditioning), False)
 

@@ -323,8 +323,9 @@ class MMDiT(nn.Module):
     """The whole network: `(x, timestep = 1000·sigma, context, pooled) → v`.
 
     Blocks live in two scanned stacks, `dual_blocks` and `blocks`, and one `last_block`; with `scan_layers=False` they
-    are `dual_blocks_0 …`, `blocks_0 …` (`convert_layers` maps one parameter tree to the other). The cropped position
-    table is a constant of the collection `constants`, outside of optimizer, EMA and sharding.
+    are `dual_blocks_0 …`, `blocks_0 …` (`convert_layers` maps one parameter tree to the other). Scans of up to
+    `SHORT_STACK` layers are unrolled, parameters stacked all the same. The cropped position table is a constant of the
+    collection `constants`, outside of optimizer, EMA and sharding.
     """
 
     config: MMDiTConfig

@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "h200.sh"
 PARTS = ("step", "phases", "peer", "variants", "flags", "sweep", "startup")
-
-
 Played = tuple[subprocess.CompletedProcess[str], list[str]]
 
 
