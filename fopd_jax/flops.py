@@ -196,13 +196,14 @@ def _all_attention(network: MMDiTConfig, tokens: Tokens) -> float:
     return network.depth * joint + network.dual_layers * dual
 
 
-def _adapter(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
+def _adapter(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, blocks: tuple[str, ...] = BLOCKS) -> float:
     if lora is None:
         return 0.0
     kernels = target_kernels(parameters(network), lora.targets)
     return sum(
         2.0 * _rows(path, tokens) * math.prod(leaf.shape[:-2]) * lora.rank * sum(leaf.shape[-2:])
         for path, leaf in kernels.items()
+        if path[0] in blocks
     )
 
 
@@ -234,31 +235,35 @@ def _before_adapter(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig, dens
     return unneeded / layers + (2 * _attention(network, tokens)[1] if constant else 0.0)
 
 
-# ---- rematerialisation
+# ---- rematerialisation, of all blocks but the last
 
 
 def _repeat_blocks(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
-    """Every block forward once more; an adapter's gradient does not ask for what the last matrices give."""
+    """The blocks forward once more; an adapter's gradient does not ask for what the last matrices give."""
     dense = _dense(network, tokens)
     last = ("ff/down", "ff_context/down") if lora is not None else ()
-    blocks = sum(flops for path, flops in dense.items() if path[0] in BLOCKS and "/".join(path[-2:]) not in last)
-    return blocks + _all_attention(network, tokens) + _adapter(network, tokens, lora)
+    blocks = sum(flops for path, flops in dense.items() if path[0] in LAYER_STACKS and "/".join(path[-2:]) not in last)
+    return blocks + _stacked_attention(network, tokens) + _adapter(network, tokens, lora, LAYER_STACKS)
+
+
+def _stacked_attention(network: MMDiTConfig, tokens: Tokens) -> float:
+    return _all_attention(network, tokens) - _attention(network, tokens)[0]
 
 
 def _repeat_attention(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
     """The attentions alone; of an unadapted one the scores, and none where nothing before it trains."""
-    joint, dual = _attention(network, tokens)
     if lora is None or "attn2" in lora.targets:
-        return network.depth * joint + network.dual_layers * dual
-    return network.depth * joint + max(network.dual_layers - 1, 0) * dual / 2
+        return _stacked_attention(network, tokens)
+    joint, dual = _attention(network, tokens)
+    return (network.depth - 1) * joint + max(network.dual_layers - 1, 0) * dual / 2
 
 
 def _repeat_all_else(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
-    """Every block forward once more but for its attentions: flash kernels keep all that their backward reads.
+    """The blocks forward once more but for their attentions: flash kernels keep all that their backward reads.
 
     XLA's attention makes its scores again, which is not counted.
     """
-    return _repeat_blocks(network, tokens, lora) - _all_attention(network, tokens)
+    return _repeat_blocks(network, tokens, lora) - _stacked_attention(network, tokens)
 
 
 def _repeat_nothing(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:

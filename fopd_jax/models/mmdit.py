@@ -324,8 +324,9 @@ class MMDiT(nn.Module):
 
     Blocks live in two scanned stacks, `dual_blocks` and `blocks`, and one `last_block`; with `scan_layers=False` they
     are `dual_blocks_0 …`, `blocks_0 …` (`convert_layers` maps one parameter tree to the other). Scans of up to
-    `SHORT_STACK` layers are unrolled, parameters stacked all the same. The cropped position table is a constant of the
-    collection `constants`, outside of optimizer, EMA and sharding.
+    `SHORT_STACK` layers are unrolled, parameters stacked all the same. The stacks are rematerialised, the last block is
+    not: the backward begins with it, so what it keeps is gone before any other block makes its own again. The cropped
+    position table is a constant of the collection `constants`, outside of optimizer, EMA and sharding.
     """
 
     config: MMDiTConfig
@@ -358,7 +359,7 @@ class MMDiT(nn.Module):
         streams = (tokens, text)
         streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
         streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = self._block_class()(config, self.impl, last=True, dtype=dtype, name="last_block")
+        last = Block(config, self.impl, last=True, dtype=dtype, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
@@ -367,10 +368,11 @@ class MMDiT(nn.Module):
         out = rearrange(out, "B (h w) (p q c) -> B (h p) (w q) c", h=rows, p=p, q=p)
         return out.astype(jnp.float32)
 
-    def _block_class(self) -> type[Block]:
+    def _block_class(self, looped: bool) -> type[Block]:
+        """What a stack is made of. Outside a loop XLA would merge a block with its repetition, and keep all of it."""
         if self.remat == "none":
             return Block
-        return nn.remat(Block, prevent_cse=not self.scan_layers, policy=_REMAT_POLICIES[self.remat])
+        return nn.remat(Block, prevent_cse=not looped, policy=_REMAT_POLICIES[self.remat])
 
     def _stack(
         self,
@@ -381,7 +383,8 @@ class MMDiT(nn.Module):
         embedding: Array,
         route: Array | None,
     ) -> tuple[Array, Array]:
-        block_class, kwargs = self._block_class(), {"dual": dual, "dtype": self.dtype}
+        looped = self.scan_layers and length > SHORT_STACK
+        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
         if not self.scan_layers:
             for i in range(length):
                 streams, _ = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")(
@@ -397,7 +400,7 @@ class MMDiT(nn.Module):
             split_rngs={"params": True},
             in_axes=in_axes,
             length=length,
-            unroll=length if length <= SHORT_STACK else 1,
+            unroll=1 if looped else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
