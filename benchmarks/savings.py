@@ -10,8 +10,8 @@ A variant whose results are in FOLDER is not run again.
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +58,7 @@ def run(name: str, work: Path, steps: int) -> dict[str, Any]:
 
 def flops_a_sample(name: str) -> float:
     """Model FLOPs of an update, divided by its samples."""
-    spec = importlib.util.spec_from_file_location("miniature", CONFIG)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(VARIANTS[name])
     latent_shape, encoded = world_shapes(config)
     update = config_flops(config, make_spec(config, latent_shape), encoded.context.shape[0])

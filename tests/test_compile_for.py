@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,7 @@ SMALL = ("--config.sampler.num_steps=3", "--per-chip-batch=2")
 
 
 def _config() -> Config:
-    spec = importlib.util.spec_from_file_location("miniature", ROOT / "configs" / "miniature.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(ROOT / "configs" / "miniature.py"))["get_config"]()
 
 
 def _program(*arguments: str) -> subprocess.CompletedProcess[str]:

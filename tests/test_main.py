@@ -1,10 +1,10 @@
 """The program from flags to results, on random weights: outputs, kills, extensions, bad input."""
 
-import importlib.util
 import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -63,14 +63,9 @@ def _noisy(seed: int, tree: Any, std: float) -> Any:
     return jax.tree.unflatten(structure, noisy)
 
 
-def _load(name: str = "miniature") -> Any:
-    """A repository config's module."""
-    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _load(name: str = "miniature", *variant: str) -> Any:
+    """A repository's config."""
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*variant)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +82,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _experts() -> list[str]:
-    config = _load().get_config()
+    config = _load()
     return [*config.tasks, config.anchor.name]
 
 
@@ -100,7 +95,7 @@ def _overrides(weights: Path) -> Overrides:
 
 @pytest.fixture
 def config(weights: Path) -> ConfigDict:
-    config = _load().get_config()
+    config = _load()
     config.update_from_flattened_dict(_overrides(weights))
     return config
 
@@ -656,7 +651,7 @@ def _train(config: ConfigDict, folder: Path) -> Any:
 
 
 def test_a_teacher_is_trained_and_can_be_taught_from(config: ConfigDict, weights: Path, tmp_path: Path):
-    teacher = _load("miniature_teacher").get_config("text")
+    teacher = _load("miniature_teacher", "text")
     shared = {name: value for name, value in TINY.items() if name.startswith(("seed", "adapter", "eval.", "optimizer"))}
     sizes = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 0, "data.batch_size": 2}
     teacher.update_from_flattened_dict(shared | sizes | {"model.path": f"{weights}/base.safetensors"})
@@ -670,7 +665,7 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: ConfigDict, weights
 
 
 def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
-    teacher = _load("miniature_teacher").get_config("text")
+    teacher = _load("miniature_teacher", "text")
     teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "trained": "everything"})
     _refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")
 
@@ -686,20 +681,20 @@ def test_only_what_is_frozen_is_rounded(config: ConfigDict, weights: Path, tmp_p
     assert _dtypes(stage.frozen.variables["params"]) == _dtypes(stage.frozen.bank) == {"bfloat16"}
     assert _dtypes(stage.experiment.state.trained) == _dtypes(stage.experiment.state.ema) == {"float32"}
 
-    teacher = _load("miniature_teacher").get_config("text")
+    teacher = _load("miniature_teacher", "text")
     path = f"{weights}/base.safetensors"
     teacher.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
     stage = prepare(teacher, tmp_path / "adapter")
     assert _dtypes(stage.frozen["params"]) == {"bfloat16"}
     assert _dtypes(stage.experiment.state.trained) == {"float32"}
 
-    whole = _load("miniature_pretrain").get_config("mediocre")
+    whole = _load("miniature_pretrain", "mediocre")
     whole.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
     trained = prepare(whole, tmp_path / "whole").experiment.state.trained
     jax.tree.map(np.testing.assert_array_equal, trained, load_tree(weights / "base.safetensors")[0]["params"])
 
 
 def test_the_other_stage_has_images_of_the_miniature_alone(weights: Path, tmp_path: Path):
-    teacher = _load("miniature_teacher").get_config("text")
+    teacher = _load("miniature_teacher", "text")
     teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
     _refused(teacher, tmp_path / "run", "model.preset: found 'sd35_medium'", "flow_matching", "'miniature'")

@@ -1,7 +1,7 @@
 """A config's `model` fields: what they build, what is refused, and in which dtype and place weights arrive."""
 
-import importlib.util
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,12 +33,7 @@ TINY = MMDiTConfig(
 
 @pytest.fixture
 def config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("miniature", CONFIG)
-    assert spec
-    assert spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded.get_config()
+    return runpy.run_path(str(CONFIG))["get_config"]()
 
 
 @pytest.fixture

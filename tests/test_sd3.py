@@ -1,7 +1,7 @@
 """A converted Stable Diffusion 3 folder end to end, against diffusers' pipeline and PEFT, on tiny random weights."""
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,7 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(converted_pipeline: Path, teachers: Path, prompt_files: Path, tmp_path: Path) -> ConfigDict:
     """The recipe, on the tiny network; everything else as it is in the file."""
-    spec = importlib.util.spec_from_file_location("sd35m_opd", CONFIG)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(
         {
             "model.path": str(converted_pipeline), "model.preset": "custom", "model.dtype": "float32",

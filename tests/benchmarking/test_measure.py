@@ -4,7 +4,7 @@ Exact: counts of compilations, bytes of banks and adapters. Times are never comp
 """
 
 import dataclasses
-import importlib.util
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,7 @@ def mesh() -> Mesh:
 
 
 def tiny_config(**fields: Any) -> Any:
-    spec = importlib.util.spec_from_file_location("miniature", CONFIG)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    config = found.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.sampler.num_steps, config.adapter.rank, config.batch_size = 3, 2, 4
     for name, value in fields.items():
         config[name] = value

@@ -1,9 +1,9 @@
 """`benchmarks/h200.sh` against a played interpreter: its commands are ones that the programs would take."""
 
 import functools
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +37,7 @@ def known_flags(program: str) -> set[str]:
 
 
 def config_fields() -> set[str]:
-    spec = importlib.util.spec_from_file_location("sd35m_opd", ROOT / "configs" / "sd35m_opd.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(ROOT / "configs" / "sd35m_opd.py"))["get_config"]()
 
     def names(node: object, path: str) -> set[str]:
         inner = dict(node.items()) if hasattr(node, "items") else {}

@@ -5,6 +5,7 @@ Tolerance: the peer's own, 1e-4 relative on loss, gradient norm and gradient, bo
 
 import dataclasses
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,12 +31,7 @@ def programs() -> Any:
 
 
 def sd35_config() -> Any:
-    spec = importlib.util.spec_from_file_location("sd35m_opd", ROOT / "configs" / "sd35m_opd.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(ROOT / "configs" / "sd35m_opd.py"))["get_config"]()
 
 
 def tiny_config() -> Any:

@@ -1,6 +1,6 @@
 """What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(weights: Path, kind: str, trained: str, **changes: Any) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("miniature", CONFIG)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(
         {
             "model.path": f"{weights}/base.network", "trained": trained, "whole_teachers": kind == "network",
