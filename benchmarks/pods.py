@@ -35,7 +35,7 @@ class Job:
     fsdp: int = 1
     trained: str = "adapter"
     once: tuple[str, ...] = ("data", "fsdp")
-    remat: str = "full"
+    remat: str = "attention"
     search: bool = False
 
     def arguments(self) -> list[str]:
@@ -58,7 +58,7 @@ JOBS = {
     "adapter-v6e-256": Job("v6e:16x16"),
     "adapter-v6e-8": Job("v6e:2x4"),  # weak scaling: the same batch a chip on 8 to 256 chips
     "adapter-v6e-64": Job("v6e:8x8"),
-    **{f"adapter-v5p-64-{remat}": Job("v5p:4x4x4", remat=remat) for remat in ("attention", "dots", "none")},
+    **{f"adapter-v5p-64-{remat}": Job("v5p:4x4x4", remat=remat) for remat in ("full", "dots", "none")},
     "full-v5p-64": Job("v5p:4x4x4", fsdp=8, trained="params", once=("data",)),
     "full-v6e-64": Job("v6e:8x8", fsdp=8, trained="params", once=("data",)),
     "full-v5p-64-once": Job("v5p:4x4x4", fsdp=8, trained="params"),  # a whole float32 sum a chip

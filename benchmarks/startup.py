@@ -57,9 +57,7 @@ def start(config: Config, began: float) -> Fields:
         clock.lap("shapes")
         params = jax.block_until_ready(load_base(config.model.path, update))
         clock.lap("load base")
-        frozen, state, batch = jax.block_until_ready(random_arguments(update))
-        if params is not None:
-            frozen.variables["params"] = params
+        frozen, state, batch = jax.block_until_ready(random_arguments(update, params))
         clock.lap("random rest")
         lowered = update.step.lower(*update.arguments)
         clock.lap("trace")

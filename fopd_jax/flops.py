@@ -250,14 +250,6 @@ def _stacked_attention(network: MMDiTConfig, tokens: Tokens) -> float:
     return _all_attention(network, tokens) - _attention(network, tokens)[0]
 
 
-def _repeat_attention(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
-    """The attentions alone; of an unadapted one the scores, and none where nothing before it trains."""
-    if lora is None or "attn2" in lora.targets:
-        return _stacked_attention(network, tokens)
-    joint, dual = _attention(network, tokens)
-    return (network.depth - 1) * joint + max(network.dual_layers - 1, 0) * dual / 2
-
-
 def _repeat_all_else(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
     """The blocks forward once more but for their attentions: flash kernels keep all that their backward reads.
 
@@ -267,12 +259,13 @@ def _repeat_all_else(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | No
 
 
 def _repeat_nothing(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
+    """No product; the scores of XLA's attention are not counted here either."""
     return 0.0
 
 
 _RECOMPUTED: dict[RematPolicy, Callable[[MMDiTConfig, Tokens, LoRAConfig | None], float]] = {
-    "none": _repeat_nothing,
     "full": _repeat_blocks,
     "attention": _repeat_all_else,
-    "dots": _repeat_attention,
+    "dots": _repeat_nothing,
+    "none": _repeat_nothing,
 }

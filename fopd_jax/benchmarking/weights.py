@@ -44,14 +44,22 @@ def _normal(shape: tuple[int, ...], dtype: Any, mean: float, std: float, shardin
     return jax.jit(draw, out_shardings=sharding)
 
 
-def random_arguments(update: AbstractUpdate) -> tuple[Frozen, TrainState, Batch]:
-    """What `update.step` takes: random weights and prompts, a fresh optimizer; row i's teacher is i modulo them."""
+def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tuple[Frozen, TrainState, Batch]:
+    """What `update.step` takes: random weights and prompts, a fresh optimizer; row i's teacher is i modulo them.
+
+    `params`: the base's, where they are there already.
+    """
     frozen, state, batch = update.arguments
     fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
     state = dataclasses.replace(fresh, trained=random_tree(state.trained, 1), ema=random_tree(state.ema, 1))
     route = np.arange(batch.route.shape[0], dtype=np.int32) % len(update.update.pieces.spec.teachers)
     conditioning = random_tree(batch.conditioning, 2)
-    return random_tree(frozen, 3), state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+    if params is None:
+        params = random_tree(frozen.variables["params"], 3)
+    rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
+    frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
+    frozen.variables["params"] = params
+    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
 
 
 def held_bytes(update: AbstractUpdate) -> dict[str, int]:

@@ -25,11 +25,14 @@ from fopd_jax.models.attention import AttentionImpl, attention, save_attention
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
 SHORT_STACK = 2  # layers; a loop over so few costs more in copies than it saves in compilation
-RematPolicy = Literal["none", "full", "attention", "dots"]  # by what a block keeps for the backward, but for "none"
+# What a block keeps for the backward beside its input, from nothing to everything. "dots" keeps attentions, too.
+RematPolicy = Literal["full", "attention", "dots", "none"]
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "attention": save_attention,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, save_attention
+    ),
 }
 
 
