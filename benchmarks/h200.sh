@@ -14,7 +14,7 @@ OUT=${OUT:-benchmarks/results}
 BUDGET=${BUDGET:-480}
 BATCH=${BATCH:-16}
 ATTENTION=${ATTENTION:-cudnn}
-REMAT=${REMAT:-full}
+REMAT=${REMAT:-dots}  # a batch of 16 takes about 85 GiB so
 PYTHON=${PYTHON:-python3}
 
 CONFIG=(--config=configs/sd35m_opd.py --teachers=4)
@@ -74,10 +74,14 @@ flags() { # none of the launchers' flags, each of them alone, and one that is of
   done
 }
 
-sweep() { bench sweep "--batch=$((4 * BATCH))" --steps=3 --warmup=1 --sweep "${SHORT[@]}" "${CHOSEN[@]}"; }
+sweep() { # to the largest batch, so that as little as possible is kept
+  bench sweep "--batch=$((4 * BATCH))" --steps=3 --warmup=1 --sweep "${SHORT[@]}" \
+    "--config.model.attention=$ATTENTION" --config.model.remat=full
+}
 
-peer() {
-  run peer "$PYTHON" benchmarks/compare.py "${CONFIG[@]}" --config.batch_size=4 "${CHOSEN[@]}" \
+peer() { # neither side recomputes anything at this batch
+  run peer "$PYTHON" benchmarks/compare.py "${CONFIG[@]}" --config.batch_size=4 \
+    "--config.model.attention=$ATTENTION" --config.model.remat=none \
     --compile none blocks --steps=4 --warmup=1 --rounds=1 "--json=$OUT/h200_compare.json"
 }
 
