@@ -156,6 +156,14 @@ def test_random_arguments_are_as_the_update_takes_them(mesh: Mesh):
     assert not any(jnp.count_nonzero(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
+def test_a_base_that_is_there_is_taken(mesh: Mesh):
+    update = make_problem(tiny_config(), mesh).update
+    params = random_arguments(update)[0].variables["params"]
+    arguments = random_arguments(update, params)
+    assert arguments[0].variables["params"] is params
+    assert jax.tree.structure(arguments) == jax.tree.structure(update.arguments)
+
+
 def test_what_is_held_is_counted_once_each(mesh: Mesh):
     update = make_problem(tiny_config(), mesh).update
     held = held_bytes(update)
