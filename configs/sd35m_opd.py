@@ -16,7 +16,7 @@ student on the same held-out prompts and noise.
 
 Cost, by arithmetic (fopd_jax/flops.py: 167 TFLOP an image with guidance and anchor, 191 with what is recomputed):
 24 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an accelerator.
-Memory a chip, by the TPU compiler (v5p, 4 teachers and an anchor, 4 images of 512 px a chip): 4.6 GiB and, for an image,
+Memory a chip, by the TPU compiler (v5p, 4 teachers and an anchor, 4 images of 512 px): 4.6 GiB and, for each image,
     --config.model.remat=full          0.7 GiB    18% more FLOPs than the mathematics needs
     --config.model.remat=attention     1.5 GiB    14%; the default
     --config.model.remat=dots          4.8 GiB    none but elementwise work: best where it fits
