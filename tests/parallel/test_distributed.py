@@ -156,6 +156,7 @@ def _wait() -> Found:
     def prepare() -> None:
         with distributed.failing_together():
             if distributed.is_main():
+                time.sleep(3.0)  # until none waits for the last process any more, on a busy machine, too
                 raise ValueError("workdir: no good")
             distributed.barrier("prepared", 60.0)
 
