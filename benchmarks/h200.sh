@@ -14,7 +14,7 @@ OUT=${OUT:-benchmarks/results}
 BUDGET=${BUDGET:-480}
 BATCH=${BATCH:-16}
 ATTENTION=${ATTENTION:-cudnn}
-REMAT=${REMAT:-dots}  # a batch of 16 takes about 85 GiB so
+REMAT=${REMAT:-dots}  # about 85 GiB at a batch of 16, going by the TPU compiler
 PYTHON=${PYTHON:-python3}
 
 CONFIG=(--config=configs/sd35m_opd.py --teachers=4)

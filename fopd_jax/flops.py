@@ -226,13 +226,18 @@ def _before_adapter(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig, dens
     """What of the first block's backward nobody needs: its projections' inputs, and an image attention unadapted."""
     first = next(name for name in BLOCKS if name in parameters(network))
     layers = {"dual_blocks": network.dual_layers, "blocks": network.depth - 1, "last_block": 1}[first]
-    constant = network.dual_layers > 0 and "attn2" not in lora.targets
+    constant = _constant_attention(network, lora)
     unneeded = sum(
         flops
         for path, flops in dense.items()
         if path[0] == first and (path[-1] in _PROJECTIONS or (constant and path[1] == "attn2"))
     )
     return unneeded / layers + (2 * _attention(network, tokens)[1] if constant else 0.0)
+
+
+def _constant_attention(network: MMDiTConfig, lora: LoRAConfig) -> bool:
+    """Whether there is an image attention that nothing trains before, the first: no backward passes it."""
+    return network.dual_layers > 0 and "attn2" not in lora.targets
 
 
 # ---- rematerialisation, of all blocks but the last
@@ -253,9 +258,18 @@ def _stacked_attention(network: MMDiTConfig, tokens: Tokens) -> float:
 def _repeat_all_else(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:
     """The blocks forward once more but for their attentions: flash kernels keep all that their backward reads.
 
-    XLA's attention makes its scores again, which is not counted.
+    An attention without a backward reads nothing, so that its projections are not made again either. XLA's attention
+    makes its scores again, which is not counted.
     """
-    return _repeat_blocks(network, tokens, lora) - _stacked_attention(network, tokens)
+    unneeded = 0.0
+    if lora is not None and _constant_attention(network, lora):
+        projections = (
+            flops
+            for path, flops in _dense(network, tokens).items()
+            if path[:2] == ("dual_blocks", "attn2") and path[-1] in _PROJECTIONS
+        )
+        unneeded = sum(projections) / network.dual_layers
+    return _repeat_blocks(network, tokens, lora) - _stacked_attention(network, tokens) - unneeded
 
 
 def _repeat_nothing(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None) -> float:

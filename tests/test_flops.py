@@ -65,13 +65,21 @@ def test_a_gradient_and_what_is_recomputed_for_it(lora: LoRAConfig | None, remat
 
 
 @pytest.mark.parametrize("remat", ["attention", "dots"])
-def test_what_is_recomputed_where_attentions_are_kept(remat: Any):
-    """XLA's attention makes its scores again, half of its products; a flash kernel, which is what counts, does not."""
-    lora = LoRAConfig(targets=("attn", "attn2"))
-    found = _counted(remat, lora, lambda f: jax.value_and_grad(f, argnums=1))
+@pytest.mark.parametrize(
+    ("lora", "constant"),
+    [(LoRAConfig(), 1), (LoRAConfig(targets=("attn", "attn2")), 0), (None, 0)],
+    ids=["attn", "both", "network"],
+)
+def test_what_is_recomputed_where_attentions_are_kept(lora: LoRAConfig | None, constant: int, remat: Any):
+    """XLA's attention makes its scores again, half of its products; a flash kernel, which is what counts, does not.
+
+    `constant`: image attentions before which nothing trains, whose scores nobody needs.
+    """
+    what = 0 if lora is None else 1
+    found = _counted(remat, lora, lambda f: jax.value_and_grad(f, argnums=what))
     each = pass_flops(SHALLOW, TOKENS, lora, remat)
     joint, dual = 2 * SHALLOW.width * (TOKENS.image + TOKENS.text) ** 2, 2 * SHALLOW.width * TOKENS.image**2
-    scores = (SHALLOW.depth - 1) * joint + SHALLOW.dual_layers * dual
+    scores = (SHALLOW.depth - 1) * joint + (SHALLOW.dual_layers - constant) * dual
     assert each.forward + each.backward + each.recomputed == pytest.approx(found - scores, rel=TOLERANCE)
     assert (each.recomputed > 0) == (remat == "attention")
 

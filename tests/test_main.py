@@ -64,7 +64,7 @@ def _noisy(seed: int, tree: Any, std: float) -> Any:
 
 
 def _load(name: str = "miniature", *variant: str) -> Any:
-    """A repository's config."""
+    """A config of the repository."""
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*variant)
 
 

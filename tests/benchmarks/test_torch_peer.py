@@ -4,7 +4,7 @@ Tolerance: the peer's own, 1e-4 relative on loss, gradient norm and gradient, bo
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import runpy
 import sys
 from pathlib import Path
