@@ -29,7 +29,7 @@ from typing import Any
 from peer_problem import COMPILE, FORMS, OURS, SDPA, TEACHERS
 from peer_report import pair, summaries, table
 
-from fopd_jax.benchmarking.host import commit, hardware
+from fopd_jax.performance.host import commit, hardware
 
 ROOT = Path(__file__).parents[1]
 Fields = dict[str, Any]

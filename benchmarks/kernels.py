@@ -30,14 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fopd_jax.adapters import LoRAConfig, init_adapter
-from fopd_jax.conditioning import Conditioning
+from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, RematPolicy, routed_product
-from fopd_jax.parallel.topology import configure, parse_topology, topology_devices
-from fopd_jax.pipeline import boxed_variables
-from fopd_jax.policy import make_velocity
-from fopd_jax.training.workdir import write_json
+from fopd_jax.performance.topology import configure, parse_topology, topology_devices
+from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.running.workdir import write_json
+from fopd_jax.stages.pipeline import boxed_variables
 
 NETWORK = PRESETS["sd35_medium"]
 WIDTH, IMAGE, TEXT = NETWORK.width, 1024, 205

@@ -23,20 +23,20 @@ from our_step import make_problem, parse
 from peer_problem import Problem
 from safetensors.numpy import save_file
 
-from fopd_jax.adapters import Adapter, stack_bank
-from fopd_jax.benchmarking.weights import random_tree
-from fopd_jax.conditioning import Conditioning
-from fopd_jax.config import Config
+from fopd_jax.adapters.lora import Adapter, stack_bank
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.identity import Config
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.interop.diffusers import transformer_to_diffusers
-from fopd_jax.interop.lora_modules import modules_from_adapter
+from fopd_jax.interop.lora.modules import modules_from_adapter
+from fopd_jax.interop.sd3.diffusers import transformer_to_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, position_table
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.pipeline import boxed_variables
-from fopd_jax.training.opd_spec import Batch, Frozen
-from fopd_jax.training.opd_update import adapter_shapes, make_spec, make_update
-from fopd_jax.training.state import init_state
+from fopd_jax.performance.weights import random_tree
+from fopd_jax.stages.pipeline import boxed_variables
+from fopd_jax.steps.opd.spec import Batch, Frozen
+from fopd_jax.steps.opd.update import adapter_shapes, make_spec, make_update
+from fopd_jax.steps.state import init_state
 
 LARGEST = {"depth": 4, "dual_layers": 2, "num_heads": 4, "head_dim": 32, "context_dim": 64, "pooled_dim": 64,
            "table_size": 8, "base_size": 8}  # fmt: skip

@@ -19,15 +19,15 @@ import jax
 import numpy as np
 from peer_problem import OURS, Problem, forward_equivalents, summarise
 
-from fopd_jax.adapters import TARGETS
-from fopd_jax.benchmarking.weights import random_arguments
-from fopd_jax.config import Config, with_teachers
-from fopd_jax.flags import CONFIG, parse_flags
-from fopd_jax.interop.lora_modules import places
+from fopd_jax.adapters.lora import TARGETS
+from fopd_jax.config.flags import CONFIG, parse_flags
+from fopd_jax.config.identity import Config, with_teachers
+from fopd_jax.interop.lora.modules import places
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.training.abstract import abstract_update, world_shapes
-from fopd_jax.training.opd_update import make_spec
+from fopd_jax.performance.weights import random_arguments
+from fopd_jax.stages.abstract import abstract_update, world_shapes
+from fopd_jax.steps.opd.update import make_spec
 
 PACKAGES = ("jax", "jaxlib", "flax")
 GIB = 2**30

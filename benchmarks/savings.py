@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fopd_jax.benchmarking.host import commit, hardware, versions
-from fopd_jax.flops import config_flops
-from fopd_jax.training.abstract import world_shapes
-from fopd_jax.training.opd_update import make_spec
-from fopd_jax.training.workdir import write_json
+from fopd_jax.performance.flops import config_flops
+from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.running.workdir import write_json
+from fopd_jax.stages.abstract import world_shapes
+from fopd_jax.steps.opd.update import make_spec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "savings_cpu.json"

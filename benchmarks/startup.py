@@ -21,17 +21,17 @@ from typing import Any
 
 import jax
 
-from fopd_jax.benchmarking.compiling import cache_use
-from fopd_jax.benchmarking.host import commit, hardware, versions
-from fopd_jax.benchmarking.weights import random_arguments
-from fopd_jax.config import Config
-from fopd_jax.flags import CONFIG, parse_flags
-from fopd_jax.interop.converted import load_params
-from fopd_jax.interop.safetensors import load_tree
+from fopd_jax.config.flags import CONFIG, parse_flags
+from fopd_jax.config.identity import Config
+from fopd_jax.interop.files.converted import load_params
+from fopd_jax.interop.files.safetensors import load_tree
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.pipeline import weight_path
-from fopd_jax.training.abstract import AbstractUpdate, abstract_update
-from fopd_jax.training.workdir import write_json
+from fopd_jax.performance.compiling import cache_use
+from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.performance.weights import random_arguments
+from fopd_jax.running.workdir import write_json
+from fopd_jax.stages.abstract import AbstractUpdate, abstract_update
+from fopd_jax.stages.pipeline import weight_path
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("empty cache", "warm cache")

@@ -133,7 +133,7 @@ def load_sharded(work: Path) -> Fields:
     import jax
     import jax.numpy as jnp
 
-    from fopd_jax.interop.converted import load_sharded, read_manifest
+    from fopd_jax.interop.files.converted import load_sharded, read_manifest
     from fopd_jax.models.mmdit import MMDiT
     from fopd_jax.parallel.mesh import MeshShape, make_mesh
 
@@ -188,7 +188,7 @@ def forward_ours(work: Path, dtype: str) -> Fields:
     import jax.numpy as jnp
     import numpy as np
 
-    from fopd_jax.interop.converted import abstract_params, load_params, load_table, read_manifest
+    from fopd_jax.interop.files.converted import abstract_params, load_params, load_table, read_manifest
     from fopd_jax.models.mmdit import MMDiT
 
     manifest, inputs = read_manifest(work / "converted"), np.load(work / "inputs.npz")

@@ -14,8 +14,9 @@ draws student pictures every `eval_every` updates, and at the end writes `studen
 diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base, teachers, merge and
 student on the same held-out prompts and noise.
 
-Cost, by arithmetic (fopd_jax/flops.py: 167 TFLOP an image with guidance and anchor, 191 with what is recomputed):
-24 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an accelerator.
+Cost, by arithmetic (fopd_jax/performance/flops.py: 167 TFLOP an image with guidance and anchor, 191 with what is
+recomputed): 24 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an
+accelerator.
 Memory a chip, by the TPU compiler (v5p, 4 teachers and an anchor, 4 images of 512 px): 4.6 GiB and, for each image,
     --config.model.remat=full          0.7 GiB    18% more FLOPs than the mathematics needs
     --config.model.remat=attention     1.5 GiB    14%; the default

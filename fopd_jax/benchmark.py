@@ -5,7 +5,7 @@ least ten steps after a warm-up, each to its end on the device; samples/s, analy
 matrix product timed in the same process and against the datasheet; memory, weights held, compile time cold and from
 the persistent cache. Any field of the config can be set: `--config.model.attention=cudnn --config.model.remat=dots`.
 
-    --phases           where the time goes, by ablation (fopd_jax/benchmarking/phases.py says how)
+    --phases           where the time goes, by ablation (fopd_jax/performance/phases.py says how)
     --sweep            then batches doubling from the given one to the first that does not fit
     --teachers-sweep   then the same batch with 1, 2, 4 and 8 teachers
     --profile=FOLDER   a trace of two steps for xprof or TensorBoard, its scopes named as in the code
@@ -24,16 +24,16 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from fopd_jax.benchmarking.host import commit, hardware, versions
-from fopd_jax.benchmarking.measure import Options, measure
-from fopd_jax.benchmarking.problem import Fields, make_problem
-from fopd_jax.benchmarking.sweeps import sweep_batches, sweep_teachers
-from fopd_jax.benchmarking.table import describe, describe_batches, describe_teachers
-from fopd_jax.benchmarking.timing import MatmulPeak, matmul_peak
-from fopd_jax.config import Config, with_batch, with_teachers
-from fopd_jax.flags import CONFIG, parse_flags
+from fopd_jax.config.flags import CONFIG, parse_flags
+from fopd_jax.config.identity import Config, with_batch, with_teachers
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.training.workdir import write_json
+from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.performance.measure import Options, measure
+from fopd_jax.performance.problem import Fields, make_problem
+from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
+from fopd_jax.performance.table import describe, describe_batches, describe_teachers
+from fopd_jax.performance.timing import MatmulPeak, matmul_peak
+from fopd_jax.running.workdir import write_json
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")

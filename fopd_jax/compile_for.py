@@ -14,8 +14,15 @@ from pathlib import Path
 from absl import app, flags
 from jax.sharding import Mesh
 
-from fopd_jax.aot.compilation import Compilation, compile_update
-from fopd_jax.aot.report import (
+from fopd_jax.config.flags import CONFIG, parse_flags
+from fopd_jax.config.identity import Config, config_hash, with_batch, with_teachers
+from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.sharding import batch_ways
+from fopd_jax.performance.compilation import Compilation, compile_update
+from fopd_jax.performance.flops import Update, config_flops
+from fopd_jax.performance.hlo import collectives
+from fopd_jax.performance.host import versions
+from fopd_jax.performance.report import (
     PACKAGES,
     Fields,
     collective_fields,
@@ -25,17 +32,10 @@ from fopd_jax.aot.report import (
     memory_fields,
     roofline,
 )
-from fopd_jax.aot.search import Trial, largest_fitting
-from fopd_jax.benchmarking.host import versions
-from fopd_jax.config import Config, config_hash, with_batch, with_teachers
-from fopd_jax.flags import CONFIG, parse_flags
-from fopd_jax.flops import Update, config_flops
-from fopd_jax.parallel.hlo import collectives
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.parallel.sharding import batch_ways
-from fopd_jax.parallel.topology import Chip, Topology, configure, parse_topology, topology_devices
-from fopd_jax.training.abstract import abstract_update
-from fopd_jax.training.workdir import write_json
+from fopd_jax.performance.search import Trial, largest_fitting
+from fopd_jax.performance.topology import Chip, Topology, configure, parse_topology, topology_devices
+from fopd_jax.running.workdir import write_json
+from fopd_jax.stages.abstract import abstract_update
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; or cpu:N.")
 _BATCH = flags.DEFINE_integer(

@@ -18,18 +18,18 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config import Config, config_hash
+from fopd_jax.config.flags import CONFIG, join_processes, parse_flags
+from fopd_jax.config.identity import Config, config_hash
 from fopd_jax.evaluation.report import SAMPLES_FILE
-from fopd_jax.flags import CONFIG, join_processes, parse_flags
 from fopd_jax.parallel import distributed
-from fopd_jax.training import loop, workdir
-from fopd_jax.training.checkpoints import Checkpoints, newest_step
-from fopd_jax.training.flow_matching import FlowMatching
-from fopd_jax.training.metrics import MetricWriter
-from fopd_jax.training.opd import OPD
-from fopd_jax.training.preemption import Preempted
-from fopd_jax.training.state import TrainState
-from fopd_jax.training.supervision import Supervision, make_supervision
+from fopd_jax.running import loop, workdir
+from fopd_jax.running.checkpoints import Checkpoints, newest_step
+from fopd_jax.running.metrics import MetricWriter
+from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.supervision import Supervision, make_supervision
+from fopd_jax.stages.flow_matching import FlowMatching
+from fopd_jax.stages.opd import OPD
+from fopd_jax.steps.state import TrainState
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."

@@ -23,17 +23,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from fopd_jax.adapters import effective
-from fopd_jax.config import Config
+from fopd_jax.adapters.lora import effective
+from fopd_jax.config.flags import CONFIG, join_processes, parse_flags
+from fopd_jax.config.identity import Config
 from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
 from fopd_jax.evaluation.suite import Sampler
-from fopd_jax.flags import CONFIG, join_processes, parse_flags
 from fopd_jax.parallel.distributed import is_main
-from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
-from fopd_jax.policy import Tree
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.tasks.prompts import read_prompts
-from fopd_jax.tasks.task import World
-from fopd_jax.training.setup import eval_sampler
+from fopd_jax.worlds.world import World
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts-file", None, "A file with one prompt a line.")

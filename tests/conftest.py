@@ -42,7 +42,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def converted_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_pipeline` converted in float32. Only read it."""
-    from fopd_jax.interop.convert import convert
+    from fopd_jax.interop.sd3.convert import convert
 
     folder = tmp_path_factory.mktemp("tiny") / "converted"
     convert(

@@ -16,7 +16,7 @@ PRESETS["miniature"] = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=4, channels=3,
     context_dim=32, pooled_dim=24, table_size=6, base_size=6,
 )
-from fopd_jax.benchmarking import timing
+from fopd_jax.performance import timing
 timing.MATMUL_SIDE["cpu"] = 64
 name = sys.argv.pop(1)
 run = runpy.run_path if name.endswith(".py") else runpy.run_module

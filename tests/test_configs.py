@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fopd_jax.config import config_hash, identity
+from fopd_jax.config.identity import config_hash, identity
 
 FOLDER = Path(__file__).parents[1] / "configs"
 VARIANTS = {

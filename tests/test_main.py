@@ -21,18 +21,18 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
-from fopd_jax.adapters import Adapter, LoRAConfig, delta, init_adapter
-from fopd_jax.config import config_hash
+from fopd_jax.adapters.lora import Adapter, LoRAConfig, delta, init_adapter
+from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation import suite
-from fopd_jax.interop.safetensors import load_adapter, load_tree, save_adapter, save_tree
+from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.main import prepare
-from fopd_jax.miniature.world import make_world
 from fopd_jax.models.mmdit import PRESETS, MMDiT
-from fopd_jax.pipeline import init_variables
-from fopd_jax.training import loop
-from fopd_jax.training.checkpoints import Checkpoints, newest_step
-from fopd_jax.training.metrics import MetricWriter
-from fopd_jax.training.opd_step import OPDStep
+from fopd_jax.running import loop
+from fopd_jax.running.checkpoints import Checkpoints, newest_step
+from fopd_jax.running.metrics import MetricWriter
+from fopd_jax.stages.pipeline import init_variables
+from fopd_jax.steps.opd.step import OPDStep
+from fopd_jax.worlds.miniature.world import make_world
 
 Overrides = dict[str, Any]
 CONFIGS = Path(__file__).parents[1] / "configs"

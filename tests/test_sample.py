@@ -16,13 +16,13 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from fopd_jax import sample
-from fopd_jax.adapters import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.config.flags import parse_flags
 from fopd_jax.evaluation.grid import draw_grid
-from fopd_jax.flags import parse_flags
-from fopd_jax.interop.safetensors import save_adapter, save_tree
-from fopd_jax.miniature.world import make_world
+from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
-from fopd_jax.pipeline import boxed_variables
+from fopd_jax.stages.pipeline import boxed_variables
+from fopd_jax.worlds.miniature.world import make_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 CONFIG = Path(__file__).parents[1] / "configs" / "miniature.py"

@@ -16,20 +16,20 @@ from ml_collections import ConfigDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
-from fopd_jax.adapters import effective
-from fopd_jax.conditioning import PromptEncoder
-from fopd_jax.config import config_hash
+from fopd_jax.adapters.lora import effective
+from fopd_jax.conditioning.encoder import PromptEncoder
+from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.suite import Sampler
-from fopd_jax.interop.converted import read_manifest, write_manifest
-from fopd_jax.interop.safetensors import load_adapter
+from fopd_jax.interop.files.converted import read_manifest, write_manifest
+from fopd_jax.interop.files.safetensors import load_adapter
 from fopd_jax.main import prepare
-from fopd_jax.pipeline import Pipeline, load_base, load_policy, make_pipeline
-from fopd_jax.training import loop
-from fopd_jax.training.checkpoints import Checkpoints
-from fopd_jax.training.metrics import MetricWriter
-from fopd_jax.training.opd import OPD
-from fopd_jax.training.setup import eval_sampler
+from fopd_jax.running import loop
+from fopd_jax.running.checkpoints import Checkpoints
+from fopd_jax.running.metrics import MetricWriter
+from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.stages.setup import eval_sampler
 
 ENCODING_ATOL = 2e-5  # encoders in float32, states of order 1
 PIXEL_LIMIT = 2  # of 255

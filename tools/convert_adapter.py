@@ -21,10 +21,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
 from safetensors import SafetensorError, safe_open
 
-from fopd_jax.adapters import Adapter
-from fopd_jax.interop.diffusers import config_from_diffusers
-from fopd_jax.interop.peft import read_lora, write_comfyui, write_diffusers, write_peft
-from fopd_jax.interop.safetensors import FORMAT, load_adapter, save_adapter
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.interop.files.safetensors import FORMAT, load_adapter, save_adapter
+from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft
+from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 
 WRITERS: dict[str, Callable[[Path, Adapter, MMDiTConfig], None]] = {

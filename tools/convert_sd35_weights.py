@@ -25,7 +25,7 @@ from typing import NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
-from fopd_jax.interop.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
+from fopd_jax.interop.sd3.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fopd_jax.config import Config, config_hash
+from fopd_jax.config.identity import Config, config_hash
 from fopd_jax.evaluation.grid import draw_grid, write_png
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys
 from fopd_jax.parallel.distributed import is_main
-from fopd_jax.policy import Tree
-from fopd_jax.tasks.task import World, select_tasks
-from fopd_jax.training.workdir import write_json
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.workdir import write_json
+from fopd_jax.worlds.world import World, select_tasks
 
 Scores = Mapping[str, np.ndarray]
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.conditioning import Conditioning
+from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.transition import Transition, standard_normal
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
 from fopd_jax.parallel.sharding import activation_rules, batch_sharding, replicated
-from fopd_jax.policy import Tree, Velocity, guided_velocity
-from fopd_jax.tasks.task import Scores, Task, World
+from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.tasks.task import Scores, Task
+from fopd_jax.worlds.world import World
 
 Progress = Callable[[int], Any]
 

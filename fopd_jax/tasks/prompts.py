@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fopd_jax.config import Config
+from fopd_jax.config.identity import Config
 from fopd_jax.tasks.task import Task
 
 

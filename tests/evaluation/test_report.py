@@ -12,14 +12,15 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from fopd_jax.conditioning import Conditioning
-from fopd_jax.config import config_hash
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
 from fopd_jax.evaluation.suite import Sampler
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.parallel.mesh import MeshShape, make_mesh
-from fopd_jax.tasks.task import Scores, Task, World
+from fopd_jax.tasks.task import Scores, Task
+from fopd_jax.worlds.world import World
 
 LATENT = (24, 24, 3)
 MODELS = {"base": 0.5, "teacher/text": -0.25, "student": 0.0}

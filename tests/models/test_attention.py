@@ -179,7 +179,7 @@ def test_splash_runs_on_each_devices_own_rows_and_heads():
 
 def _compiled(name: str) -> dict[str, Any]:
     """Forward and backward at SD3.5-Medium's sizes for a TPU that is not there."""
-    from fopd_jax.parallel.topology import configure, parse_topology, topology_devices
+    from fopd_jax.performance.topology import configure, parse_topology, topology_devices
 
     topology = parse_topology(name)
     configure(topology)

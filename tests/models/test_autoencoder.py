@@ -19,8 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fopd_jax.interop.autoencoder import autoencoder_component
-from fopd_jax.interop.tables import from_tensors
+from fopd_jax.interop.files.tables import from_tensors
+from fopd_jax.interop.sd3.autoencoder import autoencoder_component
 from fopd_jax.models.autoencoder import (
     SD3_VAE,
     Attention,

@@ -18,8 +18,8 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.interop.tables import from_tensors
-from fopd_jax.interop.text_encoders import clip_component
+from fopd_jax.interop.files.tables import from_tensors
+from fopd_jax.interop.sd3.text_encoders import clip_component
 from fopd_jax.models.clip import (
     CLIP_G,
     CLIP_L,

@@ -18,7 +18,7 @@ from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from flax.traverse_util import flatten_dict
 
-from fopd_jax.interop.diffusers import module_names, transformer_from_diffusers
+from fopd_jax.interop.sd3.diffusers import module_names, transformer_from_diffusers
 from fopd_jax.models.mmdit import (
     PRESETS,
     Block,

@@ -18,8 +18,8 @@ import transformers
 from jax.sharding import PartitionSpec as P
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from fopd_jax.interop.tables import from_tensors
-from fopd_jax.interop.text_encoders import t5_component
+from fopd_jax.interop.files.tables import from_tensors
+from fopd_jax.interop.sd3.text_encoders import t5_component
 from fopd_jax.models.t5 import (
     T5_XXL,
     Attention,

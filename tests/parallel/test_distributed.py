@@ -22,8 +22,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.adapters import LoRAConfig, init_adapter, stack_bank
-from fopd_jax.conditioning import Conditioning
+from fopd_jax.adapters.lora import LoRAConfig, init_adapter, stack_bank
+from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
@@ -34,11 +34,12 @@ from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import AXES, MeshShape, make_mesh
 from fopd_jax.parallel.rollcall import roll_call
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
-from fopd_jax.pipeline import boxed_variables
-from fopd_jax.policy import make_velocity
-from fopd_jax.tasks.task import Task, World
-from fopd_jax.training.opd_step import Batch, Frozen, OPDSpec, OPDStep
-from fopd_jax.training.state import EMA, init_state, make_optimizer
+from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.stages.pipeline import boxed_variables
+from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
+from fopd_jax.steps.state import EMA, init_state, make_optimizer
+from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.world import World
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=2, channels=3,

@@ -16,14 +16,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from fopd_jax.adapters import effective, stack_bank
-from fopd_jax.conditioning import Conditioning
+from fopd_jax.adapters.lora import effective, stack_bank
+from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.evaluation.suite import make_sampler, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.objectives.opd import Objective
-from fopd_jax.parallel.hlo import REDUCTIONS, Collective, collectives
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (
     bank_shardings,
@@ -32,12 +31,13 @@ from fopd_jax.parallel.sharding import (
     replicated,
     stacked_shardings,
 )
-from fopd_jax.pipeline import boxed_variables
-from fopd_jax.policy import make_velocity
-from fopd_jax.tasks.task import World
-from fopd_jax.training.opd_step import Batch, Frozen, OPDSpec
-from fopd_jax.training.opd_update import adapter_shapes, make_update
-from fopd_jax.training.state import init_state, make_optimizer
+from fopd_jax.performance.hlo import REDUCTIONS, Collective, collectives
+from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.stages.pipeline import boxed_variables
+from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.update import adapter_shapes, make_update
+from fopd_jax.steps.state import init_state, make_optimizer
+from fopd_jax.worlds.world import World
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=1, qk_norm=True, patch_size=2, channels=3,

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.adapters import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import LoRAConfig, init_adapter
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (
@@ -22,7 +22,7 @@ from fopd_jax.parallel.sharding import (
     replicated,
     stacked_shardings,
 )
-from fopd_jax.pipeline import boxed_variables
+from fopd_jax.stages.pipeline import boxed_variables
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=2, channels=3,

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from fopd_jax.adapters import Adapter
-from fopd_jax.interop.lora_modules import places
-from fopd_jax.interop.safetensors import load_adapter, save_adapter
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.interop.files.safetensors import load_adapter, save_adapter
+from fopd_jax.interop.lora.modules import places
 from fopd_jax.models.mmdit import PRESETS
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_adapter.py"

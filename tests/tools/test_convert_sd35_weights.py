@@ -22,8 +22,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from fopd_jax.interop import convert as converter
-from fopd_jax.interop.converted import read_manifest
+from fopd_jax.interop.files.converted import read_manifest
+from fopd_jax.interop.sd3 import convert as converter
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_sd35_weights.py"
@@ -551,7 +551,7 @@ def test_program_that_is_terminated(pipeline: Path, tmp_path: Path) -> None:
     """A scheduler's stop, while the library writes."""
     hang = """
 import time
-from fopd_jax.interop import convert
+from fopd_jax.interop.sd3 import convert
 def save_and_hang(folder, name, params):
     (folder / name).mkdir()
     print("writing", flush=True)

@@ -1,1 +1,0 @@
-"""Ahead-of-time compilation of a train step for machines that are not there."""

@@ -1,0 +1,1 @@
+"""Prompts as the network's text inputs, and where they are kept."""

@@ -1,0 +1,1 @@
+"""Files of tensors, whole or in part."""

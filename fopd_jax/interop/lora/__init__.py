@@ -1,0 +1,1 @@
+"""Adapters as others write them and ours."""

@@ -1,0 +1,203 @@
+"""LoRA adapters of the SD3 transformer as others publish them: PEFT folders, diffusers' files, ComfyUI's files.
+
+How each of them conveys the scale, which is what goes wrong in practice:
+
+- PEFT (`peft/tuners/lora/layer.py`): `r` and `lora_alpha` in `adapter_config.json`; the tensors do not tell.
+- diffusers (`loaders/lora_pipeline.py: SD3LoraLoaderMixin`, `utils/peft_utils.py: get_peft_kwargs`): a `LoraConfig`
+  in the file's metadata `lora_adapter_metadata`, each field behind "transformer.". Without it the scale is 1, and
+  a file that holds an `alpha` tensor is refused. Versions before 0.34 do not read the metadata: scale 1 again.
+- ComfyUI (`comfy/lora.py: load_lora, model_lora_keys_unet`, `comfy/utils.py: mmdit_to_diffusers`,
+  `comfy/weight_adapter/lora.py`): a scalar `alpha` beside each pair of factors, divided by the rank; else the
+  scale is 1. It reads neither the metadata nor `adapter_config.json`. Modules are `transformer.` or
+  `base_model.model.` + diffusers' name, or `lora_transformer_` + that name with "_" for ".".
+
+So no single file has the right scale in both diffusers and ComfyUI (unless its scale is 1).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.interop.lora.config import LoRASettings, exact_alpha, make_fields, parse_settings
+from fopd_jax.interop.lora.files import (
+    PEFT_PREFIX,
+    PIPELINE_PREFIX,
+    LoRAFile,
+    naming,
+    publish,
+    read_lora_file,
+    write_tensors,
+)
+from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
+from fopd_jax.models.mmdit import MMDiTConfig
+
+PEFT_SETTINGS = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
+DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"
+
+
+def read_lora(path: Path, config: MMDiTConfig) -> Adapter:
+    """Read a published adapter: a PEFT folder, a folder with diffusers' file, or a file of diffusers' or ComfyUI's.
+
+    Returns:
+      Stacked float32 numpy leaves and the scale, see `adapter_from_modules` for adapters with several ranks or scales.
+
+    Raises:
+      ValueError: the adapter is missing, damaged, contradicts itself, or is more than a plain LoRA on the layers of
+        `adapters.TARGETS`. One line that names the file, the field or tensor, what was found and what would be right.
+    """
+    tensors, settings_path = _locate(path)
+    settings = _read_settings(settings_path) if settings_path else None
+    with naming(tensors):
+        file = read_lora_file(tensors, config)
+        scales = _scales(file, settings)
+        modules = {name: LoRAModule(a, b, scales[name]) for name, (a, b) in file.factors.items()}
+        return adapter_from_modules(modules, config)
+
+
+def _locate(path: Path) -> tuple[Path, Path | None]:
+    """The safetensors file, and the settings if it is a PEFT folder's."""
+    if path.is_file():
+        settings = path.with_name(PEFT_SETTINGS)
+        return path, settings if path.name == PEFT_TENSORS and settings.is_file() else None
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    held = [name for name in (PEFT_SETTINGS, DIFFUSERS_TENSORS) if (path / name).is_file()]
+    if len(held) != 1:
+        found = " and ".join(held) or f"neither {PEFT_SETTINGS} nor {DIFFUSERS_TENSORS}"
+        raise ValueError(f"{path}: found {found}, expected one of them; or name the file itself")
+    if held == [DIFFUSERS_TENSORS]:
+        return path / DIFFUSERS_TENSORS, None
+    if not (path / PEFT_TENSORS).is_file():
+        pickle = "; adapter_model.bin is a pickle, which is not read" * (path / "adapter_model.bin").is_file()
+        raise ValueError(f"{path}: found {PEFT_SETTINGS}, but no {PEFT_TENSORS} beside it{pickle}")
+    return path / PEFT_TENSORS, path / PEFT_SETTINGS
+
+
+def _read_settings(path: Path) -> LoRASettings:
+    with naming(path):
+        return parse_settings(_parse_json(path.read_bytes()))
+
+
+def _parse_json(text: str | bytes) -> Mapping[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:  # of which JSON's and Unicode's errors are kinds
+        raise ValueError(f"damaged JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"found JSON of type {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
+    """Scale of every module, from the one source that a layout has for it."""
+    if settings is not None and file.prefix != PEFT_PREFIX:
+        raise ValueError(f"found tensor names that begin with {file.prefix!r}, expected {PEFT_PREFIX!r}")
+    sources = {PEFT_SETTINGS: settings, _METADATA: file.metadata.get(_METADATA), "alpha tensors": file.alphas}
+    if len(present := [name for name, source in sources.items() if source]) > 1:
+        raise ValueError(f"found the scale in {' and in '.join(present)}, expected one of them")
+    if not present and file.prefix == PEFT_PREFIX:
+        raise ValueError(f"found PEFT's tensor names, but no {PEFT_SETTINGS} beside the file, which holds the scale")
+    if file.metadata.get(_METADATA):
+        with naming(_METADATA):
+            settings = _settings_in_metadata(file)
+    ranks = {module: a.shape[0] for module, (a, _) in file.factors.items()}
+    if settings is None:
+        return {module: file.alphas.get(module, rank) / rank for module, rank in ranks.items()}
+    for module, rank in ranks.items():
+        if settings.rank(module) != rank:
+            raise ValueError(f"module {module!r}: found rank {rank}, but its settings say r = {settings.rank(module)}")
+    return {module: settings.scale(module) for module in ranks}
+
+
+def _settings_in_metadata(file: LoRAFile) -> LoRASettings:
+    fields = _parse_json(file.metadata[_METADATA])
+    return parse_settings({k.removeprefix(file.prefix): v for k, v in fields.items() if k.startswith(file.prefix)})
+
+
+def write_peft(folder: Path, adapter: Adapter, config: MMDiTConfig, base_model: str | None = None) -> None:
+    """Write a PEFT folder, for `PeftModel.from_pretrained` on a diffusers transformer.
+
+    `base_model` is the name or path of the base that the settings record. The folder appears complete or not at all.
+    PEFT computes the adapter's very scale, as long as it is some alpha/R or alpha/√R in float64, else its neighbour.
+
+    Raises:
+      ValueError: the folder exists and is not empty (it is never overwritten), or as `modules_from_adapter`.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists already, expected a new or an empty folder")
+    modules = modules_from_adapter(adapter, config)
+    fields = {**_fields(modules, config), "base_model_name_or_path": base_model}
+
+    def write(made: Path) -> None:
+        made.mkdir()
+        (made / PEFT_SETTINGS).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_tensors(made / PEFT_TENSORS, _factors(modules, PEFT_PREFIX), {})
+
+    publish(folder, write)
+
+
+def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+    """Write a file for `StableDiffusion3Pipeline.load_lora_weights` of diffusers 0.34 or newer.
+
+    `path` is a file if it ends in ".safetensors", else a folder that gets `pytorch_lora_weights.safetensors`; such a
+    file is replaced. ComfyUI would read it at scale 1. The scale is as exact as in `write_peft`.
+
+    Raises:
+      ValueError: as `modules_from_adapter`.
+    """
+    file = path if path.suffix == ".safetensors" else path / DIFFUSERS_TENSORS
+    modules = modules_from_adapter(adapter, config)
+    fields = {PIPELINE_PREFIX + field: value for field, value in _fields(modules, config).items()}
+    metadata = {_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
+    publish(file, lambda made: write_tensors(made, _factors(modules, PIPELINE_PREFIX), metadata))
+
+
+def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+    """Write a file for ComfyUI, named `*.safetensors`: diffusers' names, and a scalar `alpha` for every module.
+
+    alpha is float32, or float64 where float32 would round it; ComfyUI divides it by the rank in float64, which gives
+    the adapter's very scale, as long as it is some alpha/R, else its neighbour. An existing file is replaced. diffusers
+    refuses such a file.
+
+    Raises:
+      ValueError: the path does not end in ".safetensors", or as `modules_from_adapter`.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a file name that ends in .safetensors")
+    modules = modules_from_adapter(adapter, config)
+    tensors = _factors(modules, PIPELINE_PREFIX)
+    for name, module in modules.items():
+        rank = module.a.shape[0]
+        alpha = exact_alpha(module.scale, rank) or module.scale * rank
+        dtype = np.float32 if float(np.float32(alpha)) == alpha else np.float64
+        tensors[f"{PIPELINE_PREFIX}{name}.alpha"] = np.asarray(alpha, dtype)
+    publish(path, lambda made: write_tensors(made, tensors, {}))
+
+
+def _fields(modules: Mapping[str, LoRAModule], config: MMDiTConfig) -> dict[str, Any]:
+    module = next(iter(modules.values()))
+    return make_fields(module.a.shape[0], module.scale, _target_modules(modules, config))
+
+
+def _target_modules(modules: Mapping[str, LoRAModule], config: MMDiTConfig) -> list[str]:
+    """Names within a block ("attn.to_q") where every block that has it is adapted, else whole module names."""
+
+    def within_block(name: str) -> str:
+        return name.split(".", 2)[2]
+
+    partly = {within_block(name) for name in places(config).keys() - modules.keys()}
+    return sorted({name if within_block(name) in partly else within_block(name) for name in modules})
+
+
+def _factors(modules: Mapping[str, LoRAModule], prefix: str) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = module.a
+        tensors[f"{prefix}{name}.lora_B.weight"] = module.b
+    return tensors

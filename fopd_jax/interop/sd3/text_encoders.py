@@ -1,0 +1,137 @@
+"""transformers' `CLIPTextModelWithProjection` and `T5EncoderModel` ↔ our text encoders: names, layouts, configuration.
+
+The name tables are the only place that knows both sides; `{}` stands for the number of a layer. They are those of the
+published SD3 and SD3.5 checkpoints, which transformers writes to this day.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fopd_jax.interop.files.tables import LINEAR, SAME, Component, Source, parameter_shapes
+from fopd_jax.models.clip import Activation, CLIPText, CLIPTextConfig
+from fopd_jax.models.t5 import T5Config, T5Encoder
+
+STACK = "layers"
+
+_CLIP_FIELDS = {  # ours → transformers'
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "max_length": "max_position_embeddings",
+    "projection_dim": "projection_dim",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "eos_token_id": "eos_token_id",
+}
+_CLIP_NAMES = {  # our module → transformers'
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "position_embedding": "text_model.embeddings.position_embedding",
+    "layers/layer_norm1": "text_model.encoder.layers.{}.layer_norm1",
+    "layers/self_attn/q_proj": "text_model.encoder.layers.{}.self_attn.q_proj",
+    "layers/self_attn/k_proj": "text_model.encoder.layers.{}.self_attn.k_proj",
+    "layers/self_attn/v_proj": "text_model.encoder.layers.{}.self_attn.v_proj",
+    "layers/self_attn/out_proj": "text_model.encoder.layers.{}.self_attn.out_proj",
+    "layers/layer_norm2": "text_model.encoder.layers.{}.layer_norm2",
+    "layers/mlp/fc1": "text_model.encoder.layers.{}.mlp.fc1",
+    "layers/mlp/fc2": "text_model.encoder.layers.{}.mlp.fc2",
+    "final_layer_norm": "text_model.final_layer_norm",
+    "text_projection": "text_projection",
+}
+_CLIP_UNUSED = (r"text_model\.embeddings\.position_ids",)  # 0, 1, 2, …, which old versions wrote
+
+_T5_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "depth": "num_layers",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "mlp_dim": "d_ff",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_T5_NAMES = {
+    "shared": "shared",
+    "relative_attention_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "layers/attention_norm": "encoder.block.{}.layer.0.layer_norm",
+    "layers/attention/q": "encoder.block.{}.layer.0.SelfAttention.q",
+    "layers/attention/k": "encoder.block.{}.layer.0.SelfAttention.k",
+    "layers/attention/v": "encoder.block.{}.layer.0.SelfAttention.v",
+    "layers/attention/o": "encoder.block.{}.layer.0.SelfAttention.o",
+    "layers/mlp_norm": "encoder.block.{}.layer.1.layer_norm",
+    "layers/mlp/wi_0": "encoder.block.{}.layer.1.DenseReluDense.wi_0",
+    "layers/mlp/wi_1": "encoder.block.{}.layer.1.DenseReluDense.wi_1",
+    "layers/mlp/wo": "encoder.block.{}.layer.1.DenseReluDense.wo",
+    "final_layer_norm": "encoder.final_layer_norm",
+}
+_T5_UNUSED = (r"encoder\.embed_tokens\.weight",)  # a second name of `shared.weight`
+_LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
+
+
+def clip_component(config: Mapping[str, Any]) -> Component:
+    """The name table of a `CLIPTextModelWithProjection` from its `config.json`; its `config` is a `CLIPTextConfig`.
+
+    Raises:
+      ValueError: a field is missing or describes a network that CLIPText is not; names field, found and right value.
+    """
+    right = {
+        "model_type": ["clip_text_model"],
+        "architectures": [["CLIPTextModelWithProjection"]],
+        "hidden_act": get_args(Activation),
+    }
+    fields = _read(config, _CLIP_FIELDS, right)
+    if fields["width"] % fields["num_heads"]:
+        raise _wrong("num_attention_heads", fields["num_heads"], f"a divisor of hidden_size {fields['width']}")
+    if not isinstance(fields["eos_token_id"], int):  # transformers' type admits None and lists
+        raise _wrong("eos_token_id", fields["eos_token_id"], "one id")
+    ours = CLIPTextConfig(**fields)
+    return _component(ours, CLIPText(ours), _CLIP_NAMES, _CLIP_UNUSED)
+
+
+def t5_component(config: Mapping[str, Any]) -> Component:
+    """The name table of a `T5EncoderModel` (T5 v1.1) from its `config.json`; its `config` is a `T5Config`.
+
+    Raises:
+      ValueError: a field is missing or describes a network that T5Encoder is not; names field, found and right value.
+    """
+    right = {"model_type": ["t5"], "architectures": [["T5EncoderModel"]], "feed_forward_proj": ["gated-gelu"]}
+    ours = T5Config(**_read(config, _T5_FIELDS, right))
+    return _component(ours, T5Encoder(ours), _T5_NAMES, _T5_UNUSED)
+
+
+def _read(config: Mapping[str, Any], fields: Mapping[str, str], right: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Our fields out of theirs, once every field of `right` has one of its right values."""
+    for field in (*right, *fields.values()):
+        if field not in config:
+            raise _wrong(field, "nothing", " or ".join(map(repr, right.get(field, ()))) or "a value")
+    for field, values in right.items():
+        if config[field] not in values:
+            raise _wrong(field, repr(config[field]), " or ".join(map(repr, values)))
+    return {ours: config[theirs] for ours, theirs in fields.items()}
+
+
+def _component(
+    config: CLIPTextConfig | T5Config, network: nn.Module, names: Mapping[str, str], unused: tuple[str, ...]
+) -> Component:
+    shapes = parameter_shapes(network.init, jnp.zeros((1, 1), jnp.int32))
+    sources = {path: source for stacked in shapes for path, source in _sources(stacked, names, config.depth).items()}
+    return Component(config=config, shapes=shapes, sources=sources, stacks=(STACK,), unused=unused)
+
+
+def _sources(stacked: str, names: Mapping[str, str], depth: int) -> dict[str, Source]:
+    """Per-layer path → tensor, for one parameter as the network reads it."""
+    module, _, leaf = stacked.rpartition("/")
+    name, pattern = f"{names[module]}.{_LEAVES[leaf]}", LINEAR if leaf == "kernel" else SAME
+    if not stacked.startswith(f"{STACK}/"):
+        return {stacked: Source(name, pattern)}
+    rest = stacked.removeprefix(f"{STACK}/")
+    return {f"{STACK}_{i}/{rest}": Source(name.format(i), pattern) for i in range(depth)}
+
+
+def _wrong(field: str, found: Any, right: Any) -> ValueError:
+    return ValueError(f"text encoder config {field}: found {found}, expected {right}")

@@ -1,0 +1,1 @@
+"""What an update costs: FLOPs by arithmetic, programs compiled for absent machines, timing."""

@@ -1,0 +1,68 @@
+"""Which update is measured: a config in other sizes, and what it computes and holds by arithmetic."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+
+from fopd_jax.config.identity import Config, config_hash
+from fopd_jax.models.mmdit import PRESETS
+from fopd_jax.performance.flops import Update, config_flops
+from fopd_jax.performance.report import flops_fields
+from fopd_jax.performance.weights import held_bytes
+from fopd_jax.stages.abstract import AbstractUpdate, abstract_update
+
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An update as shapes on a mesh, and its analytic FLOPs on all chips together."""
+
+    config: Config
+    mesh: Mesh
+    update: AbstractUpdate
+    flops: Update
+
+
+def make_problem(config: Config, mesh: Mesh) -> Problem:
+    """Build the update that a run of the config would build; reads no file and makes no weight.
+
+    Raises:
+      ValueError: a field is out of range, or names another stage; names it.
+    """
+    if config.stage != "opd":
+        raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
+    update = abstract_update(config, mesh)
+    return Problem(config, mesh, update, config_flops(config, update.update.pieces.spec, _text_tokens(update)))
+
+
+def problem_fields(problem: Problem) -> Fields:
+    """What is computed, its FLOPs a chip, and the bytes that a chip holds for it."""
+    config, update, mesh = problem.config, problem.update, problem.mesh
+    spec, network = update.update.pieces.spec, PRESETS[config.model.preset]
+    image = math.prod(spec.latent_shape[:2]) // network.patch_size**2
+    return {
+        "config": config.name,
+        "config_hash": config_hash(config),
+        "preset": config.model.preset,
+        "dtype": config.model.dtype,
+        "attention": update.model.impl,
+        "remat": config.model.remat,
+        "trained": config.trained,
+        "teachers": len(spec.teachers),
+        "anchor": update.update.pieces.anchored,
+        "guidance": spec.guidance,
+        "batch_size": config.batch_size,
+        "trained_timesteps": 1 if spec.one_timestep else spec.window[1] - spec.window[0],
+        "tokens": {"image": image, "text": _text_tokens(update)},
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "flops_per_chip": flops_fields(problem.flops, mesh.size),
+        "held_bytes": held_bytes(update),
+    }
+
+
+def _text_tokens(update: AbstractUpdate) -> int:
+    return update.arguments[2].conditioning.context.shape[1]

@@ -1,0 +1,78 @@
+"""Random state and inputs of an update, made on the device from their shapes: nothing is read."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.abstract import AbstractUpdate
+from fopd_jax.steps.opd.spec import Batch, Frozen
+from fopd_jax.steps.state import TrainState
+
+
+def random_tree(shapes: Tree, seed: int) -> Tree:
+    """Normal arrays for shapes, each where its sharding says; nothing is zero, which would be faster to multiply.
+
+    Matrices have variance 1/inputs, so that no activation explodes, vectors and adapters' second factors .02², on 1 for
+    the scales of norms; what is no parameter has variance 1.
+    """
+
+    def fill(index: int, path: tuple[Any, ...], shape: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        width = shape.shape[-2] if name in ("kernel", "a") else 1
+        scale = {"bias": 0.02, "scale": 0.02, "b": 0.02}.get(name, width**-0.5)
+        draw = _normal(shape.shape, shape.dtype, float(name == "scale"), scale, getattr(shape, "sharding", None))
+        return draw(seed * 10_000 + index)
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    return jax.tree.unflatten(structure, [fill(index, path, shape) for index, (path, shape) in enumerate(leaves)])
+
+
+@functools.cache
+def _normal(shape: tuple[int, ...], dtype: Any, mean: float, std: float, sharding: Any) -> Callable[[int], jax.Array]:
+    """A program that draws an array from a seed; arrays alike share it."""
+
+    def draw(seed: jax.Array) -> jax.Array:
+        return (mean + std * jax.random.normal(jax.random.key(seed, impl="rbg"), shape)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tuple[Frozen, TrainState, Batch]:
+    """What `update.step` takes: random weights and prompts, a fresh optimizer; row i's teacher is i modulo them.
+
+    `params`: the base's, where they are there already.
+    """
+    frozen, state, batch = update.arguments
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
+    state = dataclasses.replace(fresh, trained=random_tree(state.trained, 1), ema=random_tree(state.ema, 1))
+    route = np.arange(batch.route.shape[0], dtype=np.int32) % len(update.update.pieces.spec.teachers)
+    conditioning = random_tree(batch.conditioning, 2)
+    if params is None:
+        params = random_tree(frozen.variables["params"], 3)
+    rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
+    frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
+    frozen.variables["params"] = params
+    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+
+
+def held_bytes(update: AbstractUpdate) -> dict[str, int]:
+    """Bytes a device holds through all of training: base, bank, what trains, optimizer, average, and their sum."""
+    frozen, state, _ = update.arguments
+    parts = {
+        "base": frozen.variables, "bank": frozen.bank, "trained": state.trained,
+        "optimizer": state.opt_state, "ema": state.ema,
+    }  # fmt: skip
+    held = {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    return held | {"total": sum(held.values())}
+
+
+def shard_bytes(leaf: Any) -> int:
+    """What one device holds of an array (or of a shape with a sharding)."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,1 @@
+"""A policy: one frozen network under one adapter, guided or not; who is asked what."""

@@ -1,0 +1,1 @@
+"""What keeps a run alive: loop, checkpoints, preemption, guards, metrics, watchdog, workdir."""

@@ -1,0 +1,248 @@
+"""Orbax checkpoints of what trains, saved asynchronously and renamed into place when whole, verified when read.
+
+    checkpoints/<step>/   state/   about/about.json   manifest.json
+
+Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from fopd_jax.parallel.distributed import barrier, failing_together, is_main
+from fopd_jax.running.integrity import SealedPath, find_damage, fingerprint
+from fopd_jax.steps.state import TrainState
+
+FOLDER = "checkpoints"
+_ABOUT = "about"
+_ABOUT_FILE = "about.json"
+_NONE = -1  # in place of a step
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `workdir/checkpoints/<step>`. Every process calls every method.
+
+    The newest `keep` stay, and with `keep_best` = `max:METRIC` or `min:METRIC` the best one by that metric too.
+
+    Raises:
+      ValueError: `keep` or `keep_best` is none of these.
+    """
+
+    def __init__(self, workdir: Path, keep: int, *, keep_best: str = "", config_hash: str) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: found {keep}, expected at least 1")
+        self._folder = (workdir / FOLDER).resolve()
+        self._config_hash = config_hash
+        self._best = Best(keep_best)
+        self._verified: dict[int, Any] = {}  # step → its files' fingerprint when their hashes were found right
+        self._manager = _manager(self._folder, keep, self._best)
+        self._best.read(self._folder)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest intact checkpoint. Damaged ones are named in the log and passed over.
+
+        The main process reads every byte of it, the first time.
+
+        Raises:
+          ValueError: there are checkpoints, and all are damaged; names what is wrong.
+          TimeoutError: some processes do not ask; names them.
+        """
+        with failing_together():
+            found = self._newest_intact() if is_main() else None
+        barrier("newest intact checkpoint")
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(_NONE if found is None else found)))
+        return None if found == _NONE else found
+
+    def _newest_intact(self) -> int | None:
+        damages = []
+        for step in sorted(_steps(self._folder), reverse=True):
+            damage = self._damage(step)
+            if damage is None:
+                for each in damages:
+                    logging.warning("damaged checkpoint, using step %d instead: %s", step, each)
+                return step
+            damages.append(damage)
+        if damages:
+            raise ValueError(
+                f"{self._folder}: no checkpoint is intact; restore one, or remove the folder to start again: "
+                + "; ".join(damages)
+            )
+        return None
+
+    def _damage(self, step: int) -> str | None:
+        folder = self._folder / str(step)
+        if step in self._verified and self._verified[step] == fingerprint(folder):
+            return None
+        reason = find_damage(folder)
+        if reason is None:
+            self._verified[step] = fingerprint(folder)
+        return reason
+
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+        """Start saving; the arrays are copied before this returns, so the state may be donated.
+
+        A step that is there is not saved again. `metrics`: what an evaluation of this state found, if one was made.
+
+        Raises:
+          ValueError: there are metrics, but not the one that `keep_best` names.
+          Exception: whatever stopped the save before this one, which left no checkpoint.
+        """
+        if step in self._manager.all_steps():
+            return
+        scores = {name: float(value) for name, value in (metrics or {}).items()}
+        self._best.add(step, scores)
+        about = {"step": step, "config_hash": self._config_hash, "metrics": scores, "leaves": _describe(state)}
+        items = {"state": ocp.args.PyTreeSave(jax.tree.leaves(state)), _ABOUT: ocp.args.JsonSave(about)}
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest intact checkpoint, onto the shapes, dtypes and shardings of `state`: arrays, or shapes alone.
+
+        Each device reads its own shard. Damaged checkpoints that are newer are renamed to `<step>.damaged`, so that
+        the run can save at their steps again.
+
+        Raises:
+          ValueError: no checkpoint is there or intact, or it is another config's or of other shapes; names which.
+        """
+        self.wait()
+        step = self.latest_step()
+        if step is None:
+            raise ValueError(f"{self._folder}: no checkpoint")
+        self._check(step, state)
+        abstract = [_abstract(leaf) for leaf in jax.tree.leaves(state)]
+        args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+        restored: Any = self._manager.restore(step, args=ocp.args.Composite(state=args))
+        self._set_aside_after(step)
+        return jax.tree.unflatten(jax.tree.structure(state), restored["state"])
+
+    def _check(self, step: int, state: TrainState) -> None:
+        about, folder = _read_about(self._folder, step), self._folder / str(step)
+        if about["config_hash"] != self._config_hash:
+            raise ValueError(
+                f"{folder}: written under config {about['config_hash']}, this run's is {self._config_hash}; "
+                "choose another workdir"
+            )
+        there = {name: rest for name, *rest in about["leaves"]}
+        here = {name: rest for name, *rest in _describe(state)}
+        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differing:
+            name, absent = differing[0], "no such array"
+            raise ValueError(
+                f"{folder}: {name}: found {there.get(name, absent)}, expected {here.get(name, absent)}; "
+                f"{len(differing)} of {len(here)} arrays differ"
+            )
+
+    def _set_aside_after(self, step: int) -> None:
+        """All that is newer than the newest intact checkpoint is damaged."""
+        if is_main():
+            for newer in (each for each in _steps(self._folder) if each > step):
+                (self._folder / str(newer)).rename(_free_name(self._folder / f"{newer}.damaged"))
+        barrier("damaged checkpoints set aside")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is in place.
+
+        Raises:
+          Exception: whatever stopped it; it left no checkpoint.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for saves under way and let go of the folder."""
+        self._manager.close()
+
+
+class Best:
+    """An orbax preservation policy: the checkpoint with the best value of one metric; none where `spec` is empty."""
+
+    def __init__(self, spec: str) -> None:
+        direction, _, self._name = spec.partition(":")
+        if spec and (direction not in ("max", "min") or not self._name):
+            raise ValueError(f"keep_best: found {spec!r}, expected 'max:METRIC', 'min:METRIC' or ''")
+        self._sign = -1.0 if direction == "min" else 1.0
+        self._scores: dict[int, float] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the score of a checkpoint; one without metrics is never the best."""
+        self._scores.pop(step, None)  # of a damaged one at the same step
+        if not self._name or not metrics:
+            return
+        if self._name not in metrics:
+            raise ValueError(f"keep_best: found no metric {self._name!r}, expected one of {', '.join(sorted(metrics))}")
+        if math.isfinite(metrics[self._name]):
+            self._scores[step] = self._sign * metrics[self._name]
+
+    def read(self, folder: Path) -> None:
+        """Note the scores of the checkpoints that are there already; those that cannot be read have none."""
+        for step in _steps(folder) if self._name else ():
+            try:
+                self.add(step, _read_about(folder, step)["metrics"])
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                logging.warning("checkpoint %d has no readable metrics: %s", step, error)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of orbax's records of checkpoints, each with its `step`, are not to be removed."""
+        del context
+        steps = [each.step for each in checkpoints]
+        best = max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
+        return [step == best for step in steps]
+
+
+def newest_step(workdir: Path) -> int:
+    """Step of the newest checkpoint, 0 without one. Only looks: opening `Checkpoints` makes the folder."""
+    return max(_steps(workdir / FOLDER), default=0)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+
+
+def _manager(folder: Path, keep: int, best: Best) -> ocp.CheckpointManager:
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        cleanup_tmp_directories=True,  # of saves that a kill interrupted
+        lightweight_initialize=True,  # orbax's own reading of what is there stops at a damaged file
+        temporary_path_class=SealedPath,
+    )
+    arrays, about = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler(_ABOUT_FILE)
+    registry = ocp.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, arrays)
+    registry.add("state", ocp.args.PyTreeRestore, arrays)
+    registry.add(_ABOUT, ocp.args.JsonSave, about)
+    registry.add(_ABOUT, ocp.args.JsonRestore, about)
+    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
+
+
+def _describe(state: TrainState) -> list[list[Any]]:
+    """`[path, shape, dtype]` of every array, in the order in which they are saved."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [
+        [jax.tree_util.keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in paths
+    ]
+
+
+def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_about(folder: Path, step: int) -> dict[str, Any]:
+    return json.loads((folder / str(step) / _ABOUT / _ABOUT_FILE).read_text(encoding="utf-8"))
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or where something is there already, with a number behind it."""
+    names = itertools.chain([path.name], (f"{path.name}{count}" for count in itertools.count(2)))
+    return next(free for name in names if not (free := path.with_name(name)).exists())

@@ -1,0 +1,123 @@
+"""Where a run's time goes, over all its restarts: `workdir/goodput.json`."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from fopd_jax.running.workdir import write_json
+
+PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
+REPEATED = ("step", "data", "eval", "checkpoint")
+"""What a killed run did after its last checkpoint has to be done again: it moves to `lost`."""
+
+FILE, WRITE_EVERY, REMEMBERED = "goodput.json", 1.0, 20  # seconds between writes; checkpoints whose seconds are kept
+_COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+Seconds = dict[str, float]
+
+
+class Goodput:
+    """A stopwatch that always charges exactly one phase, so that the seconds add up to the time spent running.
+
+    It starts in `init`. Compiling is charged to `compile` wherever it happens, once entered as a context. `path`: the
+    file that accumulates over restarts, written only after `resume`; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._phase, self._since = "init", clock()
+        self._written = -float("inf")
+        self.seconds: Seconds = dict.fromkeys(PHASES, 0.0)
+        self.runs = 0  # this one included, once it is known
+        self._saved: dict[int, Seconds] = {}
+
+    def __enter__(self) -> "Goodput":
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._compiled)
+        self.write()
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Charge what happens inside to `phase`, and to it alone."""
+        outer = self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, phase: str) -> str:
+        now, left = self._clock(), self._phase
+        self.seconds[left] += now - self._since
+        self._phase, self._since = phase, now
+        return left
+
+    def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in _COMPILING:
+            self.seconds["compile"] += duration_secs
+            self.seconds[self._phase] -= duration_secs
+
+    # ---- over restarts
+
+    def resume(self, step: int) -> None:
+        """Add what earlier runs spent; work beyond `step`, where this one takes up, was lost."""
+        self.runs, before, self._saved = _read(self._path, step)
+        kept = self._saved[max(self._saved)] if self._saved else dict.fromkeys(PHASES, 0.0)
+        for phase in REPEATED:
+            before["lost"] += before[phase] - kept[phase]
+            before[phase] = kept[phase]
+        for phase, value in before.items():
+            self.seconds[phase] += value
+        self._saved = {step: dict(self.seconds)}
+
+    def mark(self, step: int) -> None:
+        """What was spent until now is safe in the checkpoint of `step`."""
+        self._switch(self._phase)
+        self._saved[step] = dict(self.seconds)
+        for old in sorted(self._saved)[:-REMEMBERED]:
+            del self._saved[old]
+        self.write()
+
+    def write(self, least: float = 0.0) -> None:
+        """Write the file unless that was less than `least` seconds ago. A record only: a full disk does not stop it."""
+        if self._path is None or not self.runs or self._clock() - self._written < least:
+            return
+        self._switch(self._phase)
+        self._written = self._clock()
+        saved = {str(step): seconds for step, seconds in self._saved.items()}
+        content = {"runs": self.runs, "seconds": self.seconds, "shares": self.shares(), "saved": saved}
+        with contextlib.suppress(OSError):
+            write_json(self._path, content)
+
+    # ---- looking at it
+
+    def shares(self) -> Seconds:
+        """Each phase's part of the whole."""
+        total = sum(self.seconds.values())
+        return {phase: value / total if total > 0 else 0.0 for phase, value in self.seconds.items()}
+
+    def summary(self) -> str:
+        """One line: the goodput, then every phase."""
+        shares, hours = self.shares(), sum(self.seconds.values()) / 3600
+        parts = ", ".join(f"{phase} {share:.1%}" for phase, share in shares.items() if phase != "step")
+        runs = "1 run" if self.runs == 1 else f"{self.runs} runs"
+        return f"goodput {shares['step']:.1%} of {hours:.2f} hours in {runs}: {parts}"
+
+
+def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds]]:
+    """Number of this run, seconds of the ones before, and those at their checkpoints up to `step`.
+
+    A file that is missing or damaged counts as none: it is a record and holds nothing that training needs.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        seconds = {phase: float(content["seconds"][phase]) for phase in PHASES}
+        saved = {int(at): {phase: float(then[phase]) for phase in PHASES} for at, then in content["saved"].items()}
+        return content["runs"] + 1, seconds, {at: then for at, then in saved.items() if at <= step}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 1, dict.fromkeys(PHASES, 0.0), {}

@@ -1,0 +1,63 @@
+"""A workdir belongs to one config; some fields may change between runs in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fopd_jax.config.identity import EXTENDABLE, Config, identity
+from fopd_jax.parallel.distributed import barrier, is_main
+
+CONFIG_FILE = "config.json"
+
+
+def check(workdir: Path, config: Config) -> None:
+    """Make sure that a workdir is new, empty or this config's own. Writes nothing. Process 0 looks, the others wait.
+
+    Raises:
+      ValueError: it belongs to another config (names every differing field with both values), or to something else.
+    """
+    if is_main():
+        _check(workdir, config)
+    barrier("the workdir is checked")
+
+
+def _check(workdir: Path, config: Config) -> None:
+    path, here = workdir / CONFIG_FILE, identity(config)
+    if path.exists():
+        there = _read(path)
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if differing:
+            lines = [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing]
+            raise ValueError(
+                f"{workdir} belongs to another config; choose another --workdir. "
+                f"Only {', '.join(EXTENDABLE)} may change; these differ:\n" + "\n".join(lines)
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no run's config; choose another --workdir")
+    return fields
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make a checked workdir this config's own. Process 0 does, the others wait."""
+    if is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / CONFIG_FILE).exists():
+            write_json(workdir / CONFIG_FILE, identity(config))
+    barrier("the workdir is claimed")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

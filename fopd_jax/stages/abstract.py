@@ -1,0 +1,94 @@
+"""The OPD update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fopd_jax.adapters.lora import stack_bank
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.identity import Config
+from fopd_jax.models.mmdit import PRESETS, MMDiT
+from fopd_jax.parallel.sharding import (
+    AnyMesh,
+    bank_shardings,
+    batch_sharding,
+    parameter_shardings,
+    replicated,
+    stacked_shardings,
+)
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.pipeline import boxed_variables, config_attention
+from fopd_jax.stages.setup import config_optimizer
+from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.update import OPDUpdate, adapter_shapes, make_spec, make_update, place
+from fopd_jax.worlds.miniature.world import make_world
+
+CLIP_LENGTH = 77  # of SD3's towers
+DOWNSAMPLING = 8  # of SD3's autoencoder
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractUpdate:
+    """`step.lower(*arguments)` compiles it: `arguments` are `(frozen, state, batch)` as shapes with shardings."""
+
+    step: Any
+    arguments: tuple[Frozen, Tree, Batch]
+    model: MMDiT
+    update: OPDUpdate
+
+
+def abstract_update(config: Config, mesh: AnyMesh) -> AbstractUpdate:
+    """The update that `main` would run, from the config's `model.preset`; no file is read, no weight made.
+
+    Raises:
+      ValueError: a field is out of range; names it.
+    """
+    if config.model.preset not in PRESETS:
+        raise ValueError(f"model.preset: found {config.model.preset!r}, expected one of {tuple(PRESETS)}")
+    dtype = jnp.dtype(config.model.dtype)
+    network = PRESETS[config.model.preset]
+    model = MMDiT(network, config_attention(config, network, mesh), dtype, remat=config.model.remat)
+    latent_shape, encoded = world_shapes(config)
+    boxed = boxed_variables(model, latent_shape)
+    spec = make_spec(config, latent_shape)
+    update = make_update(config, model, boxed, spec, config_optimizer(config), mesh)
+
+    def rows(count: int, sharding: jax.sharding.Sharding) -> Conditioning:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype, sharding=sharding), encoded)
+
+    split = batch_sharding(mesh)
+    batch = Batch(rows(config.batch_size, split), jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    frozen = Frozen(*_weights(config, boxed, spec, mesh), rows(1, replicated(mesh)))
+    return AbstractUpdate(update.step, (frozen, update.state, batch), model, update)
+
+
+def _weights(config: Config, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:
+    """Base and bank."""
+    dtype, count, places = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, parameter_shardings(mesh, boxed)
+    variables = nn.unbox(boxed)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"])
+    base = {"params": place(params, places["params"]), "constants": place(variables["constants"], places["constants"])}
+    if spec.whole_teachers:
+        bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
+        return base, place(bank, stacked_shardings(mesh, boxed["params"]))
+    adapter = adapter_shapes(config, params)
+    bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
+    bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
+    return base, place(bank, bank_shardings(mesh, boxed["params"], bank))
+
+
+def world_shapes(config: Config) -> tuple[tuple[int, int, int], Conditioning]:
+    """Shape of one latent image, and of one encoded prompt."""
+    network = PRESETS[config.model.preset]
+    if config.model.preset == "miniature":
+        world = make_world()
+        encoded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), world.encode([""]))
+        return world.latent_shape, encoded
+    side = config.resolution // DOWNSAMPLING
+    context = jax.ShapeDtypeStruct((CLIP_LENGTH + config.t5_length, network.context_dim), jnp.float32)
+    return (side, side, network.channels), Conditioning(
+        context, jax.ShapeDtypeStruct((network.pooled_dim,), jnp.float32)
+    )

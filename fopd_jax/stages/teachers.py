@@ -1,0 +1,215 @@
+"""Who teaches, adapters on the base or whole networks: the routed teachers and the anchor; and the student's start."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fopd_jax.adapters.lora import (
+    Adapter,
+    check_merge,
+    conform,
+    delta,
+    effective,
+    init_adapter,
+    merge,
+    rank_of,
+    revive,
+    stack_bank,
+)
+from fopd_jax.adapters.lora import zeros_like as no_adapter
+from fopd_jax.config.identity import Config
+from fopd_jax.evaluation.report import Model
+from fopd_jax.parallel.distributed import put_replicated
+from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.pipeline import Pipeline, boxed_variables, check_network, load_base, load_network, load_policy
+from fopd_jax.stages.setup import lora_config
+from fopd_jax.steps.opd.update import adapter_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where teachers come from, by name: the tasks in order, then the anchor if it has weights; `anchor`: its name."""
+
+    names: dict[str, str]
+    anchor: str | None
+
+    def field(self, name: str) -> str:
+        return "anchor.adapter" if name == self.anchor else f"tasks.{name}.teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """What a run starts from.
+
+    `variables`: the base; `bank`: teachers by task in the config's order, then the anchor; `start`: of what trains;
+    `models()`: everybody but the student, to report. Of whole networks these are copies: not to be held while training.
+    """
+
+    variables: Tree
+    bank: Tree
+    start: Tree
+    models: Callable[[], list[Model]]
+
+
+def sources(config: Config) -> Sources:
+    """Raises ValueError where the anchor has a teacher's name but other weights."""
+    names = {name: config.tasks[name].teacher for name in config.tasks}
+    if not config.anchor.adapter:
+        return Sources(names, None)
+    if names.get(config.anchor.name, config.anchor.adapter) != config.anchor.adapter:
+        raise ValueError(f"anchor.name: found {config.anchor.name!r}, which is a task with another teacher")
+    anchor = None if config.anchor.name in names else config.anchor.name
+    return Sources(names | {config.anchor.name: config.anchor.adapter}, anchor)
+
+
+def check_start(config: Config, found: Sources) -> None:
+    """Refuse a start that cannot be made.
+
+    Raises:
+      ValueError: an unknown method, weights for a teacher that is not there, or an adapter to start from networks.
+    """
+    start = config.cold_start
+    if start.method not in ("merge", "none"):
+        raise ValueError(f"cold_start.method: found {start.method!r}, expected 'merge' or 'none'")
+    if start.method == "none":
+        return
+    check_merge(start.merge)
+    unknown = set(start.weights) - set(found.names)
+    if unknown:
+        raise ValueError(f"cold_start.weights: found {sorted(unknown)}, expected some of {tuple(found.names)}")
+    if config.whole_teachers and config.trained == "adapter":
+        raise ValueError("cold_start.method: found 'merge', expected 'none': whole networks have no adapter to merge")
+
+
+# ---- adapters on the base
+
+
+def load_adapters(config: Config, pipeline: Pipeline, found: Sources) -> dict[str, Adapter]:
+    """Every teacher's adapter by name, all on the student's layers and at the largest rank.
+
+    Raises:
+      ValueError: a file is missing, damaged, of another preset, or adapts a layer that `config.adapter` does not; names
+        the field, the file and the first layer that differs.
+    """
+    adapters = {}
+    for name, source in found.names.items():
+        try:
+            adapters[name] = load_policy(source, pipeline)
+        except ValueError as error:
+            raise ValueError(f"{found.field(name)}: {error}") from error
+    rank = max(rank_of(adapter) for adapter in adapters.values())
+    layers = adapter_shapes(config, _shapes(pipeline)["params"]).weights
+    return {name: conform(f"{name} ({found.names[name]})", adapter, layers, rank) for name, adapter in adapters.items()}
+
+
+def teach_by_adapters(config: Config, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
+    """Load the base and put the adapters beside it."""
+    anchor = config.anchor.name if config.anchor.adapter else "base"
+    bank = {name: adapters[name] for name in config.tasks}
+    bank[f"anchor/{anchor}"] = adapters.get(anchor) or no_adapter(next(iter(bank.values())))
+    dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
+    stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
+    variables = load_base(config, pipeline)
+    start = start_adapter(config, adapters, pipeline)
+    models = {"base": {}} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
+    models |= {"merge": effective(start)} if config.cold_start.method == "merge" else {}
+    return Teaching(
+        variables=variables,
+        bank=put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked)),
+        start=start if config.trained == "adapter" else _add_to_base(config, pipeline, start),
+        models=lambda: [Model(name, variables, adapter or no_update(start)) for name, adapter in models.items()],
+    )
+
+
+def no_update(adapter: Adapter) -> Tree:
+    """The base as an adapter, so that every model is sampled by one program."""
+    return effective(no_adapter(adapter))
+
+
+def start_adapter(config: Config, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
+    """The student's initial adapter: the teachers' weighted merge, or a fresh one."""
+    start, lora, key = config.cold_start, lora_config(config), jax.random.key(config.seed)
+    if start.method == "none":
+        return init_adapter(key, _shapes(pipeline)["params"], lora)
+    chosen = [adapters[name] for name in start.weights]
+    return revive(key, merge(start.merge, chosen, list(start.weights.values()), lora))
+
+
+def _add_to_base(config: Config, pipeline: Pipeline, adapter: Adapter) -> Tree:
+    """The base's parameters in float32 with an adapter's update in them, in their shards."""
+    params = load_base(config, pipeline, "float32")["params"]
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=places)
+    def add(params: Tree, adapter: Adapter) -> Tree:
+        kernels: dict[tuple[str, ...], Any] = flatten_dict(params)
+        for path, update in flatten_dict(delta(adapter)).items():
+            kernels[*path, "kernel"] = kernels[*path, "kernel"] + update
+        return unflatten_dict(kernels)
+
+    return add(params, put_replicated(adapter, replicated(pipeline.mesh)))
+
+
+# ---- whole networks
+
+
+def check_networks(pipeline: Pipeline, found: Sources) -> None:
+    """Refuse teachers that are not there or are of another network, before anything is loaded."""
+    for name, source in found.names.items():
+        check_network(found.field(name), source, pipeline)
+
+
+def teach_by_networks(config: Config, pipeline: Pipeline, found: Sources) -> Teaching:
+    """Load base and teachers, each straight into its shards; all of them stay there, split like the student."""
+    dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
+    variables = load_base(config, pipeline)
+    networks = {name: load_network(source, pipeline, dtype)["params"] for name, source in found.names.items()}
+    anchor = networks.get(config.anchor.name, variables["params"]) if config.anchor.adapter else variables["params"]
+    stack = jax.jit(
+        lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
+        out_shardings=stacked_shardings(pipeline.mesh, boxed["params"]),
+    )
+    bank = stack(*(networks[name] for name in config.tasks), anchor)
+    if config.trained == "adapter":
+        start = init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
+    elif config.cold_start.method == "none":
+        start = load_base(config, pipeline, "float32")["params"]
+    else:
+        weights = config.cold_start.weights
+        start = _average(pipeline, [networks[name] for name in weights], list(weights.values()))
+
+    def models() -> list[Model]:
+        """The bank holds the named networks in their order, the anchor last."""
+        params = {"base": variables["params"]}
+        for k, name in enumerate(found.names):
+            params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
+        if config.cold_start.method == "merge":
+            params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
+        return [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+
+    return Teaching(variables, bank, start, models)
+
+
+def _average(pipeline: Pipeline, networks: list[Tree], weights: list[float]) -> Tree:
+    """The weighted average of whole networks, in float32 and in their shards."""
+
+    def average(*leaves: jax.Array) -> jax.Array:
+        return jnp.stack([w * leaf.astype(jnp.float32) for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
+
+    places = parameter_shardings(pipeline.mesh, _boxed(pipeline))["params"]
+    return jax.jit(lambda *trees: jax.tree.map(average, *trees), out_shardings=places)(*networks)
+
+
+def _boxed(pipeline: Pipeline) -> Tree:
+    return boxed_variables(pipeline.model, pipeline.world.latent_shape)
+
+
+def _shapes(pipeline: Pipeline) -> Tree:
+    return nn.unbox(_boxed(pipeline))

@@ -1,0 +1,1 @@
+"""What one update is: state, what trains, and the jitted step of each stage."""

@@ -1,0 +1,150 @@
+"""What an OPD update is made of: its static description, and the trees that flow through it."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.flow.transition import Transition
+from fopd_jax.flow.weighting import weight
+from fopd_jax.objectives.opd import Objective, check_objective, trains
+from fopd_jax.policy.velocity import Tree
+
+
+@struct.dataclass
+class Frozen:
+    """What does not train: base network, bank of teachers (and anchor), the empty prompt (one row).
+
+    The bank holds adapters on the base (see `adapters.stack_bank`), or whole networks stacked along a leading axis.
+    """
+
+    variables: Tree
+    bank: Tree
+    null: Conditioning
+
+
+@struct.dataclass
+class Batch:
+    """Encoded prompts `[B, …]` and each one's teacher `[B]`."""
+
+    conditioning: Conditioning
+    route: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OPDSpec:
+    """The static part of the update.
+
+    `teachers` names the bank's entries that are routed to, in its order; the anchor follows them. Guidance scales are
+    one per bank entry and one for the student; where all of a forward's are 1 it does without the empty prompt.
+
+    Three ways to spend fewer forwards, each an unbiased estimate of a stated loss: `trained = (start, stop)` takes the
+    loss over those timesteps alone (earlier ones are sampled only, later ones not at all); `anchor_every = m` asks the
+    anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
+    sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
+    """
+
+    objective: Objective
+    transition: Transition
+    sigmas: np.ndarray
+    noisy: np.ndarray
+    latent_shape: tuple[int, int, int]
+    teachers: tuple[str, ...]
+    guidance: float
+    teacher_guidance: tuple[float, ...]
+    updates_per_rollout: int = 1
+    minibatches: int = 1
+    whole_teachers: bool = False  # the bank holds whole networks, not adapters
+    trained: tuple[int, int] | None = None
+    anchor_every: int = 1
+    one_timestep: bool = False
+
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError naming the field where the parts do not fit."""
+        check_objective(self.objective, self.transition)
+        if len(self.sigmas) < 3:
+            raise ValueError(
+                f"sampler.num_steps: found {len(self.sigmas) - 1}, expected at least 2: the last is not trained"
+            )
+        if self.updates_per_rollout < 1:
+            raise ValueError(f"updates_per_rollout: found {self.updates_per_rollout}, expected at least 1")
+        if len(self.teacher_guidance) != len(self.teachers) + 1:
+            raise ValueError(
+                f"teacher_guidance: found {len(self.teacher_guidance)} scales, expected {len(self.teachers) + 1}: "
+                "one per teacher and the anchor's"
+            )
+        if self.minibatches < 1 or batch_size % self.minibatches:
+            raise ValueError(f"minibatches: found {self.minibatches}, expected a divisor of batch_size {batch_size}")
+        if self.minibatches > self.updates_per_rollout:
+            raise ValueError(
+                f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
+                f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
+            )
+        self._check_savings()
+        start, stop = self.window
+        if not self.noisy[start:stop].any() and trains(self.objective, jnp.zeros(())) == 0:
+            raise ValueError("sampler.window: holds no trained step, so the objective would have nothing to train")
+
+    def _check_savings(self) -> None:
+        start, stop = self.window
+        if not 0 <= start < stop <= len(self.sigmas) - 2:
+            raise ValueError(
+                f"sampler.trained: found {self.trained}, expected (start, stop) with 0 <= start < stop <= "
+                f"{len(self.sigmas) - 2}"
+            )
+        if self.anchor_every < 1:
+            raise ValueError(f"anchor.every: found {self.anchor_every}, expected at least 1")
+        if self.anchor_every > 1 and self.whole_teachers:
+            raise ValueError(f"anchor.every: found {self.anchor_every}, expected 1 where teachers are whole networks")
+        if self.one_timestep and (self.objective.name != "direct" or self.anchor_every > 1):
+            raise ValueError("one_timestep: found True, which needs objective.name 'direct' and anchor.every 1")
+        if self.one_timestep and (self.updates_per_rollout, self.minibatches) != (1, 1):
+            raise ValueError("one_timestep: found True, expected False with several updates per rollout")
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The trained timesteps; the last of a schedule never is."""
+        return self.trained or (0, len(self.sigmas) - 2)
+
+    def shares(self) -> tuple[np.ndarray, float]:
+        """Share of each trained timestep in the loss `[T]`, and its timesteps' mean weight."""
+        start, stop = self.window
+        pairs = jnp.stack([jnp.asarray(self.sigmas[start:stop]), jnp.asarray(self.sigmas[start + 1 : stop + 1])], 1)
+        counts = np.asarray([float(trains(self.objective, jnp.asarray(on))) for on in self.noisy[start:stop]])
+        weighted = [float(weight(self.objective.weighting, self.transition, *pair)) for pair in pairs]
+        weights = counts * np.asarray(weighted)
+        return weights / weights.sum(), float(weights.sum() / counts.sum())
+
+
+@struct.dataclass
+class Level:
+    """One timestep's scalars (stacked over timesteps as scan inputs)."""
+
+    sigma: Any
+    sigma_next: Any
+    noisy: Any
+
+
+@struct.dataclass
+class Targets:
+    """Velocities to match at one state: the routed teachers', and the anchor's where β > 0.
+
+    `anchored [B]`: how often the anchor's count, where that is not once.
+    """
+
+    teacher: Any
+    anchor: Any = None
+    anchored: Any = None
+
+
+@struct.dataclass
+class Stored:
+    """What replay needs of each step of a rollout, all `[T, B, …]`."""
+
+    x: Any
+    x_next: Any
+    log_prob: Any
+    targets: Targets

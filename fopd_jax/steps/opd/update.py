@@ -1,0 +1,114 @@
+"""From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.config.identity import Config
+from fopd_jax.flow.rollout import noise_window
+from fopd_jax.flow.schedule import flow_match_sigmas
+from fopd_jax.flow.transition import make_transition
+from fopd_jax.models.mmdit import MMDiT
+from fopd_jax.objectives.opd import Objective
+from fopd_jax.parallel.gradients import GradientGroups
+from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
+from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.setup import lora_config
+from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
+from fopd_jax.steps.state import EMA, TrainState, init_state, state_shardings
+from fopd_jax.steps.student import ADAPTER, Student, network
+
+TRAINED = ("adapter", "params")
+
+
+@dataclasses.dataclass(frozen=True)
+class OPDUpdate:
+    """The update of a config on a mesh: `step(frozen, state, batch)`, jitted, its state donated.
+
+    `state`: shapes, dtypes and shardings of the state. `pieces`: what the step is made of.
+    """
+
+    step: Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]
+    state: TrainState
+    student: Student
+    pieces: OPDStep
+
+
+def make_update(
+    config: Config, model: MMDiT, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+) -> OPDUpdate:
+    """Build the update; `boxed`: the network's variables as shapes with logical axes.
+
+    Raises:
+      ValueError: names the field that is out of range, or that does not go with another.
+    """
+    if config.trained not in TRAINED:
+        raise ValueError(f"trained: found {config.trained!r}, expected one of {TRAINED}")
+    check_batch("batch_size", config.batch_size, mesh)
+    check_width(model.config.width, mesh)
+    spec.check(config.batch_size)
+    samples = config.batch_size // batch_ways(mesh)
+    if samples % spec.anchor_every:
+        raise ValueError(
+            f"anchor.every: found {spec.anchor_every}, expected a divisor of the {samples} samples a device"
+        )
+    everywhere = replicated(mesh)
+    if config.trained == "params":
+        trained = float32(nn.unbox(boxed)["params"])
+        places, student = parameter_shardings(mesh, boxed)["params"], network(jnp.dtype(config.model.dtype))
+    else:
+        trained = adapter_shapes(config, nn.unbox(boxed)["params"])
+        places, student = jax.tree.map(lambda _: everywhere, trained), ADAPTER
+    groups = GradientGroups(mesh, tuple(config.reduce_once), jax.tree.map(lambda place: place.spec, places))
+    ema = EMA(config.ema.decay, config.ema.every)
+    pieces = OPDStep(spec, make_velocity(model), optimizer, ema, student, groups)
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
+    state_places = state_shardings(state, optimizer, places)
+    return OPDUpdate(pieces.make((state_places, everywhere)), place(state, state_places), student, pieces)
+
+
+def make_spec(config: Config, latent_shape: tuple[int, int, int]) -> OPDSpec:
+    """The static part of the update from the config."""
+    sampler = config.sampler
+    noisy = (
+        np.ones(sampler.num_steps, bool) if sampler.window is None else noise_window(sampler.num_steps, *sampler.window)
+    )
+    return OPDSpec(
+        objective=Objective(**config.objective),
+        transition=make_transition(sampler.transition, sampler.noise_level),
+        sigmas=flow_match_sigmas(sampler.num_steps, config.shift),
+        noisy=noisy,
+        latent_shape=latent_shape,
+        teachers=tuple(config.tasks),
+        guidance=config.guidance,
+        teacher_guidance=(*(config.tasks[name].guidance for name in config.tasks), config.anchor.guidance),
+        updates_per_rollout=config.updates_per_rollout,
+        minibatches=config.minibatches,
+        whole_teachers=config.whole_teachers,
+        trained=sampler.trained,
+        anchor_every=config.anchor.every,
+        one_timestep=config.one_timestep,
+    )
+
+
+def adapter_shapes(config: Config, params: Tree) -> Tree:
+    """Shapes of the adapter that `config.adapter` describes on a network's parameters (arrays or shapes)."""
+    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, lora_config(config)))
+
+
+def float32(shapes: Tree) -> Tree:
+    """The same shapes in float32, in which everything trains."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
+
+
+def place(shapes: Tree, shardings: Tree) -> Tree:
+    """Shapes with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

@@ -1,1 +1,0 @@
-"""State, steps, loop, checkpoints and metrics."""

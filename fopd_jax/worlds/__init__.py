@@ -1,0 +1,1 @@
+"""What surrounds a network: tasks, prompt encoder, image decoder."""

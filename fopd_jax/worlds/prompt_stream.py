@@ -1,0 +1,62 @@
+"""Training prompts, drawn by the step alone."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from fopd_jax.config.identity import Config
+from fopd_jax.steps.opd.step import Batch
+from fopd_jax.worlds.world import World, routes, select_tasks
+
+
+class PromptStream:
+    """Training prompts as a function of the step alone: tasks by weight, prompts uniformly, teachers by task.
+
+    `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`.
+
+    Raises:
+      ValueError: an unknown task, a task without a teacher, or a batch that the group size does not divide.
+    """
+
+    def __init__(self, world: World, config: Config, rows: Int[np.ndarray, " n"] | None = None) -> None:
+        self.tasks = select_tasks(world, tuple(config.tasks))
+        taught = [name for name in self.tasks if config.tasks[name].teacher]
+        for task in self.tasks.values():
+            routes([task.name] * len(task.train), task.train, taught)
+        if config.images_per_prompt < 1 or config.batch_size < 1 or config.batch_size % config.images_per_prompt:
+            raise ValueError(
+                f"batch_size, images_per_prompt: found {config.batch_size}, {config.images_per_prompt}; "
+                "expected a positive multiple of a positive number"
+            )
+        self.encode, self.seed = world.encode, config.seed
+        self.count, self.repeats = config.batch_size // config.images_per_prompt, config.images_per_prompt
+        rows = np.arange(config.batch_size) if rows is None else rows
+        self.drawn, self.repeat = np.unique(rows // config.images_per_prompt, return_inverse=True)
+        weights = np.asarray([config.tasks[name].weight for name in self.tasks], float)
+        if (weights < 0).any() or weights.sum() <= 0:
+            raise ValueError(f"tasks: found weights {weights.tolist()}, expected non-negative ones, not all 0")
+        self.shares = weights / weights.sum()
+
+    def draw(self, step: int) -> tuple[list[str], list[str]]:
+        """The tasks and prompts of one step's whole batch, before prompts are repeated."""
+        rng = np.random.default_rng((self.seed, step))
+        tasks = [str(name) for name in rng.choice(list(self.tasks), self.count, p=self.shares)]
+        return tasks, [self.tasks[task].train[rng.integers(len(self.tasks[task].train))] for task in tasks]
+
+    def upto(self, steps: int) -> Iterator[str]:
+        """Every prompt of the first `steps` batches."""
+        return itertools.chain.from_iterable(self.draw(step)[1] for step in range(steps))
+
+    def describe(self, step: int, rows: Sequence[int]) -> list[str]:
+        """Task and prompt of some rows of one step's whole batch."""
+        tasks, prompts = self.draw(step)
+        return [f"{tasks[row // self.repeats]}: {prompts[row // self.repeats]!r}" for row in rows]
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of one step's batch."""
+        tasks, prompts = ([drawn[i] for i in self.drawn] for drawn in self.draw(step))
+        route = routes(tasks, prompts, tuple(self.tasks))
+        return jax.tree.map(lambda leaf: leaf[self.repeat], Batch(self.encode(prompts), route))

@@ -1,0 +1,439 @@
+"""Adapters on small networks and on SD3.5-Medium's shapes: neutral start, routing, merges, target groups."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fopd_jax.adapters.lora import (
+    TARGETS,
+    Adapter,
+    LoRAConfig,
+    average_factors,
+    concatenate,
+    conform,
+    delta,
+    effective,
+    init_adapter,
+    merge,
+    rank_of,
+    revive,
+    stack_bank,
+    target_kernels,
+    truncate,
+    zeros_like,
+)
+from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, convert_layers
+from fopd_jax.stages.pipeline import boxed_variables, init_variables
+
+Tree = Any
+TINY = MMDiTConfig(
+    depth=4, num_heads=2, head_dim=8, dual_layers=2, qk_norm=True, patch_size=2, channels=3,
+    context_dim=5, pooled_dim=7, table_size=4, base_size=4,
+)  # fmt: skip
+LATENT = (4, 6, 3)
+EVERYTHING = LoRAConfig(rank=3, alpha=6.0, targets=("attn", "attn2", "mlp"))
+
+
+def _noisy(seed: int, tree: Tree, std: float) -> Tree:
+    """Every leaf plus noise: at initialisation gates and `b` are zero and would hide what the adapters do."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [leaf + std * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+@functools.cache
+def _variables() -> Tree:
+    return _noisy(0, jax.jit(lambda: init_variables(MMDiT(TINY), LATENT, 0))(), 0.2)  # one compilation, not many
+
+
+def _adapter(seed: int, config: LoRAConfig = EVERYTHING) -> Adapter:
+    return _noisy(seed, init_adapter(jax.random.key(seed), _variables()["params"], config), 0.3)
+
+
+def _inputs(batch: int) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(9), 3)
+    x, context, pooled = (
+        jax.random.normal(key, (batch, *shape)) for key, shape in zip(keys, (LATENT, (4, 5), (7,)), strict=True)
+    )
+    return x, jnp.linspace(50.0, 900.0, batch), context, pooled
+
+
+@functools.cache
+def _forward(scan: bool) -> Any:
+    """`(adapter tree in scanned form, inputs, route) → v`, on a network in either form."""
+    variables = {**_variables(), "params": convert_layers(_variables()["params"], scan=scan)}
+    apply = jax.jit(MMDiT(TINY, scan_layers=scan).apply)
+
+    def forward(adapter: Tree, inputs: tuple[jax.Array, ...], route: jax.Array | None = None) -> jax.Array:
+        return apply({**variables, "adapter": convert_layers(adapter, scan=scan)}, *inputs, route)
+
+    return forward
+
+
+# ---- neutral start, scale, routing
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_fresh_adapter_leaves_the_base_exactly_as_it_is(scan: bool):
+    inputs = _inputs(2)
+    base = _forward(scan)({}, inputs)
+    fresh = init_adapter(jax.random.key(3), _variables()["params"], EVERYTHING)
+    np.testing.assert_array_equal(_forward(scan)(effective(fresh), inputs), base)
+    np.testing.assert_array_equal(_forward(scan)(effective(zeros_like(_adapter(1))), inputs), base)
+    bank = stack_bank({"one": fresh, "two": zeros_like(fresh)})
+    np.testing.assert_array_equal(_forward(scan)(bank, inputs, jnp.array([1, 0])), base)
+
+
+def test_effective_multiplies_b_by_alpha_over_rank():
+    adapter = _adapter(1)
+    for path, leaf in flatten_dict(effective(adapter)).items():
+        factor = 2.0 if path[-1] == "b" else 1.0  # alpha 6 / rank 3
+        np.testing.assert_array_equal(leaf, factor * flatten_dict(adapter.weights)[path])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_mixed_batch_over_a_bank_equals_each_sample_alone_with_its_own_adapter(scan: bool):
+    adapters = {name: _adapter(seed) for seed, name in enumerate(("text", "composition", "quality"), start=1)}
+    route = np.array([2, 0, 1, 1, 0], np.int32)
+    inputs = _inputs(len(route))
+    routed = _forward(scan)(stack_bank(adapters), inputs, jnp.asarray(route))
+    for i, k in enumerate(route):
+        alone = [leaf[i : i + 1] for leaf in inputs]
+        own = np.asarray(_forward(scan)(effective(list(adapters.values())[k]), tuple(alone)))
+        base = np.asarray(_forward(scan)({}, tuple(alone)))
+        norm = np.linalg.norm(own)
+        assert np.linalg.norm(routed[i : i + 1] - own) <= 1e-5 * norm
+        assert np.linalg.norm(own - base) > 1e-2 * norm  # else the comparison would prove nothing
+
+
+@pytest.mark.parametrize("names", [("to_k",), ("to_q", "add_v_proj")])
+def test_a_projection_without_an_update_equals_one_whose_update_is_zero(names: tuple[str, ...]):
+    """Queries, keys and values that all adapt share the product with `a`; others do not."""
+    weights, inputs, forward = effective(_adapter(1)), _inputs(2), _forward(True)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(weights)
+    some = unflatten_dict({path: leaf for path, leaf in flat.items() if path[-2] not in names})
+    zero = unflatten_dict({path: jnp.zeros_like(leaf) if path[-2] in names else leaf for path, leaf in flat.items()})
+    expected = np.asarray(forward(zero, inputs))
+    assert np.linalg.norm(forward(some, inputs) - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(forward(weights, inputs) - expected) > 1e-3 * np.linalg.norm(expected)
+
+
+def test_a_bank_holds_the_adapters_in_the_order_of_the_mapping_before_the_matrices():
+    one, two = _adapter(1), _adapter(2)
+    bank = flatten_dict(stack_bank({"z": one, "a": two}))
+    for path, leaf in bank.items():
+        expected = np.stack([flatten_dict(effective(each))[path] for each in (one, two)], axis=-3)
+        np.testing.assert_array_equal(leaf, expected)
+
+
+# ---- what does not fit
+
+
+def test_a_bank_of_unequal_ranks_names_adapter_layer_found_and_expected():
+    short = _adapter(2, LoRAConfig(2, 4.0, EVERYTHING.targets))
+    with pytest.raises(
+        ValueError, match=r"'short'.*'text'.*blocks/attn/\w+/a: found \(1, 16, 2\), expected \(1, 16, 3\)"
+    ):
+        stack_bank({"text": _adapter(1), "short": short})
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_bank_of_unequal_layers_names_the_one_that_is_missing_or_extra(swapped: bool):
+    few, many = (_adapter(1, LoRAConfig(3, 6.0, targets)) for targets in (("attn",), ("attn", "attn2")))
+    pair = [("few", few), ("many", many)]
+    with pytest.raises(ValueError, match=r"attn2/\w+/a: found .*, expected ") as error:
+        stack_bank(dict(pair[::-1] if swapped else pair))
+    found, expected = ("nothing", "(2, 16, 3)") if swapped else ("(2, 16, 3)", "nothing")
+    assert f"found {found}, expected {expected}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "adapter.rank: found 0"),
+        ({"rank": -4}, "adapter.rank: found -4"),
+        ({"targets": ()}, r"adapter.targets: found \(\)"),
+        ({"targets": ("attn", "attn3")}, "attn3.*attn2"),
+    ],
+)
+def test_impossible_configs_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**arguments)
+
+
+# ---- merges
+
+
+def _experts(count: int, d_in: int, d_out: int, ranks: tuple[int, ...], scales: tuple[float, ...]) -> list[Adapter]:
+    """Random adapters of one scanned and one single layer, float32."""
+    rng = np.random.default_rng(5)
+
+    def layer(rank: int, *layers: int) -> dict[str, jax.Array]:
+        a, b = rng.normal(size=(*layers, d_in, rank)), rng.normal(size=(*layers, rank, d_out))
+        return {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+
+    return [
+        Adapter({"blocks": {"attn": {"to_q": layer(rank, 2)}}, "last_block": {"attn": {"to_q": layer(rank)}}}, scale)
+        for rank, scale in zip(ranks[:count], scales, strict=True)
+    ]
+
+
+def _dense(adapter: Adapter) -> dict[str, np.ndarray]:
+    """ΔW by module in float64, written out apart from the package."""
+    flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(adapter.weights, sep="/").items()}
+    return {path[:-2]: adapter.scale * flat[path] @ flat[f"{path[:-1]}b"] for path in flat if path.endswith("/a")}
+
+
+def _average(adapters: list[Adapter], weights: tuple[float, ...]) -> dict[str, np.ndarray]:
+    dense = [_dense(adapter) for adapter in adapters]
+    return {path: sum(w * each[path] for w, each in zip(weights, dense, strict=True)) for path in dense[0]}
+
+
+def _error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """The largest relative error of any one module."""
+    assert found.keys() == expected.keys()
+    return max(np.linalg.norm(found[path] - expected[path]) / np.linalg.norm(expected[path]) for path in expected)
+
+
+UNEQUAL = {"ranks": (4, 3, 2), "scales": (2.0, 0.5, 3.0)}
+SHARES = (0.5, 0.2, -0.3)  # extrapolation counts too
+
+
+def test_delta_is_scale_times_a_times_b():
+    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
+    flat = flatten_dict(delta(adapter), sep="/")
+    assert _error({path: np.asarray(leaf) for path, leaf in flat.items()}, _dense(adapter)) <= 1e-6
+
+
+def test_concatenate_is_the_exact_weighted_sum_of_the_products_whatever_ranks_and_scales():
+    experts = _experts(3, 12, 10, **UNEQUAL)
+    joined = concatenate(experts, SHARES)
+    assert {leaf.shape[-1] for path, leaf in flatten_dict(joined.weights).items() if path[-1] == "a"} == {9}
+    assert _error(_dense(joined), _average(experts, SHARES)) <= 1e-6
+
+
+def test_one_expert_with_weight_one_is_itself():
+    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
+    assert _error(_dense(concatenate([adapter], [1.0])), _dense(adapter)) <= 1e-7
+
+
+@pytest.mark.parametrize("alpha", [1.0, 64.0])
+def test_truncation_to_the_full_rank_reproduces_the_sum(alpha: float):
+    joined = concatenate(_experts(3, 12, 10, **UNEQUAL), SHARES)
+    whole = truncate(joined, LoRAConfig(9, alpha))
+    assert whole.scale == alpha / 9
+    assert _error(_dense(whole), _dense(joined)) <= 1e-5
+
+
+@pytest.mark.parametrize("d_in", [12, 6])  # 6: the sum of the ranks exceeds the width
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_truncation_to_a_lower_rank_is_the_best_one(rank: int, d_in: int):
+    joined = concatenate(_experts(3, d_in, 10, **UNEQUAL), SHARES)
+    exact, short = _dense(joined), _dense(truncate(joined, LoRAConfig(rank, 2.0 * rank)))
+    for path, matrix in exact.items():
+        tail = np.linalg.svd(matrix, compute_uv=False)[..., rank:]
+        error = np.linalg.norm(short[path] - matrix, axis=(-2, -1))
+        np.testing.assert_allclose(error, np.sqrt(np.square(tail).sum(-1)), rtol=1e-5)
+
+
+def test_truncation_balances_the_factors():
+    short = truncate(concatenate(_experts(3, 12, 10, **UNEQUAL), SHARES), LoRAConfig(3, 6.0))
+    flat = flatten_dict(short.weights, sep="/")
+    for path in [path for path in flat if path.endswith("/a")]:
+        columns, rows = np.linalg.norm(flat[path], axis=-2), np.linalg.norm(flat[f"{path[:-1]}b"], axis=-1)
+        np.testing.assert_allclose(columns, rows, rtol=1e-5)
+
+
+def test_truncation_cannot_raise_the_rank():
+    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
+    with pytest.raises(ValueError, match="found 5, but the merged layers have rank 4 at most"):
+        truncate(adapter, LoRAConfig(5, 10.0))
+
+
+def test_averaged_factors_keep_only_part_of_the_average():
+    """For K independent experts both the norm ratio and the cosine tend to 1/√K."""
+    experts = _experts(3, 192, 192, (16,) * 3, (2.0,) * 3)
+    thirds = (1 / 3,) * 3
+    exact, factors = _average(experts, thirds), _dense(average_factors(experts, thirds))
+    for path, matrix in exact.items():
+        for good, bad in zip(matrix.reshape(-1, 192 * 192), factors[path].reshape(-1, 192 * 192), strict=True):
+            ratio = np.linalg.norm(bad) / np.linalg.norm(good)
+            cosine = good @ bad / np.linalg.norm(good) / np.linalg.norm(bad)
+            assert abs(ratio - 1 / math.sqrt(3)) < 0.02
+            assert abs(cosine - 1 / math.sqrt(3)) < 0.02
+
+
+def test_averaged_factors_respect_every_adapters_own_scale():
+    experts = _experts(3, 12, 10, (4,) * 3, (2.0, 0.5, 3.0))
+    folded = [Adapter(effective(each), 1.0) for each in experts]  # the same updates at one scale
+    expected = _dense(average_factors(folded, SHARES))
+    assert _error(_dense(average_factors(experts, SHARES)), expected) <= 1e-6
+
+
+def test_merge_chooses_by_name():
+    experts, thirds = _experts(3, 12, 10, (4,) * 3, (2.0,) * 3), (1 / 3,) * 3
+    config = LoRAConfig(4, 8.0)
+    expected = {
+        "svd": truncate(concatenate(experts, thirds), config),
+        "concatenate": concatenate(experts, thirds),
+        "factors": average_factors(experts, thirds),
+    }
+    for method, adapter in expected.items():
+        jax.tree.map(np.testing.assert_array_equal, merge(method, experts, thirds, config), adapter)
+    with pytest.raises(ValueError, match=r"cold_start\.merge: found 'mean', expected one of \('svd', 'concatenate',"):
+        merge("mean", experts, thirds, config)
+
+
+# ---- other ranks, fewer layers
+
+
+def _whole(adapter: Adapter) -> Adapter:
+    """Small whole numbers, whose products and sums float32 holds exactly in any order."""
+    return Adapter(jax.tree.map(lambda leaf: jnp.round(4 * leaf), adapter.weights), 2.0)
+
+
+@pytest.mark.parametrize(("targets", "rank"), [(("attn",), 3), (("attn", "mlp"), 4), (EVERYTHING.targets, 9)])
+def test_a_conformed_adapter_has_exactly_the_same_update(targets: tuple[str, ...], rank: int):
+    layers = _adapter(1).weights
+    adapter = _whole(_adapter(2, LoRAConfig(3, 6.0, targets)))
+    padded = conform("two", adapter, layers, rank)
+    assert padded.scale == adapter.scale
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(padded.weights).items()}
+    assert shapes.keys() == flatten_dict(layers).keys()
+    assert {shape[-1] if path[-1] == "a" else shape[-2] for path, shape in shapes.items()} == {rank}
+    assert rank_of(padded) == rank
+    expected = flatten_dict(delta(adapter), sep="/")
+    for path, update in flatten_dict(delta(padded), sep="/").items():
+        np.testing.assert_array_equal(update, expected.get(path, np.zeros_like(update)))
+    assert any(leaf.any() for leaf in expected.values())
+
+
+def test_an_adapter_that_fits_is_left_as_it_is():
+    adapter = _adapter(1)
+    jax.tree.map(np.testing.assert_array_equal, conform("one", adapter, adapter.weights, 3), adapter)
+
+
+def test_layers_may_be_shapes_and_ranks_may_differ_by_layer():
+    """PEFT's `rank_pattern`: the largest rank counts."""
+    shapes = jax.eval_shape(lambda: _adapter(1))
+    adapter = _whole(_adapter(2))
+    query = adapter.weights["last_block"]["attn"]["to_q"]
+    query["a"], query["b"] = query["a"][:, :1], query["b"][:1]
+    assert rank_of(adapter) == 3
+    padded = conform("two", adapter, shapes.weights, 3)
+    assert padded.weights["last_block"]["attn"]["to_q"]["a"].shape == (16, 3)
+    jax.tree.map(np.testing.assert_array_equal, delta(padded), delta(adapter))
+
+
+@pytest.mark.parametrize(
+    ("lora", "targets", "rank", "message"),
+    [
+        (LoRAConfig(3, 6.0, ("attn", "attn2")), ("attn",), 3, r"'two' adapts dual_blocks/attn2/\w+/[ab], but adapter"),
+        (LoRAConfig(3, 6.0), ("mlp",), 3, r"'two' adapts \w+/attn/\w+/[ab], but adapter.targets leaves that layer out"),
+        (LoRAConfig(4, 8.0), ("attn",), 3, r"'two' at \w+/attn/\w+/a: found shape \(1, 16, 4\), expected .* up to 3"),
+    ],
+)
+def test_what_cannot_be_padded_is_named(lora: LoRAConfig, targets: tuple[str, ...], rank: int, message: str):
+    layers = jax.eval_shape(lambda: _adapter(1, LoRAConfig(3, 6.0, targets))).weights
+    with pytest.raises(ValueError, match=message):
+        conform("two", _adapter(2, lora), layers, rank)
+
+
+@pytest.mark.parametrize("leaf", ["a", "b"])
+def test_a_layer_of_another_size_is_named(leaf: str):
+    adapter, layers = _adapter(2), jax.eval_shape(lambda: _adapter(1)).weights
+    up = adapter.weights["blocks"]["ff"]["up"]
+    up[leaf] = up[leaf][:, :-1] if leaf == "a" else up[leaf][..., :-1]
+    with pytest.raises(ValueError, match=rf"blocks/ff/up/{leaf}: found shape .*, expected \(1, \d+\) and a rank up to"):
+        conform("two", adapter, layers, 3)
+
+
+@pytest.mark.parametrize("method", ["svd", "concatenate", "factors"])
+def test_a_merge_can_be_trained_in_every_component(method: str):
+    """Where both factors are zero neither would ever get a gradient: of a layer no teacher adapts, of padded ranks."""
+    experts = _experts(2, 12, 10, (2, 4), (2.0, 0.5))
+    layers = jax.tree.map(lambda leaf: leaf, experts[1].weights)
+    layers["blocks"]["ff"] = {"up": layers["blocks"]["attn"]["to_q"]}
+    merged = merge(
+        method, [conform(str(k), each, layers, 4) for k, each in enumerate(experts)], (0.5, 0.5), LoRAConfig(4)
+    )
+    alive = revive(jax.random.key(0), merged)
+    assert alive.scale == merged.scale
+    before, after = flatten_dict(merged.weights, sep="/"), flatten_dict(alive.weights, sep="/")
+    assert before.keys() == after.keys()
+    assert not before["blocks/ff/up/a"].any()
+    for path, leaf in after.items():
+        there = before[path] != 0
+        np.testing.assert_array_equal(leaf[there], before[path][there])
+        if path.endswith("a"):
+            assert (leaf.any(-2) | after[f"{path[:-1]}b"].any(-1)).all()
+    assert _dense(alive).keys() == _dense(merged).keys()
+    for path, update in _dense(alive).items():
+        np.testing.assert_array_equal(update, _dense(merged)[path])
+
+
+def test_what_is_alive_is_left_as_it_is():
+    fresh = init_adapter(jax.random.key(1), _variables()["params"], EVERYTHING)
+    for adapter in (fresh, _adapter(1)):
+        jax.tree.map(np.testing.assert_array_equal, revive(jax.random.key(0), adapter), adapter)
+
+
+# ---- targets and initial values
+
+
+@functools.cache
+def _medium() -> Tree:
+    """SD3.5-Medium's parameter shapes."""
+    return nn.unbox(boxed_variables(MMDiT(PRESETS["sd35_medium"]), (64, 64, 16))["params"])
+
+
+def _count_modules(params: Tree, targets: tuple[str, ...]) -> int:
+    """Dense layers that get an adapter; a scanned stack holds one per layer."""
+    return sum(math.prod(kernel.shape[:-2]) for kernel in target_kernels(params, targets).values())
+
+
+def test_default_targets_are_the_joint_attention_of_sd35_medium():
+    config = LoRAConfig()
+    assert _count_modules(_medium(), config.targets) == 191  # 24 blocks x 8, but the last has no to_add_out
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), _medium(), config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == 191 * 2 * 1536 * 32  # 18.8 million
+    modules = {path[-3:-1] for path in flatten_dict(adapter.weights)}
+    assert modules == {tuple(name.split("/")) for name in TARGETS["attn"]}
+    assert not any("attn2" in path for path in flatten_dict(adapter.weights))
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [(("attn2",), 13 * 4), (("mlp",), 24 * 2 + 23 * 2), (("attn", "attn2", "mlp"), 191 + 52 + 94)],
+)
+def test_target_groups_of_sd35_medium(targets: tuple[str, ...], modules: int):
+    assert _count_modules(_medium(), targets) == modules
+
+
+def test_target_groups_do_not_depend_on_scanning():
+    params = _variables()["params"]
+    for group in TARGETS:
+        assert _count_modules(params, (group,)) == _count_modules(convert_layers(params, scan=False), (group,))
+
+
+def test_initial_values_are_pefts_gaussian_ones():
+    shapes = jax.ShapeDtypeStruct((3, 256, 64), jnp.float32)
+    params = {"blocks": {"attn": {"to_q": {"kernel": shapes}, "to_k": {"kernel": shapes}}}}
+    adapter = init_adapter(jax.random.key(1), params, LoRAConfig(8, 16.0))
+    a = np.stack([adapter.weights["blocks"]["attn"][name]["a"] for name in ("to_q", "to_k")])
+    assert adapter.scale == 2.0
+    for layer in a.reshape(6, -1):  # 2048 draws each: five standard errors
+        assert abs(layer.std() * 8 - 1) < 5 / math.sqrt(2 * layer.size)
+        assert abs(layer.mean() * 8) < 5 / math.sqrt(layer.size)
+    assert len(np.unique(a)) > 0.99 * a.size  # no two layers share their draws
+    for leaf in adapter.weights["blocks"]["attn"].values():
+        assert leaf["b"].shape == (3, 8, 64)
+        assert not leaf["b"].any()

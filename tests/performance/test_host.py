@@ -1,0 +1,34 @@
+"""What a measurement says of its machine and sources."""
+
+import subprocess
+
+import jax
+import pytest
+
+from fopd_jax.performance import host
+
+
+def test_versions_of_what_is_installed_and_none_of_the_rest():
+    assert host.versions(["jax", "no-such-package"]) == {"jax": jax.__version__, "no-such-package": None}
+
+
+def test_hardware_names_processor_threads_and_memory():
+    found = host.hardware()
+    assert found["cpu"]
+    assert 1 <= found["threads"] <= found["cores"]
+    assert found["memory_gib"] >= 1
+
+
+@pytest.mark.parametrize("failure", [OSError("no such program"), subprocess.CalledProcessError(9, "nvidia-smi")])
+def test_without_a_gpu_or_a_repository_the_fields_are_empty(failure: Exception, monkeypatch: pytest.MonkeyPatch):
+    def run(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert (host.gpu(), host.commit()) == ("", "")
+
+
+@pytest.mark.parametrize(("status", "expected"), [("", "abc"), (" M file", "abc+")])
+def test_the_commit_tells_of_uncommitted_changes(status: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "_output", lambda command: "abc" if "rev-parse" in command else status)
+    assert host.commit() == expected

@@ -1,0 +1,65 @@
+"""Names of machines, and what is said where a machine cannot be had."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from fopd_jax.performance import topology
+from fopd_jax.performance.topology import CHIPS, GIB, configure, parse_topology, topology_devices
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("v6e:16x16", 256), ("v5e:2x4", 8), ("v5p:4x4x4", 64), ("v5p:2x2x1", 4), ("cpu:8", 8)]
+)
+def test_a_name_says_how_many_chips(name: str, count: int):
+    found = parse_topology(name)
+    assert found.count == count
+    assert found.chip == CHIPS.get(name.partition(":")[0])
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v6", "tpu:2x2", "", "cpu8"])
+def test_unknown_kinds_are_named_with_the_known_ones(name: str):
+    with pytest.raises(ValueError, match=rf"topology: found '{name}', expected cpu:N or one of v5e, v5p, v6e"):
+        parse_topology(name)
+
+
+@pytest.mark.parametrize("name", ["v6e:4", "v6e:2x2x2", "v6e:0x4", "v6e:2xx4", "v6e:-2x4", "v6e:2x4 "])
+def test_shapes_that_a_torus_cannot_have_are_named(name: str):
+    with pytest.raises(ValueError, match=rf"topology: found '{name}', expected v6e:AxB of lengths ≥ 1"):
+        parse_topology(name)
+
+
+def test_every_kind_has_its_own_shape():
+    with pytest.raises(ValueError, match="expected v5p:AxBxC"):
+        parse_topology("v5p:4x4")
+    with pytest.raises(ValueError, match="expected cpu:A of lengths"):
+        parse_topology("cpu:2x2")
+
+
+def test_figures_of_a_chip_are_plausible():
+    """Peak over memory bandwidth is a few hundred FLOPs a byte on every chip; memory is what the datasheet rounds."""
+    for chip in CHIPS.values():
+        assert 100 < chip.peak_flops / chip.hbm_bandwidth < 700
+    assert {kind: round(chip.hbm / GIB) for kind, chip in CHIPS.items()} == {"v5e": 16, "v5p": 96, "v6e": 31}
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"v6e:2x4 needs the TPU compiler; pip install 'fopd_jax\[tpu-aot\]'"):
+        configure(parse_topology("v6e:2x4"))
+
+
+def test_simulated_devices_must_be_asked_for_first():
+    assert jax.device_count() < 64
+    with pytest.raises(ValueError, match="cpu:64 must be asked for before anything is computed"):
+        configure(parse_topology("cpu:64"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
+def test_a_slice_that_does_not_exist_is_refused_by_the_compiler(monkeypatch: pytest.MonkeyPatch):
+    for variable, value in topology._ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    assert len(topology_devices(parse_topology("v5p:4x4x4"))) == 64  # a chip with two cores is one device
+    with pytest.raises(ValueError, match=r"topology: v6e:3x5: INVALID_ARGUMENT: .* not divisible"):
+        topology_devices(parse_topology("v6e:3x5"))

@@ -1,0 +1,431 @@
+"""The loop on a toy problem: what it logs, saves, resumes and refuses, and in which order."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fopd_jax.running import loop
+from fopd_jax.running.checkpoints import Checkpoints, newest_step
+from fopd_jax.running.goodput import Goodput
+from fopd_jax.running.guards import Alarms, Guard
+from fopd_jax.running.loop import Cadence, Experiment
+from fopd_jax.running.metrics import MetricWriter
+from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.supervision import Supervision
+from fopd_jax.running.watchdog import Watchdog
+from fopd_jax.steps.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
+
+OPTIMIZER = make_optimizer(0.1, 1, (0.9, 0.99), 0.0, 1.0)
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+Step = Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]]
+
+
+@jax.jit
+def _step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Move the weights towards the batch plus this step's noise."""
+    target = batch + jax.random.normal(state.rng(), batch.shape)
+    loss, gradients = jax.value_and_grad(lambda w: jnp.square(w - target).mean())(state.trained)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
+        state, norm = apply_gradients(state, gradients, OPTIMIZER)
+    return advance(state, EMA(0.9, 1)), {"loss": loss, "norm": norm}
+
+
+class Recorder(Checkpoints, MetricWriter):
+    """Stands for both checkpoints and writer, and keeps one list of everything that happened."""
+
+    def __init__(self, saved: TrainState | None = None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.images: list[tuple[int, dict[str, np.ndarray]]] = []
+        self.scores: dict[int, dict[str, float]] = {}
+        self.saved = saved
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        kind = next(iter(scalars)).partition("/")[0]
+        self.events.append((kind, step))
+        self.scalars.append((step, dict(scalars)))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self.events.append(("images", step))
+        self.images.append((step, dict(images)))
+
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+        assert int(state.step) == step
+        self.events.append(("save", step))
+        self.scores[step] = dict(metrics or {})
+
+    def wait(self) -> None:
+        pass
+
+    def latest_step(self) -> int | None:
+        return None if self.saved is None else int(self.saved.step)
+
+    def restore(self, state: TrainState) -> TrainState:
+        assert self.saved is not None
+        return self.saved
+
+    def wrap(self, step: Step) -> Step:
+        def recorded(state: TrainState, batch: Any) -> Any:
+            self.events.append(("step", len([kind for kind, _ in self.events if kind == "step"]) + 1))
+            return step(state, batch)
+
+        return recorded
+
+
+def _experiment(step: Step = _step) -> Experiment:
+    return Experiment(
+        state=init_state(jnp.zeros(3), OPTIMIZER, 0),
+        step=step,
+        batch=lambda i: np.full(3, i, np.float32),
+        batch_size=3,
+        sharding=SHARDING,
+        evaluate=lambda state, progress: {"score": float(state.ema.sum())},
+        draw=lambda state: {"samples": np.full((2, 2, 3), int(state.step), np.uint8)},
+    )
+
+
+def _run(recorder: Recorder, cadence: Cadence, step: Step = _step) -> TrainState:
+    experiment = _experiment(step)
+    return loop.run(dataclasses.replace(experiment, step=recorder.wrap(step)), cadence, recorder, recorder)
+
+
+def _poisoned(at: int, metric: str, value: float) -> Step:
+    """The step, with one metric of one step replaced."""
+
+    poison = jnp.int32(at), jnp.float32(value)
+    return lambda state, batch: _poisoned_step(state, batch, metric, *poison)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _poisoned_step(state: TrainState, batch: Any, metric: str, at: Any, value: Any) -> Any:
+    state, metrics = _step(state, batch)
+    return state, metrics | {metric: jnp.where(state.step == at, value, metrics[metric])}
+
+
+# ---- order
+
+
+def test_metrics_are_fetched_one_step_late_and_none_is_lost():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=4, log_every=1, checkpoint_every=100, eval_every=0))
+    assert recorder.events == [
+        ("step", 1), ("step", 2), ("train", 1), ("step", 3), ("train", 2), ("step", 4), ("train", 3), ("train", 4),
+        ("save", 4),
+    ]  # fmt: skip
+
+
+def test_a_state_is_checked_then_evaluated_then_saved():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=5, log_every=2, checkpoint_every=2, eval_every=4))
+    assert [event for event in recorder.events if event[0] != "step"] == [
+        ("train", 2), ("save", 2), ("train", 4), ("eval", 4), ("images", 4), ("save", 4),
+        ("train", 5), ("eval", 5), ("images", 5), ("save", 5),
+    ]  # fmt: skip
+
+
+def test_logged_values_are_those_of_their_step():
+    recorder = Recorder()
+    state = _run(recorder, Cadence(steps=3, log_every=1, checkpoint_every=2, eval_every=3))
+    expected = init_state(jnp.zeros(3), OPTIMIZER, 0)
+    for i in range(3):
+        expected, metrics = _step(expected, jnp.full(3, float(i)))
+        assert recorder.scalars[i] == (i + 1, {f"train/{name}": float(value) for name, value in metrics.items()})
+    assert recorder.scalars[3] == (3, {"eval/score": float(state.ema.sum())})
+    ((step, images),) = recorder.images
+    assert step == 3
+    np.testing.assert_array_equal(images["samples"], np.full((2, 2, 3), 3))
+
+
+def test_batches_are_put_where_the_experiment_says():
+    seen: list[Any] = []
+
+    def watch(state: TrainState, batch: Any) -> Any:
+        seen.append(batch)
+        return _step(state, batch)
+
+    _run(Recorder(), Cadence(2, 1, 1, 0), watch)
+    assert [(type(batch), batch.sharding) for batch in seen] == [(type(jnp.zeros(3)), SHARDING)] * 2
+
+
+def test_no_evaluation_with_an_interval_of_zero():
+    recorder = Recorder()
+    _run(recorder, Cadence(steps=2, log_every=1, checkpoint_every=1, eval_every=0))
+    assert not [event for event in recorder.events if event[0] in ("eval", "images")]
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("stops", [(2,), (1, 3), (3, 4)])
+def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, stops: tuple[int, ...]):
+    def run(folder: Path, steps: int) -> TrainState:
+        checkpoints = Checkpoints(folder, keep=1, config_hash="")
+        state = loop.run(_experiment(), Cadence(steps, 1, 1, 0), checkpoints, Recorder())
+        checkpoints.close()
+        return state
+
+    for steps in stops:
+        run(tmp_path / "parts", steps)
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts", 6), run(tmp_path / "whole", 6))
+
+
+def test_a_finished_run_does_nothing_more():
+    state = _run(Recorder(), Cadence(2, 1, 1, 0))
+    recorder = Recorder(saved=state)
+    assert _run(recorder, Cadence(2, 1, 1, 1)) is state
+    assert recorder.events == []
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused():
+    recorder = Recorder(saved=_run(Recorder(), Cadence(3, 1, 1, 0)))
+    with pytest.raises(ValueError, match="steps: found 2, but this workdir is already at step 3"):
+        _run(recorder, Cadence(2, 1, 1, 0))
+    assert recorder.events == []
+
+
+# ---- what stops a run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("metric", ["loss", "norm"])
+@pytest.mark.parametrize(("every", "saved"), [(1, [1, 2]), (2, [2])])
+def test_a_metric_that_is_not_finite_stops_the_run_before_it_is_saved(
+    value: float, metric: str, every: int, saved: list[int]
+):
+    recorder = Recorder()
+    cadence = Cadence(steps=6, log_every=100, checkpoint_every=every, eval_every=every)
+    with pytest.raises(FloatingPointError, match=f"step 3: metric '{metric}' is {value}"):
+        _run(recorder, cadence, _poisoned(3, metric, value))
+    assert [step for kind, step in recorder.events if kind == "save"] == saved
+    assert [step for kind, step in recorder.events if kind == "eval"] == saved
+
+
+def test_a_metric_that_is_not_finite_at_the_last_step_is_noticed_too():
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match="step 3"):
+        _run(recorder, Cadence(3, 100, 100, 0), _poisoned(3, "loss", float("nan")))
+    assert ("save", 3) not in recorder.events
+
+
+def test_a_step_that_moves_data_to_the_device_unasked_is_an_error():
+    add = jax.jit(lambda x, y: x + y)
+
+    def leaky(state: TrainState, batch: Any) -> Any:
+        return _step(state, add(batch, np.ones(3, np.float32)))
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        _run(Recorder(), Cadence(2, 1, 1, 0), leaky)
+
+
+def test_transfers_are_allowed_again_outside_of_the_step():
+    seen = []
+
+    def watch(state: TrainState, batch: Any) -> Any:
+        guards = (jax.config.jax_transfer_guard_host_to_device, jax.config.jax_transfer_guard_device_to_host)
+        seen.append(guards)
+        return _step(state, batch)
+
+    before = jax.config.jax_transfer_guard_host_to_device
+    _run(Recorder(), Cadence(2, 1, 1, 1), watch)
+    assert seen == [("disallow", "disallow")] * 2
+    assert jax.config.jax_transfer_guard_host_to_device == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("steps", -1, 0),
+        ("eval_every", -2, 0),
+        ("log_every", 0, 1),
+        ("log_every", -1, 1),
+        ("checkpoint_every", 0, 1),
+        ("checkpoint_every", -5, 1),
+    ],
+)
+def test_impossible_cadences_name_the_field(field: str, value: int, least: int):
+    right = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 1}
+    with pytest.raises(ValueError, match=f"{field}: found {value}, expected at least {least}"):
+        Cadence(**right | {field: value})
+
+
+def test_zero_steps_are_a_run_without_training():
+    recorder = Recorder()
+    state = _run(recorder, Cadence(0, 1, 1, 1))
+    assert int(state.step) == 0
+    assert recorder.events == []
+
+
+# ---- updates that did not land
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _guarded(state: TrainState, batch: jax.Array, bad: tuple[int, ...]) -> Any:
+    """The step as the guard inside it makes it: the updates of `bad` steps do not land, and say so."""
+    new, metrics = _step(state, batch)
+    skipped = jnp.isin(new.step, jnp.asarray(bad, jnp.int32))
+    landed = jax.tree.map(lambda after, before: jnp.where(skipped, before, after), new, state)
+    losses = jnp.where(skipped & (jnp.arange(3) == 1), jnp.nan, batch)
+    loss = jnp.where(skipped, jnp.nan, metrics["loss"])
+    news = {"loss": loss, "skipped": skipped.astype(jnp.float32), "samples/loss": losses}
+    return dataclasses.replace(landed, step=new.step), metrics | news
+
+
+def _skipping(folder: Path, most: int, bad: tuple[int, ...], recorder: Recorder) -> TrainState:
+    experiment = dataclasses.replace(
+        _experiment(lambda state, batch: _guarded(state, batch, bad)),
+        describe=lambda i, rows: [f"row {row} of batch {i}" for row in rows],
+    )
+    watch = Supervision(guard=Guard(folder, most))
+    return loop.run(experiment, Cadence(6, 2, 2, 0), recorder, recorder, watch)
+
+
+def test_a_bad_update_stops_the_run_before_it_is_saved(tmp_path: Path):
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match=r"step 3: loss is nan; bad samples: 1 \(row 1 of batch 2\)"):
+        _skipping(tmp_path, 0, (3,), recorder)
+    assert [step for kind, step in recorder.events if kind == "save"] == [2]
+    batch = load_file(tmp_path / "nonfinite" / "step_3.safetensors")
+    np.testing.assert_array_equal(batch[""], np.full(3, 2.0))
+
+
+def test_the_run_goes_on_beside_as_many_bad_updates_as_allowed(tmp_path: Path):
+    recorder = Recorder()
+    state = _skipping(tmp_path, 2, (3, 4), recorder)
+    assert int(state.step) == 6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    logged = dict(recorder.scalars)
+    assert sorted(logged) == [2, 3, 4, 6]  # a bad one is always logged
+    assert [step for step, values in logged.items() if values["train/skipped"]] == [3, 4]
+    assert "train/loss" not in logged[3]
+    assert not any("samples" in name for values in logged.values() for name in values)
+    with pytest.raises(FloatingPointError, match=r"step 4: .*this is number 2"):
+        _skipping(tmp_path / "other", 1, (3, 4), Recorder())
+
+
+def test_alarms_are_logged_and_stop_nothing():
+    recorder = Recorder()
+    watch = Supervision(alarms=Alarms({"norm": (-1.0, 0.0)}))
+    loop.run(_experiment(), Cadence(3, 2, 3, 0), recorder, recorder, watch)
+    assert [step for step, _ in recorder.scalars] == [1, 2, 3]  # an alarm is logged whatever the cadence
+    assert all(values["alarms/norm"] == 1 for _, values in recorder.scalars)
+
+
+# ---- signals, restarts, full disks
+
+
+def _signalling_twice(at: int, number: signal.Signals) -> Step:
+    """The step; during its `at`th call somebody asks the process to stop, and once more."""
+    calls = itertools.count(1)
+
+    def step(state: TrainState, batch: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return _step(state, batch)
+
+    return step
+
+
+def _finish(folder: Path, step: Step) -> TrainState:
+    """One run on real files."""
+    checkpoints, recorder = Checkpoints(folder, keep=2, config_hash=""), MetricWriter(folder, 0)
+    watch = Supervision(workdir=folder, goodput=Goodput(folder / "goodput.json"))
+    try:
+        return loop.run(_experiment(step), Cadence(6, 1, 4, 0), checkpoints, recorder, watch)
+    finally:
+        recorder.close()
+        checkpoints.close()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(tmp_path: Path, number: signal.Signals, status: int):
+    with pytest.raises(Preempted, match=f"{number.name}: stopped after step 3, saved in") as stop:
+        _finish(tmp_path / "parts", _signalling_twice(3, number))
+    assert stop.value.status == status
+    assert newest_step(tmp_path / "parts") == 3  # 4 would have been the next
+    resumed = _finish(tmp_path / "parts", _step)
+    jax.tree.map(np.testing.assert_array_equal, resumed, _finish(tmp_path / "whole", _step))
+    record = json.loads((tmp_path / "parts" / "goodput.json").read_text())
+    assert record["runs"] == 2
+    assert record["seconds"]["lost"] < 0.05 * sum(record["seconds"].values())
+
+
+def test_an_evaluation_is_left_for_a_signal_and_made_up_for(tmp_path: Path):
+    seen = []
+
+    def evaluate(state: TrainState, progress: loop.Progress) -> dict[str, float]:
+        seen.append(int(state.step))
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(1)
+        return {"score": float(state.ema.sum())}
+
+    def run(folder: Path) -> list[dict[str, float]]:
+        checkpoints = Checkpoints(folder, keep=2, config_hash="")
+        writer = MetricWriter(folder, checkpoints.latest_step() or 0)
+        experiment = dataclasses.replace(_experiment(), evaluate=evaluate)
+        try:
+            loop.run(experiment, Cadence(4, 1, 4, 2), checkpoints, writer, Supervision(workdir=folder))
+        finally:
+            writer.close()
+            checkpoints.close()
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    with pytest.raises(Preempted, match="stopped after step 2"):
+        run(tmp_path / "parts")
+    found = run(tmp_path / "parts")
+    assert seen == [2, 2, 4]
+    assert found == run(tmp_path / "whole")
+
+
+def test_scores_are_saved_with_the_state_they_belong_to():
+    recorder = Recorder()
+    _run(recorder, Cadence(4, 1, 1, 2))
+    assert {step for step, scores in recorder.scores.items() if "score" in scores} == {2, 4}
+
+
+def test_a_save_that_fails_is_tried_again_at_the_next_checkpoint(capsys: pytest.CaptureFixture[str]):
+    class Full(Recorder):
+        full: frozenset[int] = frozenset()
+
+        def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+            if step in self.full:
+                raise OSError("no space left on device")
+            super().save(step, state, metrics)
+
+    recorder = Full()
+    recorder.full = frozenset({2, 3})
+    _run(recorder, Cadence(6, 1, 1, 0))
+    assert [step for kind, step in recorder.events if kind == "save"] == [1, 4, 5, 6]
+    assert "warning: step 2: no checkpoint saved: saving failed (no space left on device)" in capsys.readouterr().err
+    recorder = Full()
+    recorder.full = frozenset({2, 3, 4})
+    with pytest.raises(OSError, match=r"step 4: .*3 in a row; the ones before are intact"):
+        _run(recorder, Cadence(6, 1, 1, 0))
+
+
+def test_the_watchdog_hears_of_every_step_checkpoint_and_part_of_an_evaluation(monkeypatch: pytest.MonkeyPatch):
+    heard: list[str] = []
+    dog = Watchdog()
+    monkeypatch.setattr(dog, "beat", heard.append)
+    recorder = Recorder()
+
+    def evaluate(state: TrainState, progress: loop.Progress) -> dict[str, float]:
+        progress(1)
+        return {"score": 1.0}
+
+    experiment = dataclasses.replace(_experiment(), evaluate=evaluate)
+    loop.run(experiment, Cadence(2, 1, 2, 2), recorder, recorder, Supervision(watchdog=dog))
+    assert heard == ["step 1", "step 2", "part of the evaluation at step 2", "the checkpoint of step 2"]

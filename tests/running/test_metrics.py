@@ -1,0 +1,102 @@
+"""Metrics on disk: one JSON line a step, TensorBoard beside it, and what resuming drops."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from fopd_jax.running import metrics
+from fopd_jax.running.metrics import MetricWriter
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _write(folder: Path, resume: int, steps: range) -> None:
+    writer = MetricWriter(folder, resume)
+    for step in steps:
+        writer.write_scalars(step, {"train/loss": 1 / step})
+    writer.close()
+
+
+def _events(folder: Path) -> Iterator[Event]:
+    """Every record of TensorBoard's event files: length, its checksum, the event, its checksum."""
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+
+
+def test_a_line_holds_its_step_and_all_values(tmp_path: Path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write_scalars(3, {"train/loss": 0.1, "eval/text": 0.25})
+    assert _lines(tmp_path) == [{"step": 3, "train/loss": 0.1, "eval/text": 0.25}]  # before closing
+    writer.close()
+
+
+def test_resuming_drops_lines_of_updates_that_were_lost(tmp_path: Path):
+    _write(tmp_path, 0, range(1, 8))
+    _write(tmp_path, 4, range(5, 7))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_checkpoint_starts_its_metrics_over(tmp_path: Path):
+    _write(tmp_path, 0, range(1, 4))
+    _write(tmp_path, 0, range(1, 2))
+    assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("rest", ['{"step": 4, "train/lo', '{"st', "4", "", '{"loss": 1.0}', "[4]", "\0\0\0"])
+def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path, rest: str):
+    _write(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(rest)
+    _write(tmp_path, 9, range(10, 11))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 10]
+
+
+def test_a_whole_line_without_its_newline_is_kept_apart_from_the_next(tmp_path: Path):
+    _write(tmp_path, 0, range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    _write(tmp_path, 2, range(3, 4))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_no_temporary_file_stays(tmp_path: Path):
+    _write(tmp_path, 0, range(1, 3))
+    _write(tmp_path, 1, range(2, 3))
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_tensorboard_reads_scalars_and_images(tmp_path: Path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write_scalars(2, {"train/loss": 0.5})
+    writer.write_images(2, {"samples": np.zeros((4, 5, 3), np.uint8)})
+    writer.close()
+    values = {value.tag: value for event in _events(tmp_path) if event.step == 2 for value in event.summary.value}
+    assert values["train/loss"].simple_value == 0.5
+    assert (values["samples"].image.height, values["samples"].image.width) == (4, 5)
+
+
+def test_tensorboard_is_told_from_where_a_resumed_run_repeats(tmp_path: Path):
+    _write(tmp_path, 0, range(1, 6))
+    _write(tmp_path, 3, range(4, 5))
+    starts = [event.step for event in _events(tmp_path) if event.session_log.status == event.session_log.START]
+    assert starts[-1] == 4  # TensorBoard hides what it saw of step 4 and later before
+
+
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "is_main", lambda: False)
+    writer = MetricWriter(tmp_path / "run", 0)
+    writer.write_scalars(1, {"train/loss": 1.0})
+    writer.write_images(1, {"samples": np.zeros((2, 2, 3), np.uint8)})
+    writer.close()
+    assert not (tmp_path / "run").exists()

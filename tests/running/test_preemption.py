@@ -1,0 +1,73 @@
+"""Signals: noted from `listen` on, the first one counts, defaults come back."""
+
+import os
+import signal
+from typing import Any
+
+import jax
+import pytest
+
+from fopd_jax.running import preemption
+from fopd_jax.running.preemption import LAG, Interrupted, Preempted, Preemption
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_and_a_second_one_changes_nothing(number: signal.Signals, status: int):
+    before = signal.getsignal(number)
+    with Preemption() as watch:
+        assert signal.getsignal(number) is before  # not yet: nothing has been done that could be saved
+        watch.listen()
+        watch.listen()
+        assert not watch.asked()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.asked()
+        assert watch.number == number
+        with pytest.raises(Interrupted):
+            watch.interrupt()
+    assert signal.getsignal(number) is before
+    assert Preempted(number, 12, 0.5).status == status
+    expected = f"{number.name}: stopped after step 12, saved in 0.5 s; the same command continues"
+    assert str(Preempted(number, 12, 0.5)) == expected
+
+
+class Store:
+    """The runtime's key-value store, as much of it as is used."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str) -> None:
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = value
+
+    def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
+        return [item for item in self.values.items() if item[0].startswith(folder)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])  # how far a process may be before the notifying one: less than the lag
+@pytest.mark.parametrize("both", [False, True])
+def test_all_processes_stop_at_the_same_question(monkeypatch: pytest.MonkeyPatch, ahead: int, both: bool):
+    store: Any = Store()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.global_state, "client", store)
+    one, other = Preemption(), Preemption()
+    asked = {one: 0, other: 0}
+
+    def ask(watch: Preemption) -> bool:
+        asked[watch] += 1
+        return watch.asked()
+
+    assert not any(ask(one) for _ in range(5))
+    assert not any(ask(other) for _ in range(5 + ahead))
+    one.number = signal.SIGTERM
+    if both:
+        other.number = signal.SIGTERM
+    stopped: set[Preemption] = set()
+    for watch in (one, other) * (LAG + 1):
+        if watch not in stopped and ask(watch):
+            stopped.add(watch)
+    assert stopped == {one, other}
+    assert asked[one] == asked[other] == 6 + LAG
+    assert other.number == signal.SIGTERM  # of which the exit status is made

@@ -1,0 +1,135 @@
+"""A workdir and the config it belongs to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict, config_dict
+
+from fopd_jax.config.identity import EXTENDABLE, config_hash, identity
+from fopd_jax.running import workdir
+from fopd_jax.running.workdir import check, claim, write_json
+
+
+def _config(**changes: Any) -> ConfigDict:
+    config = ConfigDict(
+        {
+            "name": "x",
+            "steps": 3,
+            **dict.fromkeys(EXTENDABLE[1:], 1),
+            "optimizer": {"learning_rate": 1e-3, "betas": (0.9, 0.999)},
+            "sampler": {"window": config_dict.placeholder(tuple)},
+        }
+    )
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_is_fine_and_checking_makes_nothing(tmp_path: Path):
+    check(tmp_path / "runs" / "new", _config())
+    assert not (tmp_path / "runs").exists()
+    check(tmp_path, _config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_claiming_writes_the_config_once(tmp_path: Path):
+    folder = tmp_path / "runs" / "new"
+    claim(folder, _config())
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert json.loads((folder / "config.json").read_text()) == identity(_config())
+    before = _snapshot(folder)
+    check(folder, _config(steps=9))
+    claim(folder, _config(steps=9))
+    assert _snapshot(folder) == before
+
+
+@pytest.mark.parametrize("field", EXTENDABLE)
+def test_fields_that_change_no_step_may_change(tmp_path: Path, field: str):
+    claim(tmp_path, _config())
+    check(tmp_path, _config(**{field: 77}))
+    assert config_hash(_config(**{field: 77})) == config_hash(_config())
+
+
+def test_another_config_is_refused_with_every_difference_and_both_values(tmp_path: Path):
+    claim(tmp_path, _config())
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    before = _snapshot(tmp_path)
+    other = _config(**{"optimizer.learning_rate": 3e-4, "optimizer.betas": (0.8, 0.9), "sampler.window": (0, 2)})
+    other.extra = "new"
+    with pytest.raises(ValueError, match="belongs to another config") as error:
+        check(tmp_path, other)
+    message = str(error.value)
+    assert str(tmp_path) in message
+    for difference in (
+        "optimizer.learning_rate: 0.001 there, 0.0003 here",
+        "optimizer.betas: [0.9, 0.999] there, [0.8, 0.9] here",
+        "sampler.window: None there, [0, 2] here",
+        "extra: None there, 'new' here",
+    ):
+        assert difference in message
+    assert "name" not in message.partition("these differ")[2]
+    assert _snapshot(tmp_path) == before
+
+
+def test_a_field_that_is_gone_counts_as_a_difference(tmp_path: Path):
+    claim(tmp_path, _config())
+    less = _config()
+    del less.optimizer.betas
+    with pytest.raises(ValueError, match=r"optimizer.betas: \[0.9, 0.999\] there, None here"):
+        check(tmp_path, less)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no run's folder \(no config.json\)") as error:
+        check(tmp_path, _config())
+    assert str(tmp_path) in str(error.value)
+    assert _snapshot(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="no run's folder"):
+        check(tmp_path / "run", _config())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7"])
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        check(tmp_path, _config())
+    assert str(tmp_path) in str(error.value)
+
+
+def test_the_hash_sees_every_field_that_changes_a_step_and_no_order():
+    assert config_hash(_config()) != config_hash(_config(**{"optimizer.learning_rate": 2e-3}))
+    reordered = ConfigDict(dict(reversed(list(_config().items()))))
+    assert config_hash(reordered) == config_hash(_config())
+
+
+def test_json_is_written_whole_and_sorted(tmp_path: Path):
+    for value in ({"b": 1, "a": [1, 2]}, {"b": 2, "a": []}):
+        write_json(tmp_path / "x.json", value)
+        assert json.loads((tmp_path / "x.json").read_text()) == value
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert (tmp_path / "x.json").read_text().index('"a"') < (tmp_path / "x.json").read_text().index('"b"')
+
+
+def test_only_process_0_looks_and_writes_and_all_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waited: list[str] = []
+    monkeypatch.setattr(workdir, "barrier", waited.append)
+    monkeypatch.setattr(workdir, "is_main", lambda: False)
+    (tmp_path / "something.txt").write_text("no run's folder")
+    check(tmp_path, _config())
+    claim(tmp_path / "new", _config())
+    assert waited == ["the workdir is checked", "the workdir is claimed"]
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(workdir, "is_main", lambda: True)
+    check(tmp_path / "new", _config())
+    claim(tmp_path / "new", _config())
+    assert len(waited) == 4

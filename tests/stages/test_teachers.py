@@ -1,0 +1,159 @@
+"""What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from fopd_jax.adapters.lora import Adapter, LoRAConfig, delta, init_adapter
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
+from fopd_jax.main import prepare
+from fopd_jax.models.mmdit import PRESETS, MMDiT
+from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.pipeline import boxed_variables
+
+CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
+SIDE, WEIGHTS = (24, 24, 3), {"composition": 0.25, "text": 0.5, "quality": 0.25}  # in the order of the bank
+NAMES = ("base", *WEIGHTS)
+
+
+def _network(seed: int) -> Any:
+    """Random variables of the miniature, adaLN gates included."""
+    boxed = boxed_variables(MMDiT(PRESETS["miniature"]), SIDE)
+    leaves, structure = jax.tree.flatten(nn.unbox(boxed))
+    rng = np.random.default_rng(seed)
+    tree = jax.tree.unflatten(structure, [0.05 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return tree | {"constants": {"pos_embed": np.zeros((6, 6, 128), np.float32)}}
+
+
+def _adapter(seed: int, params: Any) -> Adapter:
+    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four whole networks, and adapters of the last three's names."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate(NAMES):
+        tree = _network(seed)
+        save_tree(folder / f"{name}.network", tree, {"preset": "miniature"})
+        save_adapter(folder / f"{name}.adapter", _adapter(seed, tree["params"]), {"preset": "miniature"})
+    return folder
+
+
+def _config(weights: Path, kind: str, trained: str, **changes: Any) -> ConfigDict:
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config.update_from_flattened_dict(
+        {
+            "model.path": f"{weights}/base.network", "trained": trained, "whole_teachers": kind == "network",
+            "tasks.text.teacher": f"{weights}/text.{kind}", "anchor.adapter": f"{weights}/quality.{kind}",
+            "tasks.composition.teacher": f"{weights}/composition.{kind}", "cold_start.merge": "concatenate",
+            "cold_start.weights": ConfigDict(WEIGHTS), "adapter.rank": 6, "adapter.alpha": 12.0,
+            "batch_size": 4, "eval.batch_size": 4, "eval.samples": 4,
+        }
+        | changes
+    )  # fmt: skip
+    return config
+
+
+def _params(weights: Path, name: str) -> dict[str, np.ndarray]:
+    tree, _ = load_tree(weights / f"{name}.network")
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree["params"], sep="/").items()}
+
+
+def _stage(config: ConfigDict, tmp_path: Path) -> OPD:
+    stage = prepare(config, tmp_path / "run")
+    assert isinstance(stage, OPD)
+    return stage
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return flatten_dict(tree, sep="/")
+
+
+def test_a_network_starts_from_the_base_with_the_adapters_merged_in(weights: Path, tmp_path: Path):
+    stage = _stage(_config(weights, "adapter", "params"), tmp_path)
+    base = _params(weights, "base")
+    params, updates = load_tree(weights / "base.network")[0]["params"], {}
+    for name, share in WEIGHTS.items():
+        for path, update in _flat(delta(_adapter(NAMES.index(name), params))).items():
+            updates[f"{path}/kernel"] = updates.get(f"{path}/kernel", 0) + share * np.asarray(update)
+    for path, leaf in _flat(stage.experiment.state.trained).items():
+        np.testing.assert_allclose(leaf, base[path] + updates.get(path, 0), rtol=0, atol=2e-6, err_msg=path)
+    assert updates.keys() < base.keys()
+    assert len(updates) == 8 + 8 + 7  # joint attention of both stacks and of the last block
+    assert [model.name for model in stage.teaching.models()] == [
+        "base", "teacher/composition", "teacher/text", "teacher/quality", "merge",
+    ]  # fmt: skip
+
+
+def test_a_network_starts_from_the_average_of_networks(weights: Path, tmp_path: Path):
+    stage = _stage(_config(weights, "network", "params"), tmp_path)
+    parts = {name: _params(weights, name) for name in NAMES}
+    for path, leaf in _flat(stage.experiment.state.trained).items():
+        expected = sum(share * parts[name][path] for name, share in WEIGHTS.items())
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-7, err_msg=path)
+    for path, leaf in _flat(stage.frozen.bank).items():
+        np.testing.assert_array_equal(leaf, np.stack([parts[name][path] for name in NAMES[1:]]), err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "network"])
+def test_without_a_cold_start_the_base_is_the_start(kind: str, weights: Path, tmp_path: Path):
+    stage = _stage(_config(weights, kind, "params", **{"cold_start.method": "none", "anchor.adapter": ""}), tmp_path)
+    base = _params(weights, "base")
+    for path, leaf in _flat(stage.experiment.state.trained).items():
+        np.testing.assert_array_equal(leaf, base[path], err_msg=path)
+    assert "merge" not in [model.name for model in stage.teaching.models()]
+    if kind == "network":  # the base is the anchor
+        for path, leaf in _flat(stage.frozen.bank).items():
+            np.testing.assert_array_equal(leaf[-1], base[path], err_msg=path)
+
+
+def test_networks_teach_as_routed(weights: Path, tmp_path: Path):
+    """Targets equal each network's own velocity, sample by sample."""
+    stage = _stage(_config(weights, "network", "params"), tmp_path)
+    step, rng = stage.update.pieces, np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, *SIDE)), jnp.float32)
+    batch = jax.tree.map(jnp.asarray, stage.experiment.batch(0))
+    level = jax.tree.map(lambda leaf: leaf[1], step.levels)
+    found = jax.jit(step.targets)(stage.frozen, batch, x, level)
+    velocity = jax.jit(make_velocity(MMDiT(PRESETS["miniature"])))
+    by_name = {
+        name: velocity(load_tree(weights / f"{name}.network")[0], {}, x, level.sigma, batch.conditioning)
+        for name in NAMES[1:]
+    }
+    expected = jnp.stack([by_name[NAMES[1 + int(k)]][i] for i, k in enumerate(batch.route)])
+    np.testing.assert_allclose(found.teacher, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.anchor, by_name["quality"], rtol=0, atol=1e-5)
+    assert isinstance(batch.conditioning, Conditioning)
+    assert float(jnp.abs(by_name["text"] - by_name["composition"]).max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "changes", "message"),
+    [
+        ("network", "adapter", {}, "cold_start.method: found 'merge', expected 'none': whole networks have no adapter"),
+        ("network", "params", {"anchor.adapter": "nowhere"}, "anchor.adapter: nowhere: no such file"),
+        ("network", "params", {"tasks.text.teacher": "nowhere"}, "tasks.text.teacher: nowhere: no such file"),
+        ("adapter", "everything", {}, "trained: found 'everything', expected one of"),
+        ("adapter", "params", {"reduce_once": ("fsdp",)}, r"reduce_once: found \('fsdp',\), expected one of"),
+        ("adapter", "params", {"cold_start.merge": "mean"}, "cold_start.merge: found 'mean', expected one of"),
+    ],
+)
+def test_what_does_not_go_together_is_named(
+    kind: str, trained: str, changes: dict[str, Any], message: str, weights: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        prepare(_config(weights, kind, trained, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

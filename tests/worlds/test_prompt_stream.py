@@ -1,0 +1,110 @@
+"""Training prompts: a function of the step alone, routed by task, all known beforehand; each process has its own."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.prompt_stream import PromptStream
+from fopd_jax.worlds.world import World
+
+TASKS = ("geneval", "ocr", "pickscore")
+
+
+def _world() -> World:
+    """Prompts are numbers, which their conditioning holds."""
+    tasks = {name: Task(name, tuple(str(100 * k + i) for i in range(20)), ()) for k, name in enumerate(TASKS)}
+
+    def encode(prompts: Any) -> Conditioning:
+        codes = np.array([[float(prompt)] for prompt in prompts], np.float32)
+        return Conditioning(codes[:, None], codes)
+
+    return World((2, 2, 3), tasks, encode, lambda latents: latents)
+
+
+def _config(**changes: Any) -> ConfigDict:
+    config = ConfigDict({"seed": 0, "batch_size": 12, "images_per_prompt": 2, "tasks": {}})
+    for name, weight in zip(TASKS, (3.0, 1.0, 1.0), strict=True):
+        config.tasks[name] = ConfigDict({"teacher": f"teachers/{name}", "weight": weight})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _codes(stream: PromptStream, step: int) -> list[int]:
+    return stream.batch(step).conditioning.pooled[:, 0].astype(int).tolist()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    one, two, other = (PromptStream(_world(), _config(seed=seed)) for seed in (0, 0, 1))
+    batches = [_codes(one, step) for step in range(4)]
+    assert [_codes(two, step) for step in (3, 2, 1, 0)] == batches[::-1]
+    assert len({tuple(batch) for batch in [*batches, _codes(other, 0)]}) == 5
+
+
+def test_each_prompt_comes_as_a_group_and_goes_to_its_tasks_teacher():
+    stream = PromptStream(_world(), _config())
+    for step in range(4):
+        batch, codes = stream.batch(step), _codes(stream, step)
+        assert codes[::2] == codes[1::2]
+        assert batch.route.tolist() == [code // 100 for code in codes]
+        assert batch.conditioning.context.shape == (12, 1, 1)
+
+
+def test_tasks_come_by_their_weights():
+    stream = PromptStream(_world(), _config(batch_size=6000, images_per_prompt=1))
+    counts = Counter(stream.batch(0).route.tolist())
+    for k, share in enumerate((0.6, 0.2, 0.2)):
+        assert abs(counts[k] / 6000 - share) < 0.025  # four standard deviations
+    only = PromptStream(_world(), _config(**{"tasks.geneval.weight": 0.0, "tasks.pickscore.weight": 0.0}))
+    assert set(only.batch(0).route.tolist()) == {1}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_every_prompt_of_a_run_is_known_before_it_starts(steps: int):
+    stream = PromptStream(_world(), _config())
+    asked = [str(code) for step in range(steps) for code in _codes(stream, step)[::2]]
+    assert list(stream.upto(steps)) == asked
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 2, 3, 9], [5], list(range(12))])
+def test_a_process_has_its_rows_of_the_same_batch_and_encodes_no_other_prompt(rows: list[int]):
+    world, asked = _world(), []
+    recording = dataclasses.replace(world, encode=lambda prompts: (asked.extend(prompts), world.encode(prompts))[1])
+    whole, part = PromptStream(world, _config()), PromptStream(recording, _config(), np.array(rows))
+    for step in range(3):
+        asked.clear()
+        expected, found = whole.batch(step), part.batch(step)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[np.array(rows)], b), expected, found)
+        assert len(asked) == len({row // 2 for row in rows})
+        assert part.draw(step) == whole.draw(step)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tasks.ocr.teacher": ""},
+            r"prompt '100': its task 'ocr' has no teacher; teachers: \('geneval', 'pickscore'\)",
+        ),
+        ({"batch_size": 7}, "batch_size, images_per_prompt: found 7, 2"),
+        ({"images_per_prompt": 0}, "batch_size, images_per_prompt: found 12, 0"),
+        ({"tasks.ocr.weight": -1.0}, r"tasks: found weights \[3\.0, -1\.0, 1\.0\]"),
+        ({f"tasks.{name}.weight": 0.0 for name in TASKS}, r"tasks: found weights \[0\.0, 0\.0, 0\.0\]"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        PromptStream(_world(), _config(**changes))
+
+
+def test_a_task_that_the_world_lacks_is_named():
+    config = _config()
+    config.tasks.aesthetics = ConfigDict({"teacher": "teachers/aesthetics", "weight": 1.0})
+    with pytest.raises(ValueError, match="tasks: found 'aesthetics', expected some of"):
+        PromptStream(_world(), config)
