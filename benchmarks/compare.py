@@ -7,7 +7,7 @@ On CPU, the miniature, ours against both forms without compilation; 3 minutes on
 On a GPU, SD3.5-Medium's true size on random weights, 4 teachers and an anchor:
 
     python benchmarks/compare.py --config=configs/sd35m_opd.py --teachers=4 --config.batch_size=16 \\
-        --config.model.attention=cudnn --compile none blocks --microbatch=4 --json=benchmarks/results/h200_compare.json
+        --config.run.attention=cudnn --compile none blocks --microbatch=4 --json=benchmarks/results/h200_compare.json
 
 Every program is a process of its own, so that its memory is free before the next; the programs take turns, `rounds`
 times. Of each pair are printed the ratio of samples/s, the part of it that is arithmetic (forward-equivalents, see

@@ -18,7 +18,7 @@ REMAT=${REMAT:-dots}  # about 85 GiB at a batch of 16, going by the TPU compiler
 PYTHON=${PYTHON:-python3}
 
 CONFIG=(--config=configs/sd35m_opd.py --teachers=4)
-CHOSEN=("--config.model.attention=$ATTENTION" "--config.model.remat=$REMAT")
+CHOSEN=("--config.run.attention=$ATTENTION" "--config.run.remat=$REMAT")
 SHORT=(--config.sampler.num_steps=3)  # two trained timesteps: the same program and memory, in less time
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
@@ -60,7 +60,7 @@ variants() {
   for remat in full attention dots none; do
     for attention in cudnn xla; do
       bench "variant_${attention}_$remat" "--batch=$BATCH" --steps=5 --warmup=1 "${SHORT[@]}" \
-        "--config.model.attention=$attention" "--config.model.remat=$remat"
+        "--config.run.attention=$attention" "--config.run.remat=$remat"
     done
   done
 }
@@ -76,12 +76,12 @@ flags() { # none of the launchers' flags, each of them alone, and one that is of
 
 sweep() { # to the largest batch, so that as little as possible is kept
   bench sweep "--batch=$((4 * BATCH))" --steps=3 --warmup=1 --sweep "${SHORT[@]}" \
-    "--config.model.attention=$ATTENTION" --config.model.remat=full
+    "--config.run.attention=$ATTENTION" --config.run.remat=full
 }
 
 peer() { # neither side recomputes anything at this batch
   run peer "$PYTHON" benchmarks/compare.py "${CONFIG[@]}" --config.batch_size=4 \
-    "--config.model.attention=$ATTENTION" --config.model.remat=none \
+    "--config.run.attention=$ATTENTION" --config.run.remat=none \
     --compile none blocks --steps=4 --warmup=1 --rounds=1 "--json=$OUT/h200_compare.json"
 }
 

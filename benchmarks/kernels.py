@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import REMATS, LoRAConfig
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
-from fopd_jax.models.mmdit import PRESETS, MMDiT, RematPolicy, routed_product
+from fopd_jax.models.mmdit import PRESETS, MMDiT, routed_product
 from fopd_jax.performance.topology import configure, parse_topology, topology_devices
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.running.workdir import write_json
@@ -178,7 +179,7 @@ class Shallow:
     conditioning: Conditioning
     dtype: Any
 
-    def velocity(self, remat: RematPolicy = "none") -> Callable[..., Any]:
+    def velocity(self, remat: str = "none") -> Callable[..., Any]:
         return make_velocity(MMDiT(SHALLOW, self.impl, self.dtype, remat=remat))
 
 
@@ -221,7 +222,7 @@ def remat_cases(setting: Setting) -> Iterator[Case]:
     """The memory of a deeper network grows with its blocks."""
     network = make_shallow(setting)
 
-    def gradient(policy: RematPolicy) -> Callable[..., Any]:
+    def gradient(policy: str) -> Callable[..., Any]:
         velocity = network.velocity(policy)
 
         def loss(weights: Any, frozen: Any, x: Any, conditioning: Any) -> Any:
@@ -229,7 +230,7 @@ def remat_cases(setting: Setting) -> Iterator[Case]:
 
         return jax.value_and_grad(loss)
 
-    variants = {policy: gradient(policy) for policy in get_args(RematPolicy)}
+    variants = {policy: gradient(policy) for policy in REMATS}
     inputs = (network.adapter, network.frozen, network.x, network.conditioning)
     yield Case(f"remat/{network.impl}", variants, inputs)
 

@@ -18,24 +18,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 from our_step import make_problem, parse
 from peer_problem import Problem
 from safetensors.numpy import save_file
 
-from fopd_jax.adapters.lora import Adapter, stack_bank
+from fopd_jax.adapters.lora import Adapter, adapter_shapes, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.identity import Config
+from fopd_jax.config.parse import override, resolve
+from fopd_jax.config.schema import OPD, MeshShape
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.interop.lora.modules import modules_from_adapter
 from fopd_jax.interop.sd3.diffusers import transformer_to_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, position_table
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_tree
+from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.steps.opd.spec import Batch, Frozen
-from fopd_jax.steps.opd.update import adapter_shapes, make_spec, make_update
 from fopd_jax.steps.state import init_state
 
 LARGEST = {"depth": 4, "dual_layers": 2, "num_heads": 4, "head_dim": 32, "context_dim": 64, "pooled_dim": 64,
@@ -54,14 +54,13 @@ def shrink(network: MMDiTConfig) -> MMDiTConfig:
     return dataclasses.replace(network, **{name: min(found[name], limit) for name, limit in LARGEST.items()})
 
 
-def write_check(config: Config, network: MMDiTConfig, folder: Path) -> None:
+def write_check(config: OPD, network: MMDiTConfig, folder: Path) -> None:
     """One update in float32 of a small network, as files: everything that went in, loss and gradients.
 
     The step is built as a run builds it, but for an optimizer from whose result the gradient can be read.
     """
-    with config.unlocked():
-        config.model.dtype, config.batch_size = "float32", 2 * len(config.tasks)
-        config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    sizes = {"model.dtype": "float32", "batch_size": 2 * len(config.tasks), "run.mesh": MeshShape(1)}
+    config = resolve(override(config, sizes))
     side = min(network.table_size, 2 * network.base_size) * network.patch_size
     latent = (side, side, network.channels)
     model, mesh = MMDiT(network), make_mesh(MeshShape(1), jax.devices()[:1])
@@ -72,7 +71,7 @@ def write_check(config: Config, network: MMDiTConfig, folder: Path) -> None:
     shapes = nn.unbox(boxed)
     variables = random_tree({"params": shapes["params"]}, 1) | {"constants": constants(model, latent)}
     student, *bank = (
-        random_adapter(adapter_shapes(config, shapes["params"]), 10 + k) for k in range(len(spec.teachers) + 2)
+        random_adapter(adapter_shapes(config.adapter, shapes["params"]), 10 + k) for k in range(len(spec.teachers) + 2)
     )
     frozen = Frozen(variables, stack_bank({str(k): each for k, each in enumerate(bank)}), prompts(problem, 1, 2))
     batch = Batch(prompts(problem, problem.batch, 3), jnp.asarray(problem.route(), jnp.int32))

@@ -20,14 +20,15 @@ import numpy as np
 from peer_problem import OURS, Problem, forward_equivalents, summarise
 
 from fopd_jax.adapters.lora import TARGETS
-from fopd_jax.config.flags import CONFIG, parse_flags
-from fopd_jax.config.identity import Config, with_teachers
+from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.variants import with_teachers
 from fopd_jax.interop.lora.modules import places
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_arguments
 from fopd_jax.stages.abstract import abstract_update, world_shapes
-from fopd_jax.steps.opd.update import make_spec
+from fopd_jax.stages.opd_update import make_spec
 
 PACKAGES = ("jax", "jaxlib", "flax")
 GIB = 2**30
@@ -37,12 +38,14 @@ Tree = Any
 # ---- the problem
 
 
-def read_config(config: Config, teachers: int) -> Config:
+def comparable(config: Config, teachers: int) -> OPD:
     """The config with a number of teachers, if it is one that the peer can run.
 
     Raises:
       ValueError: names the field, its value, and what the peer has.
     """
+    if not isinstance(config, OPD):
+        raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     plain = {
         "trained": (config.trained, "adapter"),
         "whole_teachers": (config.whole_teachers, False),
@@ -61,7 +64,7 @@ def read_config(config: Config, teachers: int) -> Config:
     return with_teachers(config, teachers) if teachers else config
 
 
-def make_problem(config: Config, network: MMDiTConfig, latent: tuple[int, int, int], tokens: int) -> Problem:
+def make_problem(config: OPD, network: MMDiTConfig, latent: tuple[int, int, int], tokens: int) -> Problem:
     """What both sides compute: the config on a network; `tokens`: of the text."""
     objective, optimizer = config.objective, config.optimizer
     spec = make_spec(config, latent)
@@ -85,7 +88,7 @@ def make_problem(config: Config, network: MMDiTConfig, latent: tuple[int, int, i
         guidance=spec.guidance,
         teacher_guidance=spec.teacher_guidance,
         learning_rate=optimizer.learning_rate,
-        betas=tuple(optimizer.betas),
+        betas=optimizer.betas,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
         ema_decay=config.ema.decay,
@@ -114,7 +117,7 @@ def network_arguments(network: MMDiTConfig) -> dict[str, Any]:
 # ---- the timing
 
 
-def measure(config: Config, problem: Problem, steps: int, warmup: int) -> dict[str, Any]:
+def measure(config: OPD, problem: Problem, steps: int, warmup: int) -> dict[str, Any]:
     """Times updates one by one, each to its end on the device, after some that are not counted.
 
     Raises:
@@ -122,7 +125,7 @@ def measure(config: Config, problem: Problem, steps: int, warmup: int) -> dict[s
     """
     if jax.device_count() != 1:
         raise ValueError(f"devices: found {jax.device_count()}, but the comparison is of one; hide the others")
-    update = abstract_update(config, make_mesh(MeshShape(**config.mesh)))
+    update = abstract_update(config, make_mesh(config.run.mesh))
     frozen, state, batch = jax.block_until_ready(random_arguments(update))
     begin = time.perf_counter()
     step = update.step.lower(*update.arguments).compile()
@@ -136,7 +139,7 @@ def measure(config: Config, problem: Problem, steps: int, warmup: int) -> dict[s
     return {
         "program": OURS,
         "forward_equivalents": forward_equivalents(problem, OURS),
-        "rematerialisation": config.model.remat,
+        "rematerialisation": config.run.remat,
         "compile_s": compiled,
         "warmup_s": sum(seconds[:warmup]),
         **summarise(seconds[warmup:], problem.batch),
@@ -155,13 +158,13 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config, Problem]:
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, OPD, Problem]:
     """This program's options, the config that the others describe, and its problem."""
     parser.add_argument("--teachers", type=int, default=0, help="number of routed teachers; 0: the config's")
     args, config_flags = parser.parse_known_args()
     parse_flags([sys.argv[0], *config_flags])
-    config = read_config(CONFIG.value, args.teachers)
-    latent, encoded = world_shapes(config)
+    config = comparable(read_config(), args.teachers)
+    latent, encoded = world_shapes(config.model)
     return args, config, make_problem(config, PRESETS[config.model.preset], latent, encoded.context.shape[0])
 
 

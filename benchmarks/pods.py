@@ -44,10 +44,10 @@ class Job:
             f"--teachers={TEACHERS}",
             f"--topology={self.topology}",
             f"--per-chip-batch={self.per_chip_batch}",
-            f"--config.mesh.fsdp={self.fsdp}",
+            f"--config.run.mesh.fsdp={self.fsdp}",
             f"--config.trained={self.trained}",
-            f"--config.reduce_once={self.once!r}",
-            f"--config.model.remat={self.remat}",
+            f"--config.run.reduce_once={self.once!r}",
+            f"--config.run.remat={self.remat}",
             *(["--search"] if self.search else []),
         ]
 

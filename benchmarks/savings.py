@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fopd_jax.performance.flops import config_flops
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.running.workdir import write_json
 from fopd_jax.stages.abstract import world_shapes
-from fopd_jax.steps.opd.update import make_spec
+from fopd_jax.stages.opd_update import make_spec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "savings_cpu.json"
@@ -59,9 +58,9 @@ def run(name: str, work: Path, steps: int) -> dict[str, Any]:
 def flops_a_sample(name: str) -> float:
     """Model FLOPs of an update, divided by its samples."""
     config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.update_from_flattened_dict(VARIANTS[name])
-    latent_shape, encoded = world_shapes(config)
-    update = config_flops(config, make_spec(config, latent_shape), encoded.context.shape[0])
+    config = resolve(override(config, VARIANTS[name]))
+    latent_shape, encoded = world_shapes(config.model)
+    update = update_cost(config, make_spec(config, latent_shape), encoded.context.shape[0])
     return update.model / config.batch_size
 
 

@@ -21,11 +21,10 @@ from typing import Any
 
 import jax
 
-from fopd_jax.config.flags import CONFIG, parse_flags
-from fopd_jax.config.identity import Config
+from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.interop.files.converted import load_params
 from fopd_jax.interop.files.safetensors import load_tree
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.compiling import cache_use
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.weights import random_arguments
@@ -46,12 +45,12 @@ Fields = dict[str, Any]
 # ---- one process
 
 
-def start(config: Config, began: float) -> Fields:
+def start(config: OPD, began: float) -> Fields:
     """Seconds of each part, the whole of them, and what was asked of the cache; `began`: when the process did."""
     clock = Clock(began)
     clock.lap("imports")  # and what starts Python itself
     with cache_use() as use:
-        mesh = make_mesh(MeshShape(**config.mesh))
+        mesh = make_mesh(config.run.mesh)
         clock.lap("devices")
         update = abstract_update(config, mesh)
         clock.lap("shapes")
@@ -144,7 +143,7 @@ def main() -> None:
     args, config_flags = parser.parse_known_args()
     if args.began is not None:
         parse_flags([sys.argv[0], *config_flags])
-        write_json(args.json, start(CONFIG.value, args.began))
+        write_json(args.json, start(read_config(), args.began))
         return
     found = measure(config_flags)
     print(table(found["runs"]))

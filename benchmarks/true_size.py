@@ -133,9 +133,10 @@ def load_sharded(work: Path) -> Fields:
     import jax
     import jax.numpy as jnp
 
+    from fopd_jax.config.schema import MeshShape
     from fopd_jax.interop.files.converted import load_sharded, read_manifest
     from fopd_jax.models.mmdit import MMDiT
-    from fopd_jax.parallel.mesh import MeshShape, make_mesh
+    from fopd_jax.parallel.mesh import make_mesh
 
     c = read_manifest(work / "converted").transformer
     inputs = jnp.zeros((1, 32, 32, c.channels)), jnp.zeros(1), jnp.zeros((1, 1, c.context_dim))

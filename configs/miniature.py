@@ -32,102 +32,42 @@ Cheaper updates, with time a sample, and strict composition after 60 updates (pl
     --config.one_timestep=True --config.objective.name=direct       0.41  0.510  one drawn timestep a rollout
 """
 
-from ml_collections import ConfigDict, config_dict
+from fopd_jax.config.schema import (
+    EMA,
+    OPD,
+    Anchor,
+    ColdStart,
+    Evaluation,
+    Model,
+    Objective,
+    Optimizer,
+    RoutedTask,
+    Run,
+    Sampler,
+)
+from fopd_jax.config.variants import smoke, split_variant
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "miniature"
-    config.stage = "opd"
-    config.seed = 0
-    config.steps = 120
-    config.log_every = 1
-    config.checkpoint_every = 20
-    config.eval_every = 40
-    config.keep_checkpoints = 2
-    config.keep_best = ""  # also keep the best checkpoint by an evaluation's score: "max:text"
-
-    config.model = ConfigDict()
-    config.model.preset = "miniature"
-    config.model.path = "packaged:base.safetensors"
-    config.model.attention = "xla"
-    config.model.dtype = "float32"
-    config.model.remat = "none"
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
-    config.shift = 3.0
-
-    # The routed tasks: weight among the prompts, teacher, and the teacher's guidance scale (1 = off: guidance would
-    # undo the base's caption noise). Images per prompt beyond 1 form groups, which distillation does not need.
-    config.tasks = ConfigDict()
-    config.tasks.text = ConfigDict({"teacher": "packaged:teacher_text.safetensors", "guidance": 1.0, "weight": 1.0})
-    config.tasks.composition = ConfigDict(
-        {"teacher": "packaged:teacher_composition.safetensors", "guidance": 1.0, "weight": 1.0}
+def get_config(variant: str = "") -> OPD:
+    """`variant` may be `smoke`."""
+    _, small = split_variant(variant)
+    config = OPD(
+        name="miniature",
+        model=Model(preset="miniature", path="packaged:base.safetensors", dtype="float32"),
+        # Guidance is off everywhere: it would undo the base's caption noise.
+        tasks={
+            "text": RoutedTask("packaged:teacher_text.safetensors", guidance=1.0),
+            "composition": RoutedTask("packaged:teacher_composition.safetensors", guidance=1.0),
+        },
+        anchor=Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0),
+        guidance=1.0,
+        batch_size=64,
+        cold_start=ColdStart(weights={"text": 1 / 3, "composition": 1 / 3, "quality": 1 / 3}),
+        sampler=Sampler(num_steps=6),
+        objective=Objective(weighting="uniform", mar_beta=0.05),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=5),
+        ema=EMA(decay=0.95, every=1),
+        eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0, final_samples=1024),
+        run=Run(steps=120, eval_every=40, attention="xla", remat="none", alarms={"ratio": (0.9, 1.1)}),
     )
-    config.batch_size = 64
-    config.images_per_prompt = 1
-
-    config.whole_teachers = False  # True: teachers and anchor are weights of whole networks, like `model.path`
-    # An empty anchor adapter makes the base the anchor.
-    config.anchor = ConfigDict()
-    config.anchor.name = "quality"
-    config.anchor.adapter = "packaged:teacher_quality.safetensors"
-    config.anchor.guidance = 1.0
-    config.anchor.every = 1  # m: the anchor sees one random sample of every m a timestep, which counts m times
-    config.guidance = 1.0  # of the student
-
-    # The student: what trains, its adapter, and what it starts from. `reduce_once`: mesh axes over which gradients are
-    # summed once an update instead of once a timestep, at the price of one float32 sum each (docs/running-at-scale.md).
-    config.trained = "adapter"  # "params": all of the network
-    config.reduce_once = ("data", "fsdp")
-    config.adapter = ConfigDict({"rank": 32, "alpha": 64.0, "targets": ("attn",)})
-    config.cold_start = ConfigDict()
-    config.cold_start.method = "merge"  # or "none"
-    config.cold_start.merge = "svd"  # "concatenate" keeps all ranks, "factors" averages a and b apart
-    config.cold_start.weights = ConfigDict({"text": 1 / 3, "composition": 1 / 3, "quality": 1 / 3})
-
-    # The rollout. All steps but the last are sampled and trained; `window = (start, stop)` limits the noise to some.
-    config.sampler = ConfigDict()
-    config.sampler.num_steps = 6
-    config.sampler.transition = "sde"  # "cps", "ode"
-    config.sampler.noise_level = 0.7
-    config.sampler.window = config_dict.placeholder(tuple)
-    config.sampler.trained = config_dict.placeholder(tuple)  # (start, stop): train these timesteps alone
-    config.one_timestep = False  # True: one timestep of each rollout, drawn by weight; for objective "direct"
-
-    config.objective = ConfigDict()
-    config.objective.name = "clipped"  # "direct"
-    config.objective.reward = "kl"  # "log_ratio", "kl_detached"
-    config.objective.weighting = "uniform"  # "kl" (the paper's), "kl_no_dt", "ode"
-    config.objective.clip = 1e-4
-    config.objective.reward_limit = 5.0
-    config.objective.mar_beta = 0.05
-    config.objective.window_only = False
-    config.updates_per_rollout = 1
-    config.minibatches = 1
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup = 5
-    config.optimizer.betas = (0.9, 0.999)
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 1.0
-    config.ema = ConfigDict({"decay": 0.95, "every": 1})
-
-    config.eval = ConfigDict()  # the periodic evaluation; the report uses `final_samples` pairs a task and fresh noise
-    config.eval.tasks = ("text", "composition")
-    config.eval.samples = 128
-    config.eval.batch_size = 128
-    config.eval.num_steps = 10
-    config.eval.guidance = 1.0
-    config.eval.transition = "ode"
-    config.eval.noise_level = 0.7  # of "sde" and "cps"
-    config.eval.seed = 1
-    config.final_samples = 1024
-    config.export = "ema"  # "raw"
-
-    # What watches over the run; none of it changes a step, and all of it may change between runs in one workdir.
-    config.max_skipped_steps = 0  # updates with a loss or gradient that is not finite to leave out before stopping
-    config.alarms = ConfigDict({"ratio": (0.9, 1.1)})  # metrics to warn of outside their bounds, never to stop for
-    config.watchdog_seconds = 1800.0  # report a hang after as long without a step; longer while compiling; 0: never
-    config.watchdog_abort = False  # and end the process, for a job manager to start it again
-    return config
+    return smoke(config) if small else config

@@ -16,83 +16,32 @@ quality .98 after 5,000 steps; `mediocre` text .51, composition .50 (strict .20)
 The weights packaged as `base.safetensors` are the second run's.
 """
 
-from ml_collections import ConfigDict
+from fopd_jax.config.schema import EMA, Evaluation, FlowMatching, Model, Optimizer, Pairs, Run
+from fopd_jax.config.variants import smoke, split_variant
 
-PHASES = {
-    "clean": {
-        "base": "",
-        "steps": 5500,
-        "learning_rate": 1e-3,
-        "tasks": {
-            "text": {"share": 1.0, "wrong_caption": 0.0, "degraded": 0.0},
-            "composition": {"share": 1.0, "wrong_caption": 0.0, "degraded": 0.0},
-        },
-    },
-    "mediocre": {
-        "base": "runs/miniature_pretrain_clean/base.safetensors",
-        "steps": 600,
-        "learning_rate": 5e-4,
-        "tasks": {
-            "text": {"share": 1.0, "wrong_caption": 0.35, "degraded": 0.5},
-            "composition": {"share": 1.0, "wrong_caption": 0.2, "degraded": 0.5},
-        },
-    },
+CLEAN = {"text": Pairs(), "composition": Pairs()}
+MEDIOCRE = {
+    "text": Pairs(wrong_caption=0.35, degraded=0.5),
+    "composition": Pairs(wrong_caption=0.2, degraded=0.5),
 }
 
 
-def get_config(phase: str = "clean") -> ConfigDict:
-    """`phase` is `clean` or `mediocre`."""
-    if phase not in PHASES:
-        raise ValueError(f"configs/miniature_pretrain.py: found phase {phase!r}, expected one of {tuple(PHASES)}")
-    settings = PHASES[phase]
-    config = ConfigDict()
-    config.name = f"miniature_pretrain_{phase}"
-    config.stage = "flow_matching"
-    config.seed = 0
-    config.steps = settings["steps"]
-    config.log_every = 50
-    config.checkpoint_every = 500
-    config.eval_every = 500
-    config.keep_checkpoints = 2
-    config.keep_best = ""  # also keep the best checkpoint by an evaluation's score: "max:text"
-
-    config.trained = "params"  # the whole network; "adapter" trains LoRA on a frozen base
-    config.model = ConfigDict()
-    config.model.preset = "miniature"
-    config.model.path = settings["base"]  # empty: from random weights
-    config.model.attention = "xla"
-    config.model.dtype = "float32"
-    config.model.remat = "none"
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that are left
-    config.shift = 3.0  # of the evaluation's schedule
-    config.levels = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0})  # logit-normal training noise levels
-
-    config.data = ConfigDict()
-    config.data.batch_size = 64
-    config.data.tasks = ConfigDict(settings["tasks"])
-    config.data.empty_caption = 0.1
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = settings["learning_rate"]
-    config.optimizer.warmup = 100
-    config.optimizer.betas = (0.9, 0.99)
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 1.0
-    config.ema = ConfigDict({"decay": 0.995, "every": 1})
-
-    config.eval = ConfigDict()
-    config.eval.tasks = ("text", "composition")
-    config.eval.samples = 128
-    config.eval.batch_size = 128
-    config.eval.num_steps = 10
-    config.eval.guidance = 1.0
-    config.eval.transition = "ode"
-    config.eval.noise_level = 0.7  # of "sde" and "cps"
-    config.eval.seed = 1
-
-    # What watches over the run; none of it changes a step, and all of it may change between runs in one workdir.
-    config.max_skipped_steps = 0  # updates with a loss or gradient that is not finite to leave out before stopping
-    config.alarms = ConfigDict()  # metrics to warn of outside their bounds, never to stop for
-    config.watchdog_seconds = 1800.0  # report a hang after as long without a step; longer while compiling; 0: never
-    config.watchdog_abort = False  # and end the process, for a job manager to start it again
-    return config
+def get_config(variant: str = "clean") -> FlowMatching:
+    """`variant` is `clean`, `mediocre`, or one of them with `:smoke` behind it."""
+    phase, small = split_variant(variant, ("clean", "mediocre"))
+    clean = phase == "clean"
+    config = FlowMatching(
+        name=f"miniature_pretrain_{phase}",
+        model=Model("miniature", "" if clean else "runs/miniature_pretrain_clean/base.safetensors", "float32"),
+        trained="params",
+        tasks=CLEAN if clean else MEDIOCRE,
+        empty_caption=0.1,
+        optimizer=Optimizer(learning_rate=1e-3 if clean else 5e-4, warmup=100, betas=(0.9, 0.99)),
+        ema=EMA(decay=0.995, every=1),
+        eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0),
+        run=Run(
+            steps=5500 if clean else 600, log_every=50, checkpoint_every=500, eval_every=500, attention="xla",
+            remat="none",
+        ),
+    )  # fmt: skip
+    return smoke(config) if small else config

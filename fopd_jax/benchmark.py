@@ -3,7 +3,7 @@
 Times the whole update of a config on random weights, so that nothing has to be downloaded: median and spread of at
 least ten steps after a warm-up, each to its end on the device; samples/s, analytic TFLOP/s and MFU against a large
 matrix product timed in the same process and against the datasheet; memory, weights held, compile time cold and from
-the persistent cache. Any field of the config can be set: `--config.model.attention=cudnn --config.model.remat=dots`.
+the persistent cache. Any field of the config can be set: `--config.run.attention=cudnn --config.run.remat=dots`.
 
     --phases           where the time goes, by ablation (fopd_jax/performance/phases.py says how)
     --sweep            then batches doubling from the given one to the first that does not fit
@@ -24,16 +24,17 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from fopd_jax.config.flags import CONFIG, parse_flags
-from fopd_jax.config.identity import Config, with_batch, with_teachers
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.measure import Options, measure
-from fopd_jax.performance.problem import Fields, make_problem
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
 from fopd_jax.performance.table import describe, describe_batches, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak
 from fopd_jax.running.workdir import write_json
+from fopd_jax.stages.problem import Fields, make_problem
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
@@ -54,20 +55,20 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     try:
         _check_folder(_JSON.value)
-        fields = run(_sized(CONFIG.value), Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
+        fields = run(_sized(read_config()), Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
     except (ValueError, OSError) as error:  # bad input is one line, not a traceback
         sys.exit(f"error: {' '.join(str(error).split())}")
     if not fields["update"]["fits"]:
         sys.exit("error: the update does not fit into the device's memory")
 
 
-def run(config: Config, options: Options) -> Fields:
+def run(config: OPD, options: Options) -> Fields:
     """Measure what the flags ask for, printing and writing as it goes: what ends early leaves what it has.
 
     Raises:
       ValueError: names the field that is out of range.
     """
-    mesh = make_mesh(MeshShape(**config.mesh))
+    mesh = make_mesh(config.run.mesh)
     problem = make_problem(config, mesh)
     matmul = matmul_peak(mesh.devices.flat[0])
     fields = circumstances(matmul)
@@ -121,7 +122,9 @@ def _describe(fields: Fields) -> str:
     )
 
 
-def _sized(config: Config) -> Config:
+def _sized(config: Config) -> OPD:
+    if not isinstance(config, OPD):
+        raise ValueError(f"stage: found {type(config).__name__}, expected an OPD config")
     config = config if _BATCH.value is None else with_batch(config, _BATCH.value)
     return config if _TEACHERS.value is None else with_teachers(config, _TEACHERS.value)
 

@@ -5,7 +5,7 @@ Compiles a config's whole update with the machine's own compiler, for a TPU slic
 collectives and whether they stand inside loops, analytic FLOPs, and the time that they take at the very least.
 No weights and no prompts are read. `--search` also finds the largest batch that fits; `--json=FILE` writes the figures.
 
-Any field of the config can be set, so also the mesh: `--config.mesh.data=8 --config.mesh.fsdp=32`.
+Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
 """
 
 import sys
@@ -14,12 +14,14 @@ from pathlib import Path
 from absl import app, flags
 from jax.sharding import Mesh
 
-from fopd_jax.config.flags import CONFIG, parse_flags
-from fopd_jax.config.identity import Config, config_hash, with_batch, with_teachers
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.identity import config_hash
+from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.compilation import Compilation, compile_update
-from fopd_jax.performance.flops import Update, config_flops
+from fopd_jax.performance.flops import Update
 from fopd_jax.performance.hlo import collectives
 from fopd_jax.performance.host import versions
 from fopd_jax.performance.report import (
@@ -36,6 +38,7 @@ from fopd_jax.performance.search import Trial, largest_fitting
 from fopd_jax.performance.topology import Chip, Topology, configure, parse_topology, topology_devices
 from fopd_jax.running.workdir import write_json
 from fopd_jax.stages.abstract import abstract_update
+from fopd_jax.stages.opd_update import update_cost
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; or cpu:N.")
 _BATCH = flags.DEFINE_integer(
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     try:
         out = None if _JSON.value is None else _writable(Path(_JSON.value))
-        fields = run(CONFIG.value, _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
+        fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
         if out is not None:
             write_json(out, fields)
     except (ValueError, OSError) as error:  # bad input is one line, not a traceback
@@ -78,18 +81,18 @@ def run(
     topology = parse_topology(name)
     if search and topology.chip is None:
         raise ValueError(f"search: {name} has no memory limit to search for")
-    if config.stage != "opd":
+    if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     config = config if teachers is None else with_teachers(config, teachers)
     configure(topology)
-    mesh = make_mesh(MeshShape(**config.mesh), topology_devices(topology))
+    mesh = make_mesh(config.run.mesh, topology_devices(topology))
     start = per_chip or _per_chip(config, mesh)
     if search and topology.chip is not None:
         return _search(config, topology, mesh, start, topology.chip)
     return measure(config, topology, mesh, start)
 
 
-def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
+def _search(config: OPD, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
     """The figures of the largest batch that fits (or of the first one, if none does), and all trials."""
     found: dict[int, Fields] = {}
 
@@ -104,13 +107,13 @@ def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Ch
     return found[largest or start] | {"search": {"largest": largest, "trials": tried}}
 
 
-def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
+def measure(config: OPD, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
     """One compilation at a given batch per chip, with its figures."""
     config = with_batch(config, per_chip * batch_ways(mesh))
     update = abstract_update(config, mesh)
     compilation = compile_update(update)
     text_tokens = update.arguments[2].conditioning.context.shape[1]
-    flops = config_flops(config, update.update.pieces.spec, text_tokens)
+    flops = update_cost(config, update.update.pieces.spec, text_tokens)
     fields = {
         "config": config.name,
         "config_hash": config_hash(config),
@@ -119,7 +122,7 @@ def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fi
         "mesh": dict(mesh.shape),
         "teachers": len(config.tasks),
         "trained": config.trained,
-        "reduce_once": list(config.reduce_once),
+        "reduce_once": list(config.run.reduce_once),
         "batch_size": config.batch_size,
         "per_chip_batch": per_chip,
         "lower_seconds": compilation.lower_seconds,
@@ -146,7 +149,7 @@ def _program(compilation: Compilation, flops: Update, topology: Topology, mesh: 
     }
 
 
-def _per_chip(config: Config, mesh: Mesh) -> int:
+def _per_chip(config: OPD, mesh: Mesh) -> int:
     ways = batch_ways(mesh)
     if config.batch_size % ways:
         raise ValueError(

@@ -11,15 +11,17 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config.flags import CONFIG, join_processes, parse_flags
-from fopd_jax.config.identity import Config, config_hash
+from fopd_jax.config import schema
+from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
+from fopd_jax.config.identity import config_hash, identity
+from fopd_jax.config.schema import Config, Run
 from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.parallel import distributed
 from fopd_jax.running import loop, workdir
@@ -35,7 +37,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."
 )
 
-STAGES = {"flow_matching": FlowMatching, "opd": OPD}
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print-config", False, "Print every field with its value, where that comes from and what it means, and stop."
+)
+
+STAGES: dict[type, Any] = {schema.FlowMatching: FlowMatching, schema.OPD: OPD}
 COMPILED = "compiled"
 
 
@@ -44,9 +50,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
-    config = CONFIG.value
     try:
-        join_processes()
+        config = read_config()
+        if _PRINT_CONFIG.value:
+            print(describe_config(config))
+            return
+        distributed.initialize(*membership())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `training/preemption.py` will
         run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
     except Preempted as stop:
@@ -86,13 +95,13 @@ def run(config: Config, folder: Path) -> None:
     """
     began = time.monotonic()
     with distributed.failing_together():
-        watch = make_supervision(config, folder)
+        watch = make_supervision(config.run, folder, {"seed": config.seed, "config_hash": config_hash(config)})
         with watch.goodput:
             stage = prepare(config, folder)
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()
-            state, writer = train(config, folder, stage, watch)
+            state, writer = train(config.run, folder, stage, watch)
             trained = time.monotonic()
             with watch.goodput.measure("eval"):
                 report(folder, stage, state, writer)
@@ -107,17 +116,17 @@ def run(config: Config, folder: Path) -> None:
 
 
 def train(
-    config: Config, folder: Path, stage: FlowMatching | OPD, watch: Supervision
+    settings: Run, folder: Path, stage: FlowMatching | OPD, watch: Supervision
 ) -> tuple[TrainState, MetricWriter]:
     """The loop, on the workdir's checkpoints; they are whole when this returns or raises."""
     if distributed.is_main():
         stage.describe()
     checkpoints = Checkpoints(
-        folder, config.keep_checkpoints, keep_best=config.keep_best, config_hash=config_hash(config)
+        folder, settings.keep_checkpoints, keep_best=settings.keep_best, config_hash=workdir.claimed_hash(folder)
     )
     try:
         writer = MetricWriter(folder, checkpoints.latest_step() or 0)
-        return loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer, watch), writer
+        return loop.run(stage.experiment, settings, checkpoints, writer, watch), writer
     finally:
         checkpoints.close()
 
@@ -142,13 +151,11 @@ def prepare(config: Config, folder: Path) -> FlowMatching | OPD:
     Raises:
       ValueError: names the field, file or key that is wrong.
     """
-    if config.stage not in STAGES:
-        raise ValueError(f"stage: found {config.stage!r}, expected one of {tuple(STAGES)}")
-    workdir.check(folder, config)
-    stage = STAGES[config.stage](config, folder)
-    if config.steps < newest_step(folder):
-        raise ValueError(f"steps: found {config.steps}, but {folder} is already at step {newest_step(folder)}")
-    workdir.claim(folder, config)
+    workdir.check(folder, identity(config))
+    stage = STAGES[type(config)](config, folder)
+    if config.run.steps < newest_step(folder):
+        raise ValueError(f"run.steps: found {config.run.steps}, but {folder} is already at step {newest_step(folder)}")
+    workdir.claim(folder, identity(config))
     return stage
 
 

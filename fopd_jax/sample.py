@@ -13,26 +13,27 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import CONFIG, join_processes, parse_flags
-from fopd_jax.config.identity import Config
+from fopd_jax.config.flags import membership, parse_flags, read_config
+from fopd_jax.config.parse import override
+from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
 from fopd_jax.evaluation.suite import Sampler
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.setup import eval_sampler
-from fopd_jax.tasks.prompts import read_prompts
+from fopd_jax.tasks.prompts import read_prompts, read_tasks
 from fopd_jax.worlds.world import World
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
@@ -55,16 +56,15 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    config = CONFIG.value
-    out = Path(_OUT.value or f"samples/{config.name}")
     try:
-        join_processes()
-        run(config, out)
+        config = read_config()
+        initialize(*membership())
+        run(config, Path(_OUT.value or f"samples/{config.name}"))
     except (ValueError, OSError) as error:  # bad input is one line, not a traceback
         sys.exit(f"error: {error}" if is_main() else 1)
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: OPD | FlowMatching, out: Path) -> None:
     """Check everything, then sample and write.
 
     Raises:
@@ -74,18 +74,18 @@ def run(config: Config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, expected a folder")
     prompts = _given_prompts()
-    if prompts:  # then the config's own prompt files need not be there
-        config = config.copy_and_resolve_references()
-        with config.unlocked():
-            config.tasks = ConfigDict()
-    pipeline = make_pipeline(config)
-    sampler = eval_sampler(config, pipeline)
+    in_memory = override(config, {"run.encoding.cache": ""}).run  # what is drawn once needs no cache
+    # With prompts given, the config's own prompt files need not be there.
+    pipeline = make_pipeline(
+        config.model, in_memory, partial(read_tasks, {} if prompts or not isinstance(config, OPD) else config.tasks)
+    )
+    sampler = eval_sampler(config.eval, config.model.shift, pipeline)
     prompts = prompts or _held_out_prompts(pipeline.world)
     adapter = {} if _ADAPTER.value is None else effective(load_policy(_ADAPTER.value, pipeline))
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     pipeline.world.prepare([*prompts, ""])  # before the base: text encoders need not be in memory with it
-    variables = load_base(config, pipeline)
+    variables = load_base(config.model, pipeline, config.seed)
     requests = [(prompt, _SEED.value + j) for prompt in prompts for j in range(_IMAGES.value)]
     began = time.monotonic()
     images = []
@@ -129,7 +129,7 @@ def _held_out_prompts(world: World) -> list[str]:
     return [prompt for task in world.tasks.values() for prompt in task.test[:share]]
 
 
-def _settings(config: Config, pipeline: Pipeline) -> dict[str, object]:
+def _settings(config: OPD | FlowMatching, pipeline: Pipeline) -> dict[str, object]:
     evaluation = config.eval
     return {
         "model": config.model.path or f"random {pipeline.preset}",
@@ -138,7 +138,7 @@ def _settings(config: Config, pipeline: Pipeline) -> dict[str, object]:
         "guidance": evaluation.guidance,
         "transition": evaluation.transition,
         **({} if evaluation.transition == "ode" else {"noise_level": evaluation.noise_level}),
-        "shift": config.shift,
+        "shift": config.model.shift,
         "dtype": config.model.dtype,
     }
 

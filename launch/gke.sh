@@ -118,7 +118,7 @@ render() {
   RESOURCES="{\"$RESOURCE\":\"$CHIPS_PER_HOST\"}"
   MEMORY_FRACTION="\"${MEMORY_FRACTION//\"/}\""
   COMMAND=$(json_list python -m fopd_jax.main --config="/fopd/$CONFIG" --workdir="$WORKDIR" "${START[@]}" \
-    --config.watchdog_abort=true "${PROGRAM_ARGS[@]}")
+    --config.run.watchdog_abort=true "${PROGRAM_ARGS[@]}")
   text=$(<"$REPOSITORY/launch/gke_jobset.yaml")
   for name in $(grep -oE '[$]\{[A-Z_]+\}' <<<"$text" | tr -cd 'A-Z_\n'); do
     text=${text//"\${$name}"/"${!name}"}

@@ -68,7 +68,7 @@ start() {
     --property=Restart=on-failure --property=RestartForceExitStatus=SIGTERM --property=RestartSec=15 \
     --property=StartLimitIntervalSec=infinity --property=StartLimitBurst=$((MAX_RESTARTS + 1)) \
     "$VENV/bin/python" -m fopd_jax.main --config="$REPOSITORY/$CONFIG" --workdir="$WORKDIR" --distributed=auto \
-    --config.watchdog_abort=true "${PROGRAM_ARGS[@]}"
+    --config.run.watchdog_abort=true "${PROGRAM_ARGS[@]}"
 }
 
 stop() {

@@ -34,7 +34,7 @@ xpk_workload() { # verb, then its flags
 
 create() {
   local program=(python -m fopd_jax.main --config="/fopd/$CONFIG" --workdir="$WORKDIR" --distributed=auto
-    --config.watchdog_abort=true "${PROGRAM_ARGS[@]}")
+    --config.run.watchdog_abort=true "${PROGRAM_ARGS[@]}")
   local xla
   require DOCKER_IMAGE STORAGE
   xla=$(xla_flags "$XLA_FLAGS_FILE")

@@ -15,7 +15,7 @@ from absl import app
 
 from fopd_jax import compile_for
 from fopd_jax.config.flags import parse_flags
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import Config
 from fopd_jax.models.mmdit import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
-from fopd_jax.adapters.lora import Adapter, LoRAConfig, delta, init_adapter
+from fopd_jax.adapters.lora import Adapter, delta, init_adapter
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.evaluation import suite
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.main import prepare

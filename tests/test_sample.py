@@ -16,8 +16,9 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from fopd_jax import sample
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.config.flags import parse_flags
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig

@@ -5,7 +5,6 @@ An adapter's weights mirror the network's parameter tree: at each targeted dense
 A bank stacks K adapters on the axis before the matrices, `[*L, K, D_in, R]`; the network gathers from it by `route`.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 from jaxtyping import Array, PRNGKeyArray
+
+from fopd_jax.config.schema import MERGES, LoRAConfig
 
 Tree = Any
 
@@ -22,31 +23,7 @@ JOINT_ATTENTION = tuple(
 )
 IMAGE_ATTENTION = tuple(f"attn2/{name}" for name in ("to_q", "to_k", "to_v", "to_out"))
 FEED_FORWARD = tuple(f"{ff}/{name}" for ff in ("ff", "ff_context") for name in ("up", "down"))
-MERGES = ("svd", "concatenate", "factors")
 TARGETS = {"attn": JOINT_ATTENTION, "attn2": IMAGE_ATTENTION, "mlp": FEED_FORWARD}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Rank, alpha and target groups: any of `attn` (joint attention of both streams), `attn2`, `mlp`.
-
-    Raises:
-      ValueError: rank below 1, or an unknown or missing target group.
-    """
-
-    rank: int = 32
-    alpha: float = 64.0
-    targets: tuple[str, ...] = ("attn",)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank: found {self.rank}, expected at least 1")
-        if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise ValueError(f"adapter.targets: found {self.targets}, expected some of {tuple(TARGETS)}")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 @struct.dataclass
@@ -80,6 +57,11 @@ def init_adapter(key: PRNGKeyArray, params: Tree, config: LoRAConfig) -> Adapter
         a = jax.random.normal(layer_key, (*layers, d_in, config.rank), jnp.float32) / config.rank
         weights[path] = {"a": a, "b": jnp.zeros((*layers, config.rank, d_out), jnp.float32)}
     return Adapter(traverse_util.unflatten_dict(weights), config.scale)
+
+
+def adapter_shapes(config: LoRAConfig, params: Tree) -> Any:
+    """Shapes of a fresh adapter on a network's parameters (arrays or shapes)."""
+    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, config))
 
 
 def effective(adapter: Adapter) -> Tree:

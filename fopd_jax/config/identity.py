@@ -1,52 +1,80 @@
-"""What identifies an experiment: every field of its config but those that change no step of its training."""
+"""What identifies an experiment: the settings of its config that are no defaults, without those of section `run`."""
 
 import hashlib
 import json
+import typing
+from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from fopd_jax.config.parse import STAGES, current_name, flatten
+from fopd_jax.config.schema import Config, Section
 
-Config = Any
-"""An `ml_collections.ConfigDict`; its fields are dynamic, so type checkers cannot know them."""
-
-EXTENDABLE = (
-    "steps", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "mesh", "conditioning_cache",
-    "encode_batch_size", "keep_best", "max_skipped_steps", "alarms", "watchdog_seconds", "watchdog_abort",
-)  # fmt: skip
-"""Fields, or groups of them, under whose new values a run may be resumed or extended."""
+Fields = Mapping[str, Any]
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Flat `{dotted field: value}` in JSON types, without the extendable fields."""
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        if isinstance(node, ConfigDict):
-            for key, value in node.items():
-                visit(f"{prefix}{key}.", value)
-        else:
-            flat[prefix[:-1]] = node
-
-    visit("", config)
-    return json.loads(json.dumps({name: value for name, value in flat.items() if name.split(".")[0] not in EXTENDABLE}))
-
-
-def with_batch(config: Config, batch_size: int) -> Config:
-    """The config at another batch size."""
-    config = config.copy_and_resolve_references()
-    config.batch_size = batch_size
-    return config
-
-
-def with_teachers(config: Config, count: int) -> Config:
-    """The config with so many tasks, its own in turn, to compile or time a bank of any size."""
-    config = config.copy_and_resolve_references()
-    tasks = list(config.tasks.values())
-    with config.unlocked():
-        config.tasks = ConfigDict({f"task{k}": tasks[k % len(tasks)] for k in range(count)})
-    return config
+    """Flat `{dotted field: value}` in JSON types, and the names of the tasks."""
+    return normalise(flatten(config))
 
 
 def config_hash(config: Config) -> str:
     """SHA-256 of the identity, first 16 hex digits."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
+    return fields_hash(identity(config))
+
+
+def fields_hash(fields: Fields) -> str:
+    """The same of an identity as a workdir holds it, in whatever version's form."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def normalise(fields: Fields) -> dict[str, Any]:
+    """The identity that a config's fields have today; earlier versions kept all of them, under names of their own."""
+    named: dict[str, Any] = json.loads(json.dumps({current_name(name): value for name, value in fields.items()}))
+    stage, tasks = (
+        named.get("stage", "opd"),
+        sorted({name.split(".")[1] for name in named if name.startswith("tasks.")}),
+    )
+    kept = {
+        name: value
+        for name, value in named.items()
+        if not name.startswith("run.") and value != default_of(stage, name) and not _implied(name, named, tasks)
+    }
+    return {"stage": stage, "tasks": named.get("tasks") or tasks} | kept
+
+
+def default_of(stage: str, name: str) -> Any:
+    """The schema's default of a dotted field in JSON types; something equal to nothing where it has none."""
+    kind = STAGES.get(stage)
+    found = _default(kind(), kind, name.split(".")) if kind is not None else _MISSING
+    return list(found) if isinstance(found, tuple) else found
+
+
+class _Missing:
+    """Of a field that is not there; equal to nothing but itself."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_MISSING = _Missing()
+
+
+def _default(node: Any, hint: Any, path: list[str]) -> Any:
+    if not path:
+        return node
+    if isinstance(node, Section):
+        return _default(getattr(node, path[0], _MISSING), typing.get_type_hints(type(node)).get(path[0]), path[1:])
+    if isinstance(node, dict):
+        kind = typing.get_args(hint)[1]
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        return _default(kind() if is_section else node.get(path[0], _MISSING), kind, path[1:])
+    return _MISSING
+
+
+def _implied(name: str, fields: Fields, tasks: list[str]) -> bool:
+    """Whether a field says what its default, which means all tasks alike, says too."""
+    if name == "eval.tasks":
+        return sorted(fields[name]) == tasks
+    prefix = "cold_start.weights."
+    weights = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    return name.startswith(prefix) and sorted(weights) == tasks and set(weights.values()) == {1 / len(tasks)}

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fopd_jax.config.identity import Config, config_hash
+from fopd_jax.config.schema import Evaluation
 from fopd_jax.evaluation.grid import draw_grid, write_png
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys
 from fopd_jax.parallel.distributed import is_main
@@ -33,28 +34,32 @@ class Model:
 
 
 def write_report(
-    workdir: Path, config: Config, sampler: Sampler, world: World, models: Sequence[Model], *, steps: int
+    workdir: Path,
+    settings: Evaluation,
+    about: Mapping[str, Any],
+    sampler: Sampler,
+    world: World,
+    models: Sequence[Model],
 ) -> None:
     """Evaluate every model on the same pairs, print the table and write the files; the last model is the student.
 
-    All processes evaluate, process 0 writes.
+    `about`: what else to write into `results.json`. All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
     scores, there is no table.
     """
-    evaluation = config.eval
-    tasks = select_tasks(world, evaluation.tasks)
-    eval_set = EvalSet(tasks, config.final_samples, evaluation.batch_size, evaluation.seed + 1)
+    tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
+    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1)
     scores: dict[str, Scores] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total or not is_main()) as bar:
         for model in models:
             scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
     if is_main():
-        _write_scores(workdir, config, scores, models[-1].name, steps)
+        _write_scores(workdir, about, scores, models[-1].name)
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
-def _write_scores(workdir: Path, config: Config, scores: Mapping[str, Scores], student: str, steps: int) -> None:
+def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, Scores], student: str) -> None:
     write_json(
         workdir / "results.json",
         {
@@ -62,9 +67,7 @@ def _write_scores(workdir: Path, config: Config, scores: Mapping[str, Scores], s
                 name: {skill: round(value, 6) for skill, value in means(each).items()} for name, each in scores.items()
             },
             "samples": {skill: len(values) for skill, values in scores[student].items()},
-            "seed": config.seed,
-            "steps": steps,
-            "config_hash": config_hash(config),
+            **about,
             "versions": {package: version(package) for package in PACKAGES},
         },
     )

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
-Scalar = Float[Array, ""]
+from fopd_jax.config.schema import TRANSITIONS
 
-TRANSITIONS = ("sde", "cps", "ode")
+Scalar = Float[Array, ""]
 
 
 class Coefficients(NamedTuple):

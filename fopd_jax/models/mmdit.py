@@ -11,7 +11,7 @@ per-sample copy of a whole adapter ever exists. `b` carries the adapter's scale 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,8 @@ from fopd_jax.models.attention import AttentionImpl, attention, save_attention
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
 SHORT_STACK = 2  # layers; a loop over so few costs more in copies than it saves in compilation
-# What a block keeps for the backward beside its input, from nothing to everything. "dots" keeps attentions, too.
-RematPolicy = Literal["full", "attention", "dots", "none"]
+# What a block keeps for the backward beside its input, from nothing to everything ("none": no rematerialisation).
+# "dots" keeps attentions, too.
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "attention": save_attention,
@@ -336,7 +336,7 @@ class MMDiT(nn.Module):
     impl: AttentionImpl = "xla"
     dtype: Dtype = jnp.float32
     scan_layers: bool = True
-    remat: RematPolicy = "none"
+    remat: str = "none"
 
     @nn.compact
     def __call__(

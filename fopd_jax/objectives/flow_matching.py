@@ -1,23 +1,16 @@
 """Rectified-flow matching (Esser et al. 2024): regress v on ε - x0 at random noise levels."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fopd_jax.config.schema import LogitNormal
 
-@dataclasses.dataclass(frozen=True)
-class LogitNormal:
+
+def sample_levels(levels: LogitNormal, key: PRNGKeyArray, batch: int) -> Float[Array, " b"]:
     """Training noise levels: sigmoid(N(mean, std²)), shifted towards noise by `shift`·s/(1 + (shift - 1)·s)."""
-
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 3.0
-
-    def sample(self, key: PRNGKeyArray, batch: int) -> Float[Array, " b"]:
-        s = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,)))
-        return self.shift * s / (1 + (self.shift - 1) * s)
+    s = jax.nn.sigmoid(levels.mean + levels.std * jax.random.normal(key, (batch,)))
+    return levels.shift * s / (1 + (levels.shift - 1) * s)
 
 
 def interpolate(

@@ -14,51 +14,26 @@ norms being means per dimension. `direct` is that loss. `clipped` wraps its firs
                text; kept to show that it does not learn
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fopd_jax.config.schema import Objective
 from fopd_jax.flow.transition import Transition
 from fopd_jax.flow.weighting import check_weighting
 
-OBJECTIVES = ("direct", "clipped")
-REWARDS = ("kl", "log_ratio", "kl_detached")
 Samples = Float[Array, " b"]
 stop = jax.lax.stop_gradient
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Which loss, on which steps: `window_only` limits the direct one to noisy steps, as the clipped one always is."""
-
-    name: str = "clipped"
-    reward: str = "kl"
-    weighting: str = "kl"
-    clip: float = 1e-4
-    reward_limit: float = 5.0
-    mar_beta: float = 0.02
-    window_only: bool = False
-
-
 def check_objective(objective: Objective, transition: Transition) -> None:
-    """Refuse what is not defined.
+    """Refuse fields that do not go together.
 
     Raises:
-      ValueError: an unknown name, a weighting or an objective that needs a density on a transition without one, a
-        weighting other than `kl` with `log_ratio`, a clip range or β out of range; names field, found and right.
+      ValueError: a weighting or an objective that needs a density on a transition without one, or a weighting other
+        than `kl` with `log_ratio`; names field, found and right.
     """
-    for field, found, known in (("name", objective.name, OBJECTIVES), ("reward", objective.reward, REWARDS)):
-        if found not in known:
-            raise ValueError(f"objective.{field}: found {found!r}, expected one of {known}")
     check_weighting(objective.weighting, transition)
-    if objective.clip <= 0 or objective.reward_limit <= 0:
-        raise ValueError(
-            f"objective.clip, reward_limit: found {objective.clip}, {objective.reward_limit}, expected > 0"
-        )
-    if objective.mar_beta < 0:
-        raise ValueError(f"objective.mar_beta: found {objective.mar_beta}, expected at least 0")
     if objective.name != "clipped":
         return
     if not transition.has_density:

@@ -50,8 +50,8 @@ def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    *,
     mode: str = "auto",
+    *,
     timeout_s: float = START_TIMEOUT_S,
 ) -> None:
     """Join the other processes; before anything touches a device. A process on its own has nothing to do.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fopd_jax.config.schema import REDUCTIONS
 from fopd_jax.parallel.sharding import BATCH_AXES, AnyMesh, activation_rules
 
 Tree = Any
@@ -42,9 +43,8 @@ class GradientGroups:
     specs: Tree
 
     def __post_init__(self) -> None:
-        allowed = ((), BATCH_AXES[:1], BATCH_AXES)
-        if self.once not in allowed:
-            raise ValueError(f"reduce_once: found {self.once}, expected one of {allowed}")
+        if self.once not in REDUCTIONS:
+            raise ValueError(f"run.reduce_once: found {self.once}, expected one of {REDUCTIONS}")
 
     @property
     def count(self) -> int:

@@ -10,31 +10,25 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from fopd_jax.config.schema import MeshShape
+
 AXES = ("data", "fsdp", "tensor")
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshShape:
-    """Length of each axis; one of them may be -1 and takes the devices that are left."""
+def axis_lengths(shape: MeshShape, devices: int) -> tuple[int, int, int]:
+    """Lengths of data, fsdp and tensor whose product is the number of devices.
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def resolve(self, devices: int) -> tuple[int, int, int]:
-        """Lengths whose product is the number of devices.
-
-        Raises:
-          ValueError: names the field, the lengths and the number of devices.
-        """
-        lengths = [self.data, self.fsdp, self.tensor]
-        if any(length < 1 and length != -1 for length in lengths) or lengths.count(-1) > 1:
-            raise ValueError(f"mesh: found {dataclasses.asdict(self)}, expected lengths ≥ 1, at most one of them -1")
-        if -1 in lengths:
-            lengths[lengths.index(-1)] = devices // math.prod(length for length in lengths if length != -1)
-        if math.prod(lengths) != devices:
-            raise ValueError(f"mesh: {dataclasses.asdict(self)} does not fill {devices} devices exactly")
-        return lengths[0], lengths[1], lengths[2]
+    Raises:
+      ValueError: names the field, the lengths and the number of devices.
+    """
+    lengths = [shape.data, shape.fsdp, shape.tensor]
+    if any(length < 1 and length != -1 for length in lengths) or lengths.count(-1) > 1:
+        raise ValueError(f"run.mesh: found {dataclasses.asdict(shape)}, expected lengths ≥ 1, at most one of them -1")
+    if -1 in lengths:
+        lengths[lengths.index(-1)] = devices // math.prod(length for length in lengths if length != -1)
+    if math.prod(lengths) != devices:
+        raise ValueError(f"run.mesh: {dataclasses.asdict(shape)} does not fill {devices} devices exactly")
+    return lengths[0], lengths[1], lengths[2]
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -44,10 +38,10 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     alone crosses the slow network between them: nothing but one gradient reduction an update has to.
 
     Raises:
-      ValueError: as `MeshShape.resolve`; or the slices do not divide `data`.
+      ValueError: as `axis_lengths`; or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
-    lengths = shape.resolve(len(devices))
+    lengths = axis_lengths(shape, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         grid = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
@@ -59,7 +53,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def _hybrid(lengths: tuple[int, int, int], devices: Sequence[Any], slices: int) -> np.ndarray:
     data, *inner = lengths
     if data % slices:
-        raise ValueError(f"mesh.data: found {data}, expected a multiple of the {slices} slices that the devices are in")
+        raise ValueError(
+            f"run.mesh.data: found {data}, expected a multiple of the {slices} slices that the devices are in"
+        )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
     )

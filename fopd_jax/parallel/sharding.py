@@ -97,7 +97,7 @@ def check_width(width: int, mesh: AnyMesh) -> None:
     for axis in ("fsdp", "tensor"):
         if width % mesh.shape[axis]:
             raise ValueError(
-                f"mesh.{axis}: found {mesh.shape[axis]}, expected a divisor of the network's width {width}"
+                f"run.mesh.{axis}: found {mesh.shape[axis]}, expected a divisor of the network's width {width}"
             )
 
 

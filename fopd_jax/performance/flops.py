@@ -15,13 +15,11 @@ from typing import Any
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
-from fopd_jax.adapters.lora import LoRAConfig, target_kernels
-from fopd_jax.config.identity import Config
-from fopd_jax.models.mmdit import LAYER_STACKS, PRESETS, MMDiT, MMDiTConfig, RematPolicy
+from fopd_jax.adapters.lora import target_kernels
+from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.models.mmdit import LAYER_STACKS, MMDiT, MMDiTConfig
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import boxed_variables
-from fopd_jax.stages.setup import lora_config
-from fopd_jax.steps.opd.step import OPDSpec
 
 Path = tuple[str, ...]
 BLOCKS = (*LAYER_STACKS, "last_block")
@@ -105,7 +103,7 @@ def forward_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None 
     return dense + _all_attention(network, tokens) + _adapter(network, tokens, lora)
 
 
-def pass_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, remat: RematPolicy) -> Pass:
+def pass_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, remat: str) -> Pass:
     """One sample's forward and gradient: of the adapter, or without one (None) of the whole network.
 
     The adapter is taken to act in every block's joint attention, as `attn` among its targets makes it.
@@ -117,7 +115,7 @@ def pass_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, re
 
 def update_flops(
     network: MMDiTConfig, tokens: Tokens, schedule: Schedule, teachers: LoRAConfig | None, student: LoRAConfig | None,
-    remat: RematPolicy,
+    remat: str,
 ) -> Update:  # fmt: skip
     """One OPD update; `teachers` and `student` are adapters or (None) whole networks."""
     each = pass_flops(network, tokens, student, remat)
@@ -134,33 +132,6 @@ def update_flops(
         forward=trained * each.forward,
         backward=trained * each.backward,
         recomputed=trained * each.recomputed,
-    )
-
-
-def config_flops(config: Config, spec: OPDSpec, text_tokens: int) -> Update:
-    """One update of an `opd` config, whose static part is `spec`."""
-    network = PRESETS[config.model.preset]
-    lora = lora_config(config)
-    start, stop = spec.window
-    trained = 1 if spec.one_timestep else stop - start
-    schedule = Schedule(
-        batch=config.batch_size,
-        timesteps=trained,
-        only_sampled=stop - trained,
-        guided_student=spec.guidance != 1,
-        guided_teachers=any(scale != 1 for scale in spec.teacher_guidance),
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers else 1)
-        + (spec.objective.mar_beta > 0) / spec.anchor_every,
-        updates_per_rollout=spec.updates_per_rollout,
-        minibatches=spec.minibatches,
-    )
-    return update_flops(
-        network,
-        Tokens(math.prod(spec.latent_shape[:2]) // network.patch_size**2, text_tokens),
-        schedule,
-        None if spec.whole_teachers else lora,
-        lora if config.trained == "adapter" else None,
-        config.model.remat,
     )
 
 
@@ -277,7 +248,7 @@ def _repeat_nothing(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | Non
     return 0.0
 
 
-_RECOMPUTED: dict[RematPolicy, Callable[[MMDiTConfig, Tokens, LoRAConfig | None], float]] = {
+_RECOMPUTED: dict[str, Callable[[MMDiTConfig, Tokens, LoRAConfig | None], float]] = {
     "full": _repeat_blocks,
     "attention": _repeat_all_else,
     "dots": _repeat_nothing,

@@ -9,11 +9,11 @@ import numpy as np
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import Compiled, compile_twice, empty_cache
 from fopd_jax.performance.phases import Arguments, Phase, phases, time_programs
-from fopd_jax.performance.problem import Fields, Problem, problem_fields
 from fopd_jax.performance.timing import MatmulPeak, Timing, time_calls
 from fopd_jax.performance.topology import GIB, find_chip
 from fopd_jax.performance.weights import random_arguments
 from fopd_jax.running.resources import available_memory
+from fopd_jax.stages.problem import Fields, Problem, problem_fields
 
 PROFILED_STEPS = 2
 

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
-from fopd_jax.config.identity import Config, with_batch, with_teachers
+from fopd_jax.config.schema import OPD
+from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.performance.measure import Options, measure
-from fopd_jax.performance.problem import Fields, make_problem
 from fopd_jax.performance.timing import MatmulPeak
+from fopd_jax.stages.problem import Fields, make_problem
 
 MOST_STEPS = 3  # of each batch: large ones take long, and their steps differ little
 TEACHERS = (1, 2, 4, 8)
 
 
-def sweep_batches(config: Config, mesh: Mesh, matmul: MatmulPeak, options: Options) -> Iterator[Fields]:
+def sweep_batches(config: OPD, mesh: Mesh, matmul: MatmulPeak, options: Options) -> Iterator[Fields]:
     """Twice the config's batch, then double that, on and on; ends with the first that does not fit."""
     steps = min(options.steps, MOST_STEPS)
     for doublings in itertools.count(1):
@@ -25,7 +26,7 @@ def sweep_batches(config: Config, mesh: Mesh, matmul: MatmulPeak, options: Optio
             return
 
 
-def sweep_teachers(config: Config, mesh: Mesh, matmul: MatmulPeak, options: Options) -> Iterator[Fields]:
+def sweep_teachers(config: OPD, mesh: Mesh, matmul: MatmulPeak, options: Options) -> Iterator[Fields]:
     """The same batch routed to 1, 2, 4 and 8 teachers."""
     for count in TEACHERS:
         yield measure(make_problem(with_teachers(config, count), mesh), matmul, options)

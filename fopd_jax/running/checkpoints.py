@@ -39,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, *, keep_best: str = "", config_hash: str) -> None:
         if keep < 1:
-            raise ValueError(f"keep: found {keep}, expected at least 1")
+            raise ValueError(f"run.keep_checkpoints: found {keep}, expected at least 1")
         self._folder = (workdir / FOLDER).resolve()
         self._config_hash = config_hash
         self._best = Best(keep_best)
@@ -168,7 +168,7 @@ class Best:
     def __init__(self, spec: str) -> None:
         direction, _, self._name = spec.partition(":")
         if spec and (direction not in ("max", "min") or not self._name):
-            raise ValueError(f"keep_best: found {spec!r}, expected 'max:METRIC', 'min:METRIC' or ''")
+            raise ValueError(f"run.keep_best: found {spec!r}, expected 'max:METRIC', 'min:METRIC' or ''")
         self._sign = -1.0 if direction == "min" else 1.0
         self._scores: dict[int, float] = {}
 
@@ -178,7 +178,9 @@ class Best:
         if not self._name or not metrics:
             return
         if self._name not in metrics:
-            raise ValueError(f"keep_best: found no metric {self._name!r}, expected one of {', '.join(sorted(metrics))}")
+            raise ValueError(
+                f"run.keep_best: found no metric {self._name!r}, expected one of {', '.join(sorted(metrics))}"
+            )
         if math.isfinite(metrics[self._name]):
             self._scores[step] = self._sign * metrics[self._name]
 

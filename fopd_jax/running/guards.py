@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from fopd_jax.config.identity import Config, config_hash
 from fopd_jax.parallel.distributed import is_main, largest
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.workdir import write_json
@@ -67,7 +66,9 @@ class Guard:
         message = f"step {step}: {_list(f'{name} is {values[name]}' for name in bad) or 'not finite'}; bad samples: "
         message += f"{_list(told) or 'none alone'}{kept}; the update did not land"
         if self._count > self._most:
-            limit = f"max_skipped_steps is {self._most}, this is number {self._count}; the last checkpoint is intact"
+            limit = (
+                f"run.max_skipped_steps is {self._most}, this is number {self._count}; the last checkpoint is intact"
+            )
             raise FloatingPointError(f"{message}; {limit}")
         warn(f"{message}, the run goes on ({self._count} of at most {self._most})")
 
@@ -99,36 +100,13 @@ class Alarms:
           ValueError: there is no such metric; names it and those there are.
         """
         for name in self._bounds.keys() - values.keys():
-            raise ValueError(f"alarms: no metric {name!r}, expected some of {_list(sorted(values))}")
+            raise ValueError(f"run.alarms: no metric {name!r}, expected some of {_list(sorted(values))}")
         outside = {name for name, (low, high) in self._bounds.items() if not low <= values[name] <= high}
         for name in sorted(outside - self._outside):
             low, high = self._bounds[name]
             warn(f"alarm: step {step}: {name} is {values[name]:.6g}, outside of {low:g} … {high:g}")
         self._outside = outside
         return {f"alarms/{name}": float(name in outside) for name in self._bounds}
-
-
-def make_guard(config: Config, folder: Path) -> Guard:
-    """The guard that `config.max_skipped_steps` describes.
-
-    Raises:
-      ValueError: a negative number.
-    """
-    if config.max_skipped_steps < 0:
-        raise ValueError(f"max_skipped_steps: found {config.max_skipped_steps}, expected at least 0")
-    return Guard(folder, config.max_skipped_steps, {"seed": config.seed, "config_hash": config_hash(config)})
-
-
-def make_alarms(config: Config) -> Alarms:
-    """The alarms of `config.alarms`, `{metric: (low, high)}`.
-
-    Raises:
-      ValueError: bounds that are no pair in order; names the metric.
-    """
-    for name, bounds in config.alarms.items():
-        if len(bounds) != 2 or not bounds[0] <= bounds[1]:
-            raise ValueError(f"alarms.{name}: found {tuple(bounds)}, expected (low, high)")
-    return Alarms({name: (float(low), float(high)) for name, (low, high) in config.alarms.items()})
 
 
 def bad_rows(samples: Mapping[str, np.ndarray]) -> list[int]:

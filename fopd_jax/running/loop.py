@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fopd_jax.config.schema import Run
 from fopd_jax.parallel.distributed import fetch, gather_rows, is_main, largest, put_batch
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
@@ -44,37 +45,14 @@ class Experiment:
     describe: Describe | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Cadence:
-    """Steps in all, and every how many of them to log, checkpoint and evaluate (0: never evaluate).
-
-    Raises:
-      ValueError: a negative number of steps or an interval that is not positive; names the field.
-    """
-
-    steps: int
-    log_every: int
-    checkpoint_every: int
-    eval_every: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("steps", "eval_every") else 1
-            if value < least:
-                raise ValueError(f"{field.name}: found {value}, expected at least {least}")
-
-    def due(self, every: int, step: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.steps)
-
-
 def run(
     experiment: Experiment,
-    cadence: Cadence,
+    settings: Run,
     checkpoints: Checkpoints,
     writer: MetricWriter,
     supervision: Supervision | None = None,
 ) -> TrainState:
-    """Train from the newest checkpoint, or from the start, to `cadence.steps`.
+    """Train from the newest checkpoint, or from the start, to `run.steps`.
 
     Metrics of step k are fetched while step k+1 runs, and transfers that nobody asked for are errors.
 
@@ -82,10 +60,10 @@ def run(
       FloatingPointError: a metric is not finite, in more steps than are to be skipped; names it, step and samples.
         Nothing later is saved.
       Preempted: a signal asked to stop; the state is saved.
-      ValueError: the run is already beyond `cadence.steps`, or an alarm watches a metric that does not exist.
+      ValueError: the run is already beyond `run.steps`, or an alarm watches a metric that does not exist.
       OSError: too many checkpoints in a row could not be saved.
     """
-    return _Run(experiment, cadence, checkpoints, writer, supervision or Supervision()).run()
+    return _Run(experiment, settings, checkpoints, writer, supervision or Supervision()).run()
 
 
 @dataclasses.dataclass
@@ -93,14 +71,14 @@ class _Run:
     """`state` is that after the update dispatched last; `pending` its step and metrics until they are looked at."""
 
     experiment: Experiment
-    cadence: Cadence
+    settings: Run
     checkpoints: Checkpoints
     writer: MetricWriter
     watch: Supervision
 
     def run(self) -> TrainState:
         first = self.resume()
-        steps, measure = self.cadence.steps, self.watch.goodput.measure
+        steps, measure = self.settings.steps, self.watch.goodput.measure
         hidden = first >= steps or not is_main()
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
         with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog:
@@ -114,14 +92,18 @@ class _Run:
                 self.checkpoints.wait()
         return self.state
 
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps (0: never) happens after this one; the last has everything."""
+        return every > 0 and (step % every == 0 or step == self.settings.steps)
+
     def resume(self) -> int:
         """Take up the newest checkpoint; returns its step."""
         newest = self.checkpoints.latest_step()
         self.state = self.experiment.state if newest is None else self.checkpoints.restore(self.experiment.state)
         self.pending: tuple[int, Metrics] | None = None
         first = int(self.state.step)
-        if first > self.cadence.steps:
-            raise ValueError(f"steps: found {self.cadence.steps}, but this workdir is already at step {first}")
+        if first > self.settings.steps:
+            raise ValueError(f"run.steps: found {self.settings.steps}, but this workdir is already at step {first}")
         self.watch.goodput.resume(first)
         self.watch.guard.resume(first)
         return first
@@ -129,7 +111,7 @@ class _Run:
     def catch_up(self, first: int) -> None:
         """Make up for an evaluation that a signal interrupted: its state is the one just restored."""
         workdir = self.watch.workdir
-        if workdir is None or first == 0 or not self.cadence.due(self.cadence.eval_every, first):
+        if workdir is None or first == 0 or not self.due(self.settings.eval_every, first):
             return
         if largest(int(is_main() and not is_logged(workdir, first, EVALUATION))):
             self.evaluate(first)
@@ -147,8 +129,8 @@ class _Run:
 
     def settle(self, step: int) -> None:
         """What is due after a step."""
-        saves = self.cadence.due(self.cadence.checkpoint_every, step)
-        evaluates = self.cadence.due(self.cadence.eval_every, step)
+        saves = self.due(self.settings.checkpoint_every, step)
+        evaluates = self.due(self.settings.eval_every, step)
         if saves or evaluates:
             self.report()  # a state is checked before it is evaluated or saved
         # Before saving: a kill in between repeats both, so no evaluation is lost.
@@ -191,7 +173,7 @@ class _Run:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         alarms = self.watch.alarms.check(step, values)
-        if self.cadence.due(self.cadence.log_every, step) or any(alarms.values()):
+        if self.due(self.settings.log_every, step) or any(alarms.values()):
             self.writer.write_scalars(step, {f"train/{name}": value for name, value in values.items()} | alarms)
             self.bar.set_postfix({"loss": f"{values['loss']:.4g}"})
 
@@ -216,7 +198,7 @@ class _Run:
 
     def save(self, step: int, scores: Mapping[str, float]) -> None:
         """Start to save the state, if there is room for it; a failed save is tried again at the next checkpoint."""
-        last = step == self.cadence.steps
+        last = step == self.settings.steps
         with self.watch.goodput.measure("checkpoint"):
             if self.watch.space.allows(step, self.state, last):
                 try:

@@ -1,15 +1,17 @@
 """All that watches over a run, built from its config."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import Run
 from fopd_jax.parallel.distributed import is_main
 from fopd_jax.running import goodput
 from fopd_jax.running.goodput import Goodput
-from fopd_jax.running.guards import Alarms, Guard, make_alarms, make_guard
+from fopd_jax.running.guards import Alarms, Guard
 from fopd_jax.running.preemption import Preemption
 from fopd_jax.running.resources import Space
 from fopd_jax.running.watchdog import Watchdog
@@ -31,19 +33,13 @@ class Supervision:
     workdir: Path | None = None
 
 
-def make_supervision(config: Config, workdir: Path) -> Supervision:
-    """What the config's `max_skipped_steps`, `alarms`, `watchdog_seconds` and `watchdog_abort` describe.
-
-    Raises:
-      ValueError: one of them is out of range; names the field.
-    """
-    if config.watchdog_seconds < 0:
-        raise ValueError(f"watchdog_seconds: found {config.watchdog_seconds}, expected at least 0 (0: none)")
+def make_supervision(run: Run, workdir: Path, origin: Mapping[str, Any]) -> Supervision:
+    """All of it for one run; `origin`: what to write beside a batch whose update did not land."""
     return Supervision(
-        guard=make_guard(config, workdir),
-        alarms=make_alarms(config),
+        guard=Guard(workdir, run.max_skipped_steps, origin),
+        alarms=Alarms(run.alarms),
         goodput=Goodput(workdir / goodput.FILE if is_main() else None),
-        watchdog=Watchdog(workdir, config.watchdog_seconds, config.watchdog_abort, jax.process_index()),
+        watchdog=Watchdog(workdir, run.watchdog_seconds, run.watchdog_abort, jax.process_index()),
         space=Space(workdir),
         workdir=workdir,
     )

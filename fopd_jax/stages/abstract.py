@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fopd_jax.adapters.lora import stack_bank
+from fopd_jax.adapters.lora import adapter_shapes, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import OPD, Model
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.parallel.sharding import (
     AnyMesh,
@@ -20,10 +20,10 @@ from fopd_jax.parallel.sharding import (
     stacked_shardings,
 )
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.pipeline import boxed_variables, config_attention
-from fopd_jax.stages.setup import config_optimizer
+from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, place
+from fopd_jax.stages.pipeline import boxed_variables, choose_attention
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
-from fopd_jax.steps.opd.update import OPDUpdate, adapter_shapes, make_spec, make_update, place
+from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.miniature.world import make_world
 
 CLIP_LENGTH = 77  # of SD3's towers
@@ -40,7 +40,7 @@ class AbstractUpdate:
     update: OPDUpdate
 
 
-def abstract_update(config: Config, mesh: AnyMesh) -> AbstractUpdate:
+def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     """The update that `main` would run, from the config's `model.preset`; no file is read, no weight made.
 
     Raises:
@@ -50,11 +50,16 @@ def abstract_update(config: Config, mesh: AnyMesh) -> AbstractUpdate:
         raise ValueError(f"model.preset: found {config.model.preset!r}, expected one of {tuple(PRESETS)}")
     dtype = jnp.dtype(config.model.dtype)
     network = PRESETS[config.model.preset]
-    model = MMDiT(network, config_attention(config, network, mesh), dtype, remat=config.model.remat)
-    latent_shape, encoded = world_shapes(config)
+    model = MMDiT(
+        network,
+        choose_attention(config.run.attention, config.model.dtype, network, mesh),
+        dtype,
+        remat=config.run.remat,
+    )
+    latent_shape, encoded = world_shapes(config.model)
     boxed = boxed_variables(model, latent_shape)
     spec = make_spec(config, latent_shape)
-    update = make_update(config, model, boxed, spec, config_optimizer(config), mesh)
+    update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
 
     def rows(count: int, sharding: jax.sharding.Sharding) -> Conditioning:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype, sharding=sharding), encoded)
@@ -65,7 +70,7 @@ def abstract_update(config: Config, mesh: AnyMesh) -> AbstractUpdate:
     return AbstractUpdate(update.step, (frozen, update.state, batch), model, update)
 
 
-def _weights(config: Config, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:
+def _weights(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:
     """Base and bank."""
     dtype, count, places = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, parameter_shardings(mesh, boxed)
     variables = nn.unbox(boxed)
@@ -74,21 +79,21 @@ def _weights(config: Config, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return base, place(bank, stacked_shardings(mesh, boxed["params"]))
-    adapter = adapter_shapes(config, params)
+    adapter = adapter_shapes(config.adapter, params)
     bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
     return base, place(bank, bank_shardings(mesh, boxed["params"], bank))
 
 
-def world_shapes(config: Config) -> tuple[tuple[int, int, int], Conditioning]:
+def world_shapes(model: Model) -> tuple[tuple[int, int, int], Conditioning]:
     """Shape of one latent image, and of one encoded prompt."""
-    network = PRESETS[config.model.preset]
-    if config.model.preset == "miniature":
+    network = PRESETS[model.preset]
+    if model.preset == "miniature":
         world = make_world()
         encoded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), world.encode([""]))
         return world.latent_shape, encoded
-    side = config.resolution // DOWNSAMPLING
-    context = jax.ShapeDtypeStruct((CLIP_LENGTH + config.t5_length, network.context_dim), jnp.float32)
+    side = model.resolution // DOWNSAMPLING
+    context = jax.ShapeDtypeStruct((CLIP_LENGTH + model.t5_length, network.context_dim), jnp.float32)
     return (side, side, network.channels), Conditioning(
         context, jax.ShapeDtypeStruct((network.pooled_dim,), jnp.float32)
     )

@@ -6,59 +6,56 @@ from pathlib import Path
 import jax
 
 from fopd_jax.adapters.lora import init_adapter
-from fopd_jax.config.identity import Config
+from fopd_jax.config import schema as settings
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
-from fopd_jax.objectives.flow_matching import LogitNormal
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, check_batch, replicated
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.loop import Experiment, Progress
 from fopd_jax.stages.pipeline import load_base
-from fopd_jax.stages.setup import lora_config, make_setup, print_overview
+from fopd_jax.stages.setup import make_setup, print_overview
 from fopd_jax.steps.flow_matching import make_flow_matching_step
 from fopd_jax.steps.state import TrainState, init_state
 from fopd_jax.steps.student import ADAPTER, network
-from fopd_jax.worlds.miniature.pairs import PairSpec, TaskPairs, make_pairs
+from fopd_jax.worlds.miniature.pairs import check_shares, make_pairs
 from fopd_jax.worlds.world import select_tasks
 
 
 class FlowMatching:
     """The stage: `experiment` for the loop, `finish` to export what was trained. Images are the miniature's."""
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    def __init__(self, config: settings.FlowMatching, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
         if config.model.preset != "miniature":
             raise ValueError(
                 f"model.preset: found {config.model.preset!r}; stage flow_matching has images for 'miniature'"
             )
-        setup = make_setup(config)
-        pipeline, data = setup.pipeline, config.data
-        select_tasks(pipeline.world, tuple(data.tasks))
-        tasks = {name: TaskPairs(**pairs) for name, pairs in data.tasks.items()}
-        spec = PairSpec(data.batch_size, tasks, data.empty_caption)
-        check_batch("data.batch_size", data.batch_size, pipeline.mesh)
-        if config.trained not in ("params", "adapter"):
-            raise ValueError(f"trained: found {config.trained!r}, expected 'params' or 'adapter'")
+        setup = make_setup(config, dict)
+        pipeline = setup.pipeline
+        select_tasks(pipeline.world, tuple(config.tasks))
+        check_shares(config.tasks)
+        check_batch("batch_size", config.batch_size, pipeline.mesh)
         full = config.trained == "params"
-        variables = load_base(config, pipeline, "float32" if full else None)  # what trains is never rounded
+        variables = load_base(
+            config.model, pipeline, config.seed, "float32" if full else None
+        )  # what trains is never rounded
         trained = (
             variables["params"]
             if full
-            else init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
+            else init_adapter(jax.random.key(config.seed), variables["params"], config.adapter)
         )
         frozen = {"constants": variables["constants"]} if full else variables
         student = network(config.model.dtype) if full else ADAPTER
-        levels = LogitNormal(config.levels.mean, config.levels.std, config.levels.shift)
         everywhere, sharding = replicated(pipeline.mesh), batch_sharding(pipeline.mesh)
-        rows = rows_of(sharding, data.batch_size)
+        rows = rows_of(sharding, config.batch_size)
         step = make_flow_matching_step(
-            pipeline.velocity, student, levels, setup.optimizer, setup.ema, pipeline.mesh, everywhere
+            pipeline.velocity, student, config.levels, setup.optimizer, config.ema, pipeline.mesh, everywhere
         )
 
         def batch(step: int) -> Tree:
-            whole = make_pairs(pipeline.world, spec, config.seed, step)
+            whole = make_pairs(pipeline.world, config.tasks, config.batch_size, config.empty_caption, config.seed, step)
             return jax.tree.map(lambda leaf: leaf[rows], whole)
 
         def score(state: TrainState, progress: Progress) -> dict[str, float]:
@@ -70,7 +67,7 @@ class FlowMatching:
             state=put_replicated(init_state(trained, setup.optimizer, config.seed), everywhere),
             step=partial(step, frozen),
             batch=batch,
-            batch_size=data.batch_size,
+            batch_size=config.batch_size,
             sharding=sharding,
             evaluate=score,
             draw=lambda state: setup.draw(Model(config.name, *student.policy(frozen, state.ema))),

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fopd_jax.config.identity import Config
+from fopd_jax.config import schema as settings
+from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.report import Model, write_report
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.files.converted import load_table
@@ -20,31 +21,30 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.loop import Experiment, Progress
 from fopd_jax.stages import teachers
+from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import boxed_variables, weight_path
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
 from fopd_jax.steps.opd.step import Frozen
-from fopd_jax.steps.opd.update import make_spec, make_update
 from fopd_jax.steps.state import TrainState, init_state
+from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import PromptStream
 
 
 class OPD:
     """The stage: `experiment` for the loop, `finish` for results, pictures and the exported student."""
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    def __init__(self, config: settings.OPD, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
-        cache = Path(config.conditioning_cache) if config.get("conditioning_cache") else None
-        self.setup = setup = make_setup(config, cache)
+        self.setup = setup = make_setup(config, partial(read_tasks, config.tasks))
         self.pipeline = pipeline = setup.pipeline
-        if config.final_samples < 1:
-            raise ValueError(f"final_samples: found {config.final_samples}, expected at least 1")
-        if config.export not in ("ema", "raw"):
-            raise ValueError(f"export: found {config.export!r}, expected 'ema' or 'raw'")
         latent_shape = pipeline.world.latent_shape
         boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
         self.update = update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
         sharding = batch_sharding(pipeline.mesh)
-        prompts = PromptStream(pipeline.world, config, rows_of(sharding, config.batch_size))
+        prompts = PromptStream(
+            pipeline.world, config.tasks, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
+            seed=config.seed, rows=rows_of(sharding, config.batch_size),
+        )  # fmt: skip
         found = teachers.sources(config)
         teachers.check_start(config, found)
         if config.whole_teachers:
@@ -55,7 +55,7 @@ class OPD:
                 teachers.teach_by_adapters, config, pipeline, teachers.load_adapters(config, pipeline, found)
             )
         # Prompts before the base: text encoders and network need not be in memory together.
-        pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), prompts.upto(config.steps)))
+        pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), prompts.upto(config.run.steps)))
         self.teaching = teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(pipeline))
         self.experiment = Experiment(
@@ -99,7 +99,8 @@ class OPD:
         elif is_main():
             self.export_adapter(exported)
         models = [*self.teaching.models(), self.model(student)]
-        write_report(self.workdir, self.config, self.setup.sampler, self.pipeline.world, models, steps=int(state.step))
+        about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
+        write_report(self.workdir, self.config.eval, about, self.setup.sampler, self.pipeline.world, models)
 
     def export_adapter(self, student: Tree) -> None:
         """`student.safetensors`; of a published network also a PEFT folder, `student_peft`."""

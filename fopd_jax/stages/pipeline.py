@@ -1,4 +1,4 @@
-"""A config's `model` fields → network, world and base weights: what sampling and every stage of training share.
+"""Sections `model` and `run` → network, world and base weights: what sampling and every stage of training share.
 
 `model.path` is a converted folder (tools/convert_sd35_weights.py), a file of this project's own, or empty for random
 weights of `model.preset`. Text encoders and autoencoder of a converted folder are loaded when they are first needed;
@@ -7,9 +7,10 @@ the encoders are dropped as soon as their prompts are encoded.
 
 import dataclasses
 import sys
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,21 +19,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fopd_jax.adapters.lora import Adapter, check_like
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import Model, Run
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, load_sharded, load_table, read_manifest
 from fopd_jax.interop.files.safetensors import check_preset, is_own_file, load_adapter, load_tree
 from fopd_jax.interop.lora.peft import read_lora
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
-from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, RematPolicy
+from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import AnyMesh, check_width, parameter_shardings, replicated
 from fopd_jax.policy.velocity import Tree, Velocity, make_velocity
+from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.folder import FolderWorld
 from fopd_jax.worlds.miniature.world import make_world as make_miniature_world
 from fopd_jax.worlds.world import World
 
-DTYPES = ("float32", "bfloat16")
 PACKAGED = "packaged:"
 
 
@@ -48,29 +49,23 @@ class Pipeline:
     manifest: Manifest | None
 
 
-def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
-    """Check the config's `model`, `mesh` and world fields and build from them; loads no weights.
-
-    `cache`: folder of encoded prompts; without one they are kept in memory, unrounded.
+def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]]) -> Pipeline:
+    """Build network and world; loads no weights. `tasks`: of worlds that have none of their own.
 
     Raises:
-      ValueError: a field is out of range or names something that does not exist; before anything is compiled.
+      ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
-    model = config.model
-    for field, found, known in (("dtype", model.dtype, DTYPES), ("remat", model.remat, get_args(RematPolicy))):
-        if found not in known:
-            raise ValueError(f"model.{field}: found {found!r}, expected one of {known}")
-    mesh = make_mesh(MeshShape(**config.mesh))
+    mesh = make_mesh(run.mesh)
     path = weight_path(model.path)
     if not path.exists():
         raise ValueError(f"model.path: {path}: no such file or folder")
     manifest = read_manifest(path) if model.path and path.is_dir() else None
     network = _network(model.preset, path, manifest)
     check_width(network.width, mesh)
-    attention = config_attention(config, network, mesh)
-    mmdit = MMDiT(network, attention, jnp.dtype(model.dtype), remat=model.remat)
+    attention = choose_attention(run.attention, model.dtype, network, mesh)
+    mmdit = MMDiT(network, attention, jnp.dtype(model.dtype), remat=run.remat)
     if manifest is not None:
-        world = FolderWorld(path, manifest, config, mesh, cache).world()
+        world = FolderWorld(path, manifest, tasks(), model=model, encoding=run.encoding, mesh=mesh).world()
     elif model.preset == "miniature":
         world = make_miniature_world()
     else:
@@ -78,16 +73,16 @@ def make_pipeline(config: Config, cache: Path | None = None) -> Pipeline:
     return Pipeline(mesh, model.preset, mmdit, make_velocity(mmdit), world, manifest)
 
 
-def config_attention(config: Config, network: MMDiTConfig, mesh: AnyMesh) -> AttentionImpl:
-    """The attention of `model.attention` on the devices of a mesh, which need not be this process's; tells of `auto`.
+def choose_attention(name: str, dtype: str, network: MMDiTConfig, mesh: AnyMesh) -> AttentionImpl:
+    """The attention of `run.attention` on the devices of a mesh, which need not be this process's; tells of `auto`.
 
     Raises:
       ValueError: it does not exist, or cannot run there.
     """
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    found = resolve_attention(config.model.attention, config.model.dtype, network.head_dim, platform)
-    if config.model.attention == AUTO and jax.process_index() == 0:
-        on = f"{platform}, {config.model.dtype}, head dimension {network.head_dim}"
+    found = resolve_attention(name, dtype, network.head_dim, platform)
+    if name == AUTO and jax.process_index() == 0:
+        on = f"{platform}, {dtype}, head dimension {network.head_dim}"
         print(f"attention: auto → {found} ({on})", file=sys.stderr, flush=True)
     return found
 
@@ -131,20 +126,22 @@ def init_variables(model: MMDiT, latent_shape: tuple[int, int, int], seed: int) 
     return nn.unbox(model.init(jax.random.key(seed), *inputs))
 
 
-def load_base(config: Config, pipeline: Pipeline, dtype: str | None = None) -> Tree:
+def load_base(model: Model, pipeline: Pipeline, seed: int = 0, dtype: str | None = None) -> Tree:
     """The base's variables, every parameter in `dtype` (default `model.dtype`) and born in the shards of the mesh.
+
+    `seed`: of random weights, where `model.path` is empty.
 
     Raises:
       ValueError: as `load_network`.
     """
-    stored = jnp.dtype(dtype or config.model.dtype)
-    if config.model.path:
-        return load_network(config.model.path, pipeline, stored)
+    stored = jnp.dtype(dtype or model.dtype)
+    if model.path:
+        return load_network(model.path, pipeline, stored)
     latent_shape = pipeline.world.latent_shape
     shardings = parameter_shardings(pipeline.mesh, boxed_variables(pipeline.model, latent_shape))
 
     def init() -> Tree:
-        return _cast(init_variables(pipeline.model, latent_shape, config.seed), stored)
+        return _cast(init_variables(pipeline.model, latent_shape, seed), stored)
 
     return jax.jit(init, out_shardings=shardings)()
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters.lora import (
     Adapter,
-    check_merge,
+    adapter_shapes,
     conform,
     delta,
     effective,
@@ -23,14 +23,12 @@ from fopd_jax.adapters.lora import (
     stack_bank,
 )
 from fopd_jax.adapters.lora import zeros_like as no_adapter
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import OPD
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, boxed_variables, check_network, load_base, load_network, load_policy
-from fopd_jax.stages.setup import lora_config
-from fopd_jax.steps.opd.update import adapter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Teaching:
     models: Callable[[], list[Model]]
 
 
-def sources(config: Config) -> Sources:
+def sources(config: OPD) -> Sources:
     """Raises ValueError where the anchor has a teacher's name but other weights."""
     names = {name: config.tasks[name].teacher for name in config.tasks}
     if not config.anchor.adapter:
@@ -69,18 +67,15 @@ def sources(config: Config) -> Sources:
     return Sources(names | {config.anchor.name: config.anchor.adapter}, anchor)
 
 
-def check_start(config: Config, found: Sources) -> None:
+def check_start(config: OPD, found: Sources) -> None:
     """Refuse a start that cannot be made.
 
     Raises:
-      ValueError: an unknown method, weights for a teacher that is not there, or an adapter to start from networks.
+      ValueError: weights for a teacher that is not there, or an adapter to start from networks.
     """
     start = config.cold_start
-    if start.method not in ("merge", "none"):
-        raise ValueError(f"cold_start.method: found {start.method!r}, expected 'merge' or 'none'")
     if start.method == "none":
         return
-    check_merge(start.merge)
     unknown = set(start.weights) - set(found.names)
     if unknown:
         raise ValueError(f"cold_start.weights: found {sorted(unknown)}, expected some of {tuple(found.names)}")
@@ -91,7 +86,7 @@ def check_start(config: Config, found: Sources) -> None:
 # ---- adapters on the base
 
 
-def load_adapters(config: Config, pipeline: Pipeline, found: Sources) -> dict[str, Adapter]:
+def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, Adapter]:
     """Every teacher's adapter by name, all on the student's layers and at the largest rank.
 
     Raises:
@@ -105,18 +100,18 @@ def load_adapters(config: Config, pipeline: Pipeline, found: Sources) -> dict[st
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
     rank = max(rank_of(adapter) for adapter in adapters.values())
-    layers = adapter_shapes(config, _shapes(pipeline)["params"]).weights
+    layers = adapter_shapes(config.adapter, _shapes(pipeline)["params"]).weights
     return {name: conform(f"{name} ({found.names[name]})", adapter, layers, rank) for name, adapter in adapters.items()}
 
 
-def teach_by_adapters(config: Config, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
+def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
     """Load the base and put the adapters beside it."""
     anchor = config.anchor.name if config.anchor.adapter else "base"
     bank = {name: adapters[name] for name in config.tasks}
     bank[f"anchor/{anchor}"] = adapters.get(anchor) or no_adapter(next(iter(bank.values())))
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
     stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
-    variables = load_base(config, pipeline)
+    variables = load_base(config.model, pipeline, config.seed)
     start = start_adapter(config, adapters, pipeline)
     models = {"base": {}} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
     models |= {"merge": effective(start)} if config.cold_start.method == "merge" else {}
@@ -133,18 +128,24 @@ def no_update(adapter: Adapter) -> Tree:
     return effective(no_adapter(adapter))
 
 
-def start_adapter(config: Config, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
+def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
     """The student's initial adapter: the teachers' weighted merge, or a fresh one."""
-    start, lora, key = config.cold_start, lora_config(config), jax.random.key(config.seed)
+    start, lora, key = config.cold_start, config.adapter, jax.random.key(config.seed)
     if start.method == "none":
         return init_adapter(key, _shapes(pipeline)["params"], lora)
-    chosen = [adapters[name] for name in start.weights]
-    return revive(key, merge(start.merge, chosen, list(start.weights.values()), lora))
+    weights = start_weights(config)
+    chosen = [adapters[name] for name in weights]
+    return revive(key, merge(start.merge, chosen, list(weights.values()), lora))
 
 
-def _add_to_base(config: Config, pipeline: Pipeline, adapter: Adapter) -> Tree:
+def start_weights(config: OPD) -> dict[str, float]:
+    """Of the teachers (or the anchor) in the student's start; by default the routed ones count alike."""
+    return config.cold_start.weights or dict.fromkeys(config.tasks, 1 / len(config.tasks))
+
+
+def _add_to_base(config: OPD, pipeline: Pipeline, adapter: Adapter) -> Tree:
     """The base's parameters in float32 with an adapter's update in them, in their shards."""
-    params = load_base(config, pipeline, "float32")["params"]
+    params = load_base(config.model, pipeline, config.seed, "float32")["params"]
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=places)
@@ -166,10 +167,10 @@ def check_networks(pipeline: Pipeline, found: Sources) -> None:
         check_network(found.field(name), source, pipeline)
 
 
-def teach_by_networks(config: Config, pipeline: Pipeline, found: Sources) -> Teaching:
+def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teaching:
     """Load base and teachers, each straight into its shards; all of them stay there, split like the student."""
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
-    variables = load_base(config, pipeline)
+    variables = load_base(config.model, pipeline, config.seed)
     networks = {name: load_network(source, pipeline, dtype)["params"] for name, source in found.names.items()}
     anchor = networks.get(config.anchor.name, variables["params"]) if config.anchor.adapter else variables["params"]
     stack = jax.jit(
@@ -178,11 +179,11 @@ def teach_by_networks(config: Config, pipeline: Pipeline, found: Sources) -> Tea
     )
     bank = stack(*(networks[name] for name in config.tasks), anchor)
     if config.trained == "adapter":
-        start = init_adapter(jax.random.key(config.seed), variables["params"], lora_config(config))
+        start = init_adapter(jax.random.key(config.seed), variables["params"], config.adapter)
     elif config.cold_start.method == "none":
-        start = load_base(config, pipeline, "float32")["params"]
+        start = load_base(config.model, pipeline, config.seed, "float32")["params"]
     else:
-        weights = config.cold_start.weights
+        weights = start_weights(config)
         start = _average(pipeline, [networks[name] for name in weights], list(weights.values()))
 
     def models() -> list[Model]:

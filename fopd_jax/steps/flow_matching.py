@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fopd_jax.objectives.flow_matching import LogitNormal, flow_matching, interpolate
+from fopd_jax.config.schema import EMA, LogitNormal
+from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity
-from fopd_jax.steps.state import EMA, TrainState, advance, apply_gradients, land
+from fopd_jax.steps.state import TrainState, advance, apply_gradients, land
 from fopd_jax.steps.student import Student
 
 
@@ -33,7 +34,7 @@ def make_flow_matching_step(
         noise_key, level_key = jax.random.split(state.rng())
         x0 = batch["x0"]
         noise = jax.random.normal(noise_key, x0.shape)
-        sigma = levels.sample(level_key, x0.shape[0])
+        sigma = sample_levels(levels, level_key, x0.shape[0])
 
         def loss_fn(trained: Tree) -> tuple[jax.Array, jax.Array]:
             variables, adapter = student.policy(frozen, trained)

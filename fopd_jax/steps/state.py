@@ -10,6 +10,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from fopd_jax.config.schema import EMA, Optimizer
+
 Tree = Any
 
 
@@ -28,31 +30,27 @@ class TrainState:
         return jax.random.fold_in(jax.random.key(self.seed), self.step)
 
 
-@dataclasses.dataclass(frozen=True)
-class EMA:
-    """ema ← d·ema + (1 - d)·x every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps (Flow-GRPO code)."""
+def move_average(ema: EMA, average: Tree, trained: Tree, step: jax.Array) -> Tree:
+    """average ← d·average + (1 - d)·trained every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps.
 
-    decay: float = 0.9
-    every: int = 8
-
-    def update(self, ema: Tree, trained: Tree, step: jax.Array) -> Tree:
-        n = step.astype(jnp.float32)
-        d = jnp.minimum((1 + n) / (10 + n), self.decay)
-        d = jnp.where(step % self.every == 0, d, jnp.ones_like(d))
-        return jax.tree.map(lambda e, x: d * e + (1 - d) * x, ema, trained)
+    As in Flow-GRPO's code.
+    """
+    n = step.astype(jnp.float32)
+    d = jnp.minimum((1 + n) / (10 + n), ema.decay)
+    d = jnp.where(step % ema.every == 0, d, jnp.ones_like(d))
+    return jax.tree.map(lambda e, x: d * e + (1 - d) * x, average, trained)
 
 
-def make_optimizer(
-    learning_rate: float, warmup: int, betas: tuple[float, float], weight_decay: float, clip_norm: float
-) -> optax.GradientTransformation:
+def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
     """AdamW behind clipping by global norm; the rate warms up linearly over `warmup` updates, then stays.
 
     The schedule does not know the number of steps: a finished run can be extended.
     """
-    schedule = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
+    rate, warmup = settings.learning_rate, settings.warmup
+    schedule = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay),
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(schedule, b1=settings.betas[0], b2=settings.betas[1], weight_decay=settings.weight_decay),
     )
 
 
@@ -84,7 +82,7 @@ def land(finite: jax.Array, updated: TrainState, before: TrainState) -> TrainSta
 def advance(state: TrainState, ema: EMA, skipped: jax.Array | bool = False) -> TrainState:
     """Close an outer step: count it, then move the average, unless the step was skipped."""
     step = state.step + 1
-    moved = ema.update(state.ema, state.trained, step)
+    moved = move_average(ema, state.ema, state.trained, step)
     moved = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moved, state.ema)
     return dataclasses.replace(state, step=step, ema=moved)
 

@@ -1,8 +1,9 @@
 """Prompt files: UTF-8 text, one prompt a line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.tasks.task import Task
 
 
@@ -28,8 +29,8 @@ def read_prompts(path: Path, field: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines)
 
 
-def read_tasks(config: Config) -> dict[str, Task]:
-    """The tasks of a config whose prompts lie in files; they have no scores of their own.
+def read_tasks(tasks: Mapping[str, RoutedTask]) -> dict[str, Task]:
+    """The tasks whose prompts lie in files; they have no scores of their own.
 
     Raises:
       ValueError: as `read_prompts`, for `tasks.NAME.prompts` or `tasks.NAME.test`.
@@ -40,5 +41,5 @@ def read_tasks(config: Config) -> dict[str, Task]:
             read_prompts(Path(task.prompts), f"tasks.{name}.prompts"),
             read_prompts(Path(task.test), f"tasks.{name}.test"),
         )
-        for name, task in config.tasks.items()
+        for name, task in tasks.items()
     }

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from fopd_jax.conditioning.cache import ConditioningCache
 from fopd_jax.conditioning.encoder import Conditioning, PromptEncoder, TextEncoder, Tokenize
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import Encoding, Model
 from fopd_jax.interop.files.converted import TOKENIZERS, Manifest, load_sharded
 from fopd_jax.models.autoencoder import Autoencoder
 from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.t5 import T5Encoder
 from fopd_jax.parallel.distributed import barrier, is_main, local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, check_batch
-from fopd_jax.tasks.prompts import read_tasks
+from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
 ENCODING_TIMEOUT_S = 7200.0  # a host that has its prompts waits while another one encodes them all
@@ -65,23 +65,30 @@ class FolderWorld:
     Each process encodes and decodes by itself, on its own devices.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: Config, mesh: Mesh, cache: Path | None) -> None:
-        self._folder, self._manifest, self._config = folder, manifest, config
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        tasks: Mapping[str, Task],
+        *,
+        model: Model,
+        encoding: Encoding,
+        mesh: Mesh,
+    ) -> None:
+        self._folder, self._manifest, self._tasks = folder, manifest, tasks
+        self._model, self._encoding = model, encoding
         self._mesh = local_mesh(mesh)
         for name in ("vae", *CLIP_TOWERS):
             if name not in manifest.components:
                 raise ValueError(f"model.path: {folder} holds no {name}; convert it too")
-        check_batch("encode_batch_size", config.encode_batch_size, self._mesh)
-        if config.t5_length < 1:
-            raise ValueError(f"t5_length: found {config.t5_length}, expected at least 1")
+        check_batch("run.encoding.batch_size", encoding.batch_size, self._mesh)
         vae, network = manifest.component("vae").config, manifest.transformer
-        unit, side = vae.downsampling * network.patch_size, config.resolution
+        unit, side = vae.downsampling * network.patch_size, model.resolution
         largest = unit * network.table_size
         if not unit <= side <= largest or side % unit:
-            raise ValueError(f"resolution: found {side}, expected a multiple of {unit}, at most {largest}")
+            raise ValueError(f"model.resolution: found {side}, expected a multiple of {unit}, at most {largest}")
         self._latent_shape = (side // vae.downsampling, side // vae.downsampling, network.channels)
-        self._tasks = read_tasks(config)
-        self._encodings: Encodings = MemoryEncodings() if cache is None else self._cache(cache)
+        self._encodings: Encodings = self._cache(Path(encoding.cache)) if encoding.cache else MemoryEncodings()
         self._decode: Any = None
 
     def world(self) -> World:
@@ -94,13 +101,13 @@ class FolderWorld:
         parts = {
             "source": {name: dict(each.source) for name, each in components.items()},
             "stored": {name: each.dtype for name, each in components.items()},
-            "computed": self._config.model.dtype,
-            "t5_length": self._config.t5_length,
+            "computed": self._model.dtype,
+            "t5_length": self._model.t5_length,
         }
         fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         clip = [self._manifest.component(name).config for name in CLIP_TOWERS]
         shapes = Conditioning(
-            (clip[0].max_length + self._config.t5_length, self._manifest.transformer.context_dim),
+            (clip[0].max_length + self._model.t5_length, self._manifest.transformer.context_dim),
             (sum(each.projection_dim for each in clip),),
         )
         return ConditioningCache(folder, fingerprint, shapes)
@@ -116,7 +123,7 @@ class FolderWorld:
         self._fill(distinct, encoder)
 
     def _fill(self, prompts: Iterable[str], encoder: Callable[[], PromptEncoder]) -> None:
-        missing, size = self._encodings.missing(prompts), self._config.encode_batch_size
+        missing, size = self._encodings.missing(prompts), self._encoding.batch_size
         if not missing:
             return
         self._encodings.check_space(len(missing))
@@ -132,12 +139,12 @@ class FolderWorld:
         return self._encodings.read(prompts)
 
     def _load_encoder(self) -> PromptEncoder:
-        dtype = jnp.dtype(self._config.model.dtype)
+        dtype = jnp.dtype(self._model.dtype)
         clip = []
         for name in CLIP_TOWERS:
             c = self._manifest.component(name).config
             clip.append(self._load_text(name, CLIPText(c, dtype=dtype), c.max_length))
-        t5, length = None, self._config.t5_length
+        t5, length = None, self._model.t5_length
         if "text_encoder_3" in self._manifest.components:
             network = T5Encoder(self._manifest.component("text_encoder_3").config, dtype=dtype)
             t5 = self._load_text("text_encoder_3", network, length)
@@ -146,13 +153,13 @@ class FolderWorld:
             t5,
             t5_length=length,
             context_dim=self._manifest.transformer.context_dim,
-            batch_size=self._config.encode_batch_size,
+            batch_size=self._encoding.batch_size,
             sharding=batch_sharding(self._mesh),
         )
 
     def _load_text(self, name: str, network: nn.Module, length: int) -> TextEncoder:
         boxed = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, length), jnp.int32))["params"]
-        dtype = jnp.dtype(self._config.model.dtype)
+        dtype = jnp.dtype(self._model.dtype)
         params = load_sharded(self._folder, name, boxed, dtype, self._mesh)
         tokenize = load_tokenizer(self._folder / TOKENIZERS[name], length)
         return TextEncoder(lambda params, ids: network.apply({"params": params}, ids), params, tokenize)

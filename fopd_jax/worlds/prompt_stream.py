@@ -1,13 +1,13 @@
 """Training prompts, drawn by the step alone."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from fopd_jax.config.identity import Config
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.steps.opd.step import Batch
 from fopd_jax.worlds.world import World, routes, select_tasks
 
@@ -18,26 +18,34 @@ class PromptStream:
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`.
 
     Raises:
-      ValueError: an unknown task, a task without a teacher, or a batch that the group size does not divide.
+      ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
     """
 
-    def __init__(self, world: World, config: Config, rows: Int[np.ndarray, " n"] | None = None) -> None:
-        self.tasks = select_tasks(world, tuple(config.tasks))
-        taught = [name for name in self.tasks if config.tasks[name].teacher]
+    def __init__(
+        self,
+        world: World,
+        tasks: Mapping[str, RoutedTask],
+        *,
+        batch_size: int,
+        images_per_prompt: int,
+        seed: int,
+        rows: Int[np.ndarray, " n"] | None = None,
+    ) -> None:
+        self.tasks = select_tasks(world, tuple(tasks))
+        taught = [name for name in self.tasks if tasks[name].teacher]
         for task in self.tasks.values():
             routes([task.name] * len(task.train), task.train, taught)
-        if config.images_per_prompt < 1 or config.batch_size < 1 or config.batch_size % config.images_per_prompt:
+        if batch_size % images_per_prompt:
             raise ValueError(
-                f"batch_size, images_per_prompt: found {config.batch_size}, {config.images_per_prompt}; "
-                "expected a positive multiple of a positive number"
+                f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
-        self.encode, self.seed = world.encode, config.seed
-        self.count, self.repeats = config.batch_size // config.images_per_prompt, config.images_per_prompt
-        rows = np.arange(config.batch_size) if rows is None else rows
-        self.drawn, self.repeat = np.unique(rows // config.images_per_prompt, return_inverse=True)
-        weights = np.asarray([config.tasks[name].weight for name in self.tasks], float)
-        if (weights < 0).any() or weights.sum() <= 0:
-            raise ValueError(f"tasks: found weights {weights.tolist()}, expected non-negative ones, not all 0")
+        self.encode, self.seed = world.encode, seed
+        self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
+        rows = np.arange(batch_size) if rows is None else rows
+        self.drawn, self.repeat = np.unique(rows // images_per_prompt, return_inverse=True)
+        weights = np.asarray([tasks[name].weight for name in self.tasks], float)
+        if weights.sum() <= 0:
+            raise ValueError(f"tasks: found weights {weights.tolist()}, expected at least one above 0")
         self.shares = weights / weights.sum()
 
     def draw(self, step: int) -> tuple[list[str], list[str]]:

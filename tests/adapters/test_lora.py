@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fopd_jax.adapters.lora import (
     TARGETS,
     Adapter,
-    LoRAConfig,
     average_factors,
     concatenate,
     conform,
@@ -29,6 +28,7 @@ from fopd_jax.adapters.lora import (
     truncate,
     zeros_like,
 )
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, convert_layers
 from fopd_jax.stages.pipeline import boxed_variables, init_variables
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fopd_jax.conditioning.encoder import PromptEncoder, TextEncoder, join
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.config.schema import MeshShape
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_sharding
 
 CLIP_LENGTH, T5_LENGTH, CONTEXT = 3, 4, 12

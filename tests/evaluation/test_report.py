@@ -14,11 +14,12 @@ from PIL import Image
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
 from fopd_jax.evaluation.suite import Sampler
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.tasks.task import Scores, Task
 from fopd_jax.worlds.world import World
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, make_sampler, means, noise_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from fopd_jax.config.schema import WEIGHTINGS
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE
-from fopd_jax.flow.weighting import WEIGHTINGS, check_weighting, weight
+from fopd_jax.flow.weighting import check_weighting, weight
 
 SIGMAS = flow_match_sigmas(10)
 STEPS = list(itertools.pairwise(SIGMAS))

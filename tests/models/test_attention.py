@@ -22,10 +22,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.models import attention as module
 from fopd_jax.models.attention import attention, resolve_attention, save_attention, splash_blocks
 from fopd_jax.parallel.gradients import GradientGroups
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-2

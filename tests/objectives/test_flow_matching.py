@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fopd_jax.objectives.flow_matching import LogitNormal, flow_matching, interpolate
+from fopd_jax.config.schema import LogitNormal
+from fopd_jax.objectives.flow_matching import flow_matching, interpolate
 
 SHAPE = (3, 4, 5, 2)
 DRAWS, SIGNIFICANCE = 200_000, 1e-6

@@ -15,19 +15,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fopd_jax.config.schema import OBJECTIVES, REWARDS, Objective
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, transition_step
 from fopd_jax.flow.weighting import weight
-from fopd_jax.objectives.opd import (
-    OBJECTIVES,
-    REWARDS,
-    Objective,
-    check_objective,
-    distillation_loss,
-    divergence,
-    surrogate,
-    trains,
-)
+from fopd_jax.objectives.opd import check_objective, distillation_loss, divergence, surrogate, trains
 
 RTOL = 1e-6
 ALLOWED = (  # every combination that is defined: (objective, reward, weighting, transition)

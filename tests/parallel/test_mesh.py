@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel import mesh as module
-from fopd_jax.parallel.mesh import AXES, MeshShape, make_mesh
+from fopd_jax.parallel.mesh import AXES, make_mesh
 
 
 @pytest.mark.parametrize(

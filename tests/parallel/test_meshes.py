@@ -16,13 +16,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from fopd_jax.adapters.lora import effective, stack_bank
+from fopd_jax.adapters.lora import adapter_shapes, effective, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import Objective
 from fopd_jax.evaluation.suite import make_sampler, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
-from fopd_jax.objectives.opd import Objective
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (
     bank_shardings,
@@ -33,9 +33,9 @@ from fopd_jax.parallel.sharding import (
 )
 from fopd_jax.performance.hlo import REDUCTIONS, Collective, collectives
 from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.stages.opd_update import make_update
 from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
-from fopd_jax.steps.opd.update import adapter_shapes, make_update
 from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.worlds.world import World
 

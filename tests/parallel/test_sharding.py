@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (

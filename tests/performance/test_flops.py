@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.performance.flops import Schedule, Tokens, forward_flops, pass_flops, update_flops
 from fopd_jax.stages.pipeline import boxed_variables

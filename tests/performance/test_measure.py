@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fopd_jax.config.identity import with_batch, with_teachers
+from fopd_jax.config.schema import MeshShape
+from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance import measure as module
 from fopd_jax.performance import phases, sweeps
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import cache_use, compile_twice, empty_cache
 from fopd_jax.performance.measure import Options, measure, speed
-from fopd_jax.performance.problem import Problem, make_problem
 from fopd_jax.performance.table import describe, describe_batches, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak, summarise, time_calls
 from fopd_jax.performance.topology import GIB, find_chip
 from fopd_jax.performance.weights import held_bytes, random_arguments, shard_bytes
+from fopd_jax.stages.problem import Problem, make_problem
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
 TINY = MMDiTConfig(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter, stack_bank
+from fopd_jax.adapters.lora import init_adapter, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.policy.velocity import guided_velocity, make_velocity
 from fopd_jax.stages.pipeline import init_variables

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fopd_jax.config.schema import EMA
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.goodput import Goodput
@@ -25,7 +26,7 @@ from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.running.watchdog import Watchdog
-from fopd_jax.steps.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
+from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
 OPTIMIZER = make_optimizer(0.1, 1, (0.9, 0.99), 0.0, 1.0)
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter
+from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.models.attention import resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig

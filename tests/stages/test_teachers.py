@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from fopd_jax.adapters.lora import Adapter, LoRAConfig, delta, init_adapter
+from fopd_jax.adapters.lora import Adapter, delta, init_adapter
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
 from fopd_jax.main import prepare
 from fopd_jax.models.mmdit import PRESETS, MMDiT

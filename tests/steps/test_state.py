@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.steps.state import EMA, TrainState, advance, apply_gradients, init_state, make_optimizer
+from fopd_jax.config.schema import EMA
+from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
 RATE, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.999), 1e-1, 1.0
 

@@ -8,9 +8,10 @@ import numpy as np
 from flax import struct
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import Objective
 from fopd_jax.flow.transition import Transition
 from fopd_jax.flow.weighting import weight
-from fopd_jax.objectives.opd import Objective, check_objective, trains
+from fopd_jax.objectives.opd import check_objective, trains
 from fopd_jax.policy.velocity import Tree
 
 

@@ -18,16 +18,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import EMA, MeshShape
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import standard_normal, transition_step
 from fopd_jax.flow.weighting import weight
 from fopd_jax.objectives.opd import distillation_loss, divergence, trains
 from fopd_jax.parallel.gradients import GradientGroups
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
 from fopd_jax.steps.opd.spec import Batch, Frozen, Level, OPDSpec, Stored, Targets
-from fopd_jax.steps.state import EMA, TrainState, advance, apply_gradients, land
+from fopd_jax.steps.state import TrainState, advance, apply_gradients, land
 from fopd_jax.steps.student import ADAPTER, Student
 
 PICKS = 2**32 - 2  # what the step's key is folded with for draws that are no noise

@@ -21,7 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from fopd_jax.adapters.lora import TARGETS, Adapter, LoRAConfig, effective, init_adapter
+from fopd_jax.adapters.lora import TARGETS, Adapter, effective, init_adapter
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.lora import files as lora_files
 from fopd_jax.interop.lora.config import exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.modules import modules_from_adapter, places

@@ -21,13 +21,13 @@ from einops import rearrange
 
 from fopd_jax.adapters.lora import Adapter, effective, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import EMA, Objective
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
 from fopd_jax.models.mmdit import Dense
-from fopd_jax.objectives.opd import Objective
 from fopd_jax.steps.opd.step import TERMS, Batch, Frozen, Level, OPDSpec, OPDStep, Stored, Targets
-from fopd_jax.steps.state import EMA, TrainState, init_state, make_optimizer
+from fopd_jax.steps.state import TrainState, init_state, make_optimizer
 
 TOLERANCE = 1e-5
 STEPS, BATCH, SHAPE, WIDTH, RANK, CONTEXT, POOLED = 5, 3, (4, 4, 3), 16, 2, 6, 5  # 4 trained steps, unlike the batch

@@ -18,17 +18,17 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from flax.traverse_util import flatten_dict
 
-from fopd_jax.adapters.lora import Adapter, LoRAConfig, init_adapter, stack_bank
+from fopd_jax.adapters.lora import Adapter, init_adapter, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import EMA, LoRAConfig, Objective
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
 from fopd_jax.interop.sd3.diffusers import module_names, transformer_from_diffusers
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig, convert_layers
-from fopd_jax.objectives.opd import Objective
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
-from fopd_jax.steps.state import EMA, TrainState, init_state
+from fopd_jax.steps.state import TrainState, init_state
 
 TOLERANCE, BETWEEN_FORMS, VISIBLE = 1e-4, 1e-5, 1e-3
 CONFIG = MMDiTConfig(

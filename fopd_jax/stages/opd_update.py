@@ -1,6 +1,7 @@
 """From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,22 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fopd_jax.adapters.lora import init_adapter
-from fopd_jax.config.identity import Config
+from fopd_jax.adapters.lora import adapter_shapes
+from fopd_jax.config.schema import OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.models.mmdit import MMDiT
-from fopd_jax.objectives.opd import Objective
+from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
+from fopd_jax.performance.flops import Schedule, Tokens, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
-from fopd_jax.stages.setup import lora_config
 from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
-from fopd_jax.steps.state import EMA, TrainState, init_state, state_shardings
+from fopd_jax.steps.state import TrainState, init_state, state_shardings
 from fopd_jax.steps.student import ADAPTER, Student, network
-
-TRAINED = ("adapter", "params")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +39,13 @@ class OPDUpdate:
 
 
 def make_update(
-    config: Config, model: MMDiT, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    config: OPD, model: MMDiT, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
 ) -> OPDUpdate:
     """Build the update; `boxed`: the network's variables as shapes with logical axes.
 
     Raises:
       ValueError: names the field that is out of range, or that does not go with another.
     """
-    if config.trained not in TRAINED:
-        raise ValueError(f"trained: found {config.trained!r}, expected one of {TRAINED}")
     check_batch("batch_size", config.batch_size, mesh)
     check_width(model.config.width, mesh)
     spec.check(config.batch_size)
@@ -63,26 +59,25 @@ def make_update(
         trained = float32(nn.unbox(boxed)["params"])
         places, student = parameter_shardings(mesh, boxed)["params"], network(jnp.dtype(config.model.dtype))
     else:
-        trained = adapter_shapes(config, nn.unbox(boxed)["params"])
+        trained = adapter_shapes(config.adapter, nn.unbox(boxed)["params"])
         places, student = jax.tree.map(lambda _: everywhere, trained), ADAPTER
-    groups = GradientGroups(mesh, tuple(config.reduce_once), jax.tree.map(lambda place: place.spec, places))
-    ema = EMA(config.ema.decay, config.ema.every)
-    pieces = OPDStep(spec, make_velocity(model), optimizer, ema, student, groups)
+    groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
+    pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, student, groups)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
     state_places = state_shardings(state, optimizer, places)
     return OPDUpdate(pieces.make((state_places, everywhere)), place(state, state_places), student, pieces)
 
 
-def make_spec(config: Config, latent_shape: tuple[int, int, int]) -> OPDSpec:
+def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     """The static part of the update from the config."""
     sampler = config.sampler
     noisy = (
         np.ones(sampler.num_steps, bool) if sampler.window is None else noise_window(sampler.num_steps, *sampler.window)
     )
     return OPDSpec(
-        objective=Objective(**config.objective),
+        objective=config.objective,
         transition=make_transition(sampler.transition, sampler.noise_level),
-        sigmas=flow_match_sigmas(sampler.num_steps, config.shift),
+        sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
         noisy=noisy,
         latent_shape=latent_shape,
         teachers=tuple(config.tasks),
@@ -97,9 +92,31 @@ def make_spec(config: Config, latent_shape: tuple[int, int, int]) -> OPDSpec:
     )
 
 
-def adapter_shapes(config: Config, params: Tree) -> Tree:
-    """Shapes of the adapter that `config.adapter` describes on a network's parameters (arrays or shapes)."""
-    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, lora_config(config)))
+def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
+    """One update of an `opd` config, whose static part is `spec`."""
+    network = PRESETS[config.model.preset]
+    lora = config.adapter
+    start, stop = spec.window
+    trained = 1 if spec.one_timestep else stop - start
+    schedule = Schedule(
+        batch=config.batch_size,
+        timesteps=trained,
+        only_sampled=stop - trained,
+        guided_student=spec.guidance != 1,
+        guided_teachers=any(scale != 1 for scale in spec.teacher_guidance),
+        teacher_forwards=(len(spec.teachers) if spec.whole_teachers else 1)
+        + (spec.objective.mar_beta > 0) / spec.anchor_every,
+        updates_per_rollout=spec.updates_per_rollout,
+        minibatches=spec.minibatches,
+    )
+    return update_flops(
+        network,
+        Tokens(math.prod(spec.latent_shape[:2]) // network.patch_size**2, text_tokens),
+        schedule,
+        None if spec.whole_teachers else lora,
+        lora if config.trained == "adapter" else None,
+        config.run.remat,
+    )
 
 
 def float32(shapes: Tree) -> Tree:

@@ -6,12 +6,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from fopd_jax.config.identity import Config, config_hash
+from fopd_jax.config.identity import config_hash
+from fopd_jax.config.schema import OPD, Config
 from fopd_jax.models.mmdit import PRESETS
-from fopd_jax.performance.flops import Update, config_flops
+from fopd_jax.performance.flops import Update
 from fopd_jax.performance.report import flops_fields
 from fopd_jax.performance.weights import held_bytes
 from fopd_jax.stages.abstract import AbstractUpdate, abstract_update
+from fopd_jax.stages.opd_update import update_cost
 
 Fields = dict[str, Any]
 
@@ -20,7 +22,7 @@ Fields = dict[str, Any]
 class Problem:
     """An update as shapes on a mesh, and its analytic FLOPs on all chips together."""
 
-    config: Config
+    config: OPD
     mesh: Mesh
     update: AbstractUpdate
     flops: Update
@@ -32,10 +34,10 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     Raises:
       ValueError: a field is out of range, or names another stage; names it.
     """
-    if config.stage != "opd":
+    if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     update = abstract_update(config, mesh)
-    return Problem(config, mesh, update, config_flops(config, update.update.pieces.spec, _text_tokens(update)))
+    return Problem(config, mesh, update, update_cost(config, update.update.pieces.spec, _text_tokens(update)))
 
 
 def problem_fields(problem: Problem) -> Fields:
@@ -49,7 +51,7 @@ def problem_fields(problem: Problem) -> Fields:
         "preset": config.model.preset,
         "dtype": config.model.dtype,
         "attention": update.model.impl,
-        "remat": config.model.remat,
+        "remat": config.run.remat,
         "trained": config.trained,
         "teachers": len(spec.teachers),
         "anchor": update.update.pieces.anchored,

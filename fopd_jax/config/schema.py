@@ -1,0 +1,321 @@
+"""Every setting of a run: default, meaning, what is allowed, and what the method's authors used.
+
+One dataclass a section and one a stage. A config file's `get_config()` returns a stage's (`OPD`, `FlowMatching`) and
+names what deviates; `--config.a.b=value` overrides any field; `parse.resolve` checks and freezes the whole, once.
+Below the stages each function takes its own section. The section `run` changes no number of a run, or only its length:
+it is no part of a run's identity, and identity leaves defaults out, so that a new field locks no workdir out.
+
+In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
+"""
+
+import dataclasses
+from typing import Any
+
+from fopd_jax.config import rules
+from fopd_jax.config.rules import Rule, above, at_least, between, one_of, some_of
+
+OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
+WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
+TRANSITIONS = ("sde", "cps", "ode")
+MERGES = ("svd", "concatenate", "factors")
+REDUCTIONS = ((), ("data",), ("data", "fsdp"))
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+REMATS = ("full", "attention", "dots", "none")
+
+
+def setting(default: Any, doc: str, rule: Rule | None = None, paper: str = "") -> Any:
+    """A field with its description, its rule and the authors' value; a dict or a section is made anew each time."""
+    metadata = {"doc": doc, "rule": rule, "paper": paper}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Settings, to be changed until they are frozen.
+
+    Raises:
+      AttributeError: a field that is not there is set; names it and those there are.
+      dataclasses.FrozenInstanceError: after `freeze`.
+    """
+
+    _frozen = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._frozen:
+            raise dataclasses.FrozenInstanceError(f"{name}: settings are frozen once a run has begun")
+        if name not in (known := [each.name for each in dataclasses.fields(self)]):  # type: ignore[arg-type]
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}, only {', '.join(known)}")
+        object.__setattr__(self, name, value)
+
+    def freeze(self) -> None:
+        """Let nothing be changed any more."""
+        object.__setattr__(self, "_frozen", True)
+
+
+# ---- what every stage has
+
+
+@dataclasses.dataclass
+class Model(Section):
+    preset: str = setting("sd35_medium", "Shape of the network, by its published name.", paper="[paper] sd35_medium")
+    path: str = setting(
+        "", "Base weights: a converted folder, a file of this project's own, packaged:NAME, or empty: random."
+    )
+    dtype: str = setting(
+        "bfloat16", "Of frozen weights and activations; what trains is float32.", one_of("float32", "bfloat16"),
+        "[code] bfloat16",
+    )  # fmt: skip
+    resolution: int = setting(512, "Pixels a side.", at_least(1), "[paper] 512")
+    t5_length: int = setting(128, "T5 tokens a prompt.", at_least(1), "[code] 128 in training, 256 at inference")
+    shift: float = setting(3.0, "Of the sampler's schedule towards noise; SD3.5's own is 3.", above(0))
+
+
+@dataclasses.dataclass
+class LoRAConfig(Section):
+    rank: int = setting(32, "Of the adapter's factors.", at_least(1), "[code] 32")
+    alpha: float = setting(64.0, "The update is multiplied by alpha / rank.", above(0), "[code] 64")
+    targets: tuple[str, ...] = setting(
+        ("attn",), "Adapted layers: joint attention, image attention, feed-forward.", some_of("attn", "attn2", "mlp"),
+        "[code] attn",
+    )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass
+class Optimizer(Section):
+    """AdamW behind clipping by global norm."""
+
+    learning_rate: float = setting(1e-4, "After the warm-up it stays.", above(0), "[code] 1e-4")
+    warmup: int = setting(1, "Updates over which it rises.", at_least(0), "[code] none")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay of both moments.", rules.BETAS, "[code] (0.9, 0.999)")
+    weight_decay: float = setting(1e-4, "Decoupled.", at_least(0), "[code] 1e-4")
+    clip_norm: float = setting(1.0, "Largest norm of an update's gradient.", above(0), "[code] 1")
+
+
+@dataclasses.dataclass
+class EMA(Section):
+    """ema ← d·ema + (1 - d)·x every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps."""
+
+    decay: float = setting(0.9, "Limit of d.", rules.PROBABILITY, "[code] 0.9")
+    every: int = setting(8, "Steps between two moves of the average.", at_least(1), "[code] 8")
+
+
+@dataclasses.dataclass
+class Evaluation(Section):
+    """Held-out (prompt, noise) pairs, the same for every model."""
+
+    tasks: tuple[str, ...] = setting((), "Tasks to evaluate; (): all.")
+    samples: int = setting(16, "Pairs a task in the periodic evaluation.", at_least(1))
+    batch_size: int = setting(16, "Images made at once.", at_least(1))
+    num_steps: int = setting(40, "Sampler steps.", at_least(1), "[paper] 40")
+    guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0), "[paper] 4.5")
+    transition: str = setting("ode", "Of the sampler.", one_of(*TRANSITIONS), "[code] ode")
+    noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0))
+    seed: int = setting(1, "Of the noises; the report's is the next.", at_least(0))
+    final_samples: int = setting(16, "Pairs a task in the report.", at_least(1))
+
+
+@dataclasses.dataclass
+class MeshShape(Section):
+    """Length of each mesh axis; one of them may be -1 and takes the devices that are left."""
+
+    data: int = setting(-1, "Devices that hold different samples and the same weights.", rules.AXIS)
+    fsdp: int = setting(1, "Devices that hold different samples and different shards of the weights.", rules.AXIS)
+    tensor: int = setting(1, "Devices that share samples, heads and hidden features.", rules.AXIS)
+
+
+@dataclasses.dataclass
+class Encoding(Section):
+    """How prompts become conditioning, in worlds with text encoders."""
+
+    cache: str = setting("runs/conditioning", "Folder of encoded prompts, shared by runs; empty: in memory.")
+    batch_size: int = setting(64, "Prompts encoded at once.", at_least(1))
+    resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
+
+
+@dataclasses.dataclass
+class Run(Section):
+    """How a run is run. None of it changes a number but by rounding, all of it may change between runs in a workdir."""
+
+    steps: int = setting(400, "Updates in all; raise it to extend a finished run.", at_least(0), "[code] about 400")
+    log_every: int = setting(1, "Steps between lines of metrics, which are means over them.", at_least(1))
+    checkpoint_every: int = setting(20, "Steps between checkpoints.", at_least(1))
+    eval_every: int = setting(50, "Steps between evaluations; 0: none.", at_least(0))
+    keep_checkpoints: int = setting(2, "The newest ones that stay.", at_least(1))
+    keep_best: str = setting("", "Also keep the best one by an evaluation's score: 'max:text'.", rules.BEST)
+    mesh: MeshShape = setting(MeshShape, "The device mesh.")
+    reduce_once: tuple[str, ...] = setting(
+        ("data", "fsdp"), "Mesh axes over which gradients are summed once an update, at the price of one float32 sum "
+        "each; for full fine-tuning ('data',).", one_of(*REDUCTIONS),
+    )  # fmt: skip
+    attention: str = setting(
+        "auto", "'auto': cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else 'xla'.", one_of(*ATTENTIONS)
+    )
+    remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
+    encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
+    max_skipped_steps: int = setting(0, "Updates that are not finite to leave out before stopping.", at_least(0))
+    alarms: dict[str, tuple[float, float]] = setting(
+        {}, "Metrics to warn of outside (low, high), never to stop for.", rules.BOUNDS
+    )
+    watchdog_seconds: float = setting(1800.0, "Report a hang after as long without a step; 0: never.", at_least(0))
+    watchdog_abort: bool = setting(False, "And end the process, for a job manager to start it again.")
+    profile: tuple[int, int] | None = setting(
+        None, "(start, stop): steps to trace into workdir/profile, for xprof or TensorBoard.", rules.STEPS
+    )
+    wandb: str = setting("", "Weights & Biases project to write metrics to as well (extra `wandb`); empty: none.")
+
+
+@dataclasses.dataclass
+class Config(Section):
+    """What every stage has; `trained`, `adapter`, `optimizer` and `ema` are about what trains."""
+
+    name: str = setting("", "Of the experiment; its folder is runs/NAME.", rules.NAME)
+    stage: str = setting("", "What is run; a config's type says it.")
+    seed: int = setting(0, "Of everything drawn in training.", between(0, 2**32 - 1))
+    model: Model = setting(Model, "The network and its inputs.")
+    trained: str = setting("adapter", "What trains: 'params' is all of the network.", one_of("adapter", "params"))
+    adapter: LoRAConfig = setting(LoRAConfig, "The student's adapter.")
+    batch_size: int = setting(128, "Samples an update.", at_least(1), "[code] 256 in two updates")
+    optimizer: Optimizer = setting(Optimizer, "AdamW.")
+    ema: EMA = setting(EMA, "The average that is evaluated and exported.")
+    eval: Evaluation = setting(Evaluation, "Periodic evaluation and report.")
+    run: Run = setting(Run, "How it is run; no part of its identity.")
+
+
+# ---- stage 2: on-policy distillation
+
+
+@dataclasses.dataclass
+class RoutedTask(Section):
+    """Prompts and the teacher that they are routed to."""
+
+    teacher: str = setting("", "Adapter (ours, PEFT, diffusers, ComfyUI), or a whole network if `whole_teachers`.")
+    prompts: str = setting("", "File of training prompts, one a line, in worlds without prompts of their own.")
+    test: str = setting("", "File of held-out prompts.")
+    guidance: float = setting(
+        4.5, "The scale under which the teacher was trained; 1: none.", at_least(0), "[paper] 4.5"
+    )
+    weight: float = setting(
+        1.0, "Share among the prompts.", at_least(0), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
+    )
+
+
+@dataclasses.dataclass
+class Anchor(Section):
+    """Manifold anchor regularisation (MAR) towards a frozen teacher of quality."""
+
+    name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
+    adapter: str = setting("", "Its weights; empty: the base is the anchor.")
+    guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0), "[paper] 4.5")
+    every: int = setting(1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1))
+
+
+@dataclasses.dataclass
+class ColdStart(Section):
+    """What the student starts from."""
+
+    method: str = setting("merge", "'none': the base.", one_of("merge", "none"), "[paper] merge")
+    merge: str = setting(
+        "svd", "'svd': the exact average at the student's rank; 'concatenate': at the sum of the ranks; 'factors': a "
+        "and b apart.", one_of(*MERGES), "[code] factors",
+    )  # fmt: skip
+    weights: dict[str, float] = setting(
+        {},
+        "Of teachers or anchor by name; {}: equal ones of all routed teachers.",
+        rules.WEIGHTS,
+        "[paper] the average",
+    )
+
+
+@dataclasses.dataclass
+class Sampler(Section):
+    """The student's rollout. All steps but the last are sampled and trained."""
+
+    num_steps: int = setting(10, "Sampler steps.", at_least(2), "[paper] 10")
+    transition: str = setting(
+        "sde", "Euler-Maruyama, coefficient-preserving, or Euler.", one_of(*TRANSITIONS), "[paper] sde"
+    )
+    noise_level: float = setting(0.7, "a of 'sde' and 'cps'.", at_least(0), "[paper] 0.7")
+    window: tuple[int, int] | None = setting(None, "(start, stop): noise in these steps alone.", rules.STEPS)
+    trained: tuple[int, int] | None = setting(None, "(start, stop): train these timesteps alone.", rules.STEPS)
+
+
+@dataclasses.dataclass
+class Objective(Section):
+    """Which loss, on which steps; see objectives/opd.py."""
+
+    name: str = setting(
+        "clipped", "'direct' is the loss itself, 'clipped' PPO's surrogate.", one_of(*OBJECTIVES), "[paper] clipped"
+    )
+    reward: str = setting(
+        "kl", "Of 'clipped'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
+    )
+    weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
+    clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0), "[paper] 1e-4")
+    reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0), "[code] 5")
+    mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0), "[paper] 0.02; [code] 0.04")
+    window_only: bool = setting(False, "'direct' trains noisy steps only, as 'clipped' always does.")
+
+
+@dataclasses.dataclass
+class OPD(Config):
+    """Stage `opd`: one student distilled on-policy from many teachers."""
+
+    stage: str = setting("opd", "What is run.", one_of("opd"))
+    tasks: dict[str, RoutedTask] = setting({}, "The routed tasks, in the bank's order.")
+    images_per_prompt: int = setting(
+        1, "Beyond 1 they form groups, which distillation does not need.", at_least(1), "[code] 16"
+    )
+    whole_teachers: bool = setting(False, "Teachers and anchor are weights of whole networks, like `model.path`.")
+    anchor: Anchor = setting(Anchor, "MAR's teacher.")
+    guidance: float = setting(4.5, "Of the student; the empty prompt is the negative one.", at_least(0), "[paper] 4.5")
+    cold_start: ColdStart = setting(ColdStart, "What the student starts from.")
+    sampler: Sampler = setting(Sampler, "The rollout.")
+    one_timestep: bool = setting(False, "Train one timestep of each rollout, drawn by weight; needs 'direct'.")
+    objective: Objective = setting(Objective, "The loss.")
+    updates_per_rollout: int = setting(1, "With several the rollout is stored and replayed.", at_least(1), "[code] 2")
+    minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1), "[code] 2")
+    export: str = setting(
+        "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
+    )
+    run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+
+
+# ---- flow matching: pretraining, teachers by supervised fine-tuning
+
+
+@dataclasses.dataclass
+class Pairs(Section):
+    """One task's captioned images: their share among all, and how often the embedded world corrupts them."""
+
+    share: float = setting(1.0, "Among all pairs.", at_least(0))
+    wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
+    degraded: float = setting(0.0, "Probability of a noisy, blurred, tinted or uneven image.", rules.PROBABILITY)
+    images: str = setting("", "Folder of images and captions, in worlds that do not render their own.")
+    test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.")
+
+
+@dataclasses.dataclass
+class LogitNormal(Section):
+    """Training noise levels: sigmoid(N(mean, std²)), shifted towards noise by shift·s/(1 + (shift - 1)·s)."""
+
+    mean: float = setting(0.0, "Of the logit.")
+    std: float = setting(1.0, "Of the logit.", at_least(0))
+    shift: float = setting(3.0, "Towards noise.", above(0))
+
+
+@dataclasses.dataclass
+class FlowMatching(Config):
+    """Stage `flow_matching`: train a whole network, or an adapter, on captioned images."""
+
+    stage: str = setting("flow_matching", "What is run.", one_of("flow_matching"))
+    tasks: dict[str, Pairs] = setting({}, "Captioned images by task.")
+    batch_size: int = setting(64, "Samples an update.", at_least(1))
+    empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
+    levels: LogitNormal = setting(LogitNormal, "Training noise levels.")
