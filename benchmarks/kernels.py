@@ -31,14 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import REMATS, LoRAConfig
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, routed_product
 from fopd_jax.performance.topology import configure, parse_topology, topology_devices
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.running.workdir import write_json
-from fopd_jax.stages.pipeline import boxed_variables
 
 NETWORK = PRESETS["sd35_medium"]
 WIDTH, IMAGE, TEXT = NETWORK.width, 1024, 205
@@ -187,7 +188,7 @@ def make_shallow(setting: Setting) -> Shallow:
     latent = (64, 64, SHALLOW.channels)
     variables = nn.unbox(boxed_variables(MMDiT(SHALLOW), latent))
     params = jax.tree.map(lambda leaf: setting.shape(*leaf.shape), variables["params"])
-    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(RANK, 64.0)).weights)
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(RANK, 64.0), TARGETS).weights)
     return Shallow(
         impl=resolve_attention("auto", setting.dtype, SHALLOW.head_dim, setting.platform),
         adapter=adapter,

@@ -23,6 +23,7 @@ from peer_problem import Problem
 from safetensors.numpy import save_file
 
 from fopd_jax.adapters.lora import Adapter, adapter_shapes, stack_bank
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, MeshShape
@@ -30,11 +31,11 @@ from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.interop.lora.modules import modules_from_adapter
 from fopd_jax.interop.sd3.diffusers import transformer_to_diffusers
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, position_table
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_tree
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.steps.opd.spec import Batch, Frozen
 from fopd_jax.steps.state import init_state
 
@@ -71,7 +72,8 @@ def write_check(config: OPD, network: MMDiTConfig, folder: Path) -> None:
     shapes = nn.unbox(boxed)
     variables = random_tree({"params": shapes["params"]}, 1) | {"constants": constants(model, latent)}
     student, *bank = (
-        random_adapter(adapter_shapes(config.adapter, shapes["params"]), 10 + k) for k in range(len(spec.teachers) + 2)
+        random_adapter(adapter_shapes(config.adapter, shapes["params"], TARGETS), 10 + k)
+        for k in range(len(spec.teachers) + 2)
     )
     frozen = Frozen(variables, stack_bank({str(k): each for k, each in enumerate(bank)}), prompts(problem, 1, 2))
     batch = Batch(prompts(problem, problem.batch, 3), jnp.asarray(problem.route(), jnp.int32))

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from peer_problem import OURS, Problem, forward_equivalents, summarise
 
-from fopd_jax.adapters.lora import TARGETS
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_teachers
 from fopd_jax.interop.lora.modules import places
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_arguments

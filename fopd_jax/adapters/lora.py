@@ -17,14 +17,6 @@ from fopd_jax.config.schema import MERGES, LoRAConfig
 
 Tree = Any
 
-JOINT_ATTENTION = tuple(
-    f"attn/{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-)
-IMAGE_ATTENTION = tuple(f"attn2/{name}" for name in ("to_q", "to_k", "to_v", "to_out"))
-FEED_FORWARD = tuple(f"{ff}/{name}" for ff in ("ff", "ff_context") for name in ("up", "down"))
-TARGETS = {"attn": JOINT_ATTENTION, "attn2": IMAGE_ATTENTION, "mlp": FEED_FORWARD}
-
 
 @struct.dataclass
 class Adapter:
@@ -34,9 +26,19 @@ class Adapter:
     scale: float = struct.field(pytree_node=False)
 
 
-def target_kernels(params: Tree, targets: Sequence[str]) -> dict[tuple[str, ...], Any]:
-    """The kernels (arrays or shapes) of all layers in the target groups, by module path."""
-    suffixes = [tuple(name.split("/")) for group in targets for name in TARGETS[group]]
+Groups = Mapping[str, tuple[str, ...]]
+"""A family's target groups: the last two parts of their layers' paths, `attn/to_q`."""
+
+
+def target_kernels(params: Tree, targets: Sequence[str], groups: Groups) -> dict[tuple[str, ...], Any]:
+    """The kernels (arrays or shapes) of all layers in the target groups, by module path.
+
+    Raises:
+      ValueError: there is no such group, or no target at all.
+    """
+    if not targets or not set(targets) <= set(groups):
+        raise ValueError(f"adapter.targets: found {tuple(targets)}, expected some of {tuple(groups)}")
+    suffixes = [tuple(name.split("/")) for group in targets for name in groups[group]]
     return {
         path[:-1]: leaf
         for path, leaf in traverse_util.flatten_dict(params).items()
@@ -44,12 +46,12 @@ def target_kernels(params: Tree, targets: Sequence[str]) -> dict[tuple[str, ...]
     }
 
 
-def init_adapter(key: PRNGKeyArray, params: Tree, config: LoRAConfig) -> Adapter:
+def init_adapter(key: PRNGKeyArray, params: Tree, config: LoRAConfig, groups: Groups) -> Adapter:
     """PEFT's `init_lora_weights="gaussian"`: a ~ N(0, 1/R²), b = 0, so that the adapted network starts as the base.
 
-    `params` may hold arrays or shapes, scanned or not.
+    `params` may hold arrays or shapes, scanned or not; `groups`: the network's family's, see `Backbone.targets`.
     """
-    kernels = target_kernels(params, config.targets)
+    kernels = target_kernels(params, config.targets, groups)
     keys = jax.random.split(key, len(kernels))
     weights = {}
     for layer_key, (path, kernel) in zip(keys, sorted(kernels.items()), strict=True):
@@ -59,9 +61,9 @@ def init_adapter(key: PRNGKeyArray, params: Tree, config: LoRAConfig) -> Adapter
     return Adapter(traverse_util.unflatten_dict(weights), config.scale)
 
 
-def adapter_shapes(config: LoRAConfig, params: Tree) -> Any:
+def adapter_shapes(config: LoRAConfig, params: Tree, groups: Groups) -> Any:
     """Shapes of a fresh adapter on a network's parameters (arrays or shapes)."""
-    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, config))
+    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, config, groups))
 
 
 def effective(adapter: Adapter) -> Tree:

@@ -31,11 +31,8 @@ def one_of(*known: Any) -> Rule:
     return Rule(f"one of {known}", lambda value: value in known)
 
 
-def some_of(*known: str) -> Rule:
-    return Rule(f"some of {known}", lambda value: len(value) > 0 and set(value) <= set(known))
-
-
 PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1)
+SOME = Rule("at least one", lambda value: len(value) > 0)
 NAME = Rule("a name", lambda value: bool(re.fullmatch(r"[^\s/\\]+", value)))
 AXIS = Rule("a length ≥ 1, or -1: the devices that are left", lambda value: value >= 1 or value == -1)
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))

@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from fopd_jax.config import rules
-from fopd_jax.config.rules import Rule, above, at_least, between, one_of, some_of
+from fopd_jax.config.rules import Rule, above, at_least, between, one_of
 
 OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
@@ -78,7 +78,7 @@ class LoRAConfig(Section):
     rank: int = setting(32, "Of the adapter's factors.", at_least(1), "[code] 32")
     alpha: float = setting(64.0, "The update is multiplied by alpha / rank.", above(0), "[code] 64")
     targets: tuple[str, ...] = setting(
-        ("attn",), "Adapted layers: joint attention, image attention, feed-forward.", some_of("attn", "attn2", "mlp"),
+        ("attn",), "Adapted layers, of SD3: attn (joint attention), attn2 (image attention), mlp.", rules.SOME,
         "[code] attn",
     )  # fmt: skip
 

@@ -7,21 +7,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fopd_jax.backbones.registry import family_of
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.models.mmdit import MMDiT
 from fopd_jax.policy.guidance import guided
 
 Tree = Any
 Velocity = Callable[..., Float[Array, "b h w c"]]
 
 
-def make_velocity(model: MMDiT) -> Velocity:
-    """Bind a network: returns `velocity(variables, adapter, x, sigma, conditioning, route=None) → v`.
+def make_velocity(module: Any) -> Velocity:
+    """Bind a network of a known family: returns `velocity(variables, adapter, x, sigma, conditioning, route=None) → v`.
 
     `variables` holds the collections `params` and `constants`; `adapter` is an effective low-rank tree (see
     `adapters.effective`), a bank of them when `route [B]` is given, or `{}` for the base. `sigma` is 0-d, or one
-    value per sample; the network is fed 1000·sigma.
+    value per sample.
     """
+
+    inputs = family_of(module).inputs
 
     def velocity(
         variables: Tree,
@@ -31,11 +33,7 @@ def make_velocity(model: MMDiT) -> Velocity:
         conditioning: Conditioning,
         route: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        timestep = jnp.broadcast_to(1000.0 * sigma, x.shape[:1])
-        v: Any = model.apply(
-            {**variables, "adapter": adapter}, x, timestep, conditioning.context, conditioning.pooled, route
-        )
-        return v
+        return module.apply({**variables, "adapter": adapter}, *inputs(x, sigma, conditioning), route)
 
     return velocity
 

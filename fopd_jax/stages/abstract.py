@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from fopd_jax.adapters.lora import adapter_shapes, stack_bank
+from fopd_jax.backbones.record import LatentShape
+from fopd_jax.backbones.registry import find_preset
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import OPD, Model
-from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.parallel.sharding import (
     AnyMesh,
     bank_shardings,
@@ -21,13 +23,10 @@ from fopd_jax.parallel.sharding import (
 )
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, place
-from fopd_jax.stages.pipeline import boxed_variables, choose_attention
+from fopd_jax.stages.pipeline import choose_attention
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
-from fopd_jax.worlds.miniature.world import make_world
-
-CLIP_LENGTH = 77  # of SD3's towers
-DOWNSAMPLING = 8  # of SD3's autoencoder
+from fopd_jax.worlds.embedded import EMBEDDED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class AbstractUpdate:
 
     step: Any
     arguments: tuple[Frozen, Tree, Batch]
-    model: MMDiT
+    model: Any
     update: OPDUpdate
 
 
@@ -46,16 +45,10 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     Raises:
       ValueError: a field is out of range; names it.
     """
-    if config.model.preset not in PRESETS:
-        raise ValueError(f"model.preset: found {config.model.preset!r}, expected one of {tuple(PRESETS)}")
+    family, shape = find_preset(config.model.preset)
     dtype = jnp.dtype(config.model.dtype)
-    network = PRESETS[config.model.preset]
-    model = MMDiT(
-        network,
-        choose_attention(config.run.attention, config.model.dtype, network, mesh),
-        dtype,
-        remat=config.run.remat,
-    )
+    attention = choose_attention(config.run.attention, config.model.dtype, shape.head_dim, mesh)
+    model = family.build(shape, attention, dtype, config.run.remat)
     latent_shape, encoded = world_shapes(config.model)
     boxed = boxed_variables(model, latent_shape)
     spec = make_spec(config, latent_shape)
@@ -79,21 +72,19 @@ def _weights(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tr
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return base, place(bank, stacked_shardings(mesh, boxed["params"]))
-    adapter = adapter_shapes(config.adapter, params)
+    adapter = adapter_shapes(config.adapter, params, find_preset(config.model.preset)[0].targets)
     bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
     return base, place(bank, bank_shardings(mesh, boxed["params"], bank))
 
 
-def world_shapes(model: Model) -> tuple[tuple[int, int, int], Conditioning]:
+def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:
     """Shape of one latent image, and of one encoded prompt."""
-    network = PRESETS[model.preset]
-    if model.preset == "miniature":
-        world = make_world()
+    if model.preset in EMBEDDED:
+        world = EMBEDDED[model.preset]()
         encoded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), world.encode([""]))
         return world.latent_shape, encoded
-    side = model.resolution // DOWNSAMPLING
-    context = jax.ShapeDtypeStruct((CLIP_LENGTH + model.t5_length, network.context_dim), jnp.float32)
-    return (side, side, network.channels), Conditioning(
-        context, jax.ShapeDtypeStruct((network.pooled_dim,), jnp.float32)
-    )
+    family, shape = find_preset(model.preset)
+    shapes = family.encoded(shape, model.t5_length)
+    encoded = (None if each is None else jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
+    return family.latent_shape(shape, model.resolution), Conditioning(*encoded)

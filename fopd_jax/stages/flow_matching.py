@@ -44,7 +44,7 @@ class FlowMatching:
         trained = (
             variables["params"]
             if full
-            else init_adapter(jax.random.key(config.seed), variables["params"], config.adapter)
+            else init_adapter(jax.random.key(config.seed), variables["params"], config.adapter, pipeline.family.targets)
         )
         frozen = {"constants": variables["constants"]} if full else variables
         student = network(config.model.dtype) if full else ADAPTER

@@ -8,21 +8,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.report import Model, write_report
 from fopd_jax.evaluation.suite import evaluate, means
-from fopd_jax.interop.files.converted import load_table
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
-from fopd_jax.interop.lora.peft import write_peft
-from fopd_jax.interop.sd3.convert import byte_bar, write_diffusers
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.loop import Experiment, Progress
 from fopd_jax.stages import teachers
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.pipeline import boxed_variables, weight_path
+from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
 from fopd_jax.steps.opd.step import Frozen
 from fopd_jax.steps.state import TrainState, init_state
@@ -105,21 +103,20 @@ class OPD:
     def export_adapter(self, student: Tree) -> None:
         """`student.safetensors`; of a published network also a PEFT folder, `student_peft`."""
         save_adapter(self.workdir / "student.safetensors", student, {"preset": self.config.model.preset})
-        if self.pipeline.manifest is not None:
+        if self.pipeline.manifest is not None and self.pipeline.family.files is not None:
             exported = self.workdir / "student_peft"
             shutil.rmtree(exported, ignore_errors=True)  # of an earlier, shorter run
-            write_peft(exported, student, self.pipeline.model.config)
+            self.pipeline.family.files.write_adapter(exported, student, self.pipeline.model.config)
 
     def export_network(self, student: Tree) -> None:
         """`student.safetensors`; a published network as diffusers' folder `student_diffusers/transformer` instead."""
-        if self.pipeline.manifest is None:
+        if self.pipeline.manifest is None or self.pipeline.family.files is None:
             variables = {"params": student, "constants": fetch(self.frozen.variables["constants"])}
             save_tree(self.workdir / "student.safetensors", variables, {"preset": self.config.model.preset})
             return
         folder = self.workdir / "student_diffusers"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        table = load_table(weight_path(self.config.model.path))
         dtype = jnp.dtype(self.config.model.dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-        write_diffusers(folder / "transformer", self.pipeline.manifest, params, table, progress=byte_bar)
+        self.pipeline.family.files.write_network(folder / "transformer", weight_path(self.config.model.path), params)

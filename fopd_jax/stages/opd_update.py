@@ -1,8 +1,8 @@
 """From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
-import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,14 +11,14 @@ import numpy as np
 import optax
 
 from fopd_jax.adapters.lora import adapter_shapes
+from fopd_jax.backbones.registry import family_of, find_preset
 from fopd_jax.config.schema import OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
-from fopd_jax.performance.flops import Schedule, Tokens, Update, update_flops
+from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
 from fopd_jax.steps.state import TrainState, init_state, state_shardings
@@ -39,7 +39,7 @@ class OPDUpdate:
 
 
 def make_update(
-    config: OPD, model: MMDiT, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
 ) -> OPDUpdate:
     """Build the update; `boxed`: the network's variables as shapes with logical axes.
 
@@ -59,7 +59,7 @@ def make_update(
         trained = float32(nn.unbox(boxed)["params"])
         places, student = parameter_shardings(mesh, boxed)["params"], network(jnp.dtype(config.model.dtype))
     else:
-        trained = adapter_shapes(config.adapter, nn.unbox(boxed)["params"])
+        trained = adapter_shapes(config.adapter, nn.unbox(boxed)["params"], family_of(model).targets)
         places, student = jax.tree.map(lambda _: everywhere, trained), ADAPTER
     groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
     pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, student, groups)
@@ -93,9 +93,8 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
 
 
 def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
-    """One update of an `opd` config, whose static part is `spec`."""
-    network = PRESETS[config.model.preset]
-    lora = config.adapter
+    """FLOPs of one update of a config, whose static part is `spec`."""
+    family, shape = find_preset(config.model.preset)
     start, stop = spec.window
     trained = 1 if spec.one_timestep else stop - start
     schedule = Schedule(
@@ -109,14 +108,10 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,
     )
-    return update_flops(
-        network,
-        Tokens(math.prod(spec.latent_shape[:2]) // network.patch_size**2, text_tokens),
-        schedule,
-        None if spec.whole_teachers else lora,
-        lora if config.trained == "adapter" else None,
-        config.run.remat,
-    )
+    tokens = family.tokens(shape, spec.latent_shape, text_tokens)
+    student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
+    teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
+    return update_flops(student, teacher.forward, schedule)
 
 
 def float32(shapes: Tree) -> Tree:

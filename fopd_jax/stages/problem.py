@@ -1,14 +1,13 @@
 """Which update is measured: a config in other sizes, and what it computes and holds by arithmetic."""
 
 import dataclasses
-import math
 from typing import Any
 
 from jax.sharding import Mesh
 
+from fopd_jax.backbones.registry import find_preset
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
-from fopd_jax.models.mmdit import PRESETS
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.report import flops_fields
 from fopd_jax.performance.weights import held_bytes
@@ -43,8 +42,8 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
 def problem_fields(problem: Problem) -> Fields:
     """What is computed, its FLOPs a chip, and the bytes that a chip holds for it."""
     config, update, mesh = problem.config, problem.update, problem.mesh
-    spec, network = update.update.pieces.spec, PRESETS[config.model.preset]
-    image = math.prod(spec.latent_shape[:2]) // network.patch_size**2
+    spec, (family, shape) = update.update.pieces.spec, find_preset(config.model.preset)
+    tokens = family.tokens(shape, spec.latent_shape, _text_tokens(update))
     return {
         "config": config.name,
         "config_hash": config_hash(config),
@@ -58,7 +57,7 @@ def problem_fields(problem: Problem) -> Fields:
         "guidance": spec.guidance,
         "batch_size": config.batch_size,
         "trained_timesteps": 1 if spec.one_timestep else spec.window[1] - spec.window[0],
-        "tokens": {"image": image, "text": _text_tokens(update)},
+        "tokens": {"image": tokens.image, "text": tokens.text},
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "flops_per_chip": flops_fields(problem.flops, mesh.size),

@@ -23,12 +23,13 @@ from fopd_jax.adapters.lora import (
     stack_bank,
 )
 from fopd_jax.adapters.lora import zeros_like as no_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import OPD
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.pipeline import Pipeline, boxed_variables, check_network, load_base, load_network, load_policy
+from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, 
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
     rank = max(rank_of(adapter) for adapter in adapters.values())
-    layers = adapter_shapes(config.adapter, _shapes(pipeline)["params"]).weights
+    layers = adapter_shapes(config.adapter, _shapes(pipeline)["params"], pipeline.family.targets).weights
     return {name: conform(f"{name} ({found.names[name]})", adapter, layers, rank) for name, adapter in adapters.items()}
 
 
@@ -132,7 +133,7 @@ def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline)
     """The student's initial adapter: the teachers' weighted merge, or a fresh one."""
     start, lora, key = config.cold_start, config.adapter, jax.random.key(config.seed)
     if start.method == "none":
-        return init_adapter(key, _shapes(pipeline)["params"], lora)
+        return init_adapter(key, _shapes(pipeline)["params"], lora, pipeline.family.targets)
     weights = start_weights(config)
     chosen = [adapters[name] for name in weights]
     return revive(key, merge(start.merge, chosen, list(weights.values()), lora))
@@ -179,7 +180,7 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
     )
     bank = stack(*(networks[name] for name in config.tasks), anchor)
     if config.trained == "adapter":
-        start = init_adapter(jax.random.key(config.seed), variables["params"], config.adapter)
+        start = init_adapter(jax.random.key(config.seed), variables["params"], config.adapter, pipeline.family.targets)
     elif config.cold_start.method == "none":
         start = load_base(config.model, pipeline, config.seed, "float32")["params"]
     else:

@@ -8,17 +8,15 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fopd_jax.adapters.lora import TARGETS, Adapter, target_kernels
+from fopd_jax.adapters.lora import Adapter, target_kernels
 from fopd_jax.interop.sd3.diffusers import module_names
-from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
+from fopd_jax.interop.sd3.network import TARGETS, parameter_shapes
+from fopd_jax.models.mmdit import MMDiTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +44,13 @@ class Place:
 
 @functools.lru_cache(maxsize=8)
 def places(config: MMDiTConfig) -> Mapping[str, Place]:
-    """Every module that an adapter may have (`adapters.TARGETS`), by diffusers' name."""
+    """Every module that an adapter may have (`TARGETS`), by diffusers' name."""
     names, found = module_names(config), {}
-    for path, kernel in target_kernels(_parameter_shapes(config), tuple(TARGETS)).items():
+    for path, kernel in target_kernels(parameter_shapes(config), tuple(TARGETS), TARGETS).items():
         for index in np.ndindex(kernel.shape[:-2]):
             ours = "/".join(("_".join([path[0], *map(str, index)]), *path[1:]))
             found[names[ours]] = Place(path, index, kernel.shape)
     return found
-
-
-def _parameter_shapes(config: MMDiTConfig) -> Any:
-    p = config.patch_size
-    inputs = (
-        jnp.zeros((1, p, p, config.channels)),
-        jnp.zeros(1),
-        jnp.zeros((1, 1, config.context_dim)),
-        jnp.zeros((1, config.pooled_dim)),
-    )
-    return nn.unbox(jax.eval_shape(MMDiT(config).init, jax.random.key(0), *inputs)["params"])
 
 
 def find_place(name: str, config: MMDiTConfig) -> Place:

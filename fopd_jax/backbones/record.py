@@ -1,0 +1,77 @@
+"""What a family of networks is to steps, loops and stages.
+
+A second family is a second record (`registry.register`): its Linen module takes `(*inputs(x, sigma, conditioning),
+route)` and returns the velocity, reads an optional low-rank update a dense layer from the collection `adapter`, and
+names the axes of its parameters in the vocabulary of `parallel.sharding.RULES`, which all networks share.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.config.schema import LoRAConfig
+
+Tree = Any
+Shape = Any
+"""A frozen dataclass of a family's own: what distinguishes its networks. It has `width` and `head_dim`."""
+LatentShape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Lengths of a sample's image and of its text, in tokens."""
+
+    image: int
+    text: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """FLOPs of one sample through the network: forward, backward to what trains, what rematerialisation repeats."""
+
+    forward: float
+    backward: float
+    recomputed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A family's weights and adapters as others keep them.
+
+    `read_adapter(path, shape)`; `write_adapter(folder, adapter, shape)`; `constants(folder, shape, latent shape)`: of a
+    converted folder, what the network reads beside its parameters; `write_network(folder, converted folder, params)`.
+    """
+
+    read_adapter: Callable[[Path, Shape], Adapter]
+    write_adapter: Callable[[Path, Adapter, Shape], None]
+    constants: Callable[[Path, Shape, LatentShape], Tree]
+    write_network: Callable[[Path, Path, Tree], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """One family.
+
+    `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat)` makes one,
+    whose `config` is the shape. `inputs(x, sigma, conditioning)`: the module's positional inputs; x `[B, H, W, C]`,
+    sigma 0-d or `[B]`. `latent_shape(shape, pixels a side)` and `encoded(shape, T5 tokens)`, the conditioning of one
+    prompt as shapes. `targets`: groups of layers that adapters may act on, as last parts of their paths. `flops(shape,
+    tokens, adapter or None, rematerialisation)`; `tokens(shape, latent shape, text tokens)`. `files`: None where
+    nobody else keeps any.
+    """
+
+    name: str
+    presets: Mapping[str, Shape]
+    module: type[nn.Module]
+    build: Callable[[Shape, str, Any, str], nn.Module]
+    inputs: Callable[[Any, Any, Any], tuple[Any, ...]]
+    latent_shape: Callable[[Shape, int], LatentShape]
+    encoded: Callable[[Shape, int], Any]
+    targets: Mapping[str, tuple[str, ...]]
+    flops: Callable[[Shape, Tokens, LoRAConfig | None, str], Pass]
+    tokens: Callable[[Shape, LatentShape, int], Tokens]
+    files: Files | None = None

@@ -1,0 +1,98 @@
+"""Variables of a network: as shapes, at random, or from files, each in its shards."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fopd_jax.adapters.lora import Adapter, check_like
+from fopd_jax.backbones.record import LatentShape
+from fopd_jax.backbones.registry import family_of
+from fopd_jax.interop.files.converted import load_sharded
+from fopd_jax.interop.files.safetensors import check_preset, is_own_file, load_adapter, load_tree
+from fopd_jax.parallel.distributed import put_replicated
+from fopd_jax.parallel.sharding import parameter_shardings, replicated
+
+Tree = Any
+
+
+def example_inputs(module: Any, latent_shape: LatentShape) -> tuple[Any, ...]:
+    """Zeros to initialise a network with, one sample."""
+    family = family_of(module)
+    context, pooled = (None if shape is None else jnp.zeros((1, *shape)) for shape in family.encoded(module.config, 1))
+    return family.inputs(jnp.zeros((1, *latent_shape)), jnp.zeros(()), _Text(context, pooled))
+
+
+class _Text:
+    """Text inputs by the names that `Backbone.inputs` reads."""
+
+    def __init__(self, context: Any, pooled: Any) -> None:
+        self.context, self.pooled = context, pooled
+
+
+def boxed_variables(module: nn.Module, latent_shape: LatentShape) -> Tree:
+    """Shapes of `params` and `constants`, parameters boxed with their logical axes, without computing anything."""
+    return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module, latent_shape))
+
+
+def init_variables(module: nn.Module, latent_shape: LatentShape, seed: int) -> Tree:
+    """Random weights, and what else the network holds for one latent shape."""
+    return nn.unbox(module.init(jax.random.key(seed), *example_inputs(module, latent_shape)))
+
+
+def random_network(module: nn.Module, latent_shape: LatentShape, seed: int, dtype: Any, mesh: Mesh) -> Tree:
+    """`init_variables`, parameters in `dtype` and born in the shards of the mesh."""
+    shardings = parameter_shardings(mesh, boxed_variables(module, latent_shape))
+    return jax.jit(lambda: cast(init_variables(module, latent_shape, seed), dtype), out_shardings=shardings)()
+
+
+def load_file(path: Path, preset: str, module: nn.Module, latent_shape: LatentShape, dtype: Any, mesh: Mesh) -> Tree:
+    """Variables from a file of this project's own.
+
+    Raises:
+      ValueError: it is missing or damaged, or of another preset or shape; names it.
+    """
+    boxed = boxed_variables(module, latent_shape)
+    variables, metadata = load_tree(path)
+    check_preset(path, metadata, preset)
+    check_like(str(path), variables, f"preset {preset}", nn.unbox(boxed))
+    return put_replicated(cast(variables, dtype), parameter_shardings(mesh, boxed))
+
+
+def load_converted(folder: Path, module: Any, latent_shape: LatentShape, dtype: Any, mesh: Mesh) -> Tree:
+    """Variables from a converted folder, each shard read by the device that holds it.
+
+    Raises:
+      ValueError: a file is missing or damaged, or of another shape; names it.
+    """
+    family = family_of(module)
+    if family.files is None:
+        raise ValueError(f"{folder}: networks of the family {family.name!r} are not kept in converted folders")
+    boxed = boxed_variables(module, latent_shape)
+    params = load_sharded(folder, "transformer", boxed["params"], dtype, mesh)
+    constants = family.files.constants(folder, module.config, latent_shape)
+    return {"params": params, "constants": put_replicated(constants, replicated(mesh))}
+
+
+def load_any_adapter(path: Path, preset: str, module: Any) -> Adapter:
+    """An adapter from a file of this project's, or from one of the family's published forms.
+
+    Raises:
+      ValueError: it is missing, damaged, or made for another network; names the file.
+    """
+    if is_own_file(path):
+        adapter, metadata = load_adapter(path)
+        check_preset(path, metadata, preset)
+        return adapter
+    family = family_of(module)
+    if family.files is None:
+        raise ValueError(f"{path}: adapters of the family {family.name!r} are read from this project's own files alone")
+    return family.files.read_adapter(path, module.config)
+
+
+def cast(variables: Tree, dtype: Any) -> Tree:
+    """Parameters in another dtype; constants stay in float32."""
+    return {**variables, "params": jax.tree.map(lambda leaf: leaf.astype(dtype), variables["params"])}
