@@ -28,6 +28,7 @@ from fopd_jax.running import loop, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
 from fopd_jax.stages.flow_matching import FlowMatching
 from fopd_jax.stages.opd import OPD
@@ -115,9 +116,7 @@ def run(config: Config, folder: Path) -> None:
         workdir.write_json(folder / "timing.json", rounded)
 
 
-def train(
-    settings: Run, folder: Path, stage: FlowMatching | OPD, watch: Supervision
-) -> tuple[TrainState, MetricWriter]:
+def train(settings: Run, folder: Path, stage: Stage, watch: Supervision) -> tuple[TrainState, MetricWriter]:
     """The loop, on the workdir's checkpoints; they are whole when this returns or raises."""
     if distributed.is_main():
         stage.describe()
@@ -126,12 +125,12 @@ def train(
     )
     try:
         writer = MetricWriter(folder, checkpoints.latest_step() or 0)
-        return loop.run(stage.experiment, settings, checkpoints, writer, watch), writer
+        return loop.run(stage, settings, checkpoints, writer, watch), writer
     finally:
         checkpoints.close()
 
 
-def report(folder: Path, stage: FlowMatching | OPD, state: TrainState, writer: MetricWriter) -> None:
+def report(folder: Path, stage: Stage, state: TrainState, writer: MetricWriter) -> None:
     """What the stage leaves at its end."""
     stage.finish(state)
     if distributed.is_main():
@@ -145,7 +144,7 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).resolve()))
 
 
-def prepare(config: Config, folder: Path) -> FlowMatching | OPD:
+def prepare(config: Config, folder: Path) -> Stage:
     """Check everything and build the stage, then claim the workdir; nothing is written before all is well.
 
     Raises:

@@ -32,6 +32,11 @@ class Model:
     variables: Tree
     adapter: Tree
 
+    @property
+    def policy(self) -> tuple[Tree, Tree]:
+        """Variables and adapter."""
+        return self.variables, self.adapter
+
 
 def write_report(
     workdir: Path,

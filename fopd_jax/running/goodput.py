@@ -35,10 +35,12 @@ class Goodput:
         self._saved: dict[int, Seconds] = {}
 
     def __enter__(self) -> "Goodput":
+        _active.append(self)
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        _active.remove(self)
         jax.monitoring.unregister_event_duration_listener(self._compiled)
         self.write()
 
@@ -107,6 +109,16 @@ class Goodput:
         parts = ", ".join(f"{phase} {share:.1%}" for phase, share in shares.items() if phase != "step")
         runs = "1 run" if self.runs == 1 else f"{self.runs} runs"
         return f"goodput {shares['step']:.1%} of {hours:.2f} hours in {runs}: {parts}"
+
+
+_active: list[Goodput] = []
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Charge what happens inside to a phase of the stopwatch that is entered as a context, if one is."""
+    with _active[-1].measure(name) if _active else contextlib.nullcontext():
+        yield
 
 
 def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds]]:

@@ -1,52 +1,31 @@
 """The loop that every stage shares: resume, step, log, checkpoint, evaluate; and stop without losing anything."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
-from fopd_jax.parallel.distributed import fetch, gather_rows, is_main, largest, put_batch
+from fopd_jax.parallel.distributed import fetch, is_main, largest
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
-from fopd_jax.running.guards import Describe
 from fopd_jax.running.metrics import MetricWriter, is_logged
 from fopd_jax.running.preemption import Interrupted, Preempted
+from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
-Metrics = Mapping[str, jax.Array]
-Progress = Callable[[int], Any]
 EVALUATION = "eval/"  # prefix of an evaluation's scalars
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One stage, ready to run. `batch(i)` is a function of the step alone, so the data position *is* the step.
-
-    `batch`: the rows of a global batch of `batch_size` that this process holds. `sharding`: where batches are put.
-    `evaluate`: scores; it reports its progress after each batch, and is left from there if the run has to stop.
-    `draw`: pictures (uint8 `[H, W, 3]`) to look at beside the scores. `describe`: a batch's rows, in words.
-    """
-
-    state: TrainState
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    batch: Callable[[int], Any]
-    batch_size: int
-    sharding: jax.sharding.Sharding
-    evaluate: Callable[[TrainState, Progress], Mapping[str, float]]
-    draw: Callable[[TrainState], Mapping[str, np.ndarray]]
-    describe: Describe | None = None
-
-
 def run(
-    experiment: Experiment,
+    stage: Stage,
     settings: Run,
     checkpoints: Checkpoints,
     writer: MetricWriter,
@@ -63,14 +42,14 @@ def run(
       ValueError: the run is already beyond `run.steps`, or an alarm watches a metric that does not exist.
       OSError: too many checkpoints in a row could not be saved.
     """
-    return _Run(experiment, settings, checkpoints, writer, supervision or Supervision()).run()
+    return _Run(stage, settings, checkpoints, writer, supervision or Supervision()).run()
 
 
 @dataclasses.dataclass
 class _Run:
     """`state` is that after the update dispatched last; `pending` its step and metrics until they are looked at."""
 
-    experiment: Experiment
+    stage: Stage
     settings: Run
     checkpoints: Checkpoints
     writer: MetricWriter
@@ -81,7 +60,8 @@ class _Run:
         steps, measure = self.settings.steps, self.watch.goodput.measure
         hidden = first >= steps or not is_main()
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
-        with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog:
+        with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog, contextlib.ExitStack() as at_end:
+            at_end.callback(self.stage.drain)
             self.catch_up(first)
             for i in range(first, steps):
                 if self.watch.preemption.asked():
@@ -99,7 +79,7 @@ class _Run:
     def resume(self) -> int:
         """Take up the newest checkpoint; returns its step."""
         newest = self.checkpoints.latest_step()
-        self.state = self.experiment.state if newest is None else self.checkpoints.restore(self.experiment.state)
+        self.state = self.stage.start() if newest is None else self.checkpoints.restore(self.stage.start())
         self.pending: tuple[int, Metrics] | None = None
         first = int(self.state.step)
         if first > self.settings.steps:
@@ -118,11 +98,8 @@ class _Run:
 
     def update(self, i: int) -> None:
         """Dispatch one update, then look at the one before."""
-        experiment = self.experiment
-        with self.watch.goodput.measure("data"):
-            batch = put_batch(experiment.batch(i), experiment.sharding, experiment.batch_size)
         with jax.transfer_guard("disallow"):
-            self.state, metrics = experiment.step(self.state, batch)
+            self.state, metrics = self.stage.advance(self.state, i)
         self.report()
         self.pending = (i + 1, metrics)
         self.watch.preemption.listen()
@@ -132,6 +109,7 @@ class _Run:
         saves = self.due(self.settings.checkpoint_every, step)
         evaluates = self.due(self.settings.eval_every, step)
         if saves or evaluates:
+            self.stage.drain()
             self.report()  # a state is checked before it is evaluated or saved
         # Before saving: a kill in between repeats both, so no evaluation is lost.
         scores = self.evaluate(step) if evaluates else {}
@@ -162,13 +140,8 @@ class _Run:
 
     def skip(self, step: int, values: Mapping[str, float], metrics: Metrics) -> None:
         """An update that did not land."""
-        experiment = self.experiment
         samples = {name: fetch(value) for name, value in metrics.items() if name.startswith(guards.SAMPLES)}
-
-        def batch() -> Any:
-            return gather_rows(experiment.batch(step - 1), experiment.sharding, experiment.batch_size)
-
-        self.watch.guard.skip(step, values, samples, batch, experiment.describe)
+        self.watch.guard.skip(step, values, samples, lambda: self.stage.batch(step - 1), self.stage.explain)
         self.writer.write_scalars(step, {f"train/{name}": v for name, v in values.items() if math.isfinite(v)})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -188,8 +161,8 @@ class _Run:
 
         try:
             with self.watch.goodput.measure("eval"):
-                scores = self.experiment.evaluate(self.state, progress)
-                images = self.experiment.draw(self.state)
+                scores = self.stage.evaluate(self.state, progress)
+                images = self.stage.draw(self.state)
         except Interrupted:
             self.stop(step)
         self.writer.write_scalars(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})
@@ -213,6 +186,7 @@ class _Run:
     def stop(self, step: int) -> NoReturn:
         """Save the state after `step` updates, however long ago the last checkpoint was, and leave."""
         began = time.monotonic()
+        self.stage.drain()
         self.report()
         with self.watch.goodput.measure("checkpoint"):
             self.checkpoints.save(step, self.state)

@@ -1,9 +1,10 @@
 """Stage `flow_matching`: pretrain a whole network, or fine-tune a teacher's adapter, on captioned images."""
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.config import schema as settings
@@ -13,7 +14,8 @@ from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, check_batch, replicated
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.loop import Experiment, Progress
+from fopd_jax.running.feed import Feed
+from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.setup import make_setup, print_overview
 from fopd_jax.steps.flow_matching import make_flow_matching_step
@@ -24,7 +26,7 @@ from fopd_jax.worlds.world import select_tasks
 
 
 class FlowMatching:
-    """The stage: `experiment` for the loop, `finish` to export what was trained. Images are the miniature's."""
+    """The stage, see `running.stage.Stage`. Images are the miniature's."""
 
     def __init__(self, config: settings.FlowMatching, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
@@ -58,24 +60,49 @@ class FlowMatching:
             whole = make_pairs(pipeline.world, config.tasks, config.batch_size, config.empty_caption, config.seed, step)
             return jax.tree.map(lambda leaf: leaf[rows], whole)
 
-        def score(state: TrainState, progress: Progress) -> dict[str, float]:
-            policy = student.policy(frozen, state.ema)
-            return means(evaluate(setup.sampler, pipeline.world, setup.eval_set, *policy, progress))
+        self.setup, self.frozen, self.full, self.student, self.step = setup, frozen, full, student, step
+        self.first = put_replicated(init_state(trained, setup.optimizer, config.seed), everywhere)
+        self.feed = Feed(batch, sharding, config.batch_size)
+        self.outputs = {
+            "base.safetensors" if full else "adapter.safetensors": "the averaged weights",
+            SAMPLES_FILE: "what they draw",
+        }
 
-        self.setup, self.frozen, self.full, self.student = setup, frozen, full, student
-        self.experiment = Experiment(
-            state=put_replicated(init_state(trained, setup.optimizer, config.seed), everywhere),
-            step=partial(step, frozen),
-            batch=batch,
-            batch_size=config.batch_size,
-            sharding=sharding,
-            evaluate=score,
-            draw=lambda state: setup.draw(Model(config.name, *student.policy(frozen, state.ema))),
-        )
+    def start(self) -> TrainState:
+        """The state of step 0."""
+        return self.first
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """One jitted program."""
+        return self.step(self.frozen, state, self.feed(step))
+
+    def drain(self) -> None:
+        """Nothing is ever in flight but the update itself."""
+
+    def batch(self, step: int) -> Tree:
+        """The whole batch, on every process."""
+        return self.feed.whole(step)
+
+    def explain(self, step: int, rows: Sequence[int]) -> list[str]:
+        """No words for them."""
+        return [""] * len(rows)
+
+    def model(self, trained: Tree) -> Model:
+        """What trains, to sample from."""
+        return Model(self.config.name, *self.student.policy(self.frozen, trained))
+
+    def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
+        """Mean scores of the averaged weights on the periodic evaluation's pairs."""
+        setup, model = self.setup, self.model(state.ema)
+        return means(evaluate(setup.sampler, setup.pipeline.world, setup.eval_set, *model.policy, progress))
+
+    def draw(self, state: TrainState) -> dict[str, np.ndarray]:
+        """What the averaged weights draw."""
+        return self.setup.draw(self.model(state.ema))
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        trained = self.experiment.state.trained
+        trained = self.first.trained
         print_overview(self.config.name, trained if self.full else trained.weights, self.frozen)
 
     def finish(self, state: TrainState) -> None:
@@ -87,5 +114,5 @@ class FlowMatching:
                 save_tree(self.workdir / "base.safetensors", {"params": trained, **frozen}, metadata)
             else:
                 save_adapter(self.workdir / "adapter.safetensors", trained, metadata)
-        setup, model = self.setup, Model(self.config.name, *self.student.policy(self.frozen, state.ema))
+        setup, model = self.setup, self.model(state.ema)
         draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, setup.pipeline.world, setup.eval_set, [model])

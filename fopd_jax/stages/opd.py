@@ -2,22 +2,25 @@
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
-from fopd_jax.evaluation.report import Model, write_report
+from fopd_jax.evaluation.report import SAMPLES_FILE, Model, write_report
 from fopd_jax.evaluation.suite import evaluate, means
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.loop import Experiment, Progress
+from fopd_jax.running.feed import Feed
+from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages import teachers
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import weight_path
@@ -29,7 +32,7 @@ from fopd_jax.worlds.prompt_stream import PromptStream
 
 
 class OPD:
-    """The stage: `experiment` for the loop, `finish` for results, pictures and the exported student."""
+    """The stage, see `running.stage.Stage`."""
 
     def __init__(self, config: settings.OPD, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
@@ -37,7 +40,7 @@ class OPD:
         self.pipeline = pipeline = setup.pipeline
         latent_shape = pipeline.world.latent_shape
         boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
-        self.update = update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
+        self.update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
         sharding = batch_sharding(pipeline.mesh)
         prompts = PromptStream(
             pipeline.world, config.tasks, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
@@ -56,18 +59,22 @@ class OPD:
         pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), prompts.upto(config.run.steps)))
         self.teaching = teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(pipeline))
-        self.experiment = Experiment(
-            state=self.first_state(),
-            step=partial(update.step, self.frozen),
-            batch=prompts.batch,
-            batch_size=config.batch_size,
-            sharding=sharding,
-            evaluate=self.evaluate,
-            draw=lambda state: setup.draw(self.model(state.ema)),
-            describe=prompts.describe,
-        )
+        self.prompts, self.feed = prompts, Feed(prompts.batch, sharding, config.batch_size)
 
-    def first_state(self) -> TrainState:
+    @property
+    def outputs(self) -> dict[str, str]:
+        """What `finish` writes."""
+        student = {"student.safetensors": "the student: " + self.config.export}
+        if self.pipeline.manifest is not None:
+            whole = self.config.trained == "params"
+            student = (
+                {"student_diffusers": "the student as diffusers' folder"}
+                if whole
+                else student | {"student_peft": "the same for PEFT and diffusers"}
+            )
+        return student | {SAMPLES_FILE: "every model on the same prompts", "results.json": "scores of every model"}
+
+    def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.update.state)
         optimizer, seed = self.setup.optimizer, self.config.seed
@@ -78,6 +85,25 @@ class OPD:
         """Print what trains and what does not."""
         start = self.teaching.start
         print_overview("student", start if self.config.trained == "params" else start.weights, self.frozen)
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """One jitted program."""
+        return self.update.step(self.frozen, state, self.feed(step))
+
+    def drain(self) -> None:
+        """Nothing is ever in flight but the update itself."""
+
+    def batch(self, step: int) -> Tree:
+        """The whole batch, on every process."""
+        return self.feed.whole(step)
+
+    def explain(self, step: int, rows: Sequence[int]) -> list[str]:
+        """Tasks and prompts."""
+        return self.prompts.describe(step, rows)
+
+    def draw(self, state: TrainState) -> dict[str, np.ndarray]:
+        """What the averaged student draws."""
+        return self.setup.draw(self.model(state.ema))
 
     def model(self, trained: Tree) -> Model:
         """The student with these weights, to sample from."""

@@ -1,0 +1,62 @@
+"""What the loop runs: a stage, from its first state to what it leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from fopd_jax.steps.state import TrainState
+
+Tree = Any
+Metrics = Mapping[str, jax.Array]
+Progress = Callable[[int], Any]
+
+
+class Stage(Protocol):
+    """One update after the other, each a function of the state and of its number alone.
+
+    So the data position *is* the step. `outputs`: files and folders of the workdir that `finish` writes, and what each
+    of them is.
+    """
+
+    outputs: Mapping[str, str]
+
+    def start(self) -> TrainState:
+        """The state of step 0."""
+        ...
+
+    def describe(self) -> None:
+        """Print what trains and what does not."""
+        ...
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """Update number `step`, counted from 0: one jitted program, or a composite on the host.
+
+        It may return before devices have finished. The state is donated. Metrics named `samples/…` are `[B]`.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Leave nothing in flight: called before every save and evaluation, at the end, and when a run fails."""
+        ...
+
+    def evaluate(self, state: TrainState, progress: Progress) -> Mapping[str, float]:
+        """Scores of a state; reports its progress after each batch, and is left from there if the run has to stop."""
+        ...
+
+    def draw(self, state: TrainState) -> Mapping[str, np.ndarray]:
+        """Pictures (uint8 `[H, W, 3]`) to look at beside the scores."""
+        ...
+
+    def batch(self, step: int) -> Tree:
+        """The whole batch of an update as numpy, on every process: to keep where the update was not finite."""
+        ...
+
+    def explain(self, step: int, rows: Sequence[int]) -> Sequence[str]:
+        """What some rows of that batch are, in words."""
+        ...
+
+    def finish(self, state: TrainState) -> None:
+        """Write `outputs`."""
+        ...
