@@ -12,7 +12,7 @@ Tree = Any
 
 
 class Feed:
-    """`rows(step)`, this process's rows of a batch, put where `sharding` says; the time that takes is the phase `data`."""
+    """`rows(step)`, this process's rows of a batch, put where `sharding` says; that time is charged to data."""
 
     def __init__(self, rows: Callable[[int], Tree], sharding: jax.sharding.Sharding, batch_size: int) -> None:
         self._rows, self._sharding, self._batch_size = rows, sharding, batch_size
