@@ -1,9 +1,13 @@
 """Strict numerics for every test: no implicit broadcasting between ranks, no implicit dtype promotion."""
 
 import contextlib
+import functools
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # Tolerances are those of a CPU, also in programs that tests start. JAX_PLATFORMS=cuda runs what needs a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +16,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
+
+pytest.register_assert_rewrite("tests.interop", "tests.models", "tests.tools")  # what is shared there asserts, too
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,17 +29,29 @@ def key() -> jax.Array:
     return jax.random.key(0)
 
 
+@functools.cache
+def _load_script(path: str) -> ModuleType:
+    file = Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def load_script() -> Callable[[str], ModuleType]:
+    """The module of a program that no package holds, by its path in the repository; it is run once, as in an import."""
+    return _load_script
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(load_script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3.5 folder as diffusers writes it: every network, small, random, in float32. Only read it."""
     import torch  # here, so that tests without a pipeline start fast
 
-    path = Path(__file__).parents[1] / "tools" / "random_pipeline.py"
-    spec = importlib.util.spec_from_file_location("random_pipeline", path)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/random_pipeline.py")
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tool.make_pipeline(folder, tool.SIZES["tiny"], torch.float32)
     return folder
@@ -49,3 +67,15 @@ def converted_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFac
         tiny_pipeline, folder, dtype="float32", progress=lambda title, total: contextlib.nullcontext(lambda n: None)
     )
     return folder
+
+
+@pytest.fixture
+def pipeline(tiny_pipeline: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_pipeline` to be changed."""
+    return Path(shutil.copytree(tiny_pipeline, tmp_path / "source" / "pipeline"))
+
+
+@pytest.fixture
+def converted(converted_pipeline: Path, tmp_path: Path) -> Path:
+    """A copy of `converted_pipeline` to be changed, alone in its folder."""
+    return Path(shutil.copytree(converted_pipeline, tmp_path / "there" / "converted"))

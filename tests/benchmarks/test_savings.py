@@ -1,16 +1,9 @@
 """The cheaper updates that `benchmarks/savings.py` runs: the miniature can be set to each, and each costs less."""
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "savings.py"
-spec = importlib.util.spec_from_file_location("savings", PATH)
-assert spec
-assert spec.loader
-savings = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(savings)
 
 # Forward-equivalents a sample: T = 6 has five trained steps, each a student's forward, a teacher's and an anchor's, and
 # a backward; the backward of a network whose base is frozen costs a little more than a forward. The last step, from
@@ -25,11 +18,16 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def savings(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/savings.py")
+
+
 @pytest.mark.parametrize("name", list(EXPECTED))
-def test_arithmetic_of_each_form(name: str) -> None:
+def test_arithmetic_of_each_form(name: str, savings: ModuleType) -> None:
     expected, tolerance = EXPECTED[name]
     assert savings.flops_a_sample(name) / savings.flops_a_sample("plain") == pytest.approx(expected, abs=tolerance)
 
 
-def test_a_student_without_guidance_is_cheaper_than_one_with_it() -> None:
+def test_a_student_without_guidance_is_cheaper_than_one_with_it(savings: ModuleType) -> None:
     assert savings.flops_a_sample("guided teachers, student without guidance") < savings.flops_a_sample("guided")

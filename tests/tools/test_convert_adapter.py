@@ -1,9 +1,9 @@
 """The tool from the outside: every direction, what each source needs to be told, and one line for what is wrong."""
 
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -26,13 +26,8 @@ MINIATURE = {  # the transformer of PRESETS["miniature"], as diffusers describes
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_adapter", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("tools/convert_adapter.py")
 
 
 def make_adapter() -> Adapter:
