@@ -15,15 +15,15 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def at_least(least: float) -> Rule:
+def at_least(least: float | int) -> Rule:
     return Rule(f"at least {least}", lambda value: value >= least)
 
 
-def above(limit: float) -> Rule:
+def above(limit: float | int) -> Rule:
     return Rule(f"> {limit}", lambda value: value > limit)
 
 
-def between(low: float, high: float) -> Rule:
+def between(low: float | int, high: float | int) -> Rule:
     return Rule(f"a number in [{low}, {high}]", lambda value: low <= value <= high)
 
 

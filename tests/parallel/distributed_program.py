@@ -13,21 +13,22 @@ import optax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.adapters.lora import LoRAConfig, init_adapter, stack_bank
+from fopd_jax.adapters.lora import init_adapter, stack_bank
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import EMA, LoRAConfig, MeshShape, Objective
 from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
-from fopd_jax.objectives.opd import Objective
 from fopd_jax.parallel import distributed
 from fopd_jax.parallel.gradients import GradientGroups
-from fopd_jax.parallel.mesh import AXES, MeshShape, make_mesh
+from fopd_jax.parallel.mesh import AXES, make_mesh
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from fopd_jax.policy.velocity import make_velocity
-from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
-from fopd_jax.steps.state import EMA, init_state, make_optimizer
+from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
@@ -63,7 +64,9 @@ def _train(mesh: Mesh, folder: Path) -> Found:
     """The first gradient of a tiny network's distillation (written to the folder) and the losses of 20 updates."""
     model, sharding, everywhere = MMDiT(TINY), batch_sharding(mesh), replicated(mesh)
     boxed = boxed_variables(model, LATENT)
-    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), nn.unbox(boxed)["params"], LoRAConfig(2, 4.0)))
+    shapes = jax.eval_shape(
+        lambda: init_adapter(jax.random.key(0), nn.unbox(boxed)["params"], LoRAConfig(2, 4.0), TARGETS)
+    )
     bank = stack_bank({name: _random(seed, shapes) for seed, name in enumerate(("one", "two", "anchor"))})
     variables = jax.tree.map(distributed.put_replicated, _random(9, nn.unbox(boxed)), parameter_shardings(mesh, boxed))
     frozen = Frozen(variables, *distributed.put_replicated((bank, _encode([""])), everywhere))

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel import distributed
-from fopd_jax.parallel.mesh import MeshShape, make_mesh
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_sharding
 from tests.parallel import distributed_program
 from tests.parallel.distributed_program import CURVE, FIRST, LAYOUTS, SAMPLES, UPDATES, Found

@@ -11,7 +11,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (
@@ -23,7 +25,6 @@ from fopd_jax.parallel.sharding import (
     replicated,
     stacked_shardings,
 )
-from fopd_jax.stages.pipeline import boxed_variables
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=2, channels=3,
@@ -133,7 +134,9 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused(size: int):
 
 def test_a_bank_is_split_as_the_kernels_that_it_adapts():
     mesh, boxed = _mesh(2, 2, 2), boxed_variables(MMDiT(TINY), (4, 4, 3))["params"]
-    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), nn.unbox(boxed), LoRAConfig(2, 4.0)).weights)
+    adapter = jax.eval_shape(
+        lambda: init_adapter(jax.random.key(0), nn.unbox(boxed), LoRAConfig(2, 4.0), TARGETS).weights
+    )
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-2], 3, *leaf.shape[-2:]), leaf.dtype), adapter)
     found = {path: place.spec for path, place in flatten_dict(bank_shardings(mesh, boxed, bank), sep="/").items()}
     for path in ("attn/to_q", "attn/to_v", "attn/add_k_proj"):

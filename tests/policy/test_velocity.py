@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from fopd_jax.adapters.lora import init_adapter, stack_bank
+from fopd_jax.backbones.weights import init_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.policy.velocity import guided_velocity, make_velocity
-from fopd_jax.stages.pipeline import init_variables
 
 Tree = Any
 TINY = MMDiTConfig(
@@ -38,7 +39,7 @@ def _variables() -> Tree:
 @functools.cache
 def _bank() -> Tree:
     config = LoRAConfig(2, 4.0)
-    fresh = [init_adapter(jax.random.key(k), _variables()["params"], config) for k in range(2)]
+    fresh = [init_adapter(jax.random.key(k), _variables()["params"], config, TARGETS) for k in range(2)]
     return stack_bank({str(k): _noisy(k + 1, adapter, 0.3) for k, adapter in enumerate(fresh)})
 
 

@@ -16,10 +16,12 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fopd_jax.adapters.lora import TARGETS, Adapter, LoRAConfig, effective, init_adapter
+from fopd_jax.adapters.lora import Adapter, effective, init_adapter
+from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.lora.modules import places
 from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft
 from fopd_jax.interop.sd3.diffusers import transformer_from_diffusers
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 
 CONFIG = MMDiTConfig(
@@ -124,7 +126,7 @@ def save_peft(folder: Path, **fields: Any) -> PeftModel:
 
 def random_adapter(scale: float = 2.0, targets: tuple[str, ...] = tuple(TARGETS), rank: int = 3) -> Adapter:
     shape = jax.eval_shape(
-        lambda: init_adapter(jax.random.key(0), variables()["params"], LoRAConfig(rank, 1.0, targets))
+        lambda: init_adapter(jax.random.key(0), variables()["params"], LoRAConfig(rank, 1.0, targets), TARGETS)
     )
     random = np.random.default_rng(3)
     weights = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, dtype=np.float32), shape.weights)

@@ -16,9 +16,10 @@ from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
-from fopd_jax.adapters.lora import TARGETS, Adapter
+from fopd_jax.adapters.lora import Adapter
 from fopd_jax.interop.lora.modules import places
 from fopd_jax.interop.lora.peft import read_lora, write_diffusers, write_peft
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS
 from tests.interop.lora.peft_oracle import (
     ATTENTION,

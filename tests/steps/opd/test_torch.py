@@ -25,6 +25,7 @@ from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
 from fopd_jax.interop.sd3.diffusers import module_names, transformer_from_diffusers
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig, convert_layers
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
@@ -76,7 +77,7 @@ def our_variables() -> Any:
 @functools.cache
 def adapter(seed: int) -> Adapter:
     """Both factors non-zero in every layer."""
-    like = init_adapter(jax.random.key(seed), our_variables()["params"], LORA)
+    like = init_adapter(jax.random.key(seed), our_variables()["params"], LORA, TARGETS)
     leaves, structure = jax.tree.flatten(like)
     leaves = [jnp.asarray(0.25 * normal(100 * seed + i, *leaf.shape)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, leaves)
