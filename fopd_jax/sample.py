@@ -12,12 +12,10 @@ tasks are drawn.
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
@@ -28,9 +26,8 @@ from fopd_jax.config.flags import membership, parse_flags, read_config
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
-from fopd_jax.evaluation.suite import Sampler
+from fopd_jax.evaluation.sampler import Request, generate
 from fopd_jax.parallel.distributed import initialize, is_main
-from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
@@ -48,7 +45,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image.", lo
 _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1)
 
 DEFAULT_PROMPTS, GRID_COLUMNS, GRID_ROWS = 8, 8, 8
-Request = tuple[str, int]  # prompt, seed
 
 
 def main(argv: list[str]) -> None:
@@ -103,18 +99,6 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     shown = _write_grid(out / "grid.png", images, prompts)
     seconds = time.monotonic() - began
     print(f"{len(requests)} images in {out} ({seconds:.1f} s); grid.png shows {shown}")
-
-
-def generate(
-    sampler: Sampler, world: World, variables: Tree, adapter: Tree, requests: Sequence[Request], batch_size: int
-) -> Iterator[tuple[Request, np.ndarray]]:
-    """Images in [-1, 1], in the order of the requests; the last batch is filled up, its surplus dropped."""
-    for start in range(0, len(requests), batch_size):
-        batch = list(requests[start : start + batch_size])
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in filled], jnp.uint32))
-        images = sampler(world, variables, adapter, [prompt for prompt, _ in filled], keys)
-        yield from zip(batch, images, strict=False)
 
 
 def _given_prompts() -> list[str]:

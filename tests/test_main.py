@@ -22,16 +22,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from fopd_jax.adapters.lora import Adapter, delta, init_adapter
+from fopd_jax.backbones.weights import init_variables
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.evaluation import suite
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.main import prepare
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
-from fopd_jax.stages.pipeline import init_variables
 from fopd_jax.steps.opd.step import OPDStep
 from fopd_jax.worlds.miniature.world import make_world
 
@@ -77,7 +78,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     variables = _noisy(0, jax.jit(lambda: init_variables(MMDiT(PRESETS["miniature"]), shape, 0))(), 0.05)
     save_tree(folder / "base.safetensors", variables, preset)
     for seed, name in enumerate(_experts(), start=1):
-        fresh = init_adapter(jax.random.key(seed), variables["params"], LoRAConfig(RANK, 2.0 * RANK))
+        fresh = init_adapter(jax.random.key(seed), variables["params"], LoRAConfig(RANK, 2.0 * RANK), TARGETS)
         save_adapter(folder / f"{name}.safetensors", _noisy(seed, fresh, 0.05), preset)
     return folder
 
@@ -494,7 +495,7 @@ def test_merge_weights_for_nobody_are_named(config: ConfigDict, tmp_path: Path):
 
 def _other_adapter(path: Path, weights: Path, lora: LoRAConfig, preset: str = "miniature") -> str:
     variables, _ = load_tree(weights / "base.safetensors")
-    save_adapter(path, init_adapter(jax.random.key(0), variables["params"], lora), {"preset": preset})
+    save_adapter(path, init_adapter(jax.random.key(0), variables["params"], lora, TARGETS), {"preset": preset})
     return str(path)
 
 
@@ -543,7 +544,7 @@ def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(
     variables, _ = load_tree(weights / "base.safetensors")
     shapes = {"text": LoRAConfig(RANK - 1, 8.0), "composition": LoRAConfig(RANK + 2, 3.0, ("attn", "attn2"))}
     for seed, (name, lora) in enumerate(shapes.items()):
-        adapter = _noisy(seed, init_adapter(jax.random.key(seed), variables["params"], lora), 0.05)
+        adapter = _noisy(seed, init_adapter(jax.random.key(seed), variables["params"], lora, TARGETS), 0.05)
         save_adapter(tmp_path / f"{name}.safetensors", adapter, {"preset": "miniature"})
         config.tasks[name].teacher = f"{tmp_path}/{name}.safetensors"
     config.adapter.targets = ("attn", "attn2", "mlp")

@@ -17,12 +17,13 @@ from PIL import Image
 
 from fopd_jax import sample
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.flags import parse_flags
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
-from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.worlds.miniature.world import make_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -48,7 +49,7 @@ def weights(small_network: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A folder with a random base and a random adapter."""
     folder, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
     shapes = nn.unbox(boxed_variables(MMDiT(TINY), (SIDE, SIDE, 3)))
-    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), shapes["params"], LoRAConfig(2, 4.0)))
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), shapes["params"], LoRAConfig(2, 4.0), TARGETS))
 
     def random(leaf: Any) -> np.ndarray:
         return 0.2 * rng.normal(size=leaf.shape).astype(np.float32)

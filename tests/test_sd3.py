@@ -20,7 +20,7 @@ from fopd_jax.adapters.lora import effective
 from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.grid import to_pixels
-from fopd_jax.evaluation.suite import Sampler
+from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.interop.files.converted import read_manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter
 from fopd_jax.main import prepare

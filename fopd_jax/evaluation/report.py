@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from fopd_jax.config.schema import Evaluation
 from fopd_jax.evaluation.grid import draw_grid, write_png
-from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, means, noise_keys
+from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
 from fopd_jax.parallel.distributed import is_main
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.workdir import write_json

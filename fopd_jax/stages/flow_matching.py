@@ -9,7 +9,7 @@ import numpy as np
 from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.config import schema as settings
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
-from fopd_jax.evaluation.suite import evaluate, means
+from fopd_jax.evaluation.score import evaluate, means
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, check_batch, replicated

@@ -14,7 +14,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, write_report
-from fopd_jax.evaluation.suite import evaluate, means
+from fopd_jax.evaluation.score import evaluate, means
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
 from fopd_jax.parallel.sharding import batch_sharding

@@ -11,7 +11,8 @@ from clu import parameter_overview
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Config, Evaluation
 from fopd_jax.evaluation.report import Model, sample_grid
-from fopd_jax.evaluation.suite import EvalSet, Sampler, make_sampler
+from fopd_jax.evaluation.sampler import Sampler, make_sampler
+from fopd_jax.evaluation.score import EvalSet
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.distributed import put_replicated

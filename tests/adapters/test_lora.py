@@ -12,7 +12,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters.lora import (
-    TARGETS,
     Adapter,
     average_factors,
     concatenate,
@@ -28,9 +27,10 @@ from fopd_jax.adapters.lora import (
     truncate,
     zeros_like,
 )
+from fopd_jax.backbones.weights import boxed_variables, init_variables
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, convert_layers
-from fopd_jax.stages.pipeline import boxed_variables, init_variables
 
 Tree = Any
 TINY = MMDiTConfig(
@@ -55,7 +55,7 @@ def _variables() -> Tree:
 
 
 def _adapter(seed: int, config: LoRAConfig = EVERYTHING) -> Adapter:
-    return _noisy(seed, init_adapter(jax.random.key(seed), _variables()["params"], config), 0.3)
+    return _noisy(seed, init_adapter(jax.random.key(seed), _variables()["params"], config, TARGETS), 0.3)
 
 
 def _inputs(batch: int) -> tuple[jax.Array, ...]:
@@ -85,7 +85,7 @@ def _forward(scan: bool) -> Any:
 def test_a_fresh_adapter_leaves_the_base_exactly_as_it_is(scan: bool):
     inputs = _inputs(2)
     base = _forward(scan)({}, inputs)
-    fresh = init_adapter(jax.random.key(3), _variables()["params"], EVERYTHING)
+    fresh = init_adapter(jax.random.key(3), _variables()["params"], EVERYTHING, TARGETS)
     np.testing.assert_array_equal(_forward(scan)(effective(fresh), inputs), base)
     np.testing.assert_array_equal(_forward(scan)(effective(zeros_like(_adapter(1))), inputs), base)
     bank = stack_bank({"one": fresh, "two": zeros_like(fresh)})
@@ -381,7 +381,7 @@ def test_a_merge_can_be_trained_in_every_component(method: str):
 
 
 def test_what_is_alive_is_left_as_it_is():
-    fresh = init_adapter(jax.random.key(1), _variables()["params"], EVERYTHING)
+    fresh = init_adapter(jax.random.key(1), _variables()["params"], EVERYTHING, TARGETS)
     for adapter in (fresh, _adapter(1)):
         jax.tree.map(np.testing.assert_array_equal, revive(jax.random.key(0), adapter), adapter)
 
@@ -403,7 +403,7 @@ def _count_modules(params: Tree, targets: tuple[str, ...]) -> int:
 def test_default_targets_are_the_joint_attention_of_sd35_medium():
     config = LoRAConfig()
     assert _count_modules(_medium(), config.targets) == 191  # 24 blocks x 8, but the last has no to_add_out
-    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), _medium(), config))
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), _medium(), config, TARGETS))
     assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == 191 * 2 * 1536 * 32  # 18.8 million
     modules = {path[-3:-1] for path in flatten_dict(adapter.weights)}
     assert modules == {tuple(name.split("/")) for name in TARGETS["attn"]}
@@ -427,7 +427,7 @@ def test_target_groups_do_not_depend_on_scanning():
 def test_initial_values_are_pefts_gaussian_ones():
     shapes = jax.ShapeDtypeStruct((3, 256, 64), jnp.float32)
     params = {"blocks": {"attn": {"to_q": {"kernel": shapes}, "to_k": {"kernel": shapes}}}}
-    adapter = init_adapter(jax.random.key(1), params, LoRAConfig(8, 16.0))
+    adapter = init_adapter(jax.random.key(1), params, LoRAConfig(8, 16.0), TARGETS)
     a = np.stack([adapter.weights["blocks"]["attn"][name]["a"] for name in ("to_q", "to_k")])
     assert adapter.scale == 2.0
     for layer in a.reshape(6, -1):  # 2048 draws each: five standard errors

@@ -17,7 +17,7 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
-from fopd_jax.evaluation.suite import Sampler
+from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.tasks.task import Scores, Task

@@ -10,7 +10,8 @@ import pytest
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import MeshShape
-from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, make_sampler, means, noise_keys
+from fopd_jax.evaluation.sampler import Sampler, make_sampler
+from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.tasks.task import Task

@@ -17,7 +17,8 @@ from fopd_jax.adapters.lora import init_adapter, stack_bank
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import EMA, LoRAConfig, MeshShape, Objective
-from fopd_jax.evaluation.suite import EvalSet, Sampler, evaluate, noise_keys
+from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.evaluation.score import EvalSet, evaluate, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
 from fopd_jax.interop.sd3.network import TARGETS

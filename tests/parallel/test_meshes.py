@@ -17,11 +17,14 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import adapter_shapes, effective, stack_bank
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Objective
-from fopd_jax.evaluation.suite import make_sampler, noise_keys
+from fopd_jax.evaluation.sampler import make_sampler
+from fopd_jax.evaluation.score import noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import (
@@ -34,7 +37,6 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.performance.hlo import REDUCTIONS, Collective, collectives
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd_update import make_update
-from fopd_jax.stages.pipeline import boxed_variables
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.worlds.world import World
@@ -100,7 +102,7 @@ def _outcome(name: str) -> dict[str, Any]:
         whole_teachers=whole,
     )  # fmt: skip
     update = make_update(config, model, boxed, spec, optimizer, mesh)
-    variables, adapter = _random(9, nn.unbox(boxed)), adapter_shapes(config, nn.unbox(boxed)["params"])
+    variables, adapter = _random(9, nn.unbox(boxed)), adapter_shapes(config, nn.unbox(boxed)["params"], TARGETS)
     if whole:
         networks = [_random(k, nn.unbox(boxed)["params"]) for k in range(3)]
         bank = jax.tree.map(lambda *leaves: np.stack(leaves), *networks)

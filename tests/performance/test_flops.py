@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.record import Tokens
+from fopd_jax.backbones.sd3.flops import forward_flops, pass_flops
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
-from fopd_jax.performance.flops import Schedule, Tokens, forward_flops, pass_flops, update_flops
-from fopd_jax.stages.pipeline import boxed_variables
+from fopd_jax.performance.flops import Schedule, update_flops
 
 MEDIUM = PRESETS["sd35_medium"]
 SHALLOW = dataclasses.replace(MEDIUM, depth=3, dual_layers=1)
@@ -30,7 +33,9 @@ def _arguments(lora: LoRAConfig | None) -> tuple[Any, Any]:
     variables = nn.unbox(boxed_variables(MMDiT(SHALLOW, scan_layers=False), LATENT))
     if lora is None:
         return variables, {}
-    return variables, jax.eval_shape(lambda: init_adapter(jax.random.key(0), variables["params"], lora)).weights
+    return variables, jax.eval_shape(
+        lambda: init_adapter(jax.random.key(0), variables["params"], lora, TARGETS)
+    ).weights
 
 
 def _counted(remat: Any, lora: LoRAConfig | None, wrap: Callable[[Callable[..., jax.Array]], Any]) -> float:

@@ -16,19 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.stages import pipeline as module
-from fopd_jax.stages.pipeline import (
-    boxed_variables,
-    config_attention,
-    load_base,
-    load_policy,
-    make_pipeline,
-    weight_path,
-)
+from fopd_jax.stages.pipeline import config_attention, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.worlds.miniature.world import make_world
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
@@ -206,7 +201,9 @@ def test_an_adapter_of_this_projects_is_read_as_it_was_written(config: ConfigDic
 
 def test_an_adapter_for_another_network_or_none_is_named(config: ConfigDict, tmp_path: Path):
     pipeline = make_pipeline(config)
-    adapter = init_adapter(jax.random.key(0), {"attn": {"to_q": {"kernel": np.zeros((4, 4))}}}, LoRAConfig(1, 1.0))
+    adapter = init_adapter(
+        jax.random.key(0), {"attn": {"to_q": {"kernel": np.zeros((4, 4))}}}, LoRAConfig(1, 1.0), TARGETS
+    )
     save_adapter(tmp_path / "large.safetensors", adapter, {"preset": "sd35_large"})
     save_tree(tmp_path / "base.safetensors", {"x": np.zeros(1)}, {"preset": "miniature"})
     (tmp_path / "damaged.safetensors").write_bytes(os.urandom(100))

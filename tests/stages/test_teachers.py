@@ -13,14 +13,15 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import Adapter, delta, init_adapter
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
+from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.main import prepare
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd import OPD
-from fopd_jax.stages.pipeline import boxed_variables
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
 SIDE, WEIGHTS = (24, 24, 3), {"composition": 0.25, "text": 0.5, "quality": 0.25}  # in the order of the bank
@@ -37,7 +38,7 @@ def _network(seed: int) -> Any:
 
 
 def _adapter(seed: int, params: Any) -> Adapter:
-    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0)))
+    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0), TARGETS))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 

@@ -1,4 +1,4 @@
-"""Sample the same held-out (prompt, noise) pairs from any policy and score them."""
+"""Score the same held-out (prompt, noise) pairs of any policy."""
 
 import dataclasses
 import itertools
@@ -9,15 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.flow.rollout import sample_final
-from fopd_jax.flow.transition import Transition, standard_normal
-from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
-from fopd_jax.parallel.sharding import activation_rules, batch_sharding, replicated
-from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.parallel.distributed import gather_rows
+from fopd_jax.parallel.sharding import batch_sharding
+from fopd_jax.policy.velocity import Tree
 from fopd_jax.tasks.task import Scores, Task
 from fopd_jax.worlds.world import World
 
@@ -47,62 +44,6 @@ class EvalSet:
         """Every prompt that evaluation may ask for, the empty one included: of tasks without scores, what is drawn."""
         drawn = [next(self.pairs(task))[0] for task in self.tasks.values()]
         return ["", *itertools.chain(*drawn, *(task.test for task, _ in self.scored()))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """One jitted program for all policies: `draw(variables, adapter, conditioning, null, keys [B]) → latents`.
-
-    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it, so that
-    each process encodes and decodes the rows of its own devices alone.
-    """
-
-    draw: Callable[..., Float[Array, "b h w c"]]
-    guided: bool
-    mesh: Mesh
-
-    def __call__(
-        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
-    ) -> Float[np.ndarray, "b height width 3"]:
-        """Images in [-1, 1] on every process, each from its prompt and key alone."""
-        images = self.held(world, variables, adapter, prompts, keys)
-        return gather_rows(images, batch_sharding(self.mesh), len(prompts))
-
-    def held(
-        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
-    ) -> Float[np.ndarray, "n height width 3"]:
-        """Of the same images those that this process's devices make, in the order of `rows`."""
-        sharding, size = batch_sharding(self.mesh), len(prompts)
-        conditioning = put_batch(world.encode([prompts[int(row)] for row in self.rows(size)]), sharding, size)
-        null = put_replicated(world.encode([""]), replicated(self.mesh)) if self.guided else None
-        latents = self.draw(variables, adapter, conditioning, null, put_replicated(keys, sharding))
-        return world.decode(held_rows(latents))
-
-    def rows(self, batch_size: int) -> Int[np.ndarray, " n"]:
-        """The rows of a batch that this process makes."""
-        return rows_of(batch_sharding(self.mesh), batch_size)
-
-
-def make_sampler(
-    velocity: Velocity,
-    transition: Transition,
-    sigmas: np.ndarray,
-    guidance: float,
-    latent_shape: tuple[int, ...],
-    mesh: Mesh,
-) -> Sampler:
-    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the empty prompt."""
-
-    def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
-        def policy(x: Array, sigma: Array) -> Array:
-            return guided_velocity(velocity, variables, adapter, x, sigma, conditioning, null, guidance)
-
-        noise = standard_normal(keys, latent_shape)
-        steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
-        with activation_rules(mesh):
-            return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
-
-    return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 
 
 def noise_keys(seed: int, task: str, index: np.ndarray) -> Array:

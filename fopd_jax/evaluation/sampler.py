@@ -1,0 +1,88 @@
+"""Images from any policy, each a function of its prompt, its key and the sampler's settings alone."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.flow.rollout import sample_final
+from fopd_jax.flow.transition import Transition, standard_normal
+from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
+from fopd_jax.parallel.sharding import activation_rules, batch_sharding, replicated
+from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.worlds.world import World
+
+Request = tuple[str, int]  # prompt, seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """One jitted program for all policies: `draw(variables, adapter, conditioning, null, keys [B]) → latents`.
+
+    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it, so that
+    each process encodes and decodes the rows of its own devices alone.
+    """
+
+    draw: Callable[..., Float[Array, "b h w c"]]
+    guided: bool
+    mesh: Mesh
+
+    def __call__(
+        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
+    ) -> Float[np.ndarray, "b height width 3"]:
+        """Images in [-1, 1] on every process, each from its prompt and key alone."""
+        images = self.held(world, variables, adapter, prompts, keys)
+        return gather_rows(images, batch_sharding(self.mesh), len(prompts))
+
+    def held(
+        self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
+    ) -> Float[np.ndarray, "n height width 3"]:
+        """Of the same images those that this process's devices make, in the order of `rows`."""
+        sharding, size = batch_sharding(self.mesh), len(prompts)
+        conditioning = put_batch(world.encode([prompts[int(row)] for row in self.rows(size)]), sharding, size)
+        null = put_replicated(world.encode([""]), replicated(self.mesh)) if self.guided else None
+        latents = self.draw(variables, adapter, conditioning, null, put_replicated(keys, sharding))
+        return world.decode(held_rows(latents))
+
+    def rows(self, batch_size: int) -> Int[np.ndarray, " n"]:
+        """The rows of a batch that this process makes."""
+        return rows_of(batch_sharding(self.mesh), batch_size)
+
+
+def make_sampler(
+    velocity: Velocity,
+    transition: Transition,
+    sigmas: np.ndarray,
+    guidance: float,
+    latent_shape: tuple[int, ...],
+    mesh: Mesh,
+) -> Sampler:
+    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the empty prompt."""
+
+    def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
+        def policy(x: Array, sigma: Array) -> Array:
+            return guided_velocity(velocity, variables, adapter, x, sigma, conditioning, null, guidance)
+
+        noise = standard_normal(keys, latent_shape)
+        steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
+        with activation_rules(mesh):
+            return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
+
+    return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
+
+
+def generate(
+    sampler: Sampler, world: World, variables: Tree, adapter: Tree, requests: Sequence[Request], batch_size: int
+) -> Iterator[tuple[Request, np.ndarray]]:
+    """Images in [-1, 1], in the order of the requests; the last batch is filled up, its surplus dropped."""
+    for start in range(0, len(requests), batch_size):
+        batch = list(requests[start : start + batch_size])
+        filled = batch + [batch[-1]] * (batch_size - len(batch))
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in filled], jnp.uint32))
+        images = sampler(world, variables, adapter, [prompt for prompt, _ in filled], keys)
+        yield from zip(batch, images, strict=False)
