@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,17 @@ from absl import app
 
 from fopd_jax import compile_for
 from fopd_jax.config.flags import parse_flags
+from fopd_jax.config.parse import resolve
 from fopd_jax.config.schema import Config
 from fopd_jax.models.mmdit import PRESETS
+from tests.configs import load
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--config.sampler.num_steps=3", "--per-chip-batch=2")
 
 
 def _config() -> Config:
-    return runpy.run_path(str(ROOT / "configs" / "miniature.py"))["get_config"]()
+    return resolve(load())
 
 
 def _program(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -18,23 +17,23 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 from PIL import Image
 
 from fopd_jax.adapters.lora import Adapter, delta, init_adapter
 from fopd_jax.backbones.weights import init_variables
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.parse import assign, resolve, thaw
 from fopd_jax.config.schema import LoRAConfig
-from fopd_jax.evaluation import suite
+from fopd_jax.evaluation import sampler
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
-from fopd_jax.main import prepare
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.steps.opd.step import OPDStep
 from fopd_jax.worlds.miniature.world import make_world
+from tests.configs import load, options, prepare
 
 Overrides = dict[str, Any]
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -67,7 +66,7 @@ def _noisy(seed: int, tree: Any, std: float) -> Any:
 
 def _load(name: str = "miniature", *variant: str) -> Any:
     """A config of the repository."""
-    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*variant)
+    return load(name, *variant)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +95,9 @@ def _overrides(weights: Path) -> Overrides:
 
 
 @pytest.fixture
-def config(weights: Path) -> ConfigDict:
+def config(weights: Path) -> Any:
     config = _load()
-    config.update_from_flattened_dict(_overrides(weights))
+    assign(config, _overrides(weights))
     return config
 
 
@@ -120,7 +119,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _command(workdir: Path, overrides: Overrides, path: Path = CONFIGS / "miniature.py") -> list[str]:
-    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    flags = options(overrides)
     return [sys.executable, "-m", "fopd_jax.main", f"--config={path}", f"--workdir={workdir}", *flags]
 
 
@@ -236,7 +235,7 @@ def test_the_results_compare_base_teachers_merge_and_student(whole: Path):
     assert all(np.isfinite(value) for scores in results["models"].values() for value in scores.values())
 
 
-def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Path, config: ConfigDict, tmp_path: Path):
+def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Path, config: Any, tmp_path: Path):
     student, metadata = load_adapter(whole / "student.safetensors")
     start = prepare(config, tmp_path / "run").teaching.start
     assert metadata["preset"] == "miniature"
@@ -414,14 +413,14 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(OPDStep, "fused", traced)
     monkeypatch.setattr(OPDStep, "replay", traced)
-    monkeypatch.setattr(suite, "sample_final", traced)
+    monkeypatch.setattr(sampler, "sample_final", traced)
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _refused(config: ConfigDict, folder: Path, *fragments: str) -> None:
+def _refused(config: Any, folder: Path, *fragments: str) -> None:
     """One line with every fragment, and a folder that is as it was."""
     before, there = _snapshot(folder), folder.exists()
     with pytest.raises(ValueError, match=re.escape(fragments[0])) as error:
@@ -473,22 +472,20 @@ SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
 
 @pytest.mark.usefixtures("no_compilation")
 @pytest.mark.parametrize(("changes", "fragments"), SCALARS, ids=lambda value: str(value)[:60])
-def test_values_out_of_range_are_named(
-    config: ConfigDict, tmp_path: Path, changes: Overrides, fragments: tuple[str, ...]
-):
-    config.update_from_flattened_dict(changes)
+def test_values_out_of_range_are_named(config: Any, tmp_path: Path, changes: Overrides, fragments: tuple[str, ...]):
+    assign(config, changes)
     _refused(config, tmp_path / "run", *fragments)
 
 
 @pytest.mark.usefixtures("no_compilation")
-def test_a_task_without_a_teacher_is_named_with_a_prompt(config: ConfigDict, tmp_path: Path):
+def test_a_task_without_a_teacher_is_named_with_a_prompt(config: Any, tmp_path: Path):
     config.tasks.composition.teacher = ""
     prompt = make_world().tasks["composition"].train[0]
     _refused(config, tmp_path / "run", repr(prompt), "'composition' has no teacher", "('text',)")
 
 
 @pytest.mark.usefixtures("no_compilation")
-def test_merge_weights_for_nobody_are_named(config: ConfigDict, tmp_path: Path):
+def test_merge_weights_for_nobody_are_named(config: Any, tmp_path: Path):
     config.cold_start.weights["aesthetics"] = 0.5
     _refused(config, tmp_path / "run", "cold_start.weights", "aesthetics", "'composition'")
 
@@ -499,10 +496,10 @@ def _other_adapter(path: Path, weights: Path, lora: LoRAConfig, preset: str = "m
     return str(path)
 
 
-def _teach(config: ConfigDict, expert: str, path: str) -> str:
+def _teach(config: Any, expert: str, path: str) -> str:
     """Give an expert another file; returns its name."""
     name = config.anchor.name if expert == "anchor" else next(iter(config.tasks))
-    config.update_from_flattened_dict({"anchor.adapter" if expert == "anchor" else f"tasks.{name}.teacher": path})
+    assign(config, {"anchor.adapter" if expert == "anchor" else f"tasks.{name}.teacher": path})
     return name
 
 
@@ -516,7 +513,7 @@ def _teach(config: ConfigDict, expert: str, path: str) -> str:
     ],
 )
 def test_an_adapter_of_a_layer_that_the_student_lacks_is_named_with_file_and_layer(
-    config: ConfigDict, weights: Path, tmp_path: Path, expert: str, lora: LoRAConfig, fragments: tuple[str, ...]
+    config: Any, weights: Path, tmp_path: Path, expert: str, lora: LoRAConfig, fragments: tuple[str, ...]
 ):
     name = _teach(config, expert, _other_adapter(tmp_path / "other.safetensors", weights, lora))
     _refused(config, tmp_path / "run", name, "other.safetensors", *fragments)
@@ -525,7 +522,7 @@ def test_an_adapter_of_a_layer_that_the_student_lacks_is_named_with_file_and_lay
 @pytest.mark.usefixtures("no_compilation")
 @pytest.mark.parametrize("expert", ["teacher", "anchor"])
 def test_an_adapter_of_another_shape_is_named_with_file_and_layer(
-    config: ConfigDict, weights: Path, tmp_path: Path, expert: str
+    config: Any, weights: Path, tmp_path: Path, expert: str
 ):
     adapter, metadata = load_adapter(weights / "text.safetensors")
     layer = adapter.weights["last_block"]["attn"]["to_q"]
@@ -537,9 +534,7 @@ def test_an_adapter_of_another_shape_is_named_with_file_and_layer(
 
 
 @pytest.mark.usefixtures("no_compilation")
-def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(
-    config: ConfigDict, weights: Path, tmp_path: Path
-):
+def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(config: Any, weights: Path, tmp_path: Path):
     """The bank takes the largest rank and the student's layers; each teacher's update stays its own."""
     variables, _ = load_tree(weights / "base.safetensors")
     shapes = {"text": LoRAConfig(RANK - 1, 8.0), "composition": LoRAConfig(RANK + 2, 3.0, ("attn", "attn2"))}
@@ -569,7 +564,7 @@ def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(
 
 
 @pytest.mark.usefixtures("no_compilation")
-def test_weights_of_another_preset_are_named(config: ConfigDict, weights: Path, tmp_path: Path):
+def test_weights_of_another_preset_are_named(config: Any, weights: Path, tmp_path: Path):
     variables, _ = load_tree(weights / "base.safetensors")
     save_tree(tmp_path / "base.safetensors", variables, {"preset": "sd35_medium"})
     lora = LoRAConfig(RANK, 2.0 * RANK)
@@ -578,13 +573,13 @@ def test_weights_of_another_preset_are_named(config: ConfigDict, weights: Path, 
         ("model.path", f"{tmp_path}/base.safetensors", "sd35_medium"),
         ("tasks.text.teacher", adapter, "sd35_large"),
     ):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict({field: path})
+        changed = thaw(config)
+        assign(changed, {field: path})
         _refused(changed, tmp_path / "run", path, f"'{preset}'", "'miniature'")
 
 
 @pytest.mark.usefixtures("no_compilation")
-def test_base_weights_of_other_shapes_are_named_with_the_tensor(config: ConfigDict, weights: Path, tmp_path: Path):
+def test_base_weights_of_other_shapes_are_named_with_the_tensor(config: Any, weights: Path, tmp_path: Path):
     variables, metadata = load_tree(weights / "base.safetensors")
     variables["params"]["proj_out"]["bias"] = np.zeros(7, np.float32)
     path = tmp_path / "base.safetensors"
@@ -595,20 +590,20 @@ def test_base_weights_of_other_shapes_are_named_with_the_tensor(config: ConfigDi
 
 @pytest.mark.usefixtures("no_compilation")
 @pytest.mark.parametrize("field", ["model.path", "tasks.text.teacher", "anchor.adapter"])
-def test_weights_that_are_missing_or_damaged_are_named(config: ConfigDict, weights: Path, tmp_path: Path, field: str):
+def test_weights_that_are_missing_or_damaged_are_named(config: Any, weights: Path, tmp_path: Path, field: str):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((weights / "base.safetensors").read_bytes()[:5000])
     for path, problem in ((str(damaged), "damaged"), ("packaged:nothing.safetensors", "no such file")):
-        config.update_from_flattened_dict({field: path})
+        assign(config, {field: path})
         _refused(config, tmp_path / "run", path.removeprefix("packaged:"), problem)
 
 
-def test_a_workdir_of_another_config_is_left_alone(config: ConfigDict, tmp_path: Path):
+def test_a_workdir_of_another_config_is_left_alone(config: Any, tmp_path: Path):
     folder = tmp_path / "run"
     prepare(config, folder)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     before = _snapshot(folder)
-    config.update_from_flattened_dict({"seed": 4, "optimizer.learning_rate": 0.5})
+    assign(config, {"seed": 4, "optimizer.learning_rate": 0.5})
     with pytest.raises(ValueError, match="belongs to another config") as error:
         prepare(config, folder)
     assert "seed: 3 there, 4 here" in str(error.value)
@@ -616,47 +611,47 @@ def test_a_workdir_of_another_config_is_left_alone(config: ConfigDict, tmp_path:
     assert _snapshot(folder) == before
 
 
-def test_bad_input_does_not_touch_a_workdir_in_use(config: ConfigDict, tmp_path: Path):
+def test_bad_input_does_not_touch_a_workdir_in_use(config: Any, tmp_path: Path):
     folder = tmp_path / "run"
     prepare(config, folder)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    config.steps = -1
+    config.run.steps = -1
     _refused(config, folder, "steps: found -1")
 
 
-def test_fewer_steps_than_the_checkpoint_has_are_refused(config: ConfigDict, tmp_path: Path):
+def test_fewer_steps_than_the_checkpoint_has_are_refused(config: Any, tmp_path: Path):
     folder = tmp_path / "run"
     prepare(config, folder)
     (folder / "checkpoints" / "3").mkdir(parents=True)
     (folder / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()  # not whole
-    config.steps = 2
+    config.run.steps = 2
     _refused(config, folder, "steps: found 2", str(folder), "step 3")
-    config.steps = 3
+    config.run.steps = 3
     prepare(config, folder)
 
 
 # ---- the other stage
 
 
-def _train(config: ConfigDict, folder: Path) -> Any:
+def _train(config: Any, folder: Path) -> Any:
     """What `main` does, in this process."""
     stage = prepare(config, folder)
     stage.describe()
-    checkpoints = Checkpoints(folder, config.keep_checkpoints, config_hash=config_hash(config))
+    checkpoints = Checkpoints(folder, config.run.keep_checkpoints, config_hash=config_hash(config))
     writer = MetricWriter(folder, 0)
     with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
-        state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
+        state = loop.run(stage, resolve(config).run, checkpoints, writer)
     checkpoints.close()
     stage.finish(state)
     writer.close()
     return stage
 
 
-def test_a_teacher_is_trained_and_can_be_taught_from(config: ConfigDict, weights: Path, tmp_path: Path):
+def test_a_teacher_is_trained_and_can_be_taught_from(config: Any, weights: Path, tmp_path: Path):
     teacher = _load("miniature_teacher", "text")
     shared = {name: value for name, value in TINY.items() if name.startswith(("seed", "adapter", "eval.", "optimizer"))}
     sizes = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 0, "data.batch_size": 2}
-    teacher.update_from_flattened_dict(shared | sizes | {"model.path": f"{weights}/base.safetensors"})
+    assign(teacher, shared | sizes | {"model.path": f"{weights}/base.safetensors"})
     _train(teacher, tmp_path / "teacher")
     adapter, metadata = load_adapter(tmp_path / "teacher" / "adapter.safetensors")
     assert isinstance(adapter, Adapter)
@@ -668,7 +663,7 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: ConfigDict, weights
 
 def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
     teacher = _load("miniature_teacher", "text")
-    teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "trained": "everything"})
+    assign(teacher, {"model.path": f"{weights}/base.safetensors", "trained": "everything"})
     _refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")
 
 
@@ -676,27 +671,27 @@ def _dtypes(tree: Any) -> set[str]:
     return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
 
 
-def test_only_what_is_frozen_is_rounded(config: ConfigDict, weights: Path, tmp_path: Path):
+def test_only_what_is_frozen_is_rounded(config: Any, weights: Path, tmp_path: Path):
     """`model.dtype` is that of base and bank; what trains stays in float32, exactly as its file has it."""
     config.model.dtype = "bfloat16"
     stage = prepare(config, tmp_path / "student")
     assert _dtypes(stage.frozen.variables["params"]) == _dtypes(stage.frozen.bank) == {"bfloat16"}
-    assert _dtypes(stage.experiment.state.trained) == _dtypes(stage.experiment.state.ema) == {"float32"}
+    assert _dtypes(stage.start().trained) == _dtypes(stage.start().ema) == {"float32"}
 
     teacher = _load("miniature_teacher", "text")
     path = f"{weights}/base.safetensors"
-    teacher.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
+    assign(teacher, {"model.path": path, "model.dtype": "bfloat16"})
     stage = prepare(teacher, tmp_path / "adapter")
     assert _dtypes(stage.frozen["params"]) == {"bfloat16"}
-    assert _dtypes(stage.experiment.state.trained) == {"float32"}
+    assert _dtypes(stage.start().trained) == {"float32"}
 
     whole = _load("miniature_pretrain", "mediocre")
-    whole.update_from_flattened_dict({"model.path": path, "model.dtype": "bfloat16"})
-    trained = prepare(whole, tmp_path / "whole").experiment.state.trained
+    assign(whole, {"model.path": path, "model.dtype": "bfloat16"})
+    trained = prepare(whole, tmp_path / "whole").start().trained
     jax.tree.map(np.testing.assert_array_equal, trained, load_tree(weights / "base.safetensors")[0]["params"])
 
 
 def test_the_other_stage_has_images_of_the_miniature_alone(weights: Path, tmp_path: Path):
     teacher = _load("miniature_teacher", "text")
-    teacher.update_from_flattened_dict({"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
+    assign(teacher, {"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
     _refused(teacher, tmp_path / "run", "model.preset: found 'sd35_medium'", "flow_matching", "'miniature'")

@@ -1,7 +1,6 @@
 """A converted Stable Diffusion 3 folder end to end, against diffusers' pipeline and PEFT, on tiny random weights."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,28 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from ml_collections import ConfigDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from fopd_jax.adapters.lora import effective
 from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.parse import assign, resolve
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.interop.files.converted import read_manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter
-from fopd_jax.main import prepare
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.stages.opd import OPD
-from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy
 from fopd_jax.stages.setup import eval_sampler
+from tests.configs import load, prepare
+from tests.configs import pipeline as make
 
 ENCODING_ATOL = 2e-5  # encoders in float32, states of order 1
 PIXEL_LIMIT = 2  # of 255
-CONFIG = Path(__file__).parents[1] / "configs" / "sd35m_opd.py"
 TASKS = ("geneval", "ocr", "pickscore")
 RANKS = {"geneval": 4, "ocr": 4, "pickscore": 2, "deqa": 4}
 RESOLUTION, T5_LENGTH, STEPS, GUIDANCE = 64, 24, 5, 4.5
@@ -74,10 +73,10 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(converted_pipeline: Path, teachers: Path, prompt_files: Path, tmp_path: Path) -> ConfigDict:
+def config(converted_pipeline: Path, teachers: Path, prompt_files: Path, tmp_path: Path) -> Any:
     """The recipe, on the tiny network; everything else as it is in the file."""
-    config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.update_from_flattened_dict(
+    config = load("sd35m_opd")
+    assign(config,
         {
             "model.path": str(converted_pipeline), "model.preset": "custom", "model.dtype": "float32",
             "resolution": RESOLUTION, "t5_length": T5_LENGTH, "encode_batch_size": 3,
@@ -87,11 +86,9 @@ def config(converted_pipeline: Path, teachers: Path, prompt_files: Path, tmp_pat
         }
     )  # fmt: skip
     for task in TASKS:
-        config.tasks[task].update(
-            prompts=f"{prompt_files}/{task}_train.txt",
-            test=f"{prompt_files}/{task}_test.txt",
-            teacher=str(teachers / task),
-        )
+        files = {"prompts": f"{prompt_files}/{task}_train.txt", "test": f"{prompt_files}/{task}_test.txt"}
+        changes = files | {"teacher": str(teachers / task)}
+        assign(config, {f"tasks.{task}.{name}": value for name, value in changes.items()})
     return config
 
 
@@ -113,8 +110,8 @@ def _torch_encoding(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> t
     return context.numpy(), pooled.numpy()
 
 
-def test_prompts_are_encoded_as_diffusers_does(config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline):
-    found = make_pipeline(config).world.encode(PROMPTS)
+def test_prompts_are_encoded_as_diffusers_does(config: Any, torch_pipeline: StableDiffusion3Pipeline):
+    found = make(config).world.encode(PROMPTS)
     context, pooled = _torch_encoding(torch_pipeline, PROMPTS)
     assert found.context.shape == (len(PROMPTS), 77 + T5_LENGTH, 96)
     np.testing.assert_allclose(found.context, context, rtol=0, atol=ENCODING_ATOL)
@@ -123,7 +120,7 @@ def test_prompts_are_encoded_as_diffusers_does(config: ConfigDict, torch_pipelin
 
 
 def test_without_t5_its_place_is_zeros(
-    config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline, converted_pipeline: Path, tmp_path: Path
+    config: Any, torch_pipeline: StableDiffusion3Pipeline, converted_pipeline: Path, tmp_path: Path
 ):
     folder = tmp_path / "without_t5"
     folder.mkdir()
@@ -134,7 +131,7 @@ def test_without_t5_its_place_is_zeros(
     rest = {name: each for name, each in manifest.components.items() if name != "text_encoder_3"}
     write_manifest(folder, type(manifest)(manifest.preset, rest))
     config.model.path = str(folder)
-    found = make_pipeline(config).world.encode(PROMPTS)
+    found = make(config).world.encode(PROMPTS)
     t5 = torch_pipeline.text_encoder_3
     try:
         torch_pipeline.text_encoder_3 = None
@@ -148,13 +145,13 @@ def test_without_t5_its_place_is_zeros(
 # ---- images
 
 
-def _ours(config: ConfigDict, prompts: list[str], adapter: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _ours(config: Any, prompts: list[str], adapter: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Pixels, and the initial noise that they came from."""
-    pipeline = make_pipeline(config)
-    sampler = eval_sampler(config, pipeline)
+    pipeline = make(config)
+    sampler = eval_sampler(config.eval, config.model.shift, pipeline)
     weights = {} if adapter is None else effective(load_policy(str(adapter), pipeline))
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
-    images = sampler(pipeline.world, load_base(config, pipeline), weights, prompts, keys)
+    images = sampler(pipeline.world, load_base(config.model, pipeline), weights, prompts, keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, pipeline.world.latent_shape))(keys)
     return to_pixels(images), np.asarray(noise)
 
@@ -172,7 +169,7 @@ def _worst(left: np.ndarray, right: np.ndarray) -> int:
     return int(np.abs(left.astype(int) - right.astype(int)).max())
 
 
-def test_images_equal_the_pytorch_pipelines(config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline):
+def test_images_equal_the_pytorch_pipelines(config: Any, torch_pipeline: StableDiffusion3Pipeline):
     prompts = PROMPTS[:2]
     found, noise = _ours(config, prompts, None)
     expected = _theirs(torch_pipeline, prompts, noise)
@@ -185,14 +182,14 @@ def test_images_equal_the_pytorch_pipelines(config: ConfigDict, torch_pipeline: 
 # ---- training
 
 
-def _train(config: ConfigDict, workdir: Path) -> OPD:
+def _train(config: Any, workdir: Path) -> OPD:
     stage = prepare(config, workdir)
     assert isinstance(stage, OPD)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints, config_hash=config_hash(config))
+    checkpoints = Checkpoints(workdir, config.run.keep_checkpoints, config_hash=config_hash(resolve(config)))
     writer = MetricWriter(workdir, checkpoints.latest_step() or 0)
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
-            state = loop.run(stage.experiment, stage.setup.cadence, checkpoints, writer)
+            state = loop.run(stage, resolve(config).run, checkpoints, writer)
     finally:
         checkpoints.close()
         writer.close()
@@ -215,7 +212,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
-    config: ConfigDict,
+    config: Any,
     tiny_pipeline: Path,
     torch_pipeline: StableDiffusion3Pipeline,
     tmp_path: Path,
@@ -235,7 +232,7 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
 
     # Every distinct prompt met the encoders once; a second, longer run over the same prompts encodes only new ones.
     assert len(encoded) == len(set(encoded)) > 6
-    config.steps, first = 3, len(encoded)
+    config.run.steps, first = 3, len(encoded)
     _train(config, workdir)
     assert len(encoded) == len(set(encoded)) <= first + 4
 
@@ -259,9 +256,9 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
 
 
 def test_all_of_the_network_trains_and_goes_back_to_diffusers(
-    config: ConfigDict, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
+    config: Any, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
 ):
-    config.trained, config.steps, config.cold_start.method = "params", 1, "none"
+    config.trained, config.run.steps, config.cold_start.method = "params", 1, "none"
     workdir = tmp_path / "run"
     stage = _train(config, workdir)
     assert not (workdir / "student.safetensors").exists()
@@ -276,8 +273,8 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
         torch_pipeline.transformer = bare
     assert _worst(found, before) <= PIXEL_LIMIT  # the base is as it was
     theirs = dict(student.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
-    checkpoints = Checkpoints(workdir, 1, config_hash=config_hash(config))
-    ours = checkpoints.restore(stage.experiment.state).trained["dual_blocks"]["ff"]["up"]["kernel"][0]
+    checkpoints = Checkpoints(workdir, 1, config_hash=config_hash(resolve(config)))
+    ours = checkpoints.restore(stage.start()).trained["dual_blocks"]["ff"]["up"]["kernel"][0]
     checkpoints.close()
     np.testing.assert_array_equal(theirs, np.asarray(ours).T)
     base = dict(bare.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
@@ -288,14 +285,14 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"resolution": 60}, ("resolution: found 60", "multiple of 16")),
-        ({"resolution": 512}, ("resolution: found 512", "at most 384")),
-        ({"t5_length": 0}, ("t5_length: found 0",)),
-        ({"encode_batch_size": 0}, ("encode_batch_size: found 0",)),
+        ({"resolution": 60}, ("model.resolution: found 60", "multiple of 16")),
+        ({"resolution": 512}, ("model.resolution: found 512", "at most 384")),
+        ({"t5_length": 0}, ("model.t5_length: found 0",)),
+        ({"encode_batch_size": 0}, ("run.encoding.batch_size: found 0",)),
         ({"model.preset": "sd35_medium"}, ("model.preset: found 'sd35_medium'", "'custom'")),
         ({"model.preset": "sd4"}, ("model.preset: found 'sd4'", "'sd35_medium'")),
         ({"model.path": "nowhere"}, ("model.path", "nowhere", "no such file")),
-        ({"model.remat": "some"}, ("model.remat: found 'some'", "'full'")),
+        ({"model.remat": "some"}, ("run.remat: found 'some'", "'full'")),
         ({"mesh.fsdp": 7}, ("mesh", "'fsdp': 7", "1 devices")),
         ({"tasks.ocr.prompts": "nowhere.txt"}, ("tasks.ocr.prompts", "nowhere.txt")),
         ({"tasks.ocr.test": "nowhere.txt"}, ("tasks.ocr.test", "nowhere.txt")),
@@ -309,14 +306,10 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     ],
 )
 def test_bad_input_is_one_error_and_nothing_is_written(
-    config: ConfigDict, tmp_path: Path, changes: dict[str, Any], fragments: tuple[str, ...], encoded: list[str]
+    config: Any, tmp_path: Path, changes: dict[str, Any], fragments: tuple[str, ...], encoded: list[str]
 ):
     for field, value in changes.items():
-        with config.unlocked():
-            if field == "cold_start.weights":
-                config.cold_start.weights = ConfigDict(value)
-            else:
-                config.update_from_flattened_dict({field: value})
+        assign(config, {field: value})
     with pytest.raises(ValueError, match=r"found|no such|cannot|has no|adapts|does not") as error:
         prepare(config, tmp_path / "run")
     assert all(fragment in str(error.value) for fragment in fragments), str(error.value)
@@ -326,7 +319,7 @@ def test_bad_input_is_one_error_and_nothing_is_written(
     assert not encoded
 
 
-def test_an_adapter_of_another_network_is_refused(config: ConfigDict, teachers: Path, tmp_path: Path):
+def test_an_adapter_of_another_network_is_refused(config: Any, teachers: Path, tmp_path: Path):
     from safetensors.numpy import load_file, save_file
 
     other = tmp_path / "other"
@@ -342,12 +335,12 @@ def test_an_adapter_of_another_network_is_refused(config: ConfigDict, teachers: 
         prepare(config, tmp_path / "run")
 
 
-def test_types_of_what_a_pipeline_holds(config: ConfigDict):
+def test_types_of_what_a_pipeline_holds(config: Any):
     """The base is loaded in the dtype that the config names, the table of positions in float32."""
     config.model.dtype = "bfloat16"
-    pipeline: Pipeline = make_pipeline(config)
-    assert isinstance(eval_sampler(config, pipeline), Sampler)
-    variables = load_base(config, pipeline)
+    pipeline: Pipeline = make(config)
+    assert isinstance(eval_sampler(config.eval, config.model.shift, pipeline), Sampler)
+    variables = load_base(config.model, pipeline)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.bfloat16)}
     assert variables["constants"]["pos_embed"].dtype == jnp.float32
     assert variables["constants"]["pos_embed"].shape == (4, 4, 48)

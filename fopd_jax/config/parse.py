@@ -55,12 +55,21 @@ def override(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
       ValueError: there is no such field; names it.
     """
     changed = thaw(config)
+    assign(changed, changes)
+    return changed
+
+
+def assign(config: Config, changes: Mapping[str, Any]) -> None:
+    """The same in place.
+
+    Raises:
+      ValueError: there is no such field; names it.
+    """
     for name, value in changes.items():
         try:
-            config_path.set_value(current_name(name), changed, value, accept_new_attributes=True)
+            config_path.set_value(current_name(name), config, value, accept_new_attributes=True)
         except (KeyError, AttributeError) as error:
-            raise ValueError(f"{name}: no such field of stage {changed.stage!r}") from error
-    return changed
+            raise ValueError(f"{name}: no such field of stage {config.stage!r}") from error
 
 
 def thaw(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the loop runs: a stage, from its first state to what it leaves."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ Tree = Any
 Metrics = Mapping[str, jax.Array]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """One update after the other, each a function of the state and of its number alone.
 

@@ -3,12 +3,14 @@
 import functools
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fopd_jax.config.parse import flatten
+from tests.configs import load
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "h200.sh"
@@ -37,13 +39,7 @@ def known_flags(program: str) -> set[str]:
 
 
 def config_fields() -> set[str]:
-    config = runpy.run_path(str(ROOT / "configs" / "sd35m_opd.py"))["get_config"]()
-
-    def names(node: object, path: str) -> set[str]:
-        inner = dict(node.items()) if hasattr(node, "items") else {}
-        return {path}.union(*(names(each, f"{path}.{name}") for name, each in inner.items()))
-
-    return names(config, "config")
+    return {"config", *(f"config.{name}" for name in flatten(load("sd35m_opd")))}
 
 
 def launched() -> list[str]:

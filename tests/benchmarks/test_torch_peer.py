@@ -5,7 +5,6 @@ Tolerance: the peer's own, 1e-4 relative on loss, gradient norm and gradient, bo
 
 import dataclasses
 import importlib
-import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.configs import load
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -31,7 +32,7 @@ def programs() -> Any:
 
 
 def sd35_config() -> Any:
-    return runpy.run_path(str(ROOT / "configs" / "sd35m_opd.py"))["get_config"]()
+    return load("sd35m_opd")
 
 
 def tiny_config() -> Any:
@@ -52,7 +53,7 @@ def folder(programs: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFac
         context_dim=6, pooled_dim=5, table_size=4, base_size=4,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("check")
-    programs["our_check"].write_check(programs["our_step"].read_config(tiny_config(), 2), network, path)
+    programs["our_check"].write_check(programs["our_step"].comparable(tiny_config(), 2), network, path)
     return path
 
 
@@ -103,7 +104,7 @@ def test_forwards_of_sd35(programs: dict[str, ModuleType]):
     from fopd_jax.models.mmdit import PRESETS
 
     ours = programs["our_step"]
-    problem = ours.make_problem(ours.read_config(sd35_config(), 4), PRESETS["sd35_medium"], (64, 64, 16), 205)
+    problem = ours.make_problem(ours.comparable(sd35_config(), 4), PRESETS["sd35_medium"], (64, 64, 16), 205)
     found = {form: programs["peer_problem"].forward_equivalents(problem, form) for form in FORWARDS}
     assert found == FORWARDS
     assert problem.teachers == 4
@@ -114,7 +115,7 @@ def test_a_config_that_the_peer_lacks_is_named(programs: dict[str, ModuleType]):
     config = sd35_config()
     config.updates_per_rollout = 2
     with pytest.raises(ValueError, match="updates_per_rollout: found 2, but the comparison has only 1"):
-        programs["our_step"].read_config(config, 0)
+        programs["our_step"].comparable(config, 0)
 
 
 def test_ratio_is_arithmetic_times_efficiency(programs: dict[str, ModuleType]):

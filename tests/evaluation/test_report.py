@@ -1,5 +1,6 @@
 """The report: table, `results.json` and pictures."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.identity import config_hash
-from fopd_jax.config.schema import MeshShape
+from fopd_jax.config.schema import Evaluation, MeshShape
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
 from fopd_jax.evaluation.sampler import Sampler
@@ -48,14 +47,13 @@ def _draw(variables: Any, adapter: Any, conditioning: Conditioning, null: None, 
 SAMPLER = Sampler(_draw, guided=False, mesh=make_mesh(MeshShape()))
 
 
-def _config(**changes: Any) -> ConfigDict:
-    evaluation = {"tasks": ("text", "composition"), "batch_size": 8, "seed": 1, "samples": 3}
-    return ConfigDict({"name": "x", "seed": 7, "steps": 2, "final_samples": 10, "eval": evaluation} | changes)
+SETTINGS = Evaluation(("text", "composition"), batch_size=8, seed=1, samples=3, final_samples=10)
+ABOUT = {"seed": 7, "steps": 2, "config_hash": "ab"}
 
 
-def _write(folder: Path, config: ConfigDict, steps: int = 2, world: World | None = None) -> dict[str, Any]:
+def _write(folder: Path, settings: Evaluation = SETTINGS, world: World | None = None) -> dict[str, Any]:
     models = [Model(name, {}, jnp.float32(shift)) for name, shift in MODELS.items()]
-    write_report(folder, config, SAMPLER, world or _world(), models, steps=steps)
+    write_report(folder, settings, ABOUT, SAMPLER, world or _world(), models)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -88,13 +86,12 @@ def test_a_constant_lead_has_no_error():
 
 
 def test_results_have_exactly_these_entries(tmp_path: Path):
-    config = _config()
-    results = _write(tmp_path, config, steps=5)
+    results = _write(tmp_path)
     assert results.keys() == {"models", "samples", "seed", "steps", "config_hash", "versions"}
     assert results["models"].keys() == MODELS.keys()
     assert results["samples"] == {"level": 20, "spread": 20}
-    assert (results["seed"], results["steps"]) == (7, 5)
-    assert results["config_hash"] == config_hash(config)
+    assert (results["seed"], results["steps"]) == (7, 2)
+    assert results["config_hash"] == "ab"
     assert results["versions"].keys() == set(PACKAGES)
     for name, shift in MODELS.items():
         assert results["models"][name].keys() == {"level", "spread"}
@@ -105,16 +102,16 @@ def test_a_second_report_is_the_same_and_leaves_no_temporary_files(tmp_path: Pat
     def contents() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    _write(tmp_path, _config())
+    _write(tmp_path)
     before, printed = contents(), capsys.readouterr().out
-    _write(tmp_path, _config())
+    _write(tmp_path)
     assert contents() == before
     assert before.keys() == {"results.json", "samples.png", "table.txt"}
     assert printed == before["table.txt"].decode()
 
 
 def test_without_scores_there_are_pictures_and_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = _write(tmp_path, _config(), world=_world(None))
+    results = _write(tmp_path, world=_world(None))
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.png"}
     assert results["models"] == {name: {} for name in MODELS}
     assert results["samples"] == {}
@@ -127,7 +124,7 @@ def test_the_report_uses_other_noise_than_the_periodic_evaluation(tmp_path: Path
     monkeypatch.setattr(
         report, "evaluate", lambda *args: (seeds.append((args[2].seed, args[2].samples)), evaluate(*args))[1]
     )
-    _write(tmp_path, _config())
+    _write(tmp_path)
     assert set(seeds) == {(2, 10)}  # eval.seed + 1, final_samples
 
 
@@ -143,7 +140,7 @@ def test_pictures_stand_under_their_own_prompts(
         return Image.new("RGB", (1, 1))
 
     monkeypatch.setattr(report, "draw_grid", draw_grid)
-    _write(tmp_path, _config(eval={"tasks": ("text", "composition"), "batch_size": batch_size, "seed": 1}))
+    _write(tmp_path, dataclasses.replace(SETTINGS, batch_size=batch_size))
     assert drawn["rows"] == list(MODELS)
     assert drawn["images"].shape[:2] == (3, len(drawn["columns"]))
     spread = [i * batch_size // per_task for i in range(per_task)]  # evenly over the batch
@@ -153,7 +150,7 @@ def test_pictures_stand_under_their_own_prompts(
 
 
 def test_the_picture_is_written(tmp_path: Path):
-    _write(tmp_path, _config())
+    _write(tmp_path)
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > 12 * 96

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fopd_jax.adapters.lora import init_adapter, stack_bank
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import EMA, LoRAConfig, MeshShape, Objective
+from fopd_jax.config.schema import EMA, LoRAConfig, MeshShape, Objective, Optimizer
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.evaluation.score import EvalSet, evaluate, noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
@@ -72,7 +72,7 @@ def _train(mesh: Mesh, folder: Path) -> Found:
     variables = jax.tree.map(distributed.put_replicated, _random(9, nn.unbox(boxed)), parameter_shardings(mesh, boxed))
     frozen = Frozen(variables, *distributed.put_replicated((bank, _encode([""])), everywhere))
     last_gradient = optax.trace(decay=0.0)  # its state holds what comes in
-    optimizer = optax.chain(last_gradient, make_optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0))
+    optimizer = optax.chain(last_gradient, make_optimizer(Optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0)))
     spec = OPDSpec(
         Objective(mar_beta=0.05), SDE(0.7), flow_match_sigmas(3), np.ones(3, bool), LATENT, ("one", "two"), 2.0,
         (2.0, 2.0, 2.0),

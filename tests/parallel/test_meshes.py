@@ -14,12 +14,12 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import adapter_shapes, effective, stack_bank
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import Objective
+from fopd_jax.config.parse import override
+from fopd_jax.config.schema import OPD, Objective, Optimizer
 from fopd_jax.evaluation.sampler import make_sampler
 from fopd_jax.evaluation.score import noise_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
@@ -49,9 +49,8 @@ LATENT, BATCH, STEPS = (4, 4, 3), 8, 20
 FIRST, CURVE = 1e-5, 1e-3  # relative L2 of loss and gradient of the first update; of the loss over 20 updates
 ONCE = ("data", "fsdp")
 CONFIG: dict[str, Any] = {
-    "seed": 0, "batch_size": BATCH, "trained": "adapter", "reduce_once": ONCE, "whole_teachers": False,
-    "model": {"dtype": "float32"}, "adapter": {"rank": 2, "alpha": 4.0, "targets": ("attn",)},
-    "ema": {"decay": 0.9, "every": 1},
+    "batch_size": BATCH, "reduce_once": ONCE, "model.dtype": "float32", "adapter.rank": 2, "adapter.alpha": 4.0,
+    "ema.every": 1,
 }  # fmt: skip
 FULL: dict[str, Any] = {"trained": "params", "reduce_once": ("data",)}
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
@@ -94,15 +93,15 @@ def _outcome(name: str) -> dict[str, Any]:
     """Updates of a tiny network on the mesh of a case, the first one's gradient, and how everything was placed."""
     lengths, overrides = CASES[name]
     mesh = Mesh(np.asarray(jax.devices()[: np.prod(lengths)]).reshape(lengths), AXES, axis_types=(AxisType.Auto,) * 3)
-    config, model = ConfigDict(CONFIG | overrides), MMDiT(TINY)
-    boxed, optimizer = boxed_variables(model, LATENT), make_optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0)
+    config, model = override(OPD(name="tiny"), CONFIG | overrides), MMDiT(TINY)
+    boxed, optimizer = boxed_variables(model, LATENT), make_optimizer(Optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0))
     sigmas, whole = flow_match_sigmas(3), config.whole_teachers
     spec = OPDSpec(
         Objective(mar_beta=0.05), SDE(0.7), sigmas, np.ones(3, bool), LATENT, ("one", "two"), 2.0, (2.0, 2.0, 1.0),
         whole_teachers=whole,
     )  # fmt: skip
     update = make_update(config, model, boxed, spec, optimizer, mesh)
-    variables, adapter = _random(9, nn.unbox(boxed)), adapter_shapes(config, nn.unbox(boxed)["params"], TARGETS)
+    variables, adapter = _random(9, nn.unbox(boxed)), adapter_shapes(config.adapter, nn.unbox(boxed)["params"], TARGETS)
     if whole:
         networks = [_random(k, nn.unbox(boxed)["params"]) for k in range(3)]
         bank = jax.tree.map(lambda *leaves: np.stack(leaves), *networks)

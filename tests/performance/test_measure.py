@@ -4,9 +4,7 @@ Exact: counts of compilations, bytes of banks and adapters. Times are never comp
 """
 
 import dataclasses
-import runpy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from fopd_jax.config.parse import assign, resolve
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
@@ -29,8 +28,8 @@ from fopd_jax.performance.timing import MatmulPeak, matmul_peak, summarise, time
 from fopd_jax.performance.topology import GIB, find_chip
 from fopd_jax.performance.weights import held_bytes, random_arguments, shard_bytes
 from fopd_jax.stages.problem import Problem, make_problem
+from tests.configs import load
 
-CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=0, qk_norm=True, patch_size=4, channels=3,
     context_dim=32, pooled_dim=24, table_size=6, base_size=6,
@@ -52,12 +51,9 @@ def mesh() -> Mesh:
 
 
 def tiny_config(**fields: Any) -> Any:
-    config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.sampler.num_steps, config.adapter.rank, config.batch_size = 3, 2, 4
-    for name, value in fields.items():
-        config[name] = value
-    config.lock()
-    return config
+    config = load()
+    assign(config, {"sampler.num_steps": 3, "adapter.rank": 2, "batch_size": 4} | fields)
+    return resolve(config)
 
 
 # ---- the whole of it

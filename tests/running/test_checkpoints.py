@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.config.schema import EMA
+from fopd_jax.config.schema import EMA, Optimizer
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
-OPTIMIZER = make_optimizer(1e-3, 2, (0.9, 0.999), 1e-4, 1.0)
+OPTIMIZER = make_optimizer(Optimizer(1e-3, 2, (0.9, 0.999), 1e-4, 1.0))
 
 
 def _adapter(seed: int) -> Adapter:

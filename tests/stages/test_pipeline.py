@@ -1,7 +1,6 @@
 """A config's `model` fields: what they build, what is refused, and in which dtype and place weights arrive."""
 
 import os
-import runpy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,20 +12,21 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.backbones.weights import boxed_variables
+from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.stages import pipeline as module
-from fopd_jax.stages.pipeline import config_attention, load_base, load_policy, make_pipeline, weight_path
+from fopd_jax.stages.pipeline import choose_attention, load_base, load_policy, weight_path
 from fopd_jax.worlds.miniature.world import make_world
+from tests.configs import load
+from tests.configs import pipeline as make
 
-CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
 SHAPE = make_world().latent_shape
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=1, qk_norm=True, patch_size=4, channels=3,
@@ -35,8 +35,8 @@ TINY = MMDiTConfig(
 
 
 @pytest.fixture
-def config() -> ConfigDict:
-    return runpy.run_path(str(CONFIG))["get_config"]()
+def config() -> Any:
+    return load()
 
 
 @pytest.fixture
@@ -52,37 +52,36 @@ def _flat(tree: Any) -> dict[str, Any]:
 # ---- fields
 
 
-def test_a_pipeline_holds_what_its_fields_say(config: ConfigDict):
-    config.model.update(dtype="bfloat16", remat="dots")
-    pipeline = make_pipeline(config)
+def test_a_pipeline_holds_what_its_fields_say(config: Any):
+    assign(config, {"model.dtype": "bfloat16", "run.remat": "dots"})
+    pipeline = make(config)
     assert (pipeline.preset, pipeline.manifest) == ("miniature", None)
     assert pipeline.model == MMDiT(PRESETS["miniature"], "xla", jnp.dtype("bfloat16"), remat="dots")
     assert pipeline.mesh.size == jax.device_count()
     assert list(pipeline.world.tasks) == ["text", "composition"]
 
 
-def test_the_automatic_attention_is_told(config: ConfigDict, capsys: pytest.CaptureFixture[str]):
-    config.model.attention = "auto"
+def test_the_automatic_attention_is_told(config: Any, capsys: pytest.CaptureFixture[str]):
+    config.run.attention = "auto"
     expected = resolve_attention("auto", "float32", PRESETS["miniature"].head_dim)
-    assert make_pipeline(config).model.impl == expected
+    assert make(config).model.impl == expected
     assert f"attention: auto → {expected} ({jax.default_backend()}, float32, head dimension" in capsys.readouterr().err
 
 
-def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: ConfigDict):
+def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: Any):
     """A mesh of a machine that is not there: what its devices say counts."""
-    config.model.update(attention="auto", dtype="bfloat16")
     mesh = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform="tpu")]))
-    assert config_attention(config, PRESETS["sd35_medium"], mesh) == "splash"
+    assert choose_attention("auto", "bfloat16", 64, mesh) == "splash"
 
 
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"model.attention": "flash"}, ("attention: found 'flash'", "'xla'")),
+        ({"model.attention": "flash"}, ("run.attention: found 'flash'", "'xla'")),
         ({"model.attention": "cudnn"}, ("'cudnn' needs a GPU", "use 'xla'")),
         ({"model.dtype": "float16"}, ("model.dtype: found 'float16'", "'bfloat16'")),
-        ({"model.remat": "all"}, ("model.remat: found 'all'", "'full'")),
-        ({"mesh.data": 0}, ("mesh: found", "'data': 0")),
+        ({"model.remat": "all"}, ("run.remat: found 'all'", "'full'")),
+        ({"mesh.data": 0}, ("run.mesh.data: found 0",)),
         ({"mesh.fsdp": 3}, ("mesh: ", "'fsdp': 3", "does not fill")),
         ({"model.preset": "sd4"}, ("model.preset: found 'sd4'", "'sd35_medium'")),
         ({"model.preset": "custom"}, ("model.preset: found 'custom'", "'sd35_medium'")),
@@ -94,25 +93,25 @@ def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: Conf
         ({"model.preset": "sd35_large", "model.path": ""}, ("model.path: found ''", "'sd35_large' needs a converted")),
     ],
 )
-def test_a_field_that_is_out_of_range_is_named(config: ConfigDict, changes: dict[str, Any], fragments: tuple[str, ...]):
-    config.update_from_flattened_dict(changes)
+def test_a_field_that_is_out_of_range_is_named(config: Any, changes: dict[str, Any], fragments: tuple[str, ...]):
+    assign(config, changes)
     with pytest.raises(ValueError) as error:
-        make_pipeline(config)
+        make(config)
     assert "\n" not in str(error.value)
     for fragment in fragments:
         assert fragment in str(error.value)
 
 
-def test_a_folder_that_was_not_converted_is_named(config: ConfigDict, tmp_path: Path):
+def test_a_folder_that_was_not_converted_is_named(config: Any, tmp_path: Path):
     config.model.path = str(tmp_path)
     with pytest.raises(ValueError, match=r"no manifest\.json; expected a folder that .*convert_sd35_weights") as error:
-        make_pipeline(config)
+        make(config)
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_pipeline_is_made_without_weights(config: ConfigDict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "load_tree", None)
-    make_pipeline(config)
+def test_a_pipeline_is_made_without_weights(config: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "load_file", None)
+    make(config)
 
 
 def test_packaged_files_lie_in_the_package_and_others_where_they_are():
@@ -132,10 +131,10 @@ def test_shapes_are_those_of_the_weights_and_boxes_name_every_parameters_axes():
     assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in _flat(boxed["params"]).values())
 
 
-def test_a_base_arrives_as_its_file_has_it(config: ConfigDict):
-    pipeline = make_pipeline(config)
+def test_a_base_arrives_as_its_file_has_it(config: Any):
+    pipeline = make(config)
     packaged = _flat(load_tree(weight_path("packaged:base.safetensors"))[0])
-    found = _flat(load_base(config, pipeline))
+    found = _flat(load_base(config.model, pipeline, config.seed))
     assert found.keys() == packaged.keys()
     for path, leaf in found.items():
         assert leaf.dtype == np.float32
@@ -152,55 +151,55 @@ def _check_dtypes(found: dict[str, Any], exact: dict[str, Any], dtype: Any) -> N
         np.testing.assert_array_equal(leaf, jnp.asarray(exact[path]).astype(leaf.dtype))
 
 
-def test_parameters_of_a_file_are_rounded_on_request_only(config: ConfigDict):
+def test_parameters_of_a_file_are_rounded_on_request_only(config: Any):
     config.model.dtype = "bfloat16"
-    pipeline = make_pipeline(config)
+    pipeline = make(config)
     packaged = _flat(load_tree(weight_path("packaged:base.safetensors"))[0])
-    _check_dtypes(_flat(load_base(config, pipeline)), packaged, jnp.bfloat16)
-    _check_dtypes(_flat(load_base(config, pipeline, "float32")), packaged, jnp.float32)
+    _check_dtypes(_flat(load_base(config.model, pipeline, config.seed)), packaged, jnp.bfloat16)
+    _check_dtypes(_flat(load_base(config.model, pipeline, dtype="float32")), packaged, jnp.float32)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_without_a_path_the_base_is_random_by_the_seed(config: ConfigDict):
+def test_without_a_path_the_base_is_random_by_the_seed(config: Any):
     config.model.path = ""
-    pipeline = make_pipeline(config)
-    found = _flat(load_base(config, pipeline))
+    pipeline = make(config)
+    found = _flat(load_base(config.model, pipeline, config.seed))
     assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float32)}
     assert all(isinstance(leaf.sharding, NamedSharding) for leaf in found.values())
     kernel = "params/dual_blocks/ff/up/kernel"
     assert found[kernel].any()
     config.model.dtype = "bfloat16"
-    _check_dtypes(_flat(load_base(config, make_pipeline(config))), found, jnp.bfloat16)
+    _check_dtypes(_flat(load_base(config.model, make(config), config.seed)), found, jnp.bfloat16)
     config.seed = 1
-    assert (_flat(load_base(config, pipeline))[kernel] != found[kernel].astype(jnp.bfloat16)).any()
+    assert (_flat(load_base(config.model, pipeline, config.seed))[kernel] != found[kernel].astype(jnp.bfloat16)).any()
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_base_of_another_shape_or_preset_is_named(config: ConfigDict, tmp_path: Path):
+def test_a_base_of_another_shape_or_preset_is_named(config: Any, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"assets/base\.safetensors does not match preset miniature at constants/pos_embed"
     ):
-        load_base(config, make_pipeline(config))
+        load_base(config.model, make(config), config.seed)
     shapes = nn.unbox(boxed_variables(MMDiT(TINY), SHAPE))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     config.model.path = str(tmp_path / "other.safetensors")
     save_tree(tmp_path / "other.safetensors", zeros, {"preset": "sd35_medium"})
     with pytest.raises(ValueError, match=r"weights of preset 'sd35_medium', but model\.preset is 'miniature'"):
-        load_base(config, make_pipeline(config))
+        load_base(config.model, make(config), config.seed)
 
 
 # ---- adapters
 
 
-def test_an_adapter_of_this_projects_is_read_as_it_was_written(config: ConfigDict):
-    found = load_policy("packaged:teacher_text.safetensors", make_pipeline(config))
+def test_an_adapter_of_this_projects_is_read_as_it_was_written(config: Any):
+    found = load_policy("packaged:teacher_text.safetensors", make(config))
     expected, _ = load_adapter(weight_path("packaged:teacher_text.safetensors"))
     assert found.scale == expected.scale
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_an_adapter_for_another_network_or_none_is_named(config: ConfigDict, tmp_path: Path):
-    pipeline = make_pipeline(config)
+def test_an_adapter_for_another_network_or_none_is_named(config: Any, tmp_path: Path):
+    pipeline = make(config)
     adapter = init_adapter(
         jax.random.key(0), {"attn": {"to_q": {"kernel": np.zeros((4, 4))}}}, LoRAConfig(1, 1.0), TARGETS
     )

@@ -1,6 +1,5 @@
 """What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
 
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from fopd_jax.adapters.lora import Adapter, delta, init_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
-from fopd_jax.main import prepare
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd import OPD
+from tests.configs import load, prepare
 
-CONFIG = Path(__file__).parents[2] / "configs" / "miniature.py"
 SIDE, WEIGHTS = (24, 24, 3), {"composition": 0.25, "text": 0.5, "quality": 0.25}  # in the order of the bank
 NAMES = ("base", *WEIGHTS)
 
@@ -54,14 +52,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(weights: Path, kind: str, trained: str, **changes: Any) -> ConfigDict:
-    config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.update_from_flattened_dict(
+def _config(weights: Path, kind: str, trained: str, **changes: Any) -> Any:
+    config = load()
+    assign(config,
         {
             "model.path": f"{weights}/base.network", "trained": trained, "whole_teachers": kind == "network",
             "tasks.text.teacher": f"{weights}/text.{kind}", "anchor.adapter": f"{weights}/quality.{kind}",
             "tasks.composition.teacher": f"{weights}/composition.{kind}", "cold_start.merge": "concatenate",
-            "cold_start.weights": ConfigDict(WEIGHTS), "adapter.rank": 6, "adapter.alpha": 12.0,
+            "cold_start.weights": dict(WEIGHTS), "adapter.rank": 6, "adapter.alpha": 12.0,
             "batch_size": 4, "eval.batch_size": 4, "eval.samples": 4,
         }
         | changes
@@ -74,7 +72,7 @@ def _params(weights: Path, name: str) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree["params"], sep="/").items()}
 
 
-def _stage(config: ConfigDict, tmp_path: Path) -> OPD:
+def _stage(config: Any, tmp_path: Path) -> OPD:
     stage = prepare(config, tmp_path / "run")
     assert isinstance(stage, OPD)
     return stage
@@ -91,7 +89,7 @@ def test_a_network_starts_from_the_base_with_the_adapters_merged_in(weights: Pat
     for name, share in WEIGHTS.items():
         for path, update in _flat(delta(_adapter(NAMES.index(name), params))).items():
             updates[f"{path}/kernel"] = updates.get(f"{path}/kernel", 0) + share * np.asarray(update)
-    for path, leaf in _flat(stage.experiment.state.trained).items():
+    for path, leaf in _flat(stage.start().trained).items():
         np.testing.assert_allclose(leaf, base[path] + updates.get(path, 0), rtol=0, atol=2e-6, err_msg=path)
     assert updates.keys() < base.keys()
     assert len(updates) == 8 + 8 + 7  # joint attention of both stacks and of the last block
@@ -103,7 +101,7 @@ def test_a_network_starts_from_the_base_with_the_adapters_merged_in(weights: Pat
 def test_a_network_starts_from_the_average_of_networks(weights: Path, tmp_path: Path):
     stage = _stage(_config(weights, "network", "params"), tmp_path)
     parts = {name: _params(weights, name) for name in NAMES}
-    for path, leaf in _flat(stage.experiment.state.trained).items():
+    for path, leaf in _flat(stage.start().trained).items():
         expected = sum(share * parts[name][path] for name, share in WEIGHTS.items())
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-7, err_msg=path)
     for path, leaf in _flat(stage.frozen.bank).items():
@@ -114,7 +112,7 @@ def test_a_network_starts_from_the_average_of_networks(weights: Path, tmp_path: 
 def test_without_a_cold_start_the_base_is_the_start(kind: str, weights: Path, tmp_path: Path):
     stage = _stage(_config(weights, kind, "params", **{"cold_start.method": "none", "anchor.adapter": ""}), tmp_path)
     base = _params(weights, "base")
-    for path, leaf in _flat(stage.experiment.state.trained).items():
+    for path, leaf in _flat(stage.start().trained).items():
         np.testing.assert_array_equal(leaf, base[path], err_msg=path)
     assert "merge" not in [model.name for model in stage.teaching.models()]
     if kind == "network":  # the base is the anchor
@@ -127,7 +125,7 @@ def test_networks_teach_as_routed(weights: Path, tmp_path: Path):
     stage = _stage(_config(weights, "network", "params"), tmp_path)
     step, rng = stage.update.pieces, np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, *SIDE)), jnp.float32)
-    batch = jax.tree.map(jnp.asarray, stage.experiment.batch(0))
+    batch = jax.tree.map(jnp.asarray, stage.prompts.batch(0))
     level = jax.tree.map(lambda leaf: leaf[1], step.levels)
     found = jax.jit(step.targets)(stage.frozen, batch, x, level)
     velocity = jax.jit(make_velocity(MMDiT(PRESETS["miniature"])))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.config.schema import EMA
+from fopd_jax.config.schema import EMA, Optimizer
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
 RATE, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.999), 1e-1, 1.0
@@ -33,7 +33,7 @@ def relaxed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def optimizer(warmup: int = 0) -> optax.GradientTransformation:
-    return relaxed(make_optimizer(RATE, warmup, BETAS, DECAY, CLIP))
+    return relaxed(make_optimizer(Optimizer(RATE, warmup, BETAS, DECAY, CLIP)))
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_optimizer_is_clipped_adamw_with_linear_warmup(warmup: int) -> None:
 
 def test_rate_stays_after_warmup() -> None:
     """No horizon in the schedule: with both betas 0 an update is -rate·sign(gradient), so it shows the rate."""
-    tx = relaxed(make_optimizer(RATE, 3, (0.0, 0.0), 0.0, 1e9))
+    tx = relaxed(make_optimizer(Optimizer(RATE, 3, (0.0, 0.0), 0.0, 1e9)))
     state, rates = init_state({"x": jnp.ones(2)}, tx, 0), []
     apply = jax.jit(lambda state: apply_gradients(state, {"x": jnp.ones(2)}, tx)[0])
     for _ in range(50):

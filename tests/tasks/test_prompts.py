@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
 
 
@@ -62,18 +62,18 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path):
 # ---- tasks
 
 
-def _config(folder: Path, **changes: str) -> ConfigDict:
+def _tasks(folder: Path, **changes: str) -> dict[str, RoutedTask]:
     """Two tasks; `changes` replaces fields of the second."""
     files = {name: str(_file(folder, f"{name}\n", f"{name}.txt")) for name in ("one", "one_test", "two", "two_test")}
     tasks = {
         "one": {"prompts": files["one"], "test": files["one_test"], "teacher": "x", "weight": 1.0},
         "two": {"prompts": files["two"], "test": files["two_test"], "teacher": "y", "weight": 3.0} | changes,
     }
-    return ConfigDict({"tasks": tasks})
+    return {name: RoutedTask(**fields) for name, fields in tasks.items()}
 
 
 def test_every_task_of_a_config_has_its_prompts_and_no_scores(tmp_path: Path):
-    tasks = read_tasks(_config(tmp_path))
+    tasks = read_tasks(_tasks(tmp_path))
     assert {name: (task.name, task.train, task.test, task.score) for name, task in tasks.items()} == {
         "one": ("one", ("one",), ("one_test",), None),
         "two": ("two", ("two",), ("two_test",), None),
@@ -83,4 +83,4 @@ def test_every_task_of_a_config_has_its_prompts_and_no_scores(tmp_path: Path):
 @pytest.mark.parametrize("field", ["prompts", "test"])
 def test_the_tasks_field_is_named(tmp_path: Path, field: str):
     with pytest.raises(ValueError, match=rf"^tasks\.two\.{field}: cannot read 'missing\.txt'"):
-        read_tasks(_config(tmp_path, **{field: "missing.txt"}))
+        read_tasks(_tasks(tmp_path, **{field: "missing.txt"}))

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from fopd_jax.conditioning.cache import ConditioningCache
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import Encoding
 from fopd_jax.worlds import folder as world
 from fopd_jax.worlds.folder import Encodings, FolderWorld, MemoryEncodings
 
@@ -24,7 +24,7 @@ class Process:
         self.index, self.loads = index, 0
         self.encoded: list[str] = []
         self.world = FolderWorld.__new__(FolderWorld)  # without a folder: only its prompts are of interest here
-        self.world._config = ConfigDict({"encode_batch_size": 2})
+        self.world._encoding = Encoding(batch_size=2)
         self.world._encodings = encodings
         self.world._load_encoder = self.load  # pyright: ignore[reportAttributeAccessIssue]
 

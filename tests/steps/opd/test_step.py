@@ -21,7 +21,7 @@ from einops import rearrange
 
 from fopd_jax.adapters.lora import Adapter, effective, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import EMA, Objective
+from fopd_jax.config.schema import EMA, Objective, Optimizer
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
@@ -602,7 +602,7 @@ def test_one_timestep_a_rollout_is_unbiased(weighting: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_does_not_land(updates: int, minibatches: int, value: float) -> None:
     spec = make_spec(CLIPPED, updates_per_rollout=updates, minibatches=minibatches)
-    step = OPDStep(spec, make_velocity(), make_optimizer(1e-2, 1, (0.9, 0.999), 1e-4, 1.0), EMA(0.5, 1))
+    step = OPDStep(spec, make_velocity(), make_optimizer(Optimizer(1e-2, 1, (0.9, 0.999), 1e-4, 1.0)), EMA(0.5, 1))
     run, state = quick(step.fused if updates == 1 else step.replay), make_state(step)
     bad = make_batch(4)
     bad.conditioning.pooled[2] = value
@@ -636,7 +636,7 @@ def test_the_step_compiles_once(updates: int, minibatches: int) -> None:
     traced: list[int] = []
     spec = make_spec(CLIPPED, updates_per_rollout=updates, minibatches=minibatches)
     spec.check(4)
-    optimizer = make_optimizer(1e-3, 2, (0.9, 0.999), 1e-4, 1.0)
+    optimizer = make_optimizer(Optimizer(1e-3, 2, (0.9, 0.999), 1e-4, 1.0))
     step = OPDStep(spec, make_velocity(rows=traced), optimizer, EMA())
     run, frozen, state = step.make(), frozen_of(BANK), make_state(step)
     with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count

@@ -1,0 +1,36 @@
+"""Configs of the repository in tests: loaded, changed in place, checked as the program checks them."""
+
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fopd_jax import main
+from fopd_jax.config.parse import assign, resolve
+from fopd_jax.stages.pipeline import Pipeline, make_pipeline
+from fopd_jax.tasks.prompts import read_tasks
+
+FOLDER = Path(__file__).parents[1] / "configs"
+
+
+def load(name: str = "miniature", *variant: str, **changes: Any) -> Any:
+    """The config of a file, not frozen; `changes`: see `assign`."""
+    config = runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](*variant)
+    assign(config, changes)
+    return config
+
+
+def prepare(config: Any, folder: Path) -> Any:
+    """The stage, as the program makes it."""
+    return main.prepare(resolve(config), folder)
+
+
+def pipeline(config: Any) -> Pipeline:
+    """Network and world, as every program makes them."""
+    config = resolve(config)
+    return make_pipeline(config.model, config.run, lambda: read_tasks(config.tasks))
+
+
+def options(changes: Mapping[str, Any]) -> list[str]:
+    """Changes as command-line flags."""
+    return [f"--config.{name}={value}" for name, value in changes.items()]
