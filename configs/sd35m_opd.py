@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
     config.t5_length = 128  # [code] T5 tokens in training; 256 at inference
     config.encode_batch_size = 64
     config.conditioning_cache = "runs/conditioning"
+    config.resident_encoders = False  # True: text encoders stay on the devices instead, nothing is encoded beforehand
     config.shift = 3.0  # SD3.5's own schedule
 
     # The routed tasks; a teacher keeps the guidance scale under which it was trained.

@@ -11,7 +11,8 @@ Config = Any
 
 EXTENDABLE = (
     "steps", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "mesh", "conditioning_cache",
-    "encode_batch_size", "keep_best", "max_skipped_steps", "alarms", "watchdog_seconds", "watchdog_abort",
+    "encode_batch_size", "resident_encoders", "keep_best", "max_skipped_steps", "alarms", "watchdog_seconds",
+    "watchdog_abort",
 )  # fmt: skip
 """Fields, or groups of them, under whose new values a run may be resumed or extended."""
 

@@ -17,6 +17,7 @@ from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.guards import Describe
 from fopd_jax.running.metrics import MetricWriter, is_logged
 from fopd_jax.running.preemption import Interrupted, Preempted
+from fopd_jax.running.prefetch import Prefetch
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
@@ -29,9 +30,9 @@ EVALUATION = "eval/"  # prefix of an evaluation's scalars
 class Experiment:
     """One stage, ready to run. `batch(i)` is a function of the step alone, so the data position *is* the step.
 
-    `batch`: the rows of a global batch of `batch_size` that this process holds. `sharding`: where batches are put.
-    `evaluate`: scores; it reports its progress after each batch, and is left from there if the run has to stop.
-    `draw`: pictures (uint8 `[H, W, 3]`) to look at beside the scores. `describe`: a batch's rows, in words.
+    `batch`: the rows of a global batch of `batch_size` that this process holds, made in a thread. `sharding`: where
+    batches are put. `evaluate`: scores; it reports its progress after each batch, and is left from there if the run has
+    to stop. `draw`: pictures (uint8 `[H, W, 3]`) to look at beside the scores. `describe`: a batch's rows, in words.
     """
 
     state: TrainState
@@ -103,7 +104,8 @@ class _Run:
         steps, measure = self.cadence.steps, self.watch.goodput.measure
         hidden = first >= steps or not is_main()
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
-        with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog:
+        self.batch = Prefetch(self.experiment.batch, steps)
+        with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog, self.batch:
             self.catch_up(first)
             for i in range(first, steps):
                 if self.watch.preemption.asked():
@@ -138,7 +140,7 @@ class _Run:
         """Dispatch one update, then look at the one before."""
         experiment = self.experiment
         with self.watch.goodput.measure("data"):
-            batch = put_batch(experiment.batch(i), experiment.sharding, experiment.batch_size)
+            batch = put_batch(self.batch(i), experiment.sharding, experiment.batch_size)
         with jax.transfer_guard("disallow"):
             self.state, metrics = experiment.step(self.state, batch)
         self.report()
@@ -184,7 +186,7 @@ class _Run:
         samples = {name: fetch(value) for name, value in metrics.items() if name.startswith(guards.SAMPLES)}
 
         def batch() -> Any:
-            return gather_rows(experiment.batch(step - 1), experiment.sharding, experiment.batch_size)
+            return gather_rows(self.batch(step - 1), experiment.sharding, experiment.batch_size)
 
         self.watch.guard.skip(step, values, samples, batch, experiment.describe)
         self.writer.write_scalars(step, {f"train/{name}": v for name, v in values.items() if math.isfinite(v)})

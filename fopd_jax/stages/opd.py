@@ -22,7 +22,7 @@ from fopd_jax.running.loop import Experiment, Progress
 from fopd_jax.stages import teachers
 from fopd_jax.stages.pipeline import boxed_variables, weight_path
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
-from fopd_jax.steps.opd.step import Frozen
+from fopd_jax.steps.opd.step import Batch, Frozen, Metrics
 from fopd_jax.steps.opd.update import make_spec, make_update
 from fopd_jax.steps.state import TrainState, init_state
 from fopd_jax.worlds.prompt_stream import PromptStream
@@ -42,7 +42,7 @@ class OPD:
             raise ValueError(f"export: found {config.export!r}, expected 'ema' or 'raw'")
         latent_shape = pipeline.world.latent_shape
         boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
-        self.update = update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
+        self.update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
         sharding = batch_sharding(pipeline.mesh)
         prompts = PromptStream(pipeline.world, config, rows_of(sharding, config.batch_size))
         found = teachers.sources(config)
@@ -60,7 +60,7 @@ class OPD:
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(pipeline))
         self.experiment = Experiment(
             state=self.first_state(),
-            step=partial(update.step, self.frozen),
+            step=self.step,
             batch=prompts.batch,
             batch_size=config.batch_size,
             sharding=sharding,
@@ -75,6 +75,11 @@ class OPD:
         optimizer, seed = self.setup.optimizer, self.config.seed
         start = put_replicated(self.teaching.start, places.trained)
         return jax.jit(lambda start: init_state(start, optimizer, seed), out_shardings=places)(start)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update on a batch that lies on the devices."""
+        conditioning = self.pipeline.world.embed(batch.conditioning)
+        return self.update.step(self.frozen, state, Batch(conditioning, batch.route))
 
     def describe(self) -> None:
         """Print what trains and what does not."""

@@ -15,13 +15,12 @@ from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.suite import EvalSet, Sampler, make_sampler
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.sharding import check_batch, replicated
+from fopd_jax.parallel.sharding import check_batch
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.loop import Cadence
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.steps.state import EMA, make_optimizer
-from fopd_jax.worlds.world import select_tasks
+from fopd_jax.worlds.world import embed_empty, select_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ def eval_sampler(config: Config, pipeline: Pipeline) -> Sampler:
 
 def null_conditioning(pipeline: Pipeline) -> Conditioning:
     """The empty prompt, one row, on every device."""
-    return put_replicated(pipeline.world.encode([""]), replicated(pipeline.mesh))
+    return embed_empty(pipeline.world, pipeline.mesh)
 
 
 def config_optimizer(config: Config) -> optax.GradientTransformation:
