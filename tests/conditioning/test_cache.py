@@ -213,7 +213,7 @@ def test_what_killed_writers_left_is_removed_a_day_later(tmp_path: Path):
     whole, old, now = _files(tmp_path), time.time() - 90_000, time.time() - 3_000
     for path in whole:
         os.utime(path, (old, old))
-    left = {name: stamp for name, stamp in (("x.array_record.tmp", old), ("y.array_record", old), ("z.json.tmp", now))}
+    left = {"x.array_record.tmp": old, "y.array_record": old, "z.json.tmp": now}
     for name, stamp in left.items():
         (cache.folder / name).write_bytes(b"half")
         os.utime(cache.folder / name, (stamp, stamp))

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,40 @@ def test_batches_are_put_where_the_experiment_says():
 
     _run(Recorder(), Cadence(2, 1, 1, 0), watch)
     assert [(type(batch), batch.sharding) for batch in seen] == [(type(jnp.zeros(3)), SHARDING)] * 2
+
+
+@pytest.mark.parametrize("bad", [(), (3,)])
+def test_batches_are_made_ahead_by_a_thread_that_the_run_takes_along(tmp_path: Path, bad: tuple[int, ...]):
+    """Each is made once, a bad one again to be kept; none beyond the last step, whose prompts nobody has encoded."""
+    made: list[int] = []
+
+    def batch(i: int) -> np.ndarray:
+        assert threading.current_thread() is not threading.main_thread()
+        made.append(i)
+        return np.full(3, i, np.float32)
+
+    experiment = _experiment(lambda state, batch: _guarded(state, batch, bad))
+    recorder, watch = Recorder(), Supervision(guard=Guard(tmp_path, 1))
+    loop.run(dataclasses.replace(experiment, batch=batch), Cadence(6, 2, 2, 0), recorder, recorder, watch)
+    assert set(made) == set(range(6))
+    assert bad or made == list(range(6))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_batch_that_cannot_be_made_stops_the_run_at_its_own_step():
+    def batch(i: int) -> np.ndarray:
+        if i == 3:
+            raise ValueError("damaged encoding")
+        return np.full(3, i, np.float32)
+
+    recorder = Recorder()
+    experiment = dataclasses.replace(_experiment(recorder.wrap(_step)), batch=batch)
+    with pytest.raises(ValueError, match=r"^damaged encoding$"):
+        loop.run(experiment, Cadence(6, 1, 2, 0), recorder, recorder)
+    assert [event for event in recorder.events if event[0] != "train"] == [
+        ("step", 1), ("step", 2), ("save", 2), ("step", 3),
+    ]  # fmt: skip
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_no_evaluation_with_an_interval_of_zero():

@@ -82,11 +82,14 @@ def test_an_error_of_a_batch_that_nobody_asks_for_is_nobodys():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_no_thread_stays_when_the_run_fails(error: Any):
-    batches = Batches()
-    prefetch = Prefetch(batches, 5)
-    with pytest.raises(error), prefetch:
-        prefetch(0)
-        raise error
+    prefetch = Prefetch(Batches(), 5)
+
+    def run() -> None:
+        with prefetch:
+            prefetch(0)
+            assert _alive()
+            raise error
+
+    with pytest.raises(error):
+        run()
     assert not _alive()
-    with pytest.raises(RuntimeError):
-        prefetch(1)
