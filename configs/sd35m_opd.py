@@ -8,11 +8,12 @@ Needs, by default in the working directory (any path can be set by its field):
     teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours
     data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line
 
-First the run encodes every prompt that it will draw, once, and keeps the encodings in `conditioning_cache` for itself
-and later runs: 1.7 MB a prompt with 77 + 128 text tokens, so up to 86 GB for 51,200 distinct prompts. Then it trains,
-draws student pictures every `eval_every` updates, and at the end writes `student.safetensors`, `student_peft/` (which
-diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base, teachers, merge and
-student on the same held-out prompts and noise.
+First the run encodes every prompt that it will draw, once, and keeps the encodings in `run.encoding.cache` for itself
+and later runs: at most 1.7 MB a prompt with 77 + 128 text tokens, so up to 86 GB for 51,200 distinct prompts, less what
+compression saves, about a third. With `run.encoding.resident` nothing is encoded beforehand and nothing kept. Then it
+trains, draws student pictures every `run.eval_every` updates, and at the end writes `student.safetensors`,
+`student_peft/` (which diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base,
+teachers, merge and student on the same held-out prompts and noise.
 
 Cost, by arithmetic (fopd_jax/performance/flops.py: 167 TFLOP an image with guidance and anchor, 191 with what is
 recomputed): 24 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an

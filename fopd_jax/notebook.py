@@ -24,6 +24,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.tasks.prompts import read_tasks
+from fopd_jax.worlds.world import embed_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,6 @@ def score(
 
 
 def encode(session: Session, prompts: Sequence[str]) -> Conditioning:
-    """Prompts as the network's text inputs."""
+    """Prompts as the network's text inputs, on the devices; as many as their mesh divides."""
     session.pipeline.world.prepare(prompts)
-    return session.pipeline.world.encode(prompts)
+    return embed_prompts(session.pipeline.world, prompts, session.pipeline.mesh)

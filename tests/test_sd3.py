@@ -255,6 +255,26 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
     assert _worst(expected, _theirs(torch_pipeline, PROMPTS[:2], noise)) > 10 * PIXEL_LIMIT  # the adapter shows
 
 
+def test_resident_encoders_train_the_same_student_and_keep_nothing(config: Any, tmp_path: Path, encoded: list[str]):
+    """Encodings that are rounded from other sums differ by a step of bfloat16 in one number of a thousand."""
+    assign(config, {"run.steps": 2, "run.eval_every": 0})
+
+    def train(name: str) -> list[dict[str, float]]:
+        _train(config, tmp_path / name)
+        text = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    expected, count = train("kept"), len(encoded)
+    assert count > 0
+    assign(config, {"run.encoding.resident": True, "run.encoding.cache": str(tmp_path / "unused")})
+    found = train("resident")
+    assert len(encoded) == count
+    assert not (tmp_path / "unused").exists()
+    for name in ("train/loss", "train/grad_norm", "train/teacher_gap"):
+        np.testing.assert_allclose([each[name] for each in found], [each[name] for each in expected], rtol=1e-3)
+    assert found[0]["train/loss"] != found[1]["train/loss"]
+
+
 def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     config: Any, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
 ):

@@ -1,27 +1,49 @@
 """Encoded prompts on disk, by content: each distinct prompt is encoded once, whatever run asks for it.
 
-One safetensors file per prompt, in bfloat16, named by the hash of the prompt and of everything that its encoding
-depends on. Files appear by renaming, so several runs may share a folder.
+    FOLDER/NAME/SHARD.array_record    records, one a prompt: its context, then its pooled input, in bfloat16
+    FOLDER/NAME/SHARD.json            the shard's index: hashes of its prompts, in the order of the records
+
+NAME is a hash of all that an encoding depends on. A shard is written under a temporary name and renamed, then its index
+is; what no index lists is not there. No file changes once it has its name, and no two writers share one, so runs and
+processes may read and write a folder at once without locks, also on a mounted bucket. A kill costs the shard that it
+interrupts. Writers that encode the same prompt at the same time keep it twice.
 """
 
+import contextlib
+import functools
 import hashlib
+import itertools
+import json
 import os
+import re
 import shutil
+import sys
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.parallel.distributed import is_main
 
 Encode = Callable[[Sequence[str]], Conditioning]
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+Encoded = Iterable[tuple[Sequence[str], Conditioning]]
+"""Batches of prompts and their encodings, row by row."""
+
+STORED = np.dtype(ml_dtypes.bfloat16)
+FORMAT = "fopd_jax/conditioning/1"
+SHARD_RECORDS = 256  # 0.3 GB of SD3.5's encodings: what a kill may cost, against one index more to read at a start
+_THREADS = 32  # a bucket answers one request in 50 ms, and many at once
+_OPEN_SHARDS = 256  # file descriptors
+_WRITER = "group_size:1,zstd:1"  # a record is read alone; the towers' zero padding is a fifth of it
+_READER = "readahead_buffer_size:0,max_parallelism:0"  # for random access, by the library's own advice
+_LEFTOVER_S = 86400.0  # no shard takes a day to write
 
 
 class ConditioningCache:
@@ -29,15 +51,29 @@ class ConditioningCache:
 
     def __init__(self, folder: Path, fingerprint: str, shapes: Conditioning) -> None:
         """`shapes`: of one prompt's encoding, `[S, context_dim]` and `[P]`."""
-        self._folder, self._fingerprint, self._shapes = folder, fingerprint, shapes
+        name = _hash(json.dumps([FORMAT, fingerprint, shapes.context, shapes.pooled]))[:32]
+        self._root, self._folder, self._shapes = folder, folder / name, shapes
+        self._places: dict[str, tuple[str, int]] = {}  # hash of a prompt → shard and record
+        self._listed: set[str] = set()  # shards whose index was read
+        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(ArrayRecordReader, options=_READER))
 
-    def path(self, prompt: str) -> Path:
-        name = hashlib.sha256(f"{self._fingerprint}\n{prompt}".encode()).hexdigest()
-        return self._folder / name[:2] / f"{name}.safetensors"
+    @property
+    def folder(self) -> Path:
+        """Where the shards are."""
+        return self._folder
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
-        """The distinct prompts that are not there yet, in their order."""
-        return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]
+        """The distinct prompts that are not there yet, in their order.
+
+        Indices are read once; where all prompts are in them, no file is touched. Else those that appeared since are.
+
+        Raises:
+          ValueError: an index is damaged; names it.
+        """
+        wanted = {_hash(prompt): prompt for prompt in dict.fromkeys(prompts)}
+        if not self._places.keys() >= wanted.keys():
+            self._refresh()
+        return [prompt for name, prompt in wanted.items() if name not in self._places]
 
     def check_space(self, count: int) -> None:
         """Refuse to begin what cannot be finished.
@@ -45,49 +81,158 @@ class ConditioningCache:
         Raises:
           ValueError: the disk has no room for `count` more prompts; names folder, need and what is free.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        needed = count * sum(int(np.prod(shape)) for shape in jax.tree.leaves(self._shapes, is_leaf=_is_shape)) * 2
-        free = shutil.disk_usage(self._folder).free
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._tell_of_old_files()
+        needed = count * sum(_sizes(self._shapes)) * STORED.itemsize
+        free = shutil.disk_usage(self._root).free
         if needed > free:
             raise ValueError(
-                f"conditioning cache {self._folder}: {count} prompts need {needed / 2**30:.1f} GiB, "
+                f"conditioning cache {self._root}: {count} prompts need {needed / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB are free"
             )
 
-    def write(self, prompts: Sequence[str], encoded: Conditioning) -> None:
-        """Store the encodings of prompts, row by row."""
-        for row, prompt in enumerate(prompts):
-            path = self.path(prompt)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-            tensors = {"context": encoded.context[row], "pooled": encoded.pooled[row]}
-            save_file(
-                {name: np.ascontiguousarray(value.astype(_BFLOAT16)) for name, value in tensors.items()}, temporary
-            )
-            temporary.chmod(0o644)  # the library makes it private
-            os.replace(temporary, path)
-
-    def read(self, prompts: Sequence[str]) -> Conditioning:
-        """The encodings of prompts, `[B, …]` in bfloat16.
+    def write(self, batches: Encoded) -> None:
+        """Store encodings, a shard at a time; each shard is there for all as soon as it is full, the last at the end.
 
         Raises:
-          ValueError: a file is missing, damaged or of other shapes; names it and the prompt.
+          OSError: a shard cannot be written; those before it are there.
         """
-        rows = [self._read(prompt) for prompt in prompts]
-        return Conditioning(np.stack([row.context for row in rows]), np.stack([row.pooled for row in rows]))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        rows = _records(batches)
+        for first in rows:
+            self._write_shard(itertools.chain([first], itertools.islice(rows, SHARD_RECORDS - 1)))
 
-    def _read(self, prompt: str) -> Conditioning:
-        path = self.path(prompt)
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        """The encodings of prompts, `[B, …]` in bfloat16, read many at a time.
+
+        Raises:
+          ValueError: a shard is damaged or a prompt is not there; names shard and prompt.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in self.missing(distinct):
+            raise ValueError(f"{self._folder}: holds no encoding of {prompt!r}")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = dict(zip(distinct, pool.map(self._read, distinct), strict=True))
+        rows, (size, _) = [found[prompt] for prompt in prompts], _sizes(self._shapes)
+        context = np.stack([row[:size] for row in rows]).reshape(-1, *self._shapes.context)
+        return Conditioning(context, np.stack([row[size:] for row in rows]).reshape(-1, *self._shapes.pooled))
+
+    # ---- shards
+
+    def _read(self, prompt: str) -> np.ndarray:
+        """One record, flat."""
+        shard, record = self._places[_hash(prompt)]
+        path = self._folder / f"{shard}.array_record"
         try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: damaged encoding of {prompt!r} ({error}); delete it and start again") from error
-        shapes = {name: value.shape for name, value in tensors.items()}
-        expected = {"context": self._shapes.context, "pooled": self._shapes.pooled}
-        if shapes != expected:
-            raise ValueError(f"{path}: found {shapes}, expected {expected}; delete it and start again")
-        return Conditioning(tensors["context"], tensors["pooled"])
+            (content,) = self._open(str(path)).read([record])
+        except RuntimeError as error:  # the only one that the library raises
+            raise _damaged(path, f"encoding of {prompt!r}", error) from error
+        expected = sum(_sizes(self._shapes)) * STORED.itemsize
+        if len(content) != expected:
+            raise _damaged(path, f"encoding of {prompt!r}", f"found {len(content)} bytes, expected {expected}")
+        return np.frombuffer(content, STORED)
+
+    def _write_shard(self, rows: Iterator[tuple[str, bytes]]) -> None:
+        shard, names = uuid.uuid4().hex, []
+        path = self._folder / f"{shard}.array_record"
+        with _published(path) as temporary:
+            with _as_os_error(path):
+                writer = ArrayRecordWriter(str(temporary), _WRITER)
+            for prompt, record in rows:
+                with _as_os_error(path):
+                    writer.write(record)
+                names.append(_hash(prompt))
+            with _as_os_error(path):
+                writer.close()
+        index = self._folder / f"{shard}.json"
+        with _published(index) as temporary:
+            temporary.write_text(json.dumps({"format": FORMAT, "prompts": names}), encoding="utf-8")
+        self._add(index, names)
+
+    # ---- indices
+
+    def _refresh(self) -> None:
+        """Read the indices that appeared since the last time."""
+        new = [path for path in sorted(self._folder.glob("*.json")) if path.stem not in self._listed]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for path, names in zip(new, pool.map(_read_index, new), strict=True):
+                self._add(path, names)
+
+    def _add(self, index: Path, names: Sequence[str]) -> None:
+        for record, name in enumerate(names):
+            self._places.setdefault(name, (index.stem, record))
+        self._listed.add(index.stem)
+
+    def _tell_of_old_files(self) -> None:
+        """Encoding anew takes minutes, and finding files of one prompt each on a bucket takes longer."""
+        old = sorted(path.name for path in self._root.iterdir() if re.fullmatch("[0-9a-f]{2}", path.name))
+        if old and is_main():
+            told = f"{self._root}: encodings of an older format ({old[0]} … {old[-1]}) are not used; delete them"
+            print(f"warning: {told}", file=sys.stderr, flush=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left behind a day ago or longer."""
+        paths = list(self._folder.iterdir())
+        whole = {path.stem for path in paths if path.suffix == ".json"}
+        for path in paths:
+            if path.suffix == ".json" or (path.suffix == ".array_record" and path.stem in whole):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+                if time.time() - path.stat().st_mtime > _LEFTOVER_S:
+                    path.unlink()
 
 
-def _is_shape(node: Any) -> bool:
-    return isinstance(node, tuple)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sizes(shapes: Conditioning) -> tuple[int, int]:
+    """Numbers in one prompt's context, and in its pooled input."""
+    return int(np.prod(shapes.context)), int(np.prod(shapes.pooled))
+
+
+def _records(batches: Encoded) -> Iterator[tuple[str, bytes]]:
+    for prompts, encoded in batches:
+        rounded = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf, STORED), encoded)
+        for prompt, context, pooled in zip(prompts, rounded.context, rounded.pooled, strict=True):
+            yield prompt, context.tobytes() + pooled.tobytes()
+
+
+def _read_index(path: Path) -> list[str]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        names = fields["prompts"]
+        if fields["format"] != FORMAT or not all(re.fullmatch("[0-9a-f]{64}", name) for name in names):
+            raise ValueError(f"found format {fields['format']!r}, expected hashes in format {FORMAT!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, "index of encodings", error) from error
+    return names
+
+
+def _damaged(path: Path, what: str, reason: object) -> ValueError:
+    short = " ".join(str(reason).split())[:200]
+    both = path.with_suffix(".*")
+    return ValueError(f"{path}: damaged {what} ({short}); delete {both} and start again, they are made anew")
+
+
+@contextlib.contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which is renamed to `path` once its content is on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """What the library says of a file, as the error of a file that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({' '.join(str(error).split())[:200]})") from error

@@ -29,13 +29,47 @@ class Conditioning:
     pooled: Any
 
 
+@struct.dataclass
+class TokenIds:
+    """Tokenised prompts: one array of ids `[B, S]` for each text encoder, in their order."""
+
+    ids: tuple[Any, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """One text network: `apply(params, ids)` with its parameters and tokenizer."""
+    """One text network: `apply(params, ids)` with its parameters (arrays or shapes) and tokenizer."""
 
     apply: Callable[..., Any]
     params: Tree
     tokenize: Tokenize
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoders:
+    """All text networks of one pipeline: `clip` in the order in which the towers are joined, `t5` where it has one."""
+
+    clip: Sequence[TextEncoder]
+    t5: TextEncoder | None
+    t5_length: int
+    context_dim: int
+
+    @property
+    def each(self) -> tuple[TextEncoder, ...]:
+        return (*self.clip, *(() if self.t5 is None else (self.t5,)))
+
+    @property
+    def params(self) -> tuple[Tree, ...]:
+        return tuple(encoder.params for encoder in self.each)
+
+    def tokenize(self, prompts: Sequence[str]) -> TokenIds:
+        return TokenIds(tuple(encoder.tokenize(prompts) for encoder in self.each))
+
+    def encode(self, params: tuple[Tree, ...], tokens: TokenIds) -> Conditioning:
+        """The encodings in the dtype in which the networks compute; pure, to be jitted."""
+        outputs = [each.apply(p, ids) for each, p, ids in zip(self.each, params, tokens.ids, strict=True)]
+        t5 = None if self.t5 is None else outputs[-1]
+        return join(outputs[: len(self.clip)], t5, self.t5_length, self.context_dim)
 
 
 def join(
@@ -56,28 +90,12 @@ def join(
 class PromptEncoder:
     """Text encoders behind one jitted program of a fixed batch size; a short batch is filled up, its surplus dropped.
 
-    `clip`: the towers in the order in which they are joined. `sharding`: of the batch of ids.
+    `sharding`: of the batch of ids.
     """
 
-    def __init__(
-        self,
-        clip: Sequence[TextEncoder],
-        t5: TextEncoder | None,
-        *,
-        t5_length: int,
-        context_dim: int,
-        batch_size: int,
-        sharding: jax.sharding.Sharding | None = None,
-    ) -> None:
-        self._encoders = (*clip, *(() if t5 is None else (t5,)))
-        self._params = tuple(encoder.params for encoder in self._encoders)
-        self._batch_size, self._sharding = batch_size, sharding
-
-        def encode(params: tuple[Tree, ...], ids: tuple[Array, ...]) -> Conditioning:
-            outputs = [each.apply(p, i) for each, p, i in zip(self._encoders, params, ids, strict=True)]
-            return join(outputs[: len(clip)], None if t5 is None else outputs[-1], t5_length, context_dim)
-
-        self._encode = jax.jit(encode)
+    def __init__(self, encoders: TextEncoders, batch_size: int, sharding: jax.sharding.Sharding | None = None) -> None:
+        self._encoders, self._batch_size, self._sharding = encoders, batch_size, sharding
+        self._encode = jax.jit(encoders.encode)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts; arrays on the host, in the dtype in which the encoders compute."""
@@ -85,6 +103,6 @@ class PromptEncoder:
         for start in range(0, len(prompts), self._batch_size):
             batch = list(prompts[start : start + self._batch_size])
             filled = batch + [""] * (self._batch_size - len(batch))
-            ids = tuple(encoder.tokenize(filled) for encoder in self._encoders)
-            parts.append(jax.device_get(self._encode(self._params, jax.device_put(ids, self._sharding))))
+            placed = jax.device_put(self._encoders.tokenize(filled), self._sharding)
+            parts.append(jax.device_get(self._encode(self._encoders.params, placed)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(prompts)], *parts)

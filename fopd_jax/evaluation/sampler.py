@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.transition import Transition, standard_normal
-from fopd_jax.parallel.distributed import gather_rows, held_rows, put_batch, put_replicated, rows_of
-from fopd_jax.parallel.sharding import activation_rules, batch_sharding, replicated
+from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
+from fopd_jax.parallel.sharding import activation_rules, batch_sharding
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
-from fopd_jax.worlds.world import World
+from fopd_jax.worlds.world import World, embed_empty, embed_prompts
 
 Request = tuple[str, int]  # prompt, seed
 
@@ -43,10 +43,10 @@ class Sampler:
         self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
     ) -> Float[np.ndarray, "n height width 3"]:
         """Of the same images those that this process's devices make, in the order of `rows`."""
-        sharding, size = batch_sharding(self.mesh), len(prompts)
-        conditioning = put_batch(world.encode([prompts[int(row)] for row in self.rows(size)]), sharding, size)
-        null = put_replicated(world.encode([""]), replicated(self.mesh)) if self.guided else None
-        latents = self.draw(variables, adapter, conditioning, null, put_replicated(keys, sharding))
+        conditioning = embed_prompts(world, prompts, self.mesh)
+        null = embed_empty(world, self.mesh) if self.guided else None
+        keys = put_replicated(keys, batch_sharding(self.mesh))
+        latents = self.draw(variables, adapter, conditioning, null, keys)
         return world.decode(held_rows(latents))
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " n"]:

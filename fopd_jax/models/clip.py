@@ -139,7 +139,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, states: tuple[Float[Array, "b s d"], Float[Array, "b s d"]]) -> tuple[tuple[Array, Array], None]:
-        x, _ = states
+        x = nn.spmd.with_logical_constraint(states[0], ("batch", None, None))
         eps, dtype = self.config.layer_norm_eps, self.dtype
         y = x + Attention(self.config, dtype, name="self_attn")(LayerNorm(eps, dtype, name="layer_norm1")(x))
         y = y + MLP(self.config, dtype, name="mlp")(LayerNorm(eps, dtype, name="layer_norm2")(y))

@@ -128,6 +128,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], bias: Float[Array, "1 n s s"]) -> tuple[Float[Array, "b s d"], None]:
         eps, dtype = self.config.rms_norm_eps, self.dtype
+        x = nn.spmd.with_logical_constraint(x, ("batch", None, None))
         normed = RMSNorm(eps, dtype, name="attention_norm")(x)
         x = x + Attention(self.config, dtype, name="attention")(normed, bias)
         normed = RMSNorm(eps, dtype, name="mlp_norm")(x)

@@ -59,3 +59,14 @@ def _hybrid(lengths: tuple[int, int, int], devices: Sequence[Any], slices: int) 
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
     )
+
+
+def fold_data(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, `data` joined to `fsdp` within each slice.
+
+    For parameters that are read once an update: they are split over as many devices as there are, and gathered over
+    fast links alone. Batches lie on both meshes alike.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    devices = mesh.devices.reshape(slices, -1, mesh.shape["tensor"])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -61,7 +61,7 @@ class _Run:
         hidden = first >= steps or not is_main()
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
         with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog, contextlib.ExitStack() as at_end:
-            at_end.callback(self.stage.drain)
+            at_end.callback(self.stage.close)
             self.catch_up(first)
             for i in range(first, steps):
                 if self.watch.preemption.asked():

@@ -39,7 +39,11 @@ class Stage(Protocol):
         ...
 
     def drain(self) -> None:
-        """Leave nothing in flight: called before every save and evaluation, at the end, and when a run fails."""
+        """Leave no work in flight: called before every save and evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and the like; at the end, also of a run that fails."""
         ...
 
     def evaluate(self, state: TrainState, progress: Progress) -> Mapping[str, float]:

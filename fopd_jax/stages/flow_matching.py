@@ -62,7 +62,7 @@ class FlowMatching:
 
         self.setup, self.frozen, self.full, self.student, self.step = setup, frozen, full, student, step
         self.first = put_replicated(init_state(trained, setup.optimizer, config.seed), everywhere)
-        self.feed = Feed(batch, sharding, config.batch_size)
+        self.feed = Feed(batch, sharding, config.batch_size, config.run.steps)
         self.outputs = {
             "base.safetensors" if full else "adapter.safetensors": "the averaged weights",
             SAMPLES_FILE: "what they draw",
@@ -74,10 +74,16 @@ class FlowMatching:
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
-        return self.step(self.frozen, state, self.feed(step))
+        batch = self.feed(step)
+        conditioning = self.setup.pipeline.world.embed(batch["conditioning"])
+        return self.step(self.frozen, state, {**batch, "conditioning": conditioning})
 
     def drain(self) -> None:
         """Nothing is ever in flight but the update itself."""
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead."""
+        self.feed.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""

@@ -25,7 +25,7 @@ from fopd_jax.stages import teachers
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
-from fopd_jax.steps.opd.step import Frozen
+from fopd_jax.steps.opd.step import Batch, Frozen
 from fopd_jax.steps.state import TrainState, init_state
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import PromptStream
@@ -59,7 +59,7 @@ class OPD:
         pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), prompts.upto(config.run.steps)))
         self.teaching = teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(pipeline))
-        self.prompts, self.feed = prompts, Feed(prompts.batch, sharding, config.batch_size)
+        self.prompts, self.feed = prompts, Feed(prompts.batch, sharding, config.batch_size, config.run.steps)
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -88,10 +88,16 @@ class OPD:
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
-        return self.update.step(self.frozen, state, self.feed(step))
+        batch = self.feed(step)
+        conditioning = self.pipeline.world.embed(batch.conditioning)
+        return self.update.step(self.frozen, state, Batch(conditioning, batch.route))
 
     def drain(self) -> None:
         """Nothing is ever in flight but the update itself."""
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead."""
+        self.feed.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""

@@ -15,13 +15,12 @@ from fopd_jax.evaluation.sampler import Sampler, make_sampler
 from fopd_jax.evaluation.score import EvalSet
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.sharding import check_batch, replicated
+from fopd_jax.parallel.sharding import check_batch
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.world import select_tasks
+from fopd_jax.worlds.world import embed_empty, select_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
 
 def null_conditioning(pipeline: Pipeline) -> Conditioning:
     """The empty prompt, one row, on every device."""
-    return put_replicated(pipeline.world.encode([""]), replicated(pipeline.mesh))
+    return embed_empty(pipeline.world, pipeline.mesh)
 
 
 def print_overview(title: str, trained: Tree, frozen: Tree) -> None:

@@ -1,12 +1,18 @@
 """What surrounds a network: its tasks, how prompts become conditioning, how latents become images."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.conditioning.encoder import Conditioning, TokenIds
+from fopd_jax.parallel.distributed import put_batch, rows_of
+from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.tasks.task import Task
 
 
@@ -14,14 +20,33 @@ from fopd_jax.tasks.task import Task
 class World:
     """What surrounds a network: its tasks, how prompts become conditioning, how latents become images in [-1, 1].
 
+    `encode` gives what of prompts is put on the devices, rows on the host; `embed` makes the conditioning of it there.
     `prepare` tells the world all the prompts that a run will encode, so that it can do so at once, before training.
     """
 
     latent_shape: tuple[int, int, int]
     tasks: Mapping[str, Task]
-    encode: Callable[[Sequence[str]], Conditioning]
+    encode: Callable[[Sequence[str]], Conditioning | TokenIds]
     decode: Callable[[np.ndarray], Float[np.ndarray, "n h w 3"]]
     prepare: Callable[[Iterable[str]], None] = lambda prompts: None
+    embed: Callable[[Any], Conditioning] = lambda placed: placed
+
+
+def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Conditioning:
+    """The conditioning of a batch of prompts, split over `mesh`; each process encodes the rows of its own devices."""
+    sharding, size = batch_sharding(mesh), len(prompts)
+    mine = world.encode([prompts[int(row)] for row in rows_of(sharding, size)])
+    return world.embed(put_batch(mine, sharding, size))
+
+
+def embed_empty(world: World, mesh: Mesh) -> Conditioning:
+    """The conditioning of the empty prompt, one row, on every device of `mesh`."""
+    return _first_row(mesh)(embed_prompts(world, [""] * batch_ways(mesh), mesh))
+
+
+@functools.cache
+def _first_row(mesh: Mesh) -> Callable[[Conditioning], Conditioning]:
+    return jax.jit(lambda batch: jax.tree.map(lambda leaf: leaf[:1], batch), out_shardings=replicated(mesh))
 
 
 def select_tasks(world: World, names: Sequence[str]) -> dict[str, Task]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fopd_jax.conditioning.encoder import PromptEncoder, TextEncoder, join
+from fopd_jax.conditioning.encoder import PromptEncoder, TextEncoder, TextEncoders, join
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_sharding
@@ -91,14 +91,9 @@ class Fake:
         return TextEncoder(apply, {}, self.tokenize(T5_LENGTH))
 
     def encoder(self, batch_size: int, *, with_t5: bool = True, sharding: Any = None) -> PromptEncoder:
-        return PromptEncoder(
-            [self.clip(width, pooled) for width, pooled in zip(WIDTHS, POOLED, strict=True)],
-            self.t5() if with_t5 else None,
-            t5_length=T5_LENGTH,
-            context_dim=CONTEXT,
-            batch_size=batch_size,
-            sharding=sharding,
-        )
+        clip = [self.clip(width, pooled) for width, pooled in zip(WIDTHS, POOLED, strict=True)]
+        encoders = TextEncoders(clip, self.t5() if with_t5 else None, T5_LENGTH, CONTEXT)
+        return PromptEncoder(encoders, batch_size, sharding)
 
 
 def _expected(prompt: str, with_t5: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -6,11 +6,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel import mesh as module
-from fopd_jax.parallel.mesh import AXES, make_mesh
+from fopd_jax.parallel.mesh import AXES, fold_data, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,17 @@ def test_data_alone_crosses_slices(shape: MeshShape):
 def test_data_has_to_span_the_slices():
     with pytest.raises(ValueError, match=r"mesh\.data: found 3, expected a multiple of the 2 slices"):
         module._hybrid((3, 4, 1), _slices(2, 6), 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "expected"),
+    [((8, 2, 1), 1, (1, 16, 1)), ((1, 4, 4), 1, (1, 4, 4)), ((8, 2, 1), 2, (2, 8, 1)), ((4, 2, 2), 4, (4, 2, 2))],
+)
+def test_data_folds_into_fsdp_within_each_slice(shape: tuple[int, ...], slices: int, expected: tuple[int, ...]):
+    """In the same order of devices, so that a batch split over both lies where it lay."""
+    devices = np.array(_slices(slices, 16 // slices), object).reshape(shape)
+    mesh = fold_data(Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3))
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == AXES
+    assert mesh.devices.ravel().tolist() == devices.ravel().tolist()
+    assert all(len({chip.slice_index for chip in row.ravel()}) == 1 for row in mesh.devices)

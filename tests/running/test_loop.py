@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Toy:
     }
     events: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    feed: Feed = dataclasses.field(default_factory=lambda: Feed(_rows, SHARDING, 3))
+    feed: Feed = dataclasses.field(default_factory=lambda: Feed(_rows, SHARDING, 3, 6))
 
     def start(self) -> TrainState:
         return init_state(jnp.zeros(3), OPTIMIZER, 0)
@@ -107,6 +108,9 @@ class Toy:
 
     def drain(self) -> None:
         self.events.append(("drain", 0))
+
+    def close(self) -> None:
+        self.feed.close()
 
     def evaluate(self, state: TrainState, progress: Progress) -> Mapping[str, float]:
         return self.score(state, progress)
@@ -153,7 +157,7 @@ def test_metrics_are_fetched_one_step_late_and_none_is_lost():
     _run(recorder, _cadence(steps=4, log_every=1, checkpoint_every=100, eval_every=0))
     assert recorder.events == [
         ("step", 1), ("step", 2), ("train", 1), ("step", 3), ("train", 2), ("step", 4), ("train", 3), ("drain", 0),
-        ("train", 4), ("save", 4), ("drain", 0),
+        ("train", 4), ("save", 4),
     ]  # fmt: skip
 
 
@@ -188,6 +192,40 @@ def test_batches_are_put_where_the_experiment_says():
 
     _run(Recorder(), _cadence(2, 1, 1, 0), watch)
     assert [(type(batch), batch.sharding) for batch in seen] == [(type(jnp.zeros(3)), SHARDING)] * 2
+
+
+@pytest.mark.parametrize("bad", [(), (3,)])
+def test_batches_are_made_ahead_by_a_thread_that_the_run_takes_along(tmp_path: Path, bad: tuple[int, ...]):
+    """Each is made once, a bad one again to be kept; none beyond the last step, whose prompts nobody has encoded."""
+    made: list[int] = []
+
+    def rows(i: int) -> np.ndarray:
+        assert threading.current_thread() is not threading.main_thread()
+        made.append(i)
+        return np.full(3, i, np.float32)
+
+    stage = Toy(lambda state, batch: _guarded(state, batch, bad), feed=Feed(rows, SHARDING, 3, 6))
+    recorder, watch = Recorder(), Supervision(guard=Guard(tmp_path, 1))
+    loop.run(stage, _cadence(6, 2, 2, 0), recorder, recorder, watch)
+    assert set(made) == set(range(6))
+    assert bad or made == list(range(6))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_batch_that_cannot_be_made_stops_the_run_at_its_own_step():
+    def rows(i: int) -> np.ndarray:
+        if i == 3:
+            raise ValueError("damaged encoding")
+        return np.full(3, i, np.float32)
+
+    recorder = Recorder()
+    stage = Toy(events=recorder.events, feed=Feed(rows, SHARDING, 3, 6))
+    with pytest.raises(ValueError, match=r"^damaged encoding$"):
+        loop.run(stage, _cadence(6, 1, 2, 0), recorder, recorder)
+    assert [event for event in recorder.events if event[0] not in ("train", "drain")] == [
+        ("step", 1), ("step", 2), ("save", 2), ("step", 3), ("step", 4),
+    ]  # fmt: skip
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_no_evaluation_with_an_interval_of_zero():

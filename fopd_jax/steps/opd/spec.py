@@ -29,9 +29,9 @@ class Frozen:
 
 @struct.dataclass
 class Batch:
-    """Encoded prompts `[B, …]` and each one's teacher `[B]`."""
+    """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices."""
 
-    conditioning: Conditioning
+    conditioning: Any  # Conditioning, once embedded
     route: Any
 
 
