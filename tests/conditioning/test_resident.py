@@ -26,7 +26,7 @@ from fopd_jax.conditioning.converted import ConvertedText
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.conditioning.kept import KeptPrompts
 from fopd_jax.conditioning.resident import ResidentPrompts
-from fopd_jax.config.schema import MeshShape
+from fopd_jax.config.schema import Encoding, MeshShape
 from fopd_jax.interop.files.converted import read_manifest
 from fopd_jax.parallel import distributed
 from fopd_jax.parallel.mesh import fold_data, make_mesh
@@ -101,7 +101,7 @@ def _same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
 
 @functools.cache
 def _cached(weights: Path, folder: Path) -> Conditioning:
-    kept = kept_prompts(_text(weights), folder / "cache", 3, make_mesh(MeshShape()))
+    kept = kept_prompts(_text(weights), Encoding(str(folder / "cache"), 3), make_mesh(MeshShape()))
     kept.prepare(PROMPTS)
     return kept.encode(PROMPTS)
 
@@ -126,7 +126,7 @@ def test_computing_in_bfloat16_gives_what_the_same_batch_gives_there(converted_p
     """Rounding stands in every layer: batches of other sizes differ by more, those of the same size by nothing."""
     mesh, text = make_mesh(MeshShape()), _text(converted_pipeline, "bfloat16")
     found = embed_prompts(_world(ResidentPrompts(text.load, mesh)), PROMPTS, mesh)
-    expected = kept_prompts(text, None, len(PROMPTS), mesh).encode(PROMPTS)
+    expected = kept_prompts(text, Encoding("", len(PROMPTS)), mesh).encode(PROMPTS)
     np.testing.assert_array_equal(np.asarray(found.context), expected.context)
     np.testing.assert_array_equal(np.asarray(found.pooled), expected.pooled)
 

@@ -174,7 +174,7 @@ def test_the_best_may_be_the_least(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keep", "keep_best", "message"),
     [
-        (0, "", "keep: found 0"),
+        (0, "", "run.keep_checkpoints: found 0"),
         (1, "eval/text", "keep_best: found 'eval/text'"),
         (1, "max:", "keep_best: found 'max:'"),
     ],
