@@ -30,7 +30,7 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: Any, weights: Path,
     assert isinstance(adapter, Adapter)
     assert metadata["preset"] == "miniature"
     assert adapter.scale == 2.0
-    config.tasks.text.teacher = f"{folder}/adapter.safetensors"
+    config.tasks["text"].teacher = f"{folder}/adapter.safetensors"
     prepare(config, tmp_path / "student")
 
 
