@@ -109,9 +109,8 @@ def test_a_routed_adapter_is_one_percent_of_a_forward():
 
 def test_an_update_is_the_sum_of_its_phases():
     """T = 10 with guidance: each of 9 trained steps asks teacher and anchor, and differentiates the student."""
-    lora, schedule = LoRAConfig(), Schedule(4, 9, True, True, 2)
-    each = pass_flops(MEDIUM, TOKENS, lora, "full")
-    found = update_flops(MEDIUM, TOKENS, schedule, lora, lora, "full")
+    each, schedule = pass_flops(MEDIUM, TOKENS, LoRAConfig(), "full"), Schedule(4, 9, True, True, 2)
+    found = update_flops(each, each.forward, schedule)
     assert found.teachers == 4 * 9 * 4 * each.forward
     assert (found.rollout, found.forward, found.backward) == (0, 4 * 9 * 2 * each.forward, 4 * 9 * 2 * each.backward)
     assert found.model == found.teachers + found.forward + found.backward
@@ -120,17 +119,16 @@ def test_an_update_is_the_sum_of_its_phases():
 
 def test_cheaper_updates_leave_out_what_they_say():
     """Trained on 3 of 9 timesteps after 6 sampled ones; an anchor asked of every third sample."""
-    lora = LoRAConfig()
-    each = pass_flops(MEDIUM, TOKENS, lora, "none")
-    late = update_flops(MEDIUM, TOKENS, Schedule(4, 3, True, False, 2, only_sampled=6), lora, lora, "none")
+    each = pass_flops(MEDIUM, TOKENS, LoRAConfig(), "none")
+    late = update_flops(each, each.forward, Schedule(4, 3, True, False, 2, only_sampled=6))
     assert (late.rollout, late.forward) == (4 * 6 * 2 * each.forward, 4 * 3 * 2 * each.forward)
-    third = update_flops(MEDIUM, TOKENS, Schedule(3, 9, True, False, 1 + 1 / 3), lora, lora, "none")
+    third = update_flops(each, each.forward, Schedule(3, 9, True, False, 1 + 1 / 3))
     assert third.teachers == pytest.approx(9 * (3 + 1) * each.forward)
 
 
 def test_a_replayed_update_rolls_out_first():
-    lora = LoRAConfig()
-    fused = update_flops(MEDIUM, TOKENS, Schedule(4, 9, False, False, 1), lora, lora, "none")
-    replayed = update_flops(MEDIUM, TOKENS, Schedule(4, 9, False, False, 1, 2, 2), lora, lora, "none")
+    each = pass_flops(MEDIUM, TOKENS, LoRAConfig(), "none")
+    fused = update_flops(each, each.forward, Schedule(4, 9, False, False, 1))
+    replayed = update_flops(each, each.forward, Schedule(4, 9, False, False, 1, 2, 2))
     assert replayed.model == pytest.approx(fused.model + fused.forward)
     assert replayed.teachers == fused.teachers
