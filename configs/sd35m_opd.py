@@ -10,8 +10,8 @@ Needs, by default in the working directory (any path can be set by its field):
 
 First the run encodes every prompt that it will draw, once, and keeps the encodings in `conditioning_cache` for itself
 and later runs: at most 1.7 MB a prompt with 77 + 128 text tokens, so up to 86 GB for 51,200 distinct prompts, less
-what compression saves, about a third. With `resident_encoders` nothing is encoded beforehand and nothing kept. Then it trains,
-draws student pictures every `eval_every` updates, and at the end writes `student.safetensors`, `student_peft/` (which
+what compression saves, about a third. With `resident_encoders` nothing is encoded beforehand and nothing kept. Then it
+trains, draws student pictures every `eval_every` updates, and at the end writes `student.safetensors`, `student_peft/` (which
 diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base, teachers, merge and
 student on the same held-out prompts and noise.
 
