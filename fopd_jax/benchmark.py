@@ -27,13 +27,13 @@ from absl import app, flags
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.measure import Options, measure
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
 from fopd_jax.performance.table import describe, describe_batches, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak
-from fopd_jax.running.workdir import write_json
 from fopd_jax.stages.problem import Fields, make_problem
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
