@@ -113,7 +113,7 @@ def measure(config: OPD, topology: Topology, mesh: Mesh, per_chip: int) -> Field
     update = abstract_update(config, mesh)
     compilation = compile_update(update)
     text_tokens = update.arguments[2].conditioning.context.shape[1]
-    flops = update_cost(config, update.update.pieces.spec, text_tokens)
+    flops = update_cost(config, update.pieces.spec, text_tokens)
     fields = {
         "config": config.name,
         "config_hash": config_hash(config),
