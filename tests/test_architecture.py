@@ -1,6 +1,6 @@
 """The house's rules, read from the sources: floors, what the pure rooms may know, sizes, and who renames files.
 
-Every rule is also tried on sources that break it.
+`docs/ARCHITECTURE.md` says what each room is. Every rule is also tried on sources that break it.
 """
 
 import ast
@@ -250,11 +250,15 @@ def test_every_exception_is_needed():
             assert list(rule(Source(elsewhere, texts[path]))), path
 
 
-def test_every_room_is_there_once():
+def test_every_room_is_there_once_and_in_the_document():
     rooms = [room for floor in FLOORS for room in floor]
     there = {path.name.removesuffix(".py") for path in (ROOT / PACKAGE).iterdir() if not path.name.startswith("__pyc")}
     assert len(rooms) == len(set(rooms))
     assert set(rooms) == there
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = text.partition("## Rooms and floors")[2].partition("\n## ")[0]
+    table = re.findall(r"^\| `([^|]*)` \|", section, re.MULTILINE)
+    assert [row.split("`, `") for row in table] == [list(floor) for floor in FLOORS]
 
 
 # ---- and would be caught if they did not
