@@ -29,6 +29,7 @@ from typing import Any
 from peer_problem import COMPILE, FORMS, OURS, SDPA, TEACHERS
 from peer_report import pair, summaries, table
 
+from fopd_jax.files import write_text
 from fopd_jax.performance.host import commit, hardware
 
 ROOT = Path(__file__).parents[1]
@@ -113,9 +114,7 @@ def main() -> None:
         found = compare(args, config_flags, Path(folder))
     print(f"largest relative difference in the check: {found['check']['worst']:.1e}\n\n{table(found)}")
     if args.json:
-        partial = args.json.with_name(args.json.name + ".partial")
-        partial.write_text(json.dumps(found, indent=2) + "\n")
-        partial.rename(args.json)
+        write_text(args.json, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

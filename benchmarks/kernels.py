@@ -34,12 +34,12 @@ from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import REMATS, LoRAConfig
+from fopd_jax.files import write_json
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, routed_product
 from fopd_jax.performance.topology import configure, parse_topology, topology_devices
 from fopd_jax.policy.velocity import make_velocity
-from fopd_jax.running.workdir import write_json
 
 NETWORK = PRESETS["sd35_medium"]
 WIDTH, IMAGE, TEXT = NETWORK.width, 1024, 205

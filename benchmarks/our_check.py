@@ -20,13 +20,13 @@ import numpy as np
 import optax
 from our_step import make_problem, parse
 from peer_problem import Problem
-from safetensors.numpy import save_file
 
 from fopd_jax.adapters.lora import Adapter, adapter_shapes, stack_bank
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, MeshShape
+from fopd_jax.files import write_tensors
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.interop.lora.modules import modules_from_adapter
@@ -139,7 +139,7 @@ def factors(adapter: Adapter, network: MMDiTConfig) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, tensors: dict[str, Any]) -> None:
-    save_file({name: np.ascontiguousarray(each, np.float32) for name, each in tensors.items()}, path)
+    write_tensors(path, {name: np.asarray(each, np.float32) for name, each in tensors.items()})
 
 
 def main() -> None:

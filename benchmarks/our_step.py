@@ -22,6 +22,7 @@ from peer_problem import OURS, Problem, forward_equivalents, summarise
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_teachers
+from fopd_jax.files import write_text
 from fopd_jax.interop.lora.modules import places
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
@@ -179,7 +180,7 @@ def main() -> None:
     text = json.dumps(measure(config, problem, args.steps, args.warmup), indent=2)
     print(text)
     if args.json:
-        args.json.write_text(text + "\n")
+        write_text(args.json, text + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.files import write_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
@@ -133,12 +135,6 @@ def _gib(count: float) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the jobs' figures and logs")
@@ -148,8 +144,8 @@ def main() -> None:
     failed = [name for name in options.only if not run(name, options.work)]
     files = {name: options.work / f"{name}.json" for name in JOBS}
     results = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    write(RESULTS / "pods.json", json.dumps(results, indent=2) + "\n")
-    write(RESULTS / "pods.md", table(results))
+    write_text(RESULTS / "pods.json", json.dumps(results, indent=2) + "\n")
+    write_text(RESULTS / "pods.md", table(results))
     slow = [name for name, each in results.items() if each["compile_seconds"] > LIMIT_SECONDS]
     if failed or slow:
         sys.exit(f"error: failed: {failed or 'none'}; took more than {LIMIT_SECONDS} s to compile: {slow or 'none'}")

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.files import write_json
 from fopd_jax.performance.host import commit, hardware, versions
-from fopd_jax.running.workdir import write_json
 from fopd_jax.stages.abstract import world_shapes
 from fopd_jax.stages.opd_update import make_spec
 

@@ -22,14 +22,15 @@ from typing import Any
 import jax
 
 from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import load_params
 from fopd_jax.interop.files.safetensors import load_tree
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.compiling import cache_use
 from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.weights import random_arguments
-from fopd_jax.running.workdir import write_json
-from fopd_jax.stages.abstract import AbstractUpdate, abstract_update
+from fopd_jax.stages.abstract import abstract_update
 from fopd_jax.stages.pipeline import weight_path
 
 ROOT = Path(__file__).parents[1]

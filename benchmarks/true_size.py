@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.files import write_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "true_size_cpu.json"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -323,7 +325,7 @@ def main() -> None:
         found["limits"] = held(found)
     print(table(found))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    write_text(RESULTS, json.dumps(found, indent=2) + "\n")
     if any(each["found"] > each["limit"] for each in found.get("limits", {}).values()):
         sys.exit("error: a limit is exceeded")
 

@@ -27,14 +27,15 @@ from absl import app, flags
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.measure import Options, measure
+from fopd_jax.performance.problem import Fields
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
 from fopd_jax.performance.table import describe, describe_batches, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak
-from fopd_jax.running.workdir import write_json
-from fopd_jax.stages.problem import Fields, make_problem
+from fopd_jax.stages.problem import make_problem
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
@@ -77,10 +78,13 @@ def run(config: OPD, options: Options) -> Fields:
     print(f"{_describe(fields)}\n{describe(update)}", flush=True)
     plain = dataclasses.replace(options, phases=False, profile="")
     if _SWEEP.value and update["fits"]:
-        rows = itertools.chain([update], sweep_batches(config, mesh, matmul, plain))
+        sized = sweep_batches(
+            lambda count: make_problem(with_batch(config, count), mesh), config.batch_size, matmul, plain
+        )
+        rows = itertools.chain([update], sized)
         print(f"\n{describe_batches(_collect(fields, 'batches', rows))}", flush=True)
     if _TEACHERS_SWEEP.value:
-        rows = sweep_teachers(config, mesh, matmul, plain)
+        rows = sweep_teachers(lambda count: make_problem(with_teachers(config, count), mesh), matmul, plain)
         print(f"\n{describe_teachers(_collect(fields, 'teachers', rows))}", flush=True)
     return fields
 

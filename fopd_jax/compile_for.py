@@ -18,6 +18,7 @@ from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.compilation import Compilation, compile_update
@@ -36,7 +37,6 @@ from fopd_jax.performance.report import (
 )
 from fopd_jax.performance.search import Trial, largest_fitting
 from fopd_jax.performance.topology import Chip, Topology, configure, parse_topology, topology_devices
-from fopd_jax.running.workdir import write_json
 from fopd_jax.stages.abstract import abstract_update
 from fopd_jax.stages.opd_update import update_cost
 
@@ -113,7 +113,7 @@ def measure(config: OPD, topology: Topology, mesh: Mesh, per_chip: int) -> Field
     update = abstract_update(config, mesh)
     compilation = compile_update(update)
     text_tokens = update.arguments[2].conditioning.context.shape[1]
-    flops = update_cost(config, update.update.pieces.spec, text_tokens)
+    flops = update_cost(config, update.pieces.spec, text_tokens)
     fields = {
         "config": config.name,
         "config_hash": config_hash(config),

@@ -23,6 +23,7 @@ from fopd_jax.config.flags import describe_config, membership, parse_flags, read
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.schema import Config, Run
 from fopd_jax.evaluation.report import SAMPLES_FILE
+from fopd_jax.files import write_json
 from fopd_jax.parallel import distributed
 from fopd_jax.running import loop, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
@@ -113,7 +114,7 @@ def run(config: Config, folder: Path) -> None:
         print(watch.goodput.summary())
         seconds = {"setup": ready - began, "train": trained - ready, "report": time.monotonic() - trained}
         rounded = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
-        workdir.write_json(folder / "timing.json", rounded)
+        write_json(folder / "timing.json", rounded)
 
 
 def train(settings: Run, folder: Path, stage: Stage, watch: Supervision) -> tuple[TrainState, MetricWriter]:

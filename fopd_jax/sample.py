@@ -25,8 +25,9 @@ from fopd_jax.adapters.lora import effective
 from fopd_jax.config.flags import membership, parse_flags, read_config
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
-from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
+from fopd_jax.evaluation.grid import draw_grid, to_pixels
 from fopd_jax.evaluation.sampler import Request, generate
+from fopd_jax.files import write_png
 from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.setup import eval_sampler

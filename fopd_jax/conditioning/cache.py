@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.files import replacing
 from fopd_jax.parallel.distributed import is_main
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -136,7 +136,7 @@ class ConditioningCache:
     def _write_shard(self, rows: Iterator[tuple[str, bytes]]) -> None:
         shard, names = uuid.uuid4().hex, []
         path = self._folder / f"{shard}.array_record"
-        with _published(path) as temporary:
+        with replacing(path, durable=True) as temporary:
             with _as_os_error(path):
                 writer = ArrayRecordWriter(str(temporary), _WRITER)
             for prompt, record in rows:
@@ -146,7 +146,7 @@ class ConditioningCache:
             with _as_os_error(path):
                 writer.close()
         index = self._folder / f"{shard}.json"
-        with _published(index) as temporary:
+        with replacing(index, durable=True) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, "prompts": names}), encoding="utf-8")
         self._add(index, names)
 
@@ -214,19 +214,6 @@ def _damaged(path: Path, what: str, reason: object) -> ValueError:
     short = " ".join(str(reason).split())[:200]
     both = path.with_suffix(".*")
     return ValueError(f"{path}: damaged {what} ({short}); delete {both} and start again, they are made anew")
-
-
-@contextlib.contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which is renamed to `path` once its content is on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

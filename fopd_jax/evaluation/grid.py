@@ -1,25 +1,12 @@
 """Labelled image grids."""
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 _FONT_SIZE, _MARGIN, _LEAST_CELL = 13, 6, 96
-
-
-def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a picture under a temporary name and rename it; metadata become text chunks."""
-    chunks = PngInfo()
-    for name, text in (metadata or {}).items():
-        chunks.add_itxt(name, text)
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG", pnginfo=chunks)
-    os.replace(temporary, path)
 
 
 def to_pixels(images: Float[np.ndarray, "*n h w 3"]) -> UInt8[np.ndarray, "*n h w 3"]:

@@ -11,12 +11,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Evaluation
-from fopd_jax.evaluation.grid import draw_grid, write_png
+from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
+from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.workdir import write_json
 from fopd_jax.worlds.world import World, select_tasks
 
 Scores = Mapping[str, np.ndarray]
@@ -79,7 +79,7 @@ def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, 
     )
     if scores[student]:
         table = format_table(scores, student)
-        (workdir / "table.txt").write_text(table + "\n", encoding="utf-8")
+        write_text(workdir / "table.txt", table + "\n")
         print(table)
 
 

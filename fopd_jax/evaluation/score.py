@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,9 @@ from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.parallel.distributed import gather_rows
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.stage import Progress
 from fopd_jax.tasks.task import Scores, Task
 from fopd_jax.worlds.world import World
-
-Progress = Callable[[int], Any]
 
 
 @dataclasses.dataclass(frozen=True)

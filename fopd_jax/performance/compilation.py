@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from fopd_jax.stages.abstract import AbstractUpdate
+from fopd_jax.performance.problem import AbstractUpdate
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of two messages; what the first one calls temporaries holds the arguments, too.

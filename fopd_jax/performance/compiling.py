@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from fopd_jax.stages.abstract import AbstractUpdate
+from fopd_jax.performance.problem import AbstractUpdate
 
 _REQUESTS, _HITS = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
 _KEEP_ALL = {

@@ -11,6 +11,8 @@ from typing import Any
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
 Fields = dict[str, Any]
+_GROUP = Path("/sys/fs/cgroup")
+_MEMORY = Path("/proc/meminfo")
 
 
 def hardware() -> Fields:
@@ -29,6 +31,34 @@ def _cpu() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: the machine's, or its container's if that is less. None if unknown."""
+    known = [value for value in (_machine_memory(), _group_memory()) if value is not None]
+    return min(known, default=None)
+
+
+def _machine_memory() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _group_memory() -> int | None:
+    """What the control group (version 2) leaves; cached file pages count as free."""
+    try:
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no group, no limit ("max"), another version
+        return None
 
 
 def gpu() -> str:

@@ -8,12 +8,12 @@ import numpy as np
 
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import Compiled, compile_twice, empty_cache
+from fopd_jax.performance.host import available_memory
 from fopd_jax.performance.phases import Arguments, Phase, phases, time_programs
+from fopd_jax.performance.problem import Fields, Problem
 from fopd_jax.performance.timing import MatmulPeak, Timing, time_calls
 from fopd_jax.performance.topology import GIB, find_chip
 from fopd_jax.performance.weights import random_arguments
-from fopd_jax.running.resources import available_memory
-from fopd_jax.stages.problem import Fields, Problem, problem_fields
 
 PROFILED_STEPS = 2
 
@@ -65,7 +65,7 @@ def measure(problem: Problem, matmul: MatmulPeak, options: Options) -> Fields:
     Raises:
       ValueError: the update gives no finite loss, or has no phases.
     """
-    fields = problem_fields(problem)
+    fields = problem.about
     try:
         with empty_cache():
             return fields | {"fits": True} | _run(problem, matmul, options)
@@ -98,7 +98,7 @@ def _run(problem: Problem, matmul: MatmulPeak, options: Options) -> Fields:
 
 
 def _phases(problem: Problem, arguments: Arguments, whole: Timing, matmul: MatmulPeak, steps: int) -> Fields:
-    pieces = problem.update.update.pieces
+    pieces = problem.update.pieces
     timings = time_programs(pieces, problem.update.arguments, arguments, steps)
     found = phases(pieces, timings, whole, problem.flops)
     return {
@@ -124,7 +124,7 @@ def speed(problem: Problem, timing: Timing, matmul: MatmulPeak, device_kind: str
     MFU counts what the mathematics needs, HFU also what rematerialisation repeats.
     """
     chips, chip = problem.mesh.size, find_chip(device_kind)
-    samples = problem.config.batch_size / timing.median
+    samples = problem.samples / timing.median
     model, hardware = (flops / chips / timing.median for flops in (problem.flops.model, problem.flops.hardware))
     peaks = {"matmul": matmul.flops_per_second, "datasheet": chip.peak_flops if chip else None}
     return {

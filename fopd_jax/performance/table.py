@@ -1,7 +1,7 @@
 """The figures to read."""
 
+from fopd_jax.performance.problem import Fields
 from fopd_jax.performance.topology import GIB
-from fopd_jax.stages.problem import Fields
 
 TERA = 1e12
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.abstract import AbstractUpdate
 from fopd_jax.steps.opd.spec import Batch, Frozen
 from fopd_jax.steps.state import TrainState
 
@@ -52,7 +52,7 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     frozen, state, batch = update.arguments
     fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
     state = dataclasses.replace(fresh, trained=random_tree(state.trained, 1), ema=random_tree(state.ema, 1))
-    route = np.arange(batch.route.shape[0], dtype=np.int32) % len(update.update.pieces.spec.teachers)
+    route = np.arange(batch.route.shape[0], dtype=np.int32) % len(update.pieces.spec.teachers)
     conditioning = random_tree(batch.conditioning, 2)
     if params is None:
         params = random_tree(frozen.variables["params"], 3)

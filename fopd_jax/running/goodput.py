@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from fopd_jax.running.workdir import write_json
+from fopd_jax.files import write_json
 
 PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
 REPEATED = ("step", "data", "eval", "checkpoint")

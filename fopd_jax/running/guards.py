@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from fopd_jax.files import write_json, write_tensors
 from fopd_jax.parallel.distributed import is_main, largest
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.workdir import write_json
 
 FOLDER = "nonfinite"
 SAMPLES = "samples/"  # metrics of this prefix are arrays `[B]`, one value per sample
@@ -79,7 +77,7 @@ class Guard:
         if is_main():
             try:
                 self._folder.mkdir(exist_ok=True)
-                write_arrays(path, batch)
+                write_tensors(path, named_arrays(batch))
                 write_json(path.with_suffix(".json"), _plain(about))  # last: it is what counts
             except OSError as error:
                 return f"; its batch could not be kept ({error})"
@@ -114,15 +112,10 @@ def bad_rows(samples: Mapping[str, np.ndarray]) -> list[int]:
     return sorted({int(row) for values in samples.values() for row in np.flatnonzero(~np.isfinite(values))})
 
 
-def write_arrays(path: Path, tree: Tree) -> None:
-    """Write a tree's arrays as safetensors, each under its path, in its own dtype, atomically."""
+def named_arrays(tree: Tree) -> dict[str, np.ndarray]:
+    """A tree's arrays by their paths, joined by "/"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    tensors = {
-        jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf, order="C") for place, leaf in leaves
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    return {jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf) for place, leaf in leaves}
 
 
 def warn(message: str) -> None:

@@ -1,13 +1,13 @@
 """One metric writer, with clu's method names, over TensorBoard and `metrics.jsonl`."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from fopd_jax.files import write_text
 from fopd_jax.parallel.distributed import is_main
 
 
@@ -66,9 +66,7 @@ def is_logged(workdir: Path, step: int, prefix: str) -> bool:
 def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`; a line cut off by a kill is dropped too."""
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> int | float:

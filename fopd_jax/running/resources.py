@@ -1,19 +1,17 @@
 """Is there memory and disk for a checkpoint? A full disk must neither end a run of days nor go unnoticed."""
 
-import os
 import shutil
 from pathlib import Path
 
 import jax
 
 from fopd_jax.parallel.distributed import largest
+from fopd_jax.performance.host import available_memory
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.guards import warn
 
 MARGIN, SPARE = 1.25, 64 << 20  # of the state's bytes; and bytes beside it
 PATIENCE = 3  # checkpoints in a row that may fail to be saved
-_GROUP = Path("/sys/fs/cgroup")
-_MEMORY = Path("/proc/meminfo")
 
 
 class Space:
@@ -67,34 +65,6 @@ def state_bytes(state: Tree) -> tuple[int, int]:
     leaves = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     own = (shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.replica_id == 0)
     return sum(leaf.nbytes for leaf in leaves), sum(own)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take: the machine's, or its container's if that is less. None if unknown."""
-    known = [value for value in (_machine_memory(), _group_memory()) if value is not None]
-    return min(known, default=None)
-
-
-def _machine_memory() -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
-def _group_memory() -> int | None:
-    """What the control group (version 2) leaves; cached file pages count as free."""
-    try:
-        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        return limit - used + int(statistics["inactive_file"])
-    except (OSError, KeyError, ValueError):  # no group, no limit ("max"), another version
-        return None
 
 
 def _gib(size: int | float) -> str:

@@ -1,16 +1,17 @@
 """What the loop runs: a stage, from its first state to what it leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from fopd_jax.evaluation.score import Progress
 from fopd_jax.steps.state import TrainState
 
 Tree = Any
 Metrics = Mapping[str, jax.Array]
+Progress = Callable[[int], Any]
+"""Told how much of what was asked for is done."""
 
 
 @runtime_checkable

@@ -1,11 +1,11 @@
 """A workdir belongs to one config; some fields may change between runs in it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
+from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import barrier, is_main
 
 CONFIG_FILE = "config.json"
@@ -63,10 +63,3 @@ def claim(workdir: Path, identity: Fields) -> None:
 def claimed_hash(workdir: Path) -> str:
     """The hash of what a claimed workdir holds, in whatever version's form: its checkpoints were written under it."""
     return fields_hash(_read(workdir / CONFIG_FILE))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,8 +1,5 @@
 """The OPD update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,22 +18,13 @@ from fopd_jax.parallel.sharding import (
     replicated,
     stacked_shardings,
 )
+from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, place
+from fopd_jax.stages.opd_update import make_spec, make_update, place
 from fopd_jax.stages.pipeline import choose_attention
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
-
-
-@dataclasses.dataclass(frozen=True)
-class AbstractUpdate:
-    """`step.lower(*arguments)` compiles it: `arguments` are `(frozen, state, batch)` as shapes with shardings."""
-
-    step: Any
-    arguments: tuple[Frozen, Tree, Batch]
-    model: Any
-    update: OPDUpdate
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -60,7 +48,7 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     split = batch_sharding(mesh)
     batch = Batch(rows(config.batch_size, split), jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
     frozen = Frozen(*_weights(config, boxed, spec, mesh), rows(1, replicated(mesh)))
-    return AbstractUpdate(update.step, (frozen, update.state, batch), model, update)
+    return AbstractUpdate(update.step, (frozen, update.state, batch), model, update.pieces)
 
 
 def _weights(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:

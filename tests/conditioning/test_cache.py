@@ -213,13 +213,13 @@ def test_what_killed_writers_left_is_removed_a_day_later(tmp_path: Path):
     whole, old, now = _files(tmp_path), time.time() - 90_000, time.time() - 3_000
     for path in whole:
         os.utime(path, (old, old))
-    left = {"x.array_record.tmp": old, "y.array_record": old, "z.json.tmp": now}
+    left = {".x.array_record.0.tmp": old, "y.array_record": old, ".z.json.0.tmp": now}
     for name, stamp in left.items():
         (cache.folder / name).write_bytes(b"half")
         os.utime(cache.folder / name, (stamp, stamp))
     _write(cache, ["b"])
-    assert {*whole, cache.folder / "z.json.tmp"} < set(_files(tmp_path))
-    assert not (cache.folder / "x.array_record.tmp").exists()
+    assert {*whole, cache.folder / ".z.json.0.tmp"} < set(_files(tmp_path))
+    assert not (cache.folder / ".x.array_record.0.tmp").exists()
     assert not (cache.folder / "y.array_record").exists()
     assert _cache(tmp_path).read(["a", "b"]).pooled.shape == (2, 5)
 

@@ -1,12 +1,10 @@
 """Image grids: size, placement, colours, labels."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
-from fopd_jax.evaluation.grid import draw_grid, to_pixels, write_png
+from fopd_jax.evaluation.grid import draw_grid, to_pixels
 
 MARGIN, FONT_SIZE = 6, 13
 
@@ -77,34 +75,3 @@ def test_pixels_keep_leading_axes():
     images = np.zeros((2, 3, 4, 5, 3), np.float32)
     assert to_pixels(images).shape == images.shape
     assert to_pixels(images).dtype == np.uint8
-
-
-def test_the_file_is_a_png_and_nothing_else_stays(tmp_path: Path):
-    picture = draw_grid(_levels(2, 2, 24), ["base", "student"], ["a", "b"])
-    for _ in range(2):
-        write_png(tmp_path / "samples.png", picture)
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
-    with Image.open(tmp_path / "samples.png") as written:
-        assert written.format == "PNG"
-        np.testing.assert_array_equal(np.asarray(written), np.asarray(picture))
-
-
-def test_the_file_carries_its_metadata_in_any_script(tmp_path: Path):
-    metadata = {"prompt": 'sign "ÄΩ東京" – two\nlines', "seed": "3", "settings": '{"steps": 40}'}
-    write_png(tmp_path / "0.png", Image.new("RGB", (4, 4)), metadata)
-    with Image.open(tmp_path / "0.png") as written:
-        written.load()
-        assert written.text == metadata
-    plain = Image.new("RGB", (4, 4))
-    write_png(tmp_path / "1.png", plain)
-    with Image.open(tmp_path / "1.png") as written:
-        assert written.text == {}
-
-
-def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
-    path = tmp_path / "samples.png"
-    write_png(path, Image.new("RGB", (4, 4), "red"))
-    before = path.read_bytes()
-    with pytest.raises(OSError):
-        write_png(path, Image.new("F", (4, 4)))  # a mode that PNG does not have
-    assert path.read_bytes() == before

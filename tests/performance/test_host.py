@@ -1,6 +1,7 @@
 """What a measurement says of its machine and sources."""
 
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -32,3 +33,22 @@ def test_without_a_gpu_or_a_repository_the_fields_are_empty(failure: Exception, 
 def test_the_commit_tells_of_uncommitted_changes(status: str, expected: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host, "_output", lambda command: "abc" if "rev-parse" in command else status)
     assert host.commit() == expected
+
+
+def test_the_memory_of_this_machine_is_understood():
+    memory = host.available_memory()
+    assert memory is not None
+    assert 2**24 < memory < 2**50
+
+
+def test_the_smaller_of_machine_and_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    3000 kB\n")
+    monkeypatch.setattr(host, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "_GROUP", tmp_path)
+    assert host.available_memory() == 3000 << 10
+    (tmp_path / "memory.max").write_text("2000000\n")
+    (tmp_path / "memory.current").write_text("1500000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    assert host.available_memory() == 600000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.available_memory() == 3000 << 10

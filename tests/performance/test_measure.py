@@ -23,11 +23,12 @@ from fopd_jax.performance import phases, sweeps
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import cache_use, compile_twice, empty_cache
 from fopd_jax.performance.measure import Options, measure, speed
+from fopd_jax.performance.problem import Problem
 from fopd_jax.performance.table import describe, describe_batches, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak, summarise, time_calls
 from fopd_jax.performance.topology import GIB, find_chip
 from fopd_jax.performance.weights import held_bytes, random_arguments, shard_bytes
-from fopd_jax.stages.problem import Problem, make_problem
+from fopd_jax.stages.problem import make_problem
 from tests.configs import load
 
 TINY = MMDiTConfig(
@@ -114,7 +115,7 @@ def test_the_table_says_it_all(measured: tuple[Problem, dict[str, Any]]):
 def test_replay_has_phases_of_its_own():
     """Two updates on halves of a rollout: training is timed on one half and counts twice."""
     problem = make_problem(tiny_config(updates_per_rollout=2, minibatches=2), make_mesh(MeshShape(), jax.devices()[:1]))
-    pieces = problem.update.update.pieces
+    pieces = problem.update.pieces
     seconds = {"rollout": 1.0, "teachers": 3.0, "anchor": 4.0, "gradients": 6.0, "update": 0.5}
     found = phases.phases(
         pieces, {name: summarise([value]) for name, value in seconds.items()}, summarise([10.0]), problem.flops
@@ -131,7 +132,7 @@ def test_replay_has_phases_of_its_own():
 def test_each_program_does_more_than_the_one_before(mesh: Mesh):
     """By the matrix products that XLA counts (a scan's body once)."""
     problem = make_problem(tiny_config(), mesh)
-    programs = phases.programs(problem.update.update.pieces)
+    programs = phases.programs(problem.update.pieces)
     counts = [
         jax.jit(programs[name]).lower(*problem.update.arguments).cost_analysis()["flops"]
         for name in ("rollout", "teachers", "anchor", "gradients")
@@ -243,11 +244,14 @@ def test_memory_is_checked_against_the_device():
 
 def test_batches_double_until_one_does_not_fit(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
     def pretend(problem: Problem, matmul: MatmulPeak, options: Options) -> dict[str, Any]:
-        fits = problem.config.batch_size <= 16
-        return {"batch_size": problem.config.batch_size, "fits": fits, "steps": options.steps, "reason": "too large"}
+        fits = problem.samples <= 16
+        return {"batch_size": problem.samples, "fits": fits, "steps": options.steps, "reason": "too large"}
+
+    def make(count: int) -> Problem:
+        return make_problem(with_batch(tiny_config(), count), mesh)
 
     monkeypatch.setattr(sweeps, "measure", pretend)
-    rows = list(sweeps.sweep_batches(tiny_config(), mesh, PEAK, Options()))
+    rows = list(sweeps.sweep_batches(make, 4, PEAK, Options()))
     assert [(each["batch_size"], each["fits"], each["steps"]) for each in rows] == [
         (8, True, 3), (16, True, 3), (32, False, 3),
     ]  # fmt: skip

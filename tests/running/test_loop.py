@@ -18,7 +18,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from fopd_jax.config.schema import EMA, Optimizer, Run
-from fopd_jax.evaluation.score import Progress
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.feed import Feed
@@ -26,6 +25,7 @@ from fopd_jax.running.goodput import Goodput
 from fopd_jax.running.guards import Alarms, Guard
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.stage import Progress
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.running.watchdog import Watchdog
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.running import resources
-from fopd_jax.running.resources import MARGIN, PATIENCE, SPARE, Space, available_memory, shortage, state_bytes
+from fopd_jax.running.resources import MARGIN, PATIENCE, SPARE, Space, shortage, state_bytes
 
 STATE = {"w": jnp.zeros((256, 1024)), "count": jnp.zeros((), jnp.int32)}
 BYTES = 256 * 1024 * 4 + 4
@@ -43,24 +43,8 @@ def test_disk_and_memory_are_asked_for_with_a_margin(monkeypatch: pytest.MonkeyP
     assert shortage(tmp_path, STATE) == ""
 
 
-def test_this_machine_is_understood(tmp_path: Path):
-    memory = available_memory()
-    assert memory is not None
-    assert 2**24 < memory < 2**50
+def test_this_machine_has_room(tmp_path: Path):
     assert shortage(tmp_path, STATE) == ""
-
-
-def test_the_smaller_of_machine_and_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    3000 kB\n")
-    monkeypatch.setattr(resources, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(resources, "_GROUP", tmp_path)
-    assert available_memory() == 3000 << 10
-    (tmp_path / "memory.max").write_text("2000000\n")
-    (tmp_path / "memory.current").write_text("1500000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
-    assert available_memory() == 600000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory() == 3000 << 10
 
 
 def test_a_shortage_is_told_and_ends_the_run_only_if_it_lasts(

@@ -9,8 +9,9 @@ import pytest
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, RoutedTask
+from fopd_jax.files import write_json
 from fopd_jax.running import workdir
-from fopd_jax.running.workdir import check, claim, write_json
+from fopd_jax.running.workdir import check, claim
 
 
 def _config(**changes: Any) -> dict[str, Any]:
@@ -101,14 +102,6 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, content: str
     with pytest.raises(ValueError, match=r"config\.json") as error:
         check(tmp_path, _config())
     assert str(tmp_path) in str(error.value)
-
-
-def test_json_is_written_whole_and_sorted(tmp_path: Path):
-    for value in ({"b": 1, "a": [1, 2]}, {"b": 2, "a": []}):
-        write_json(tmp_path / "x.json", value)
-        assert json.loads((tmp_path / "x.json").read_text()) == value
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-    assert (tmp_path / "x.json").read_text().index('"a"') < (tmp_path / "x.json").read_text().index('"b"')
 
 
 def test_only_process_0_looks_and_writes_and_all_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,6 @@ The manifest is written last and atomically: a folder whose manifest names a com
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import time
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from fopd_jax.files import write_json
 from fopd_jax.interop.files.tables import Component, Shape, check_names
 from fopd_jax.interop.files.tensor_files import open_tensor_file, read_json, write_tensor_file
 from fopd_jax.interop.sd3.autoencoder import autoencoder_component
@@ -146,11 +146,7 @@ def find_damage(folder: Path, converted: Converted) -> str | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest under a temporary name and rename it."""
-    temporary = folder / f"{MANIFEST_FILE}.tmp"
-    fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST_FILE)
+    write_json(folder / MANIFEST_FILE, {"format": FORMAT, **dataclasses.asdict(manifest)})
 
 
 # ---- parameters

@@ -1,7 +1,6 @@
 """Read and write parameter and adapter trees as safetensors, with their metadata, atomically."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, so that safetens
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.files import write_tensors
 
 Tree = Any
 FORMAT = "fopd_jax/1"
@@ -25,24 +24,10 @@ def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = 
     Equal trees and metadata give equal bytes.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    tensors = {name: np.asarray(value.astype(np.dtype(dtype)), order="C") for name, value in flat.items()}
+    tensors = {name: np.asarray(value.astype(np.dtype(dtype))) for name, value in flat.items()}
     header = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=header)
-    _sort_metadata(temporary)
-    temporary.chmod(0o644)  # the library makes it private
-    os.replace(temporary, path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Order a file's metadata by name, in place: safetensors itself writes it in another order each time."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+    write_tensors(path, tensors, header)
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:

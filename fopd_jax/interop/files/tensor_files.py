@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fopd_jax.files import replacing
 from fopd_jax.interop.files.tables import Shape
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -255,7 +255,7 @@ def hash_file(path: Path, progress: Progress = lambda count: None) -> str:
 def write_tensor_file(
     path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Write tensors as they come, in the order of `shapes`, under a temporary name, then rename.
+    """Write tensors as they come, in the order of `shapes`.
 
     The library's own writer would need all of them in memory at once.
     """
@@ -267,10 +267,8 @@ def write_tensor_file(
         at += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, (found, tensor) in zip(shapes, tensors, strict=True):
             assert found == name, f"{found} comes before {name}"
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
-    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""LoRA factors in safetensors files: tensor names of PEFT, diffusers and ComfyUI, reading, and writing atomically.
+"""LoRA factors in safetensors files: tensor names of PEFT, diffusers and ComfyUI, and reading them.
 
 A tensor's name is layout prefix + module + role. Prefixes: `base_model.model.` (PEFT), `transformer.` (a diffusers
 pipeline, ComfyUI), none (diffusers' `save_lora_adapter`), and `lora_transformer_` with "_" for every "." (OneTrainer,
@@ -8,10 +8,8 @@ scalar `alpha`, which only ComfyUI reads. An adapter's name may stand before `.w
 
 import dataclasses
 import functools
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, so that safetensors can return it
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from fopd_jax.interop.files.safetensors import _sort_metadata
 from fopd_jax.interop.lora.modules import find_place, places
 from fopd_jax.models.mmdit import MMDiTConfig
 
@@ -170,20 +166,3 @@ def _pair(
             right = "({}, {})".format(*expected)
             raise ValueError(f"tensor {keys[module, role]!r}: found shape {tensor.shape}, expected {right}")
     return a, b
-
-
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; equal arguments give equal bytes."""
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt", **metadata})
-    _sort_metadata(path)
-    path.chmod(0o644)  # the library makes it private
-
-
-def publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file or folder beside `path`, then move it there in one step; on failure nothing remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        made = Path(scratch) / path.name
-        write(made)
-        os.replace(made, path)

@@ -22,15 +22,14 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.files import replacing_folder, write_json, write_tensors
 from fopd_jax.interop.lora.config import LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
     PEFT_PREFIX,
     PIPELINE_PREFIX,
     LoRAFile,
     naming,
-    publish,
     read_lora_file,
-    write_tensors,
 )
 from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
 from fopd_jax.models.mmdit import MMDiTConfig
@@ -39,6 +38,7 @@ PEFT_SETTINGS = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
+_FORMAT = {"format": "pt"}  # without which transformers and diffusers refuse a file
 
 
 def read_lora(path: Path, config: MMDiTConfig) -> Adapter:
@@ -133,13 +133,10 @@ def write_peft(folder: Path, adapter: Adapter, config: MMDiTConfig, base_model: 
         raise ValueError(f"{folder}: exists already, expected a new or an empty folder")
     modules = modules_from_adapter(adapter, config)
     fields = {**_fields(modules, config), "base_model_name_or_path": base_model}
-
-    def write(made: Path) -> None:
-        made.mkdir()
-        (made / PEFT_SETTINGS).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        write_tensors(made / PEFT_TENSORS, _factors(modules, PEFT_PREFIX), {})
-
-    publish(folder, write)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder) as made:
+        write_json(made / PEFT_SETTINGS, fields)
+        write_tensors(made / PEFT_TENSORS, _factors(modules, PEFT_PREFIX), _FORMAT)
 
 
 def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
@@ -154,8 +151,9 @@ def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
     file = path if path.suffix == ".safetensors" else path / DIFFUSERS_TENSORS
     modules = modules_from_adapter(adapter, config)
     fields = {PIPELINE_PREFIX + field: value for field, value in _fields(modules, config).items()}
-    metadata = {_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
-    publish(file, lambda made: write_tensors(made, _factors(modules, PIPELINE_PREFIX), metadata))
+    metadata = {**_FORMAT, _METADATA: json.dumps(fields, indent=2, sort_keys=True)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, _factors(modules, PIPELINE_PREFIX), metadata)
 
 
 def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
@@ -177,7 +175,8 @@ def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
         alpha = exact_alpha(module.scale, rank) or module.scale * rank
         dtype = np.float32 if float(np.float32(alpha)) == alpha else np.float64
         tensors[f"{PIPELINE_PREFIX}{name}.alpha"] = np.asarray(alpha, dtype)
-    publish(path, lambda made: write_tensors(made, tensors, {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, _FORMAT)
 
 
 def _fields(modules: Mapping[str, LoRAModule], config: MMDiTConfig) -> dict[str, Any]:

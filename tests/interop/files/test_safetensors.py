@@ -11,8 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from fopd_jax import files
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.interop.files import safetensors
 from fopd_jax.interop.files.safetensors import check_preset, load_adapter, load_tree, save_adapter, save_tree
 
 SPECIAL = np.array([0.0, -0.0, 1e-45, 3.4e38, np.inf, -np.inf, np.nan, 1 / 3], np.float32)
@@ -173,7 +173,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeyp
         target.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(safetensors, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_tree(path, jax.tree.map(np.zeros_like, _tree()), {"run": 2})
     assert path.read_bytes() == before

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fopd_jax import files
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.interop.lora import files as lora_files
 from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft
 from tests.interop.lora.peft_oracle import CONFIG, QUERY, WRITERS, random_adapter, refused
 
@@ -193,7 +193,7 @@ def test_nothing_is_left_of_a_failure(name: str, tmp_path: Path, monkeypatch: py
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora_files, "save_file", fail)
+        patch.setattr(files, "save_file", fail)
         with pytest.raises(OSError, match="no space left"):
             WRITERS[name](path, random_adapter(), CONFIG)
     assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before

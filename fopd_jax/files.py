@@ -1,0 +1,108 @@
+"""Files that appear under their name whole, or not at all: written beside it, then renamed.
+
+Nothing else in this package renames what it writes. What a process that is killed had begun stays as `.NAME.*.tmp`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when the block ends; if it fails, `path` stays as it was.
+
+    No two writers get the same name. The file has the permissions of any new one, whatever wrote it. `durable`: it
+    takes its name once its content is on the disk, so that not even a machine that stops leaves a part under it.
+
+    Raises:
+      OSError: the folder of `path` is missing or cannot be written, or `path` is a folder.
+    """
+    temporary = _beside(path)
+    with temporary.open("xb") as made:
+        mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
+        if durable:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `path` when the block ends; if it fails, nothing of it remains.
+
+    Raises:
+      OSError: as `replacing`, or `path` is a file or a folder that is not empty.
+    """
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as it is."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, its keys sorted."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a picture; metadata become text chunks.
+
+    Raises:
+      OSError: the picture's mode is none that PNG has.
+    """
+    chunks = PngInfo()
+    for name, text in (metadata or {}).items():
+        chunks.add_itxt(name, text)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as safetensors, each in its own dtype; equal arguments give equal bytes."""
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        if metadata:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order a file's metadata by name, in place: safetensors itself writes it in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
