@@ -1,8 +1,9 @@
 """`python -m fopd_jax.compile_for --config=configs/sd35m_opd.py --topology=v6e:16x16 [--per-chip-batch=N] [--search]`.
 
-Compiles a config's whole update with the machine's own compiler, for a TPU slice that need not be there (extra
-`tpu-aot`) or for simulated devices (`cpu:8`), and reports: compile time, memory a chip against its capacity,
-collectives and whether they stand inside loops, analytic FLOPs, and the time that they take at the very least.
+Compiles a config's whole update (and what runs beside it: resident text encoders) with the machine's own compiler, for
+a TPU slice that need not be there (extra `tpu-aot`) or for simulated devices (`cpu:8`), and reports: compile time,
+memory a chip against its capacity, collectives and whether they stand inside loops, analytic FLOPs, and the time that
+they take at the very least.
 No weights and no prompts are read. `--search` also finds the largest batch that fits; `--json=FILE` writes the figures.
 
 Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
@@ -21,10 +22,11 @@ from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
-from fopd_jax.performance.compilation import Compilation, compile_update
+from fopd_jax.performance.compilation import Compilation, compile_program
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.hlo import collectives
 from fopd_jax.performance.host import versions
+from fopd_jax.performance.program import Program
 from fopd_jax.performance.report import (
     PACKAGES,
     Fields,
@@ -37,8 +39,7 @@ from fopd_jax.performance.report import (
 )
 from fopd_jax.performance.search import Trial, largest_fitting
 from fopd_jax.performance.topology import Chip, Topology, configure, parse_topology, topology_devices
-from fopd_jax.stages.abstract import abstract_update
-from fopd_jax.stages.opd_update import update_cost
+from fopd_jax.stages.registry import find_stage
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; or cpu:N.")
 _BATCH = flags.DEFINE_integer(
@@ -81,9 +82,7 @@ def run(
     topology = parse_topology(name)
     if search and topology.chip is None:
         raise ValueError(f"search: {name} has no memory limit to search for")
-    if not isinstance(config, OPD):
-        raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
-    config = config if teachers is None else with_teachers(config, teachers)
+    config = config if teachers is None else _with_teachers(config, teachers)
     configure(topology)
     mesh = make_mesh(config.run.mesh, topology_devices(topology))
     start = per_chip or _per_chip(config, mesh)
@@ -92,7 +91,13 @@ def run(
     return measure(config, topology, mesh, start)
 
 
-def _search(config: OPD, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
+def _with_teachers(config: Config, count: int) -> OPD:
+    if not isinstance(config, OPD):
+        raise ValueError(f"teachers: found {count}, but stage {config.stage!r} has none")
+    return with_teachers(config, count)
+
+
+def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
     """The figures of the largest batch that fits (or of the first one, if none does), and all trials."""
     found: dict[int, Fields] = {}
 
@@ -107,35 +112,42 @@ def _search(config: OPD, topology: Topology, mesh: Mesh, start: int, chip: Chip)
     return found[largest or start] | {"search": {"largest": largest, "trials": tried}}
 
 
-def measure(config: OPD, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
+def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
     """One compilation at a given batch per chip, with its figures."""
     config = with_batch(config, per_chip * batch_ways(mesh))
-    update = abstract_update(config, mesh)
-    compilation = compile_update(update)
-    text_tokens = update.arguments[2].conditioning.context.shape[1]
-    flops = update_cost(config, update.pieces.spec, text_tokens)
+    update, *others = find_stage(config).programs(config, mesh)
     fields = {
         "config": config.name,
         "config_hash": config_hash(config),
         "topology": topology.name,
         "chips": topology.count,
         "mesh": dict(mesh.shape),
-        "teachers": len(config.tasks),
+        "stage": config.stage,
+        "teachers": len(config.tasks) if isinstance(config, OPD) else 0,
         "trained": config.trained,
         "reduce_once": list(config.run.reduce_once),
         "batch_size": config.batch_size,
         "per_chip_batch": per_chip,
+        "versions": versions(PACKAGES),
+    }
+    fields |= _compile(update, topology, dict(mesh.shape))
+    beside = [{"program": each.name} | _compile(each, topology, dict(mesh.shape)) for each in others]
+    return fields | ({"beside": beside} if beside else {})
+
+
+def _compile(program: Program, topology: Topology, mesh: dict[str, int]) -> Fields:
+    """One program: time, memory, FLOPs, and what only a compiled one tells."""
+    compilation = compile_program(program)
+    fields = {
         "lower_seconds": compilation.lower_seconds,
         "compile_seconds": compilation.compile_seconds,
         "memory": memory_fields(compilation, topology.chip),
-        "flops_per_chip": flops_fields(flops, topology.count),
-        "versions": versions(PACKAGES),
+        "flops_per_chip": flops_fields(program.flops, topology.count),
     }
-    return fields | (_program(compilation, flops, topology, dict(mesh.shape)) if compilation.fits else {})
+    return fields | (_communication(compilation, program.flops, topology, mesh) if compilation.fits else {})
 
 
-def _program(compilation: Compilation, flops: Update, topology: Topology, mesh: dict[str, int]) -> Fields:
-    """What only a compiled program tells."""
+def _communication(compilation: Compilation, flops: Update, topology: Topology, mesh: dict[str, int]) -> Fields:
     found = collectives(compilation.text)
     repeated = loop_reductions(found, mesh)
     return {
@@ -149,7 +161,7 @@ def _program(compilation: Compilation, flops: Update, topology: Topology, mesh: 
     }
 
 
-def _per_chip(config: OPD, mesh: Mesh) -> int:
+def _per_chip(config: Config, mesh: Mesh) -> int:
     ways = batch_ways(mesh)
     if config.batch_size % ways:
         raise ValueError(

@@ -11,14 +11,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config import schema
 from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.schema import Config, Run
@@ -31,8 +30,7 @@ from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
-from fopd_jax.stages.flow_matching import FlowMatching
-from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.registry import find_stage
 from fopd_jax.steps.state import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -43,7 +41,6 @@ _PRINT_CONFIG = flags.DEFINE_bool(
     "print-config", False, "Print every field with its value, where that comes from and what it means, and stop."
 )
 
-STAGES: dict[type, Any] = {schema.FlowMatching: FlowMatching, schema.OPD: OPD}
 COMPILED = "compiled"
 
 
@@ -152,7 +149,7 @@ def prepare(config: Config, folder: Path) -> Stage:
       ValueError: names the field, file or key that is wrong.
     """
     workdir.check(folder, identity(config))
-    stage = STAGES[type(config)](config, folder)
+    stage = find_stage(config).make(config, folder)
     if config.run.steps < newest_step(folder):
         raise ValueError(f"run.steps: found {config.run.steps}, but {folder} is already at step {newest_step(folder)}")
     workdir.claim(folder, identity(config))

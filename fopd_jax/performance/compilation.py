@@ -7,6 +7,7 @@ import time
 import jax
 
 from fopd_jax.performance.problem import AbstractUpdate
+from fopd_jax.performance.program import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of two messages; what the first one calls temporaries holds the arguments, too.
@@ -42,14 +43,14 @@ class Compilation:
         return self.memory is not None
 
 
-def compile_update(update: AbstractUpdate) -> Compilation:
+def compile_program(program: Program | AbstractUpdate) -> Compilation:
     """Lower and compile; a program too large for the chip's memory is an answer.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler failed for another reason.
     """
     began = time.perf_counter()
-    lowered = update.step.lower(*update.arguments)
+    lowered = program.step.lower(*program.arguments)
     lower_seconds = time.perf_counter() - began
     began = time.perf_counter()
     try:

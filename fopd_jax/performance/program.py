@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from fopd_jax.performance.flops import Update
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -15,4 +17,4 @@ class Program:
     name: str
     step: Any
     arguments: tuple[Any, ...]
-    flops: float
+    flops: Update

@@ -104,6 +104,9 @@ def describe(fields: Fields) -> str:
             f"no faster than {seconds['update']:.3g} s an update: "
             f"arithmetic {seconds['compute']:.3g} s, network {seconds['network']:.3g} s"
         ]
+    for each in fields.get("beside", ()):
+        lines += [f"beside it, {each['program']}: compiled in {each['compile_seconds']:.1f} s"]
+        lines += [*_describe_memory(each["memory"]), f"FLOPs a chip: {each['flops_per_chip']['model']:.4g}"]
     if "search" in fields:
         lines += [f"largest batch a chip that fits: {fields['search']['largest']}"]
         lines += [

@@ -16,6 +16,7 @@ from fopd_jax.models.clip import CLIP_G, CLIP_L, CLIPText, CLIPTextConfig
 from fopd_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from fopd_jax.parallel.mesh import fold_data
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings
+from fopd_jax.performance.flops import Update
 from fopd_jax.performance.program import Program
 
 CLIP_TOWERS = (CLIP_L, CLIP_G)  # of every published Stable Diffusion 3 and 3.5
@@ -53,7 +54,10 @@ def encode_program(mesh: Mesh, batch_size: int, t5_length: int, context_dim: int
     places = batch_sharding(mesh)
     ids = [jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=places) for length in lengths]
     arguments = encoders.params, TokenIds(tuple(ids))
-    return Program(ENCODE, make_encode(encoders, mesh), arguments, batch_size * encode_flops(t5_length))
+    flops = Update(
+        teachers=0.0, rollout=0.0, forward=batch_size * encode_flops(t5_length), backward=0.0, recomputed=0.0
+    )
+    return Program(ENCODE, make_encode(encoders, mesh), arguments, flops)
 
 
 def _abstract(network: CLIPText | T5Encoder, dtype: np.dtype, mesh: Mesh) -> TextEncoder:

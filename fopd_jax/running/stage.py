@@ -22,7 +22,10 @@ class Stage(Protocol):
     of them is.
     """
 
-    outputs: Mapping[str, str]
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        """By name."""
+        ...
 
     def start(self) -> TrainState:
         """The state of step 0."""

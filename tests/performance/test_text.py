@@ -88,7 +88,7 @@ def test_the_published_encoders_have_their_published_sizes():
     np.testing.assert_allclose(counts, [0.1237e9, 0.6947e9, 4.762e9], rtol=1e-3)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert [leaf.shape for leaf in tokens.ids] == [(8, 77), (8, 77), (8, 128)]
-    assert program.flops == 8 * encode_flops(128)
+    assert program.flops.model == 8 * encode_flops(128)
     embeddings = 77 * (768 + 1280) + 49408 * (768 + 1280) + 32128 * 4096
     towers = 2 * 77 * (sum(counts[:2]) - 49408 * (768 + 1280) - 77 * (768 + 1280))
     assert encode_flops(128) == pytest.approx(towers + 2 * 128 * (counts[2] - 32128 * 4096), rel=0.03)

@@ -1,0 +1,41 @@
+"""The stages that there are: what runs each, and which programs a run of it compiles."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fopd_jax.config import schema
+from fopd_jax.config.schema import Config
+from fopd_jax.parallel.sharding import AnyMesh
+from fopd_jax.performance.program import Program
+from fopd_jax.running.stage import Stage
+from fopd_jax.stages.flow_matching import FlowMatching
+from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.problem import opd_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """`make(config, workdir)`: the stage, its input checked; `programs(config, mesh)`: without files or weights.
+
+    The first of the programs is the update.
+    """
+
+    make: Callable[[Any, Path], Stage]
+    programs: Callable[[Any, AnyMesh], list[Program]]
+
+
+def _none(config: Config, mesh: AnyMesh) -> list[Program]:
+    raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
+
+
+STAGES: dict[type[Config], Kind] = {
+    schema.OPD: Kind(OPD, opd_programs),
+    schema.FlowMatching: Kind(FlowMatching, _none),
+}
+
+
+def find_stage(config: Config) -> Kind:
+    """The stage that a config is of."""
+    return STAGES[type(config)]
