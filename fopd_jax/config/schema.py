@@ -292,12 +292,12 @@ class OPD(Config):
 
 @dataclasses.dataclass
 class Pairs(Section):
-    """One task's captioned images: their share among all, and how often the embedded world corrupts them."""
+    """One task's captioned images: their share among all, where they are, how often something is wrong with them."""
 
     share: float = setting(1.0, "Among all pairs.", at_least(0))
     wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
-    degraded: float = setting(0.0, "Probability of a noisy, blurred, tinted or uneven image.", rules.PROBABILITY)
-    images: str = setting("", "Folder of images and captions, in worlds that do not render their own.")
+    degraded: float = setting(0.0, "Probability of a flawed image, in worlds that render their own.", rules.PROBABILITY)
+    images: str = setting("", "Folder of images and captions (tasks/images.py), in worlds that render none.")
     test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.")
 
 

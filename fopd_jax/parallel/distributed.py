@@ -273,6 +273,11 @@ def largest(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
+def total(value: int) -> int:
+    """The sum of all processes' values, on every process; all must call it."""
+    return int(np.sum(multihost_utils.process_allgather(np.int32(value))))
+
+
 def local_mesh(mesh: Mesh) -> Mesh:
     """A mesh for what each process computes by itself: its devices along `fsdp`; `mesh` itself if it is alone."""
     if jax.process_count() == 1:

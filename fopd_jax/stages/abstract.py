@@ -1,4 +1,4 @@
-"""The OPD update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
+"""The update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from fopd_jax.backbones.record import LatentShape
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import OPD, Model
+from fopd_jax.config.schema import OPD, Config, Model
 from fopd_jax.parallel.sharding import (
     AnyMesh,
     bank_shardings,
@@ -20,8 +20,9 @@ from fopd_jax.parallel.sharding import (
 )
 from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.opd_update import make_spec, make_update, place
+from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import choose_attention
+from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
@@ -33,37 +34,50 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     Raises:
       ValueError: a field is out of range; names it.
     """
-    family, shape = find_preset(config.model.preset)
-    dtype = jnp.dtype(config.model.dtype)
-    attention = choose_attention(config.run.attention, config.model.dtype, shape.head_dim, mesh)
-    model = family.build(shape, attention, dtype, config.run.remat)
+    model, dtype = abstract_model(config, mesh), jnp.dtype(config.model.dtype)
     latent_shape, encoded = world_shapes(config.model)
     boxed = boxed_variables(model, latent_shape)
     spec = make_spec(config, latent_shape)
     update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
-
-    def rows(count: int, sharding: jax.sharding.Sharding) -> Conditioning:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype, sharding=sharding), encoded)
-
     split = batch_sharding(mesh)
-    batch = Batch(rows(config.batch_size, split), jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
-    frozen = Frozen(*_weights(config, boxed, spec, mesh), rows(1, replicated(mesh)))
+    conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
+    batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    null = encoded_rows(encoded, 1, dtype, replicated(mesh))
+    frozen = Frozen(abstract_base(boxed, dtype, mesh), _bank(config, boxed, spec, mesh), null)
     return AbstractUpdate(update.step, (frozen, update.state, batch), model, update.pieces)
 
 
-def _weights(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> tuple[Tree, Tree]:
-    """Base and bank."""
-    dtype, count, places = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, parameter_shardings(mesh, boxed)
-    variables = nn.unbox(boxed)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"])
-    base = {"params": place(params, places["params"]), "constants": place(variables["constants"], places["constants"])}
+def _bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> Tree:
+    dtype, count, params = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, nn.unbox(boxed["params"])
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
-        return base, place(bank, stacked_shardings(mesh, boxed["params"]))
+        return place(bank, stacked_shardings(mesh, boxed["params"]))
     adapter = adapter_shapes(config.adapter, params, find_preset(config.model.preset)[0].targets)
     bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
-    return base, place(bank, bank_shardings(mesh, boxed["params"], bank))
+    return place(bank, bank_shardings(mesh, boxed["params"], bank))
+
+
+# ---- of every stage
+
+
+def abstract_model(config: Config, mesh: AnyMesh) -> Any:
+    """The network that a run of the config would build on a mesh."""
+    family, shape = find_preset(config.model.preset)
+    attention = choose_attention(config.run.attention, config.model.dtype, shape.head_dim, mesh)
+    return family.build(shape, attention, jnp.dtype(config.model.dtype), config.run.remat)
+
+
+def abstract_base(boxed: Tree, dtype: Any, mesh: AnyMesh) -> Tree:
+    """A base's variables as shapes with shardings, parameters in `dtype`; `boxed`: with logical axes."""
+    variables, places = nn.unbox(boxed), parameter_shardings(mesh, boxed)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"])
+    return {"params": place(params, places["params"]), "constants": place(variables["constants"], places["constants"])}
+
+
+def encoded_rows(encoded: Conditioning, count: int, dtype: Any, sharding: jax.sharding.Sharding) -> Conditioning:
+    """Encoded prompts as shapes, so many of them; `encoded`: the shapes of one."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype, sharding=sharding), encoded)
 
 
 def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:

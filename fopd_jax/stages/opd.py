@@ -1,13 +1,10 @@
 """Stage `opd`: one student distilled on-policy from many teachers, evaluated beside all of them."""
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fopd_jax.backbones.weights import boxed_variables
@@ -15,18 +12,17 @@ from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, write_report
 from fopd_jax.evaluation.score import evaluate, means
-from fopd_jax.interop.files.safetensors import save_adapter, save_tree
-from fopd_jax.parallel.distributed import fetch, is_main, put_replicated, rows_of
+from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages import teachers
+from fopd_jax.stages.export import export, exports
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
 from fopd_jax.steps.opd.step import Batch, Frozen
-from fopd_jax.steps.state import TrainState, init_state
+from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import PromptStream
 
@@ -64,27 +60,22 @@ class OPD:
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        student = {"student.safetensors": "the student: " + self.config.export}
-        if self.pipeline.manifest is not None:
-            whole = self.config.trained == "params"
-            student = (
-                {"student_diffusers": "the student as diffusers' folder"}
-                if whole
-                else student | {"student_peft": "the same for PEFT and diffusers"}
-            )
+        student = exports("student", f"the student: {self.config.export}", self.whole, self.pipeline)
         return student | {SAMPLES_FILE: "every model on the same prompts", "results.json": "scores of every model"}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the network trains."""
+        return self.config.trained == "params"
 
     def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.update.state)
-        optimizer, seed = self.setup.optimizer, self.config.seed
-        start = put_replicated(self.teaching.start, places.trained)
-        return jax.jit(lambda start: init_state(start, optimizer, seed), out_shardings=places)(start)
+        return self.update.trained.born(self.teaching.start, self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
         """Print what trains and what does not."""
         start = self.teaching.start
-        print_overview("student", start if self.config.trained == "params" else start.weights, self.frozen)
+        print_overview("student", start if self.whole else start.weights, self.frozen)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
@@ -113,7 +104,7 @@ class OPD:
 
     def model(self, trained: Tree) -> Model:
         """The student with these weights, to sample from."""
-        return Model("student", *self.update.student.policy(self.frozen.variables, trained))
+        return Model("student", *self.update.trained.student.policy(self.frozen.variables, trained))
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
@@ -123,32 +114,7 @@ class OPD:
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge."""
         student = state.trained if self.config.export == "raw" else state.ema
-        exported = fetch(student)
-        if is_main() and self.config.trained == "params":
-            self.export_network(exported)
-        elif is_main():
-            self.export_adapter(exported)
+        export(self.workdir, "student", student, self.frozen.variables["constants"], self.pipeline, self.config.model)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         write_report(self.workdir, self.config.eval, about, self.setup.sampler, self.pipeline.world, models)
-
-    def export_adapter(self, student: Tree) -> None:
-        """`student.safetensors`; of a published network also a PEFT folder, `student_peft`."""
-        save_adapter(self.workdir / "student.safetensors", student, {"preset": self.config.model.preset})
-        if self.pipeline.manifest is not None and self.pipeline.family.files is not None:
-            exported = self.workdir / "student_peft"
-            shutil.rmtree(exported, ignore_errors=True)  # of an earlier, shorter run
-            self.pipeline.family.files.write_adapter(exported, student, self.pipeline.model.config)
-
-    def export_network(self, student: Tree) -> None:
-        """`student.safetensors`; a published network as diffusers' folder `student_diffusers/transformer` instead."""
-        if self.pipeline.manifest is None or self.pipeline.family.files is None:
-            variables = {"params": student, "constants": fetch(self.frozen.variables["constants"])}
-            save_tree(self.workdir / "student.safetensors", variables, {"preset": self.config.model.preset})
-            return
-        folder = self.workdir / "student_diffusers"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        dtype = jnp.dtype(self.config.model.dtype)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-        self.pipeline.family.files.write_network(folder / "transformer", weight_path(self.config.model.path), params)

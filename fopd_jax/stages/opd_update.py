@@ -4,38 +4,37 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fopd_jax.adapters.lora import adapter_shapes
-from fopd_jax.backbones.registry import family_of, find_preset
+from fopd_jax.backbones.registry import find_preset
 from fopd_jax.config.schema import OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.parallel.gradients import GradientGroups
-from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
+from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
-from fopd_jax.steps.state import TrainState, init_state, state_shardings
-from fopd_jax.steps.student import ADAPTER, Student, network
+from fopd_jax.steps.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class OPDUpdate:
     """The update of a config on a mesh: `step(frozen, state, batch)`, jitted, its state donated.
 
-    `state`: shapes, dtypes and shardings of the state. `pieces`: what the step is made of.
+    `trained`: what its state holds, and where. `pieces`: what the step is made of.
     """
 
     step: Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]
-    state: TrainState
-    student: Student
+    trained: Trained
     pieces: OPDStep
+
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return self.trained.state
 
 
 def make_update(
@@ -47,25 +46,15 @@ def make_update(
       ValueError: names the field that is out of range, or that does not go with another.
     """
     check_batch("batch_size", config.batch_size, mesh)
-    check_width(model.config.width, mesh)
     spec.check(config.batch_size)
     samples = config.batch_size // batch_ways(mesh)
     if samples % spec.anchor_every:
         raise ValueError(
             f"anchor.every: found {spec.anchor_every}, expected a divisor of the {samples} samples a device"
         )
-    everywhere = replicated(mesh)
-    if config.trained == "params":
-        trained = float32(nn.unbox(boxed)["params"])
-        places, student = parameter_shardings(mesh, boxed)["params"], network(jnp.dtype(config.model.dtype))
-    else:
-        trained = adapter_shapes(config.adapter, nn.unbox(boxed)["params"], family_of(model).targets)
-        places, student = jax.tree.map(lambda _: everywhere, trained), ADAPTER
-    groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
-    pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, student, groups)
-    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
-    state_places = state_shardings(state, optimizer, places)
-    return OPDUpdate(pieces.make((state_places, everywhere)), place(state, state_places), student, pieces)
+    trained = make_trained(config, model, boxed, optimizer, mesh)
+    pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, trained.student, trained.groups)
+    return OPDUpdate(pieces.make((trained.places, replicated(mesh))), trained, pieces)
 
 
 def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
@@ -112,15 +101,3 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
     teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
     return update_flops(student, teacher.forward, schedule)
-
-
-def float32(shapes: Tree) -> Tree:
-    """The same shapes in float32, in which everything trains."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
-
-
-def place(shapes: Tree, shardings: Tree) -> Tree:
-    """Shapes with shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )

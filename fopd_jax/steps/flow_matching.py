@@ -1,4 +1,4 @@
-"""The jitted update of each stage: `step(state, batch) → (state, metrics)`, pure, state donated."""
+"""One jitted update of flow matching: `step(frozen, state, batch) → (state, metrics)`, pure, state donated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jaxtyping import Array
 
 from fopd_jax.config.schema import EMA, LogitNormal
 from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels
+from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, land
@@ -19,31 +20,39 @@ from fopd_jax.steps.student import Student
 def make_flow_matching_step(
     velocity: Velocity,
     student: Student,
+    groups: GradientGroups,
     levels: LogitNormal,
     optimizer: optax.GradientTransformation,
     ema: EMA,
-    mesh: Mesh,
     placed: Any = None,
-) -> Callable[[Tree, TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Flow matching of images `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter.
+) -> Callable[[Tree, TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """Flow matching of latents `batch["x0"]` under `batch["conditioning"]`, by full fine-tuning or by adapter.
 
-    `placed`: where the new state and the metrics live; as the state before them, or each step compiles anew.
+    `groups`: over which devices gradients are summed when. `placed`: shardings of the new state and of the metrics; as
+    the state before them, or each step compiles anew.
     """
 
-    def step(frozen: Tree, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def gradient(frozen: Tree, state: TrainState, batch: Any) -> tuple[Tree, Array]:
+        """Gradient sum over samples, by group, and each sample's loss `[B]`; noise and level are the step's alone."""
         noise_key, level_key = jax.random.split(state.rng())
         x0 = batch["x0"]
         noise = jax.random.normal(noise_key, x0.shape)
         sigma = sample_levels(levels, level_key, x0.shape[0])
 
-        def loss_fn(trained: Tree) -> tuple[jax.Array, jax.Array]:
-            variables, adapter = student.policy(frozen, trained)
-            with activation_rules(mesh):
-                v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, batch["conditioning"])
+        def loss(parameters: Tree, rows: Any) -> tuple[Array, Array]:
+            x0, noise, sigma, conditioning = rows
+            variables, adapter = student.read(frozen, parameters)
+            v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, conditioning)
             losses = flow_matching(v, x0, noise)
-            return losses.mean(), losses
+            return losses.sum(), losses
 
-        (loss, losses), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        rows = x0, noise, sigma, batch["conditioning"]
+        return groups.gradient(jax.grad(loss, has_aux=True), student.compute(state.trained), rows)
+
+    def step(frozen: Tree, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        with activation_rules(groups.mesh), jax.named_scope("flow_matching"):
+            sums, losses = gradient(frozen, state, batch)
+        loss, gradients = losses.mean(), jax.tree.map(lambda g: g / losses.size, groups.total(sums))
         updated, norm = apply_gradients(state, gradients, optimizer)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         metrics = {"loss": loss, "grad_norm": norm, "skipped": (~finite).astype(jnp.float32), "samples/loss": losses}

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from fopd_jax.conditioning.cache import ConditioningCache
@@ -14,12 +10,13 @@ from fopd_jax.conditioning.converted import ConvertedText
 from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.conditioning.kept import KeptPrompts, MemoryEncodings
 from fopd_jax.conditioning.resident import ResidentPrompts
-from fopd_jax.config.schema import Encoding, Model
-from fopd_jax.interop.files.converted import Manifest, load_sharded
-from fopd_jax.models.autoencoder import Autoencoder
+from fopd_jax.config.schema import Encoding, Model, Pairs
+from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, check_batch
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.codec import Codec
+from fopd_jax.worlds.images import CaptionedImages, Draws
 from fopd_jax.worlds.world import World
 
 
@@ -53,35 +50,18 @@ class FolderWorld:
         if not unit <= side <= largest or side % unit:
             raise ValueError(f"model.resolution: found {side}, expected a multiple of {unit}, at most {largest}")
         self._latent_shape = (side // vae.downsampling, side // vae.downsampling, network.channels)
-        self._decode: Any = None
+        self._resolution, self._codec = side, Codec(folder, manifest, self._mesh)
 
     def world(self) -> World:
         prompts = self._prompts
         return World(
-            self._latent_shape, self._tasks, prompts.encode, self._decode_images, prompts.prepare, prompts.embed
-        )
+            self._latent_shape, self._tasks, prompts.encode, self._codec.decode, prompts.prepare, prompts.embed,
+            self._pairs,
+        )  # fmt: skip
 
-    def _decode_images(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images, one a device at a time: what a larger batch gains, its activations cost in memory."""
-        if self._decode is None:
-            self._decode = self._load_decoder()
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        images = []
-        for start in range(0, len(latents), ways):
-            chunk = latents[start : start + ways]
-            filled = np.concatenate([chunk, np.zeros((ways - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-            placed = jax.device_put(filled, batch_sharding(self._mesh))
-            images.append(jax.device_get(self._decode(placed))[: len(chunk)])
-        return np.concatenate(images)
-
-    def _load_decoder(self) -> Any:
-        network = Autoencoder(self._manifest.component("vae").config)
-        side = network.config.downsampling
-        images = jnp.zeros((1, side, side, 3))
-        boxed = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
-        params = load_sharded(self._folder, "vae", boxed, jnp.float32, self._mesh)
-        decode = jax.jit(lambda params, latents: network.apply({"params": params}, latents, method="decode"))
-        return lambda latents: decode(params, latents)
+    def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:
+        draws = Draws(self._tasks, tasks, batch_size, empty_caption, seed)
+        return CaptionedImages(draws, self._resolution, self._prompts.encode, self._codec.encode)
 
 
 def kept_prompts(text: ConvertedText, encoding: Encoding, mesh: Mesh) -> KeptPrompts:

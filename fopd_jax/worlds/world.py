@@ -1,9 +1,9 @@
-"""What surrounds a network: its tasks, how prompts become conditioning, how latents become images."""
+"""What surrounds a network: its tasks, their pictures, how prompts become conditioning and latents images."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -11,9 +11,36 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning, TokenIds
+from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import put_batch, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.tasks.task import Task
+
+
+class CaptionedLatents(Protocol):
+    """Batches of captioned latents; row i of batch number `step` is a function of (seed, step, i) alone."""
+
+    def batch(self, step: int, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
+        """Some rows of a batch: `{"x0": [n, H, W, C], "conditioning": what `World.encode` makes of the captions}`."""
+        ...
+
+    def upto(self, steps: int) -> Iterable[str]:
+        """Every caption of the first `steps` batches, for worlds that have to `prepare` them."""
+        ...
+
+    def describe(self, step: int, rows: Sequence[int]) -> list[str]:
+        """Task and caption of some rows of a batch."""
+        ...
+
+
+MakePairs = Callable[[Mapping[str, Pairs], int, float, int], CaptionedLatents]
+"""`(tasks, batch size, probability of an empty caption, seed) → captioned latents`; ValueError where it has none."""
+
+
+def check_shares(tasks: Mapping[str, Pairs]) -> None:
+    """Raises ValueError where no task has a share of the pairs."""
+    if not any(pairs.share > 0 for pairs in tasks.values()):
+        raise ValueError("tasks: expected at least one task with a share above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +49,7 @@ class World:
 
     `encode` gives what of prompts is put on the devices, rows on the host; `embed` makes the conditioning of it there.
     `prepare` tells the world all the prompts that a run will encode, so that it can do so at once, before training.
+    `pairs` makes captioned latents to train on, where the world has images.
     """
 
     latent_shape: tuple[int, int, int]
@@ -30,6 +58,7 @@ class World:
     decode: Callable[[np.ndarray], Float[np.ndarray, "n h w 3"]]
     prepare: Callable[[Iterable[str]], None] = lambda prompts: None
     embed: Callable[[Any], Conditioning] = lambda placed: placed
+    pairs: MakePairs | None = None
 
 
 def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Conditioning:

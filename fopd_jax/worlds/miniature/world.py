@@ -1,6 +1,7 @@
 """The miniature as a `World`: 24x24 RGB pixels as latents, one-hot tokens as text encoder, no decoder."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.miniature import prompts as language
+from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.scores import composition_score, quality_score, text_score
 from fopd_jax.worlds.world import World
 
@@ -54,4 +56,5 @@ def make_world() -> World:
         name: Task(name, language.prompts(name, "train"), language.prompts(name, "test"), score)
         for name, score in scores.items()
     }
-    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check)
+    pairs = partial(Renderings, tasks, encode)
+    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs)

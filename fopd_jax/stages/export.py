@@ -1,0 +1,66 @@
+"""What a stage leaves of what it trained: files of this project's own, and those that others load."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.backbones.record import Files
+from fopd_jax.config.schema import Model
+from fopd_jax.interop.files.safetensors import save_adapter, save_tree
+from fopd_jax.parallel.distributed import fetch, is_main
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.pipeline import Pipeline, weight_path
+
+
+def exports(name: str, what: str, whole: bool, pipeline: Pipeline) -> dict[str, str]:
+    """What `export` writes under a name, and what each of it is."""
+    if _published(pipeline) is None:
+        return {f"{name}.safetensors": what}
+    if whole:
+        return {f"{name}_diffusers": f"{what}, as diffusers' folder"}
+    return {f"{name}.safetensors": what, f"{name}_peft": "the same for PEFT and diffusers"}
+
+
+def export(folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model) -> None:
+    """Write a trained adapter, or a whole network's parameters; all processes call it, process 0 writes.
+
+    `constants`: what the network reads beside its parameters.
+    """
+    trained, constants = fetch((trained, constants))
+    if not is_main():
+        return
+    if isinstance(trained, Adapter):
+        _write_adapter(folder, name, trained, pipeline)
+    else:
+        _write_network(folder, name, trained, constants, pipeline, model)
+
+
+def _write_adapter(folder: Path, name: str, adapter: Adapter, pipeline: Pipeline) -> None:
+    """`NAME.safetensors`; of a published network also a PEFT folder, `NAME_peft`."""
+    save_adapter(folder / f"{name}.safetensors", adapter, {"preset": pipeline.preset})
+    if (files := _published(pipeline)) is not None:
+        exported = folder / f"{name}_peft"
+        shutil.rmtree(exported, ignore_errors=True)  # of an earlier, shorter run
+        files.write_adapter(exported, adapter, pipeline.model.config)
+
+
+def _write_network(folder: Path, name: str, params: Tree, constants: Tree, pipeline: Pipeline, model: Model) -> None:
+    """`NAME.safetensors`; a published network as diffusers' folder `NAME_diffusers/transformer` instead."""
+    if (files := _published(pipeline)) is None:
+        save_tree(
+            folder / f"{name}.safetensors", {"params": params, "constants": constants}, {"preset": pipeline.preset}
+        )
+        return
+    exported = folder / f"{name}_diffusers"
+    shutil.rmtree(exported, ignore_errors=True)
+    exported.mkdir()
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(model.dtype)), params)
+    files.write_network(exported / "transformer", weight_path(model.path), rounded)
+
+
+def _published(pipeline: Pipeline) -> Files | None:
+    """How others keep the network, if it came from them."""
+    return pipeline.family.files if pipeline.manifest is not None else None

@@ -1,0 +1,75 @@
+"""What trains of a config, on a mesh: where it lives, how it is read, over which devices its gradients are summed."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from fopd_jax.adapters.lora import adapter_shapes
+from fopd_jax.backbones.registry import family_of
+from fopd_jax.config.schema import Config
+from fopd_jax.parallel.distributed import put_replicated
+from fopd_jax.parallel.gradients import GradientGroups
+from fopd_jax.parallel.sharding import AnyMesh, check_width, parameter_shardings, replicated
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.state import TrainState, init_state, state_shardings
+from fopd_jax.steps.student import ADAPTER, Student, network
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """`state`: shapes, dtypes and shardings of the state. A whole network is split like a base, an adapter nowhere."""
+
+    state: TrainState
+    student: Student
+    groups: GradientGroups
+
+    @property
+    def places(self) -> TrainState:
+        """Where each array of the state lives."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+    def born(self, start: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+        """The state of step 0, made in its shards; `start`: of what trains, numpy or wherever it is."""
+        places = self.places
+        placed = put_replicated(start, places.trained)
+        return jax.jit(partial(init_state, optimizer=optimizer, seed=seed), out_shardings=places)(placed)
+
+
+def make_trained(
+    config: Config, model: Any, boxed: Tree, optimizer: optax.GradientTransformation, mesh: AnyMesh
+) -> Trained:
+    """From the fields `trained`, `adapter`, `model.dtype` and `run.reduce_once`; needs no weights and no devices.
+
+    `boxed`: the network's variables as shapes with logical axes.
+
+    Raises:
+      ValueError: the mesh does not divide the network; names the field.
+    """
+    check_width(model.config.width, mesh)
+    params = nn.unbox(boxed)["params"]
+    if config.trained == "params":
+        trained, places = float32(params), parameter_shardings(mesh, boxed)["params"]
+        student = network(jnp.dtype(config.model.dtype))
+    else:
+        trained, student = adapter_shapes(config.adapter, params, family_of(model).targets), ADAPTER
+        places = jax.tree.map(lambda _: replicated(mesh), trained)
+    groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
+    return Trained(place(state, state_shardings(state, optimizer, places)), student, groups)
+
+
+def float32(shapes: Tree) -> Tree:
+    """The same shapes in float32, in which everything trains."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
+
+
+def place(shapes: Tree, shardings: Tree) -> Tree:
+    """Shapes with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
