@@ -56,10 +56,10 @@ def frozen_part(config: FlowMatching, variables: Tree) -> Tree:
     return {"constants": variables["constants"]} if config.trained == "params" else variables
 
 
-def flow_matching_program(config: FlowMatching, mesh: AnyMesh) -> Program:
+def flow_matching_programs(config: FlowMatching, mesh: AnyMesh) -> list[Program]:
     """The update that `main` would run, from the config's `model.preset`; no file is read, no weight made.
 
-    Its arguments are `(frozen, state, batch)`; for FLOPs by phase see `update_cost`.
+    Its arguments are `(frozen, state, batch)`.
 
     Raises:
       ValueError: a field is out of range; names it.
@@ -75,7 +75,7 @@ def flow_matching_program(config: FlowMatching, mesh: AnyMesh) -> Program:
         "conditioning": encoded_rows(encoded, config.batch_size, dtype, split),
     }
     cost = update_cost(config, latent_shape, encoded.context.shape[0])
-    return Program("flow matching", update.step, (frozen, update.trained.state, batch), cost.model)
+    return [Program("update", update.step, (frozen, update.trained.state, batch), cost)]
 
 
 def update_cost(config: FlowMatching, latent_shape: tuple[int, int, int], text_tokens: int) -> Update:

@@ -11,6 +11,7 @@ from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
 from fopd_jax.stages.flow_matching import FlowMatching
+from fopd_jax.stages.flow_matching_update import flow_matching_programs
 from fopd_jax.stages.opd import OPD
 from fopd_jax.stages.problem import opd_programs
 
@@ -26,13 +27,9 @@ class Kind:
     programs: Callable[[Any, AnyMesh], list[Program]]
 
 
-def _none(config: Config, mesh: AnyMesh) -> list[Program]:
-    raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
-
-
 STAGES: dict[type[Config], Kind] = {
     schema.OPD: Kind(OPD, opd_programs),
-    schema.FlowMatching: Kind(FlowMatching, _none),
+    schema.FlowMatching: Kind(FlowMatching, flow_matching_programs),
 }
 
 
