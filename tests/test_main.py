@@ -31,7 +31,7 @@ from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
-from fopd_jax.steps.opd.step import OPDStep
+from fopd_jax.steps.opd import step as opd_step
 from fopd_jax.worlds.miniature.world import make_world
 from tests.configs import load, options, prepare
 
@@ -411,8 +411,8 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     def traced(*args: Any) -> None:
         raise AssertionError("traced before the input was checked")
 
-    monkeypatch.setattr(OPDStep, "fused", traced)
-    monkeypatch.setattr(OPDStep, "replay", traced)
+    monkeypatch.setattr(opd_step, "fused", traced)
+    monkeypatch.setattr(opd_step, "replay", traced)
     monkeypatch.setattr(sampler, "sample_final", traced)
 
 

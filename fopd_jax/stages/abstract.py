@@ -24,7 +24,7 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, place
 from fopd_jax.stages.pipeline import choose_attention
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.spec import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
 

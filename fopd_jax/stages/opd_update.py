@@ -1,7 +1,6 @@
 """From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ import optax
 
 from fopd_jax.adapters.lora import adapter_shapes
 from fopd_jax.backbones.registry import family_of, find_preset
-from fopd_jax.config.schema import OPD
+from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -20,7 +19,9 @@ from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_width, parameter_shardings, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
-from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
+from fopd_jax.steps.opd.pieces import Pieces
+from fopd_jax.steps.opd.spec import OPDSpec
+from fopd_jax.steps.opd.step import OPDStep, make_step
 from fopd_jax.steps.state import TrainState, init_state, state_shardings
 from fopd_jax.steps.student import ADAPTER, Student, network
 
@@ -29,13 +30,19 @@ from fopd_jax.steps.student import ADAPTER, Student, network
 class OPDUpdate:
     """The update of a config on a mesh: `step(frozen, state, batch)`, jitted, its state donated.
 
-    `state`: shapes, dtypes and shardings of the state. `pieces`: what the step is made of.
+    `state`: shapes, dtypes and shardings of the state. `pieces`, `optimizer`, `ema`: what the step is made of.
     """
 
-    step: Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]
+    step: OPDStep
     state: TrainState
-    student: Student
-    pieces: OPDStep
+    pieces: Pieces
+    optimizer: optax.GradientTransformation
+    ema: EMA
+
+    @property
+    def student(self) -> Student:
+        """What trains."""
+        return self.pieces.student
 
 
 def make_update(
@@ -62,10 +69,11 @@ def make_update(
         trained = adapter_shapes(config.adapter, nn.unbox(boxed)["params"], family_of(model).targets)
         places, student = jax.tree.map(lambda _: everywhere, trained), ADAPTER
     groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
-    pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, student, groups)
+    pieces = Pieces(spec, make_velocity(model), student, groups)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
     state_places = state_shardings(state, optimizer, places)
-    return OPDUpdate(pieces.make((state_places, everywhere)), place(state, state_places), student, pieces)
+    step = make_step(pieces, optimizer, config.ema, (state_places, everywhere))
+    return OPDUpdate(step, place(state, state_places), pieces, optimizer, config.ema)
 
 
 def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
@@ -102,7 +110,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
         timesteps=trained,
         only_sampled=stop - trained,
         guided_student=spec.guidance != 1,
-        guided_teachers=any(scale != 1 for scale in spec.teacher_guidance),
+        guided_teachers=spec.table.guided,
         teacher_forwards=(len(spec.teachers) if spec.whole_teachers else 1)
         + (spec.objective.mar_beta > 0) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,

@@ -53,7 +53,7 @@ def problem_fields(problem: Problem) -> Fields:
         "remat": config.run.remat,
         "trained": config.trained,
         "teachers": len(spec.teachers),
-        "anchor": update.update.pieces.anchored,
+        "anchor": spec.anchored,
         "guidance": spec.guidance,
         "batch_size": config.batch_size,
         "trained_timesteps": 1 if spec.one_timestep else spec.window[1] - spec.window[0],

@@ -12,7 +12,7 @@ from fopd_jax.config.schema import EMA, LogitNormal
 from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity
-from fopd_jax.steps.state import TrainState, advance, apply_gradients, land
+from fopd_jax.steps.state import TrainState, advance, apply_if_finite
 from fopd_jax.steps.student import Student
 
 
@@ -44,9 +44,8 @@ def make_flow_matching_step(
             return losses.mean(), losses
 
         (loss, losses), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
-        updated, norm = apply_gradients(state, gradients, optimizer)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        metrics = {"loss": loss, "grad_norm": norm, "skipped": (~finite).astype(jnp.float32), "samples/loss": losses}
-        return advance(land(finite, updated, state), ema, ~finite), metrics
+        state, norm, skipped = apply_if_finite(state, gradients, loss, optimizer)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped.astype(jnp.float32), "samples/loss": losses}
+        return advance(state, ema, skipped), metrics
 
     return jax.jit(step, donate_argnums=1, out_shardings=placed)

@@ -37,7 +37,7 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.performance.hlo import REDUCTIONS, Collective, collectives
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd_update import make_update
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.spec import Batch, Frozen, OPDSpec
 from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.worlds.world import World
 
