@@ -36,8 +36,9 @@ from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, position_table
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_tree
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.steps.opd.spec import Batch, Frozen
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import init_state
+from fopd_jax.worlds.prompt_stream import Batch
 
 LARGEST = {"depth": 4, "dual_layers": 2, "num_heads": 4, "head_dim": 32, "context_dim": 64, "pooled_dim": 64,
            "table_size": 8, "base_size": 8}  # fmt: skip

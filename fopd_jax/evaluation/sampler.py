@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import sample_final
+from fopd_jax.flow.schedule import make_levels
 from fopd_jax.flow.transition import Transition, standard_normal
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
 from fopd_jax.parallel.sharding import activation_rules, batch_sharding
@@ -71,7 +72,7 @@ def make_sampler(
         noise = standard_normal(keys, latent_shape)
         steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
         with activation_rules(mesh):
-            return sample_final(policy, transition, jnp.asarray(sigmas), noise, steps)
+            return sample_final(policy, transition, make_levels(sigmas), noise, steps)
 
     return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 

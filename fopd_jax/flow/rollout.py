@@ -1,4 +1,8 @@
-"""Trajectories: a sampler's steps in one `lax.scan`, with all random keys made up front."""
+"""Sampler steps in one `lax.scan`, with all random keys made up front: rollouts, and whatever else goes along them.
+
+`scan_steps` is the only loop over sampler steps; `sample` is what it does for everyone who samples, `watch` seeing each
+step. Gradients are never taken through the loop: who needs one takes it inside, in a `visit` of its own.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
+from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import Transition, at_least_float32, transition_step
 
 PolicyVelocity = Callable[[Array, Array], Array]
@@ -27,54 +32,134 @@ class Trajectory:
     log_probs: Any
 
 
+@struct.dataclass
+class Step:
+    """One turn of the loop: its level, its keys `[B]`, and its part of whatever else was stacked over steps."""
+
+    level: Level
+    keys: Any
+    inputs: Any
+
+
+@struct.dataclass
+class Seen:
+    """A step that was sampled: from `x` to `x_next [B, ...]`, with log-density `log_prob [B]`."""
+
+    level: Level
+    x: Any
+    x_next: Any
+    log_prob: Any
+    inputs: Any
+
+
+Watch = Callable[[Any, Seen], tuple[Any, Any]]
+"""`(memory, seen) -> (memory, what is kept of the step)`."""
+
+
+def scan_steps(
+    visit: Callable[[Any, Step], tuple[Any, Any]], carry: Any, levels: Level, keys: Any = None, inputs: Any = None
+) -> tuple[Any, Any]:
+    """The one loop over sampler steps: `visit(carry, step) -> (carry, kept)`; the last carry, and all kept, stacked.
+
+    `levels`, `keys [T, B]` and `inputs` are stacked over steps.
+    """
+    return jax.lax.scan(visit, carry, Step(levels, keys, inputs))
+
+
+def forget(memory: Any, seen: Seen) -> tuple[Any, None]:
+    """Watches without keeping anything."""
+    return memory, None
+
+
+def sample(
+    policy_velocity: PolicyVelocity,
+    transition: Transition,
+    levels: Level,
+    x: Float[Array, "b *shape"],
+    keys: Key[Array, "t b"],
+    watch: Watch = forget,
+    memory: Any = None,
+    inputs: Any = None,
+) -> tuple[Float[Array, "b *shape"], Any, Any]:
+    """Goes down `levels` from the state x: the last state, the last memory, and what `watch` kept, stacked over steps.
+
+    Raises ValueError where the numbers of steps disagree.
+    """
+    count = levels.sigma.shape[0]
+    if keys.shape[0] != count:
+        raise ValueError(f"keys: found {keys.shape[0]} steps, expected {count}, one fewer than sigmas")
+
+    def visit(carry: tuple[Array, Any], step: Step) -> tuple[tuple[Array, Any], Any]:
+        x, memory = carry
+        v = policy_velocity(x, step.level.sigma)
+        x_next, log_prob = draw(transition, step.level, x, v, step.keys)
+        memory, kept = watch(memory, Seen(step.level, x, x_next, log_prob, step.inputs))
+        return (x_next, memory), kept
+
+    (x, memory), kept = scan_steps(visit, (at_least_float32(x), memory), levels, keys, inputs)
+    return x, memory, kept
+
+
 def rollout(
     policy_velocity: PolicyVelocity,
     transition: Transition,
-    sigmas: Float[Array | np.ndarray, "t_plus_1"],
+    schedule: Level,
     noise: Float[Array, "b *shape"],
     keys: Key[Array, "t b"],
-    noisy: Bool[Array | np.ndarray, "t"] | None = None,
 ) -> Trajectory:
-    """Samples with `transition` from `noise` (the state at `sigmas[0]`) down to `sigmas[-1]`.
+    """Samples with `transition` from `noise`, the state at the schedule's first level, down to its last.
 
-    `keys` come from `sample_keys`; `noisy` limits the noise to a window of steps (see `noise_window`), the others being
-    ODE steps. Raises ValueError where the numbers of steps disagree.
+    `schedule` comes from `make_levels`, `keys` from `sample_keys`. Raises ValueError where the numbers of steps
+    disagree.
     """
-    num_steps = _check_steps(sigmas, keys, noisy)
-    sigmas = jnp.asarray(sigmas)
-    noisy = jnp.ones(num_steps, bool) if noisy is None else jnp.asarray(noisy)
-
-    def step(x, inputs):
-        sigma, sigma_next, step_keys, step_noisy = inputs
-        v = policy_velocity(x, sigma)
-        x_next, log_prob = transition_step(transition.windowed(step_noisy), x, v, sigma, sigma_next, step_keys)
-        return x_next, (x_next, log_prob)
-
     start = at_least_float32(noise)
-    _, (latents, log_probs) = jax.lax.scan(step, start, (sigmas[:-1], sigmas[1:], keys, noisy))
+    _, _, (latents, log_probs) = sample(
+        policy_velocity, transition, schedule, start, keys, lambda _, seen: (None, (seen.x_next, seen.log_prob))
+    )
     return Trajectory(latents=jnp.concatenate([start[None], latents]), log_probs=log_probs)
 
 
 def sample_final(
     policy_velocity: PolicyVelocity,
     transition: Transition,
-    sigmas: Float[Array | np.ndarray, "t_plus_1"],
+    schedule: Level,
     noise: Float[Array, "b *shape"],
     keys: Key[Array, "t b"],
 ) -> Float[Array, "b *shape"]:
-    """The final state of a sampler, for evaluation; no state on the way is kept. The ODE does not use its keys.
+    """The final state of a sampler; no state on the way is kept. The ODE does not use its keys.
 
     Raises ValueError where the numbers of steps disagree.
     """
-    _check_steps(sigmas, keys, None)
-    sigmas = jnp.asarray(sigmas)
+    return sample(policy_velocity, transition, schedule, noise, keys)[0]
 
-    def step(x, inputs):
-        sigma, sigma_next, step_keys = inputs
-        return transition_step(transition, x, policy_velocity(x, sigma), sigma, sigma_next, step_keys)[0], None
 
-    final, _ = jax.lax.scan(step, at_least_float32(noise), (sigmas[:-1], sigmas[1:], keys))
-    return final
+def draw(
+    transition: Transition,
+    level: Level,
+    x: Float[Array, "b *shape"],
+    v: Float[Array, "b *shape"],
+    keys: Key[Array, " b"],
+) -> tuple[Float[Array, "b *shape"], Float[Array, " b"]]:
+    """The next state, and its log-density (0 where there is none); noise only where the level has it."""
+    return transition_step(_at(transition, level), x, v, level.sigma, level.sigma_next, keys)
+
+
+def log_density(
+    transition: Transition,
+    level: Level,
+    x: Float[Array, "b *shape"],
+    v: Float[Array, "b *shape"],
+    x_next: Float[Array, "b *shape"],
+) -> Float[Array, " b"]:
+    """Log-density of a given next state under velocity v, mean over dimensions; zeros for a transition without one."""
+    transition = _at(transition, level)
+    if not transition.has_density:
+        return jnp.zeros(x.shape[0])
+    return transition.log_prob(x_next, *transition.moments(x, v, level.sigma, level.sigma_next))
+
+
+def _at(transition: Transition, level: Level) -> Transition:
+    return transition if level.noisy is None else transition.windowed(level.noisy)
 
 
 def sample_keys(rng: Key[Array, ""], num_steps: int, batch: int) -> Key[Array, "t b"]:
@@ -96,13 +181,3 @@ def noise_window(num_steps: int, start: int, stop: int) -> Bool[np.ndarray, "t"]
         raise ValueError(f"noise window: found [{start}, {stop}), expected 0 <= start < stop <= {num_steps}")
     steps = np.arange(num_steps)
     return (start <= steps) & (steps < stop)
-
-
-def _check_steps(sigmas, keys, noisy) -> int:
-    """The number of steps; ValueError where sigmas, keys and window do not agree on it."""
-    num_steps = sigmas.shape[0] - 1
-    if keys.shape[0] != num_steps:
-        raise ValueError(f"keys: found {keys.shape[0]} steps, expected {num_steps}, one fewer than sigmas")
-    if noisy is not None and noisy.shape[0] != num_steps:
-        raise ValueError(f"noisy: found {noisy.shape[0]} steps, expected {num_steps}, one fewer than sigmas")
-    return num_steps

@@ -3,10 +3,44 @@
 `sigma` is the time of the flow, `x_sigma = (1 - sigma)·x0 + sigma·noise`: 1 is noise, 0 is data.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from flax import struct
+from jaxtyping import Array, Bool, Float
 
 TRAINING_TIMESTEPS = 1000
+
+
+@struct.dataclass
+class Level:
+    """Where a sampler step goes from and to, 0-d each; of a schedule's steps stacked `[T]`, as a scan takes them.
+
+    `noisy`: whether the step draws noise; None where every step draws what its transition has.
+    """
+
+    sigma: Any  # float arrays; Any because tree operations put anything into a leaf
+    sigma_next: Any
+    noisy: Any = None
+
+
+def make_levels(
+    sigmas: Float[Array | np.ndarray, "t_plus_1"],
+    noisy: Bool[Array | np.ndarray, "t"] | None = None,
+    steps: tuple[int, int] | None = None,
+) -> Level:
+    """The steps `start <= t < stop` of a schedule (all by default), stacked.
+
+    `noisy` limits the noise to some steps of the schedule (see `flow.rollout.noise_window`), the others being ODE
+    steps. Raises ValueError where it has not one entry a step.
+    """
+    count = sigmas.shape[0] - 1
+    if noisy is not None and noisy.shape[0] != count:
+        raise ValueError(f"noisy: found {noisy.shape[0]} steps, expected {count}, one fewer than sigmas")
+    start, stop = steps or (0, count)
+    limited = None if noisy is None else jnp.asarray(noisy[start:stop])
+    return Level(jnp.asarray(sigmas[start:stop]), jnp.asarray(sigmas[start + 1 : stop + 1]), limited)
 
 
 def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Float[np.ndarray, "steps_plus_1"]:

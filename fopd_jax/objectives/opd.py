@@ -14,16 +14,36 @@ norms being means per dimension. `direct` is that loss. `clipped` wraps its firs
                text; kept to show that it does not learn
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from fopd_jax.config.schema import Objective
+from fopd_jax.flow.rollout import log_density
+from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import Transition
-from fopd_jax.flow.weighting import check_weighting
+from fopd_jax.flow.weighting import check_weighting, weight
 
 Samples = Float[Array, " b"]
+Totals = dict[str, Samples]
+TERMS = ("loss", "teacher_gap", "anchor_gap", "velocity_mse", "ratio", "clipped", "weight")
+"""Per-sample sums: the mean loss is `loss` by `weight`, each summed over samples; the rest are metrics, alike."""
 stop = jax.lax.stop_gradient
+
+
+@struct.dataclass
+class Targets:
+    """Velocities `[B, h, w, c]` to match at one state: the teachers', and the anchor's where β > 0.
+
+    `anchored [B]`: how often the anchor's count, where that is not once.
+    """
+
+    teacher: Any  # float arrays; Any because tree operations put anything into a leaf
+    anchor: Any = None
+    anchored: Any = None
 
 
 def check_objective(objective: Objective, transition: Transition) -> None:
@@ -75,3 +95,49 @@ def trains(objective: Objective, noisy: Array) -> Array:
     """1 where a step counts, else 0: noisy steps for the clipped objective, all for the direct one unless asked."""
     only_noisy = objective.name == "clipped" or objective.window_only
     return noisy.astype(jnp.float32) if only_noisy else jnp.ones((), jnp.float32)
+
+
+def timestep_terms(
+    objective: Objective,
+    transition: Transition,
+    level: Level,
+    v: Float[Array, "b *shape"],
+    targets: Targets,
+    x: Float[Array, "b *shape"],
+    x_next: Float[Array, "b *shape"],
+    log_prob: Samples,
+    log_prob_old: Samples,
+) -> Totals:
+    """`TERMS` of one timestep, one value per sample, for the student's velocity v at x and the step drawn there.
+
+    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it.
+    """
+    w = weight(objective.weighting, transition, level.sigma, level.sigma_next)
+    counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
+    direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
+    log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
+    loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher)
+    ratio = jnp.exp(log_prob - log_prob_old)
+    terms = direct | {
+        "loss": loss + objective.mar_beta * direct["anchor_gap"],
+        "ratio": ratio,
+        "clipped": (jnp.abs(ratio - 1) > objective.clip).astype(jnp.float32),
+    }
+    return {name: value * counts for name, value in terms.items()}
+
+
+def direct_terms(objective: Objective, v: Float[Array, "b *shape"], targets: Targets, w: Samples) -> Totals:
+    """`TERMS` of the direct objective at one state a sample, each counting w."""
+    gap = divergence(v, targets.teacher, w)
+    drift = jnp.zeros_like(gap)
+    if targets.anchor is not None:
+        drift = divergence(v, targets.anchor, w if targets.anchored is None else w * targets.anchored)
+    return {
+        "loss": gap + objective.mar_beta * drift,
+        "teacher_gap": gap,
+        "anchor_gap": drift,
+        "velocity_mse": divergence(v, targets.teacher, jnp.ones_like(w)),
+        "ratio": jnp.ones_like(gap),
+        "clipped": jnp.zeros_like(gap),
+        "weight": jnp.ones_like(gap),
+    }

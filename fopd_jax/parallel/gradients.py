@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fopd_jax.config.schema import REDUCTIONS
+from fopd_jax.config.schema import REDUCTIONS, MeshShape
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import BATCH_AXES, AnyMesh, activation_rules
 
 Tree = Any
@@ -86,3 +87,8 @@ class GradientGroups:
         if self.mesh.size == 1:  # nothing to say, and states without a mesh stay without one
             return leaf
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+
+def on_one_device() -> GradientGroups:
+    """One group, on this process's first device."""
+    return GradientGroups(make_mesh(MeshShape(), jax.devices()[:1]), (), P())

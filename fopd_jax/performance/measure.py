@@ -9,7 +9,7 @@ import numpy as np
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import Compiled, compile_twice, empty_cache
 from fopd_jax.performance.host import available_memory
-from fopd_jax.performance.phases import Arguments, Phase, phases, time_programs
+from fopd_jax.performance.phases import Arguments, Phase, phases, programs, time_programs
 from fopd_jax.performance.problem import Fields, Problem
 from fopd_jax.performance.timing import MatmulPeak, Timing, time_calls
 from fopd_jax.performance.topology import GIB, find_chip
@@ -98,9 +98,10 @@ def _run(problem: Problem, matmul: MatmulPeak, options: Options) -> Fields:
 
 
 def _phases(problem: Problem, arguments: Arguments, whole: Timing, matmul: MatmulPeak, steps: int) -> Fields:
-    pieces = problem.update.pieces
-    timings = time_programs(pieces, problem.update.arguments, arguments, steps)
-    found = phases(pieces, timings, whole, problem.flops)
+    update = problem.update
+    ablations = programs(update.pieces, update.optimizer, update.ema)
+    timings = time_programs(ablations, update.arguments, arguments, steps)
+    found = phases(update.pieces, timings, whole, problem.flops)
     return {
         "phases": [_phase_fields(each, problem.mesh.size, whole, matmul) for each in found],
         "programs": {name: dataclasses.asdict(each) for name, each in timings.items()},

@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 
+from fopd_jax.config.schema import EMA
 from fopd_jax.performance.flops import Update
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.spec import Batch, Frozen
-from fopd_jax.steps.opd.step import OPDStep
+from fopd_jax.steps.opd.pieces import Pieces
+from fopd_jax.steps.opd.spec import Frozen
+from fopd_jax.worlds.prompt_stream import Batch
 
 Fields = dict[str, Any]
 
@@ -17,13 +20,15 @@ Fields = dict[str, Any]
 class AbstractUpdate:
     """`step.lower(*arguments)` compiles it: `arguments` are `(frozen, state, batch)` as shapes with shardings.
 
-    `model`: the network. `pieces`: what the step is made of.
+    `model`: the network. `pieces`, `optimizer`, `ema`: what the step is made of.
     """
 
     step: Any
     arguments: tuple[Frozen, Tree, Batch]
     model: Any
-    pieces: OPDStep
+    pieces: Pieces
+    optimizer: optax.GradientTransformation
+    ema: EMA
 
 
 @dataclasses.dataclass(frozen=True)

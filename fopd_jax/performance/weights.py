@@ -12,8 +12,9 @@ import numpy as np
 
 from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.spec import Batch, Frozen
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
+from fopd_jax.worlds.prompt_stream import Batch
 
 
 def random_tree(shapes: Tree, seed: int) -> Tree:

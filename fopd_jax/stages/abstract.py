@@ -25,9 +25,10 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import choose_attention
 from fopd_jax.stages.trained import place
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
+from fopd_jax.worlds.prompt_stream import Batch
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -46,7 +47,9 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     frozen = Frozen(abstract_base(boxed, dtype, mesh), _bank(config, boxed, spec, mesh), null)
-    return AbstractUpdate(update.step, (frozen, update.state, batch), model, update.pieces)
+    return AbstractUpdate(
+        update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
+    )
 
 
 def _bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> Tree:

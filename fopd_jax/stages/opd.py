@@ -14,6 +14,7 @@ from fopd_jax.evaluation.report import SAMPLES_FILE, Model, write_report
 from fopd_jax.evaluation.score import evaluate, means
 from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
+from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.stage import Metrics, Progress
@@ -21,10 +22,10 @@ from fopd_jax.stages import teachers
 from fopd_jax.stages.export import export, exports
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
-from fopd_jax.steps.opd.step import Batch, Frozen
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
-from fopd_jax.worlds.prompt_stream import PromptStream
+from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 
 
 class OPD:
@@ -38,9 +39,11 @@ class OPD:
         boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
         self.update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
         sharding = batch_sharding(pipeline.mesh)
+        taught = {name: task.guidance for name, task in config.tasks.items() if task.teacher}
+        routes = RoutingTable.of_tasks(taught, config.anchor.guidance).routes
         prompts = PromptStream(
-            pipeline.world, config.tasks, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
-            seed=config.seed, rows=rows_of(sharding, config.batch_size),
+            pipeline.world, config.tasks, routes, batch_size=config.batch_size,
+            images_per_prompt=config.images_per_prompt, seed=config.seed, rows=rows_of(sharding, config.batch_size),
         )  # fmt: skip
         found = teachers.sources(config)
         teachers.check_start(config, found)

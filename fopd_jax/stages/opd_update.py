@@ -1,14 +1,13 @@
 """From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import optax
 
 from fopd_jax.backbones.registry import find_preset
-from fopd_jax.config.schema import OPD
+from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -16,7 +15,9 @@ from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replica
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.trained import Trained, make_trained
-from fopd_jax.steps.opd.step import Batch, Frozen, Metrics, OPDSpec, OPDStep
+from fopd_jax.steps.opd.pieces import Pieces
+from fopd_jax.steps.opd.spec import OPDSpec
+from fopd_jax.steps.opd.step import OPDStep, make_step
 from fopd_jax.steps.state import TrainState
 
 
@@ -24,12 +25,14 @@ from fopd_jax.steps.state import TrainState
 class OPDUpdate:
     """The update of a config on a mesh: `step(frozen, state, batch)`, jitted, its state donated.
 
-    `trained`: what its state holds, and where. `pieces`: what the step is made of.
+    `trained`: what its state holds, and where. `pieces`, `optimizer`, `ema`: what the step is made of.
     """
 
-    step: Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]
+    step: OPDStep
     trained: Trained
-    pieces: OPDStep
+    pieces: Pieces
+    optimizer: optax.GradientTransformation
+    ema: EMA
 
     @property
     def state(self) -> TrainState:
@@ -53,8 +56,9 @@ def make_update(
             f"anchor.every: found {spec.anchor_every}, expected a divisor of the {samples} samples a device"
         )
     trained = make_trained(config, model, boxed, optimizer, mesh)
-    pieces = OPDStep(spec, make_velocity(model), optimizer, config.ema, trained.student, trained.groups)
-    return OPDUpdate(pieces.make((trained.places, replicated(mesh))), trained, pieces)
+    pieces = Pieces(spec, make_velocity(model), trained.student, trained.groups)
+    step = make_step(pieces, optimizer, config.ema, (trained.places, replicated(mesh)))
+    return OPDUpdate(step, trained, pieces, optimizer, config.ema)
 
 
 def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
@@ -91,7 +95,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
         timesteps=trained,
         only_sampled=stop - trained,
         guided_student=spec.guidance != 1,
-        guided_teachers=any(scale != 1 for scale in spec.teacher_guidance),
+        guided_teachers=spec.table.guided,
         teacher_forwards=(len(spec.teachers) if spec.whole_teachers else 1)
         + (spec.objective.mar_beta > 0) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,

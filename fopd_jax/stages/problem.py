@@ -55,7 +55,7 @@ def _about(config: OPD, update: AbstractUpdate, mesh: Mesh) -> Fields:
         "remat": config.run.remat,
         "trained": config.trained,
         "teachers": len(spec.teachers),
-        "anchor": update.pieces.anchored,
+        "anchor": spec.anchored,
         "guidance": spec.guidance,
         "batch_size": config.batch_size,
         "trained_timesteps": 1 if spec.one_timestep else spec.window[1] - spec.window[0],

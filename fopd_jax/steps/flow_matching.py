@@ -13,7 +13,7 @@ from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity
-from fopd_jax.steps.state import TrainState, advance, apply_gradients, land
+from fopd_jax.steps.state import TrainState, advance, apply_if_finite
 from fopd_jax.steps.student import Student
 
 
@@ -53,9 +53,8 @@ def make_flow_matching_step(
         with activation_rules(groups.mesh), jax.named_scope("flow_matching"):
             sums, losses = gradient(frozen, state, batch)
         loss, gradients = losses.mean(), jax.tree.map(lambda g: g / losses.size, groups.total(sums))
-        updated, norm = apply_gradients(state, gradients, optimizer)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        metrics = {"loss": loss, "grad_norm": norm, "skipped": (~finite).astype(jnp.float32), "samples/loss": losses}
-        return advance(land(finite, updated, state), ema, ~finite), metrics
+        state, norm, skipped = apply_if_finite(state, gradients, loss, optimizer)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped.astype(jnp.float32), "samples/loss": losses}
+        return advance(state, ema, skipped), metrics
 
     return jax.jit(step, donate_argnums=1, out_shardings=placed)

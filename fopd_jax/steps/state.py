@@ -74,6 +74,15 @@ def apply_gradients(
     return dataclasses.replace(state, trained=trained, opt_state=opt_state), optax.tree.norm(gradients)
 
 
+def apply_if_finite(
+    state: TrainState, gradients: Tree, loss: jax.Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """One optimizer update, unless loss or gradient is not finite; the gradient's norm, and whether it was left out."""
+    updated, norm = apply_gradients(state, gradients, optimizer)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    return land(finite, updated, state), norm, ~finite
+
+
 def land(finite: jax.Array, updated: TrainState, before: TrainState) -> TrainState:
     """The update where it is `finite`, bit by bit the state before it elsewhere."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)

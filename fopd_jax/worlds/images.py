@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.conditioning.encoder import Conditioning, TokenIds
 from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import barrier, is_main, total
 from fopd_jax.tasks.task import Task
@@ -100,7 +100,7 @@ class CaptionedImages:
         self,
         draws: Draws,
         side: int,
-        encode: Callable[[Sequence[str]], Conditioning],
+        encode: Callable[[Sequence[str]], Conditioning | TokenIds],
         encode_images: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> None:
         self._draws, self._side = draws, side

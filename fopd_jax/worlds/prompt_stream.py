@@ -1,15 +1,27 @@
 """Training prompts, drawn by the step alone."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 from jaxtyping import Int
 
 from fopd_jax.config.schema import RoutedTask
-from fopd_jax.steps.opd.step import Batch
-from fopd_jax.worlds.world import World, routes, select_tasks
+from fopd_jax.worlds.world import World, select_tasks
+
+Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
+"""`(tasks, prompts) -> each prompt's teacher`; raises ValueError where a task has none (see `policy.panel`)."""
+
+
+@struct.dataclass
+class Batch:
+    """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices."""
+
+    conditioning: Any  # Conditioning, once embedded
+    route: Any
 
 
 class PromptStream:
@@ -25,6 +37,7 @@ class PromptStream:
         self,
         world: World,
         tasks: Mapping[str, RoutedTask],
+        routes: Routes,
         *,
         batch_size: int,
         images_per_prompt: int,
@@ -32,14 +45,13 @@ class PromptStream:
         rows: Int[np.ndarray, " n"] | None = None,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
-        taught = [name for name in self.tasks if tasks[name].teacher]
         for task in self.tasks.values():
-            routes([task.name] * len(task.train), task.train, taught)
+            routes([task.name] * len(task.train), task.train)
         if batch_size % images_per_prompt:
             raise ValueError(
                 f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
-        self.encode, self.seed = world.encode, seed
+        self.encode, self.routes, self.seed = world.encode, routes, seed
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
         rows = np.arange(batch_size) if rows is None else rows
         self.drawn, self.repeat = np.unique(rows // images_per_prompt, return_inverse=True)
@@ -66,5 +78,5 @@ class PromptStream:
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
         tasks, prompts = ([drawn[i] for i in self.drawn] for drawn in self.draw(step))
-        route = routes(tasks, prompts, tuple(self.tasks))
-        return jax.tree.map(lambda leaf: leaf[self.repeat], Batch(self.encode(prompts), route))
+        batch = Batch(self.encode(prompts), self.routes(tasks, prompts))
+        return jax.tree.map(lambda leaf: leaf[self.repeat], batch)

@@ -88,16 +88,3 @@ def select_tasks(world: World, names: Sequence[str]) -> dict[str, Task]:
         if name not in world.tasks:
             raise ValueError(f"tasks: found {name!r}, expected some of {tuple(world.tasks)}")
     return {name: world.tasks[name] for name in names}
-
-
-def routes(tasks: Sequence[str], prompts: Sequence[str], teachers: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """Hard routing T(c) = k: each prompt's index into the teachers (one per task), by its task.
-
-    Raises:
-      ValueError: a prompt's task has no teacher; names prompt, task and the teachers there are.
-    """
-    index = {name: i for i, name in enumerate(teachers)}
-    for task, prompt in zip(tasks, prompts, strict=True):
-        if task not in index:
-            raise ValueError(f"prompt {prompt!r}: its task {task!r} has no teacher; teachers: {tuple(teachers)}")
-    return np.asarray([index[task] for task in tasks], np.int32)

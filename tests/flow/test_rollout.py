@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fopd_jax.flow.rollout import Trajectory, noise_window, rollout, sample_final, sample_keys
-from fopd_jax.flow.schedule import flow_match_sigmas
+from fopd_jax.flow.rollout import (
+    Trajectory,
+    draw,
+    log_density,
+    noise_window,
+    rollout,
+    sample,
+    sample_final,
+    sample_keys,
+)
+from fopd_jax.flow.schedule import flow_match_sigmas, make_levels
 from fopd_jax.flow.transition import CPS, ODE, SDE
 
 STEPS, BATCH, SHAPE = 5, 3, (3, 3, 2)
@@ -21,12 +30,12 @@ def policy(x, sigma):
 @jax.jit
 def run(transition, noise, keys, noisy):
     """Compiled once per kind of transition for all tests here."""
-    return rollout(policy, transition, SIGMAS, noise, keys, noisy)
+    return rollout(policy, transition, make_levels(SIGMAS, noisy), noise, keys)
 
 
 @jax.jit
 def final(transition, noise, keys):
-    return sample_final(policy, transition, SIGMAS, noise, keys)
+    return sample_final(policy, transition, make_levels(SIGMAS), noise, keys)
 
 
 ALWAYS, NEVER = np.ones(STEPS, bool), np.zeros(STEPS, bool)
@@ -112,14 +121,17 @@ def test_a_rollout_is_traced_once(noise, keys):
         traces.append(x.shape)
         return policy(x, sigma)
 
-    counted = jax.jit(lambda transition, *inputs: rollout(counting, transition, SIGMAS, *inputs))
+    def counted_rollout(transition, noise, keys, noisy):
+        return rollout(counting, transition, make_levels(SIGMAS, noisy), noise, keys)
+
+    counted = jax.jit(counted_rollout)
     counted(SDE(0.7), noise, keys, noise_window(STEPS, 0, 2))
     counted(SDE(0.3), noise + 1, keys, noise_window(STEPS, 1, 4))
     assert len(traces) == 1
 
 
 def test_without_a_window_every_step_is_noisy(noise, keys):
-    found, expected = rollout(policy, CPS(0.7), SIGMAS, noise, keys), run(CPS(0.7), noise, keys, ALWAYS)
+    found, expected = rollout(policy, CPS(0.7), make_levels(SIGMAS), noise, keys), run(CPS(0.7), noise, keys, ALWAYS)
     np.testing.assert_allclose(found.latents, expected.latents, rtol=0, atol=ATOL)
 
 
@@ -141,8 +153,8 @@ def test_a_constant_velocity_is_followed_exactly(noise):
     """Straight paths need no steps: with v = noise - data the ODE reaches the data from anywhere."""
     data = jnp.ones_like(noise)
     for num_steps in (1, 7):
-        steps = sample_keys(jax.random.key(0), num_steps, BATCH)
-        found = sample_final(lambda x, sigma: noise - data, ODE(), flow_match_sigmas(num_steps), noise, steps)
+        steps, levels = sample_keys(jax.random.key(0), num_steps, BATCH), make_levels(flow_match_sigmas(num_steps))
+        found = sample_final(lambda x, sigma: noise - data, ODE(), levels, noise, steps)
         np.testing.assert_allclose(found, data, rtol=0, atol=ATOL)
 
 
@@ -150,7 +162,7 @@ def test_states_are_float32_under_a_half_precision_policy(noise, keys):
     def half(x, sigma):
         return policy(x.astype(jnp.bfloat16), sigma.astype(jnp.bfloat16))
 
-    found = rollout(half, SDE(0.7), SIGMAS, noise.astype(jnp.bfloat16), keys)
+    found = rollout(half, SDE(0.7), make_levels(SIGMAS), noise.astype(jnp.bfloat16), keys)
     assert found.latents.dtype == found.log_probs.dtype == jnp.float32
 
 
@@ -172,8 +184,46 @@ def test_a_window_outside_the_schedule_is_refused(start, stop):
 
 def test_disagreeing_numbers_of_steps_are_refused(noise, keys):
     with pytest.raises(ValueError, match=r"keys: found 5 steps, expected 6"):
-        rollout(policy, SDE(), flow_match_sigmas(6), noise, keys)
+        rollout(policy, SDE(), make_levels(flow_match_sigmas(6)), noise, keys)
     with pytest.raises(ValueError, match=r"keys: found 5 steps, expected 6"):
-        sample_final(policy, SDE(), flow_match_sigmas(6), noise, keys)
+        sample_final(policy, SDE(), make_levels(flow_match_sigmas(6)), noise, keys)
     with pytest.raises((ValueError, TypeError), match="noisy"):  # whichever of shape annotation and check comes first
-        rollout(policy, SDE(), SIGMAS, noise, keys, np.ones(4, bool))
+        make_levels(SIGMAS, np.ones(4, bool))
+
+
+def test_a_rollout_in_two_parts_is_the_whole(noise, keys):
+    noisy = noise_window(STEPS, 1, 3)
+    whole = run(SDE(0.7), noise, keys, noisy)
+    first, rest = make_levels(SIGMAS, noisy, (0, 2)), make_levels(SIGMAS, noisy, (2, STEPS))
+    x, _, _ = sample(policy, SDE(0.7), first, noise, keys[:2])
+    np.testing.assert_allclose(x, whole.latents[2], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(sample_final(policy, SDE(0.7), rest, x, keys[2:]), whole.latents[-1], rtol=0, atol=ATOL)
+
+
+def test_who_watches_sees_every_step_with_its_inputs(noise, keys):
+    """Memory goes along, what is kept is stacked: here the state at one step a sample, and each step's distance."""
+    chosen = jnp.array([3, 0, 4])
+
+    def watch(held, seen):
+        here = (chosen == seen.inputs)[:, None, None, None]
+        return jnp.where(here, seen.x, held), (seen.level.sigma - seen.level.sigma_next, seen.x_next, seen.log_prob)
+
+    x, held, (steps, latents, log_probs) = sample(
+        policy, SDE(0.7), make_levels(SIGMAS), noise, keys, watch, jnp.zeros_like(noise), jnp.arange(STEPS)
+    )
+    whole = run(SDE(0.7), noise, keys, ALWAYS)
+    np.testing.assert_allclose(held, [whole.latents[t, i] for i, t in enumerate(chosen)], rtol=0, atol=ATOL)
+    np.testing.assert_array_equal(steps, SIGMAS[:-1] - SIGMAS[1:])
+    np.testing.assert_allclose(latents, whole.latents[1:], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(log_probs, whole.log_probs, rtol=0, atol=ATOL)
+    np.testing.assert_array_equal(x, latents[-1])
+
+
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7), ODE()])
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_drawn_step_has_the_density_it_was_drawn_with(transition, noisy, noise, keys):
+    level = jax.tree.map(lambda leaf: leaf[1], make_levels(SIGMAS, np.full(STEPS, noisy)))
+    v = policy(noise, level.sigma)
+    x_next, log_prob = draw(transition, level, noise, v, keys[1])
+    np.testing.assert_allclose(log_density(transition, level, noise, v, x_next), log_prob, rtol=0, atol=ATOL)
+    assert bool(np.any(log_prob)) == (noisy and transition.has_density)

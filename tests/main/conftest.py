@@ -15,7 +15,7 @@ from fopd_jax.evaluation import sampler
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
-from fopd_jax.steps.opd.step import OPDStep
+from fopd_jax.steps.opd import step as opd_step
 from fopd_jax.worlds.miniature.world import make_world
 from tests.configs import load
 from tests.main.experiment import RANK, Program, experts, noisy, tiny_overrides
@@ -69,6 +69,6 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     def traced(*args: Any) -> None:
         raise AssertionError("traced before the input was checked")
 
-    monkeypatch.setattr(OPDStep, "fused", traced)
-    monkeypatch.setattr(OPDStep, "replay", traced)
+    monkeypatch.setattr(opd_step, "fused", traced)
+    monkeypatch.setattr(opd_step, "replay", traced)
     monkeypatch.setattr(sampler, "sample_final", traced)

@@ -28,9 +28,12 @@ from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import AXES, make_mesh
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from fopd_jax.policy.velocity import make_velocity
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
+from fopd_jax.steps.opd.pieces import Pieces
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
+from fopd_jax.steps.opd.step import make_step
 from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import World
 
 TINY = MMDiTConfig(
@@ -78,7 +81,7 @@ def _train(mesh: Mesh, folder: Path) -> Found:
         (2.0, 2.0, 2.0),
     )  # fmt: skip
     groups = GradientGroups(mesh, ("data", "fsdp"), P())
-    step = OPDStep(spec, make_velocity(model), optimizer, EMA(), groups=groups).make(everywhere)
+    step = make_step(Pieces(spec, make_velocity(model), groups=groups), optimizer, EMA(), everywhere)
     state, losses = distributed.put_replicated(init_state(_random(5, shapes), optimizer, 0), everywhere), []
     rows = distributed.rows_of(sharding, BATCH)
     for index in range(UPDATES):

@@ -37,8 +37,9 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.performance.hlo import REDUCTIONS, Collective, collectives
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd_update import make_update
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import init_state, make_optimizer
+from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import World
 
 TINY = MMDiTConfig(

@@ -125,14 +125,25 @@ def test_replay_has_phases_of_its_own():
         (phases.UPDATE, 1.0), ("not attributed", 1.0),
     ]  # fmt: skip
     assert sum(each.flops for each in found) == problem.flops.model
-    shapes = jax.eval_shape(phases.programs(pieces)["gradients"], *problem.update.arguments)
+    shapes = jax.eval_shape(_ablations(problem)["gradients"], *problem.update.arguments)
     assert shapes[1]["loss"].shape == (2,)
+
+
+def _ablations(problem: Problem) -> dict[str, Any]:
+    update = problem.update
+    return phases.programs(update.pieces, update.optimizer, update.ema)
+
+
+def test_one_timestep_has_no_phases(mesh: Mesh):
+    problem = make_problem(tiny_config(one_timestep=True, **{"objective.name": "direct"}), mesh)
+    with pytest.raises(ValueError, match=r"^phases: one_timestep trains after its rollout"):
+        _ablations(problem)
 
 
 def test_each_program_does_more_than_the_one_before(mesh: Mesh):
     """By the matrix products that XLA counts (a scan's body once)."""
     problem = make_problem(tiny_config(), mesh)
-    programs = phases.programs(problem.update.pieces)
+    programs = _ablations(problem)
     counts = [
         jax.jit(programs[name]).lower(*problem.update.arguments).cost_analysis()["flops"]
         for name in ("rollout", "teachers", "anchor", "gradients")

@@ -1,5 +1,6 @@
 """What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd import OPD
+from fopd_jax.steps.opd.targets import ask
 from tests.configs import load, prepare
 
 SIDE, WEIGHTS = (24, 24, 3), {"composition": 0.25, "text": 0.5, "quality": 0.25}  # in the order of the bank
@@ -123,11 +125,11 @@ def test_without_a_cold_start_the_base_is_the_start(kind: str, weights: Path, tm
 def test_networks_teach_as_routed(weights: Path, tmp_path: Path):
     """Targets equal each network's own velocity, sample by sample."""
     stage = _stage(_config(weights, "network", "params"), tmp_path)
-    step, rng = stage.update.pieces, np.random.default_rng(0)
+    pieces, rng = stage.update.pieces, np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, *SIDE)), jnp.float32)
     batch = jax.tree.map(jnp.asarray, stage.prompts.batch(0))
-    level = jax.tree.map(lambda leaf: leaf[1], step.levels)
-    found = jax.jit(step.targets)(stage.frozen, batch, x, level)
+    level = jax.tree.map(lambda leaf: leaf[1], pieces.spec.levels(0, 2))
+    found = jax.jit(partial(ask, pieces))(stage.frozen, batch, x, level)
     velocity = jax.jit(make_velocity(MMDiT(PRESETS["miniature"])))
     by_name = {
         name: velocity(load_tree(weights / f"{name}.network")[0], {}, x, level.sigma, batch.conditioning)

@@ -11,6 +11,7 @@ import pytest
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import OPD, RoutedTask
+from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
@@ -34,9 +35,10 @@ def _stream(world: World, rows: Any = None, **changes: Any) -> PromptStream:
     tasks = {name: RoutedTask(f"teachers/{name}", weight=weight) for name, weight in shares}
     config = OPD(seed=0, batch_size=12, images_per_prompt=2, tasks=tasks)
     assign(config, changes)
+    table = RoutingTable.of_tasks({name: 1.0 for name, task in tasks.items() if task.teacher}, None)
     return PromptStream(
-        world, config.tasks, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows,
+        world, config.tasks, table.routes, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
+        seed=config.seed, rows=rows,
     )  # fmt: skip
 
 
@@ -108,4 +110,4 @@ def test_what_cannot_be_drawn_is_named(changes: dict[str, Any], message: str):
 def test_a_task_that_the_world_lacks_is_named():
     tasks = {"aesthetics": RoutedTask("teachers/aesthetics")}
     with pytest.raises(ValueError, match="tasks: found 'aesthetics', expected some of"):
-        PromptStream(_world(), tasks, batch_size=2, images_per_prompt=1, seed=0)
+        PromptStream(_world(), tasks, RoutingTable.of_tasks({}, None).routes, batch_size=2, images_per_prompt=1, seed=0)

@@ -9,9 +9,11 @@ from flax import struct
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Objective
+from fopd_jax.flow.schedule import Level, make_levels
 from fopd_jax.flow.transition import Transition
 from fopd_jax.flow.weighting import weight
 from fopd_jax.objectives.opd import check_objective, trains
+from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 
 
@@ -25,14 +27,6 @@ class Frozen:
     variables: Tree
     bank: Tree
     null: Conditioning
-
-
-@struct.dataclass
-class Batch:
-    """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices."""
-
-    conditioning: Any  # Conditioning, once embedded
-    route: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +104,27 @@ class OPDSpec:
         """The trained timesteps; the last of a schedule never is."""
         return self.trained or (0, len(self.sigmas) - 2)
 
+    @property
+    def anchored(self) -> bool:
+        """Whether the anchor is asked: where it has a weight."""
+        return self.objective.mar_beta > 0
+
+    @property
+    def replays(self) -> bool:
+        """Whether the rollout is stored and gone through again."""
+        return self.updates_per_rollout > 1 or self.minibatches > 1
+
+    @property
+    def table(self) -> RoutingTable:
+        """Who teaches what."""
+        *scales, anchor = self.teacher_guidance
+        teachers = dict(zip(self.teachers, scales, strict=True))
+        return RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
+
+    def levels(self, start: int, stop: int) -> Level:
+        """Those of the schedule's steps `start <= t < stop`, stacked."""
+        return make_levels(self.sigmas, self.noisy, (start, stop))
+
     def shares(self) -> tuple[np.ndarray, float]:
         """Share of each trained timestep in the loss `[T]`, and its timesteps' mean weight."""
         start, stop = self.window
@@ -121,31 +136,13 @@ class OPDSpec:
 
 
 @struct.dataclass
-class Level:
-    """One timestep's scalars (stacked over timesteps as scan inputs)."""
-
-    sigma: Any
-    sigma_next: Any
-    noisy: Any
-
-
-@struct.dataclass
-class Targets:
-    """Velocities to match at one state: the routed teachers', and the anchor's where β > 0.
-
-    `anchored [B]`: how often the anchor's count, where that is not once.
-    """
-
-    teacher: Any
-    anchor: Any = None
-    anchored: Any = None
-
-
-@struct.dataclass
 class Stored:
-    """What replay needs of each step of a rollout, all `[T, B, …]`."""
+    """A rollout's trained steps: from x to x_next `[T, B, h, w, c]`, drawn with log-density `log_prob [T, B]`.
+
+    `targets`: what teachers and anchor say at x, stacked likewise; None: not asked yet.
+    """
 
     x: Any
     x_next: Any
     log_prob: Any
-    targets: Targets
+    targets: Any = None  # `Targets`

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from fopd_jax.adapters.lora import Adapter, init_adapter, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import EMA, LoRAConfig, Objective
+from fopd_jax.config.schema import LoRAConfig, Objective
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import SDE, standard_normal
@@ -28,8 +28,12 @@ from fopd_jax.interop.sd3.diffusers import module_names, transformer_from_diffus
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig, convert_layers
 from fopd_jax.policy.velocity import make_velocity
-from fopd_jax.steps.opd.step import Batch, Frozen, OPDSpec, OPDStep
+from fopd_jax.steps.opd.fused import fused_gradients
+from fopd_jax.steps.opd.pieces import Pieces, start
+from fopd_jax.steps.opd.replay import collect, replayed_gradients
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import TrainState, init_state
+from fopd_jax.worlds.prompt_stream import Batch
 
 TOLERANCE, BETWEEN_FORMS, VISIBLE = 1e-4, 1e-5, 1e-3
 CONFIG = MMDiTConfig(
@@ -90,22 +94,22 @@ def prompts(seed: int, batch: int) -> Conditioning:
     return Conditioning(jnp.asarray(normal(seed, batch, TEXT, 6)), jnp.asarray(normal(seed + 1, batch, 5)))
 
 
-def our_inputs(step: OPDStep) -> tuple[Frozen, TrainState, Batch]:
+def our_inputs() -> tuple[Frozen, TrainState, Batch]:
     bank = stack_bank({name: adapter(seed) for name, seed in BANK.items()})
     frozen = Frozen(our_variables(), bank, prompts(902, 1))
-    return frozen, init_state(adapter(1), step.optimizer, 11), Batch(prompts(900, BATCH), jnp.asarray(ROUTE))
+    return frozen, init_state(adapter(1), optax.sgd(0.0), 11), Batch(prompts(900, BATCH), jnp.asarray(ROUTE))
 
 
-def make_step(objective: Objective, noisy: np.ndarray) -> OPDStep:
+def make_pieces(objective: Objective, noisy: np.ndarray) -> Pieces:
     spec = OPDSpec(objective, SDE(A), SIGMAS, noisy, SHAPE, TEACHERS, GUIDANCE, TEACHER_GUIDANCE)
     spec.check(BATCH)
-    return OPDStep(spec, make_velocity(MMDiT(CONFIG)), optax.sgd(0.0), EMA())
+    return Pieces(spec, make_velocity(MMDiT(CONFIG)))
 
 
-def drawn_noise(step: OPDStep) -> tuple[np.ndarray, list[np.ndarray]]:
+def drawn_noise(pieces: Pieces) -> tuple[np.ndarray, list[np.ndarray]]:
     """The start and the noise of every step, as the rollout draws them."""
-    _, state, batch = our_inputs(step)
-    x, keys = step.start(state, batch)
+    _, state, _ = our_inputs()
+    x, keys = start(pieces.spec, state, BATCH)
     return np.asarray(x), [np.asarray(standard_normal(each, SHAPE)) for each in keys]
 
 
@@ -284,16 +288,19 @@ def check_loss(label: str, totals: dict[str, jax.Array], expected: float) -> Non
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
-def our_gradients(step: OPDStep, forms: tuple[str, ...], moved: Adapter) -> dict[str, tuple[Adapter, Any]]:
+def our_gradients(pieces: Pieces, forms: tuple[str, ...], moved: Adapter) -> dict[str, tuple[Adapter, Any]]:
     """Gradients and totals: at the rollout's own parameters (by either form), and replayed at others."""
-    frozen, state, batch = our_inputs(step)
-    quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    frozen, state, batch = our_inputs()
+
+    def quick(function: Any) -> Any:
+        return jax.jit(functools.partial(function, pieces), compiler_options=QUICK_COMPILE)
+
     found = {}
     if "fused" in forms:
-        found["fused"] = quick(step.fused_gradients)(frozen, state, batch)
+        found["fused"] = quick(fused_gradients)(frozen, state, batch)
     if "replayed" in forms:
-        stored = quick(step.collect)(frozen, state, batch)
-        replay = quick(step.replayed_gradients)
+        stored = quick(collect)(frozen, state, batch)
+        replay = quick(replayed_gradients)
         found["replayed"] = replay(frozen, state.trained, batch, stored)
         found["off policy"] = replay(frozen, moved, batch, stored)
     return found
@@ -302,10 +309,10 @@ def our_gradients(step: OPDStep, forms: tuple[str, ...], moved: Adapter) -> dict
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_are_pytorchs(case: str) -> None:
     objective, noisy, forms = CASES[case]
-    step = make_step(objective, noisy)
+    pieces = make_pieces(objective, noisy)
     moved = jax.tree.map(lambda leaf: leaf + 0.02 * jnp.asarray(normal(leaf.size, *leaf.shape)), adapter(1))
-    found = our_gradients(step, forms, moved)
-    visits = torch_rollout(noisy, *drawn_noise(step))
+    found = our_gradients(pieces, forms, moved)
+    visits = torch_rollout(noisy, *drawn_noise(pieces))
     for form, (gradients, totals) in found.items():
         weights = (moved if form == "off policy" else adapter(1)).weights
         loss, expected = torch_loss_and_gradient(objective, visits, weights)

@@ -1,0 +1,269 @@
+"""Who is asked for velocities, about which samples, and how the answers are summed.
+
+A *question* about a sample is a bank entry and a coefficient; a *target* is the sum of the answers to a sample's m
+questions. Hard routing is one question of coefficient 1; soft routing asks K teachers, `v = Σ α_k·v_k`; extrapolation
+asks the teacher with 1 + λ and the base with -λ, `v = v_k + λ·(v_k - v_base)`; the anchor is a second target. A panel
+answers all questions at once. Entries of the bank are adapters on one network, or whole networks.
+
+Rows stay on the devices that hold them: joining sharded batches end to end would cost an all-to-all at every timestep,
+so the rows of all questions are interleaved, sample by sample, and samples are picked by selection, not by gathering.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+
+
+@struct.dataclass
+class Questions:
+    """What makes up one target: of each of n samples m questions, `bank [n, m]` with `coefficient [n, m]`.
+
+    All samples of the batch are asked about, or one of every `every` neighbours, the one at `pick [n]` among them.
+    `coefficient` None: 1, where m is 1.
+    """
+
+    bank: Any  # int32 arrays and a float one; Any because tree operations put anything into a leaf
+    coefficient: Any = None
+    pick: Any = None
+    every: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
+class Answer:
+    """A target's velocity `[B, h, w, c]` at every sample, and how often it counts there `[B]` (None: once).
+
+    Where one of m neighbours was asked about, all m hold its velocity, and it alone counts, m times.
+    """
+
+    velocity: Any
+    counts: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingTable:
+    """Who teaches what: the tasks with a teacher, in the bank's order, and each bank entry's guidance scale.
+
+    `anchor`: the anchor's bank entry, where there is one.
+
+    Raises:
+      ValueError: a teacher or the anchor has no scale, that is, no entry.
+    """
+
+    teachers: tuple[str, ...]
+    guidance: tuple[float, ...]
+    anchor: int | None = None
+
+    def __post_init__(self) -> None:
+        needed = max(len(self.teachers), 0 if self.anchor is None else self.anchor + 1)
+        if len(self.guidance) < needed:
+            raise ValueError(f"guidance: found {len(self.guidance)} scales, expected {needed}, one for each bank entry")
+
+    @classmethod
+    def of_tasks(cls, teachers: Mapping[str, float], anchor: float | None) -> "RoutingTable":
+        """From each routed task's guidance scale and the anchor's, if it is asked; the anchor follows the teachers."""
+        scales = tuple(teachers.values())
+        if anchor is None:
+            return cls(tuple(teachers), scales)
+        return cls(tuple(teachers), (*scales, anchor), len(scales))
+
+    @property
+    def guided(self) -> bool:
+        """Whether any entry needs the empty prompt."""
+        return any(scale != 1 for scale in self.guidance)
+
+    def routes(self, tasks: Sequence[str], prompts: Sequence[str]) -> Int[np.ndarray, " n"]:
+        """Hard routing T(c) = k: each prompt's bank entry, by its task.
+
+        Raises:
+          ValueError: a prompt's task has no teacher; names prompt, task and the teachers there are.
+        """
+        index = {name: i for i, name in enumerate(self.teachers)}
+        for task, prompt in zip(tasks, prompts, strict=True):
+            if task not in index:
+                raise ValueError(f"prompt {prompt!r}: its task {task!r} has no teacher; teachers: {self.teachers}")
+        return np.asarray([index[task] for task in tasks], np.int32)
+
+    def questions(
+        self, route: Int[Array, " b"], every: int = 1, pick: Int[Array, " n"] | None = None
+    ) -> tuple[Questions, ...]:
+        """Each sample's own teacher, and of the anchor all samples or one of every `every`, the one at `pick`."""
+        hard = Questions(route[:, None])
+        if self.anchor is None:
+            return (hard,)
+        anchor = jnp.full((route.shape[0] // every, 1), self.anchor, route.dtype)
+        return hard, Questions(anchor, pick=pick, every=every)
+
+
+@runtime_checkable
+class Panel(Protocol):
+    """Answers questions about a batch; `sigma` is 0-d, or one value a sample."""
+
+    def ask(
+        self, x: Array, sigma: Array, conditioning: Conditioning, questions: Sequence[Questions]
+    ) -> tuple[Answer, ...]:
+        """One answer for each target that the questions make up."""
+        ...
+
+
+def make_panel(
+    velocity: Velocity, table: RoutingTable, networks: bool, variables: Tree, bank: Tree, null: Conditioning
+) -> Panel:
+    """The panel over a bank of adapters on the network `variables`, or of whole networks beside its constants.
+
+    `null`: the empty prompt (one row).
+    """
+    kind = NetworkPanel if networks else AdapterPanel
+    return kind(velocity, table.guidance, variables, bank, null if table.guided else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPanel:
+    """One network under a bank of adapters: the questions of all targets are rows of one routed forward.
+
+    `guidance`: a scale per bank entry; `null` None: all of them are 1.
+    """
+
+    velocity: Velocity
+    guidance: tuple[float, ...]
+    variables: Tree
+    bank: Tree
+    null: Conditioning | None
+
+    def ask(
+        self, x: Array, sigma: Array, conditioning: Conditioning, questions: Sequence[Questions]
+    ) -> tuple[Answer, ...]:
+        """See `Panel`.
+
+        Raises:
+          ValueError: two targets are asked about subsets of different sizes.
+        """
+        block = _block(questions)
+        entries = _joined([each.bank.reshape(-1, _rows_of(each, block)) for each in questions])
+        rows = (conditioning, x, jnp.broadcast_to(sigma, x.shape[:1]))
+        conditioning, x, sigma = jax.tree.map(
+            lambda leaf: _joined([_asked(leaf, each, block) for each in questions]), rows
+        )
+        scales = jnp.asarray(self.guidance, jnp.float32)[entries]
+        v = guided_velocity(
+            self.velocity, self.variables, self.bank, x, sigma, conditioning, self.null, scales, entries
+        )
+        return _answers(v, questions, block)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkPanel:
+    """Whole networks, stacked along the bank's leading axis: each in turn is asked about all samples.
+
+    Their weights are gathered layer by layer like the student's, so only one network's shards are ever whole. An
+    answer counts where a question asks for it.
+    """
+
+    velocity: Velocity
+    guidance: tuple[float, ...]
+    variables: Tree
+    bank: Tree
+    null: Conditioning | None
+
+    def ask(
+        self, x: Array, sigma: Array, conditioning: Conditioning, questions: Sequence[Questions]
+    ) -> tuple[Answer, ...]:
+        """See `Panel`.
+
+        Raises:
+          ValueError: a target is asked about some samples only, which would save nothing here.
+        """
+        if any(each.every != 1 for each in questions):
+            raise ValueError("every: found a target asked about some samples, expected 1 where teachers are networks")
+        count = len(self.guidance)
+
+        def ask(sums: Array, inputs: tuple[Array, Array, Tree]) -> tuple[Array, None]:
+            entry, scale, params = inputs
+            variables = {"params": params, "constants": self.variables["constants"]}
+            v = guided_velocity(self.velocity, variables, {}, x, sigma, conditioning, self.null, scale)
+            share = jnp.stack([_share(each, entry) for each in questions])[..., None, None, None]
+            # A selection: an answer that nobody asked for counts for nothing, even where it is not finite.
+            return sums + jnp.where(share == 0, 0.0, share * v.astype(sums.dtype)[None]), None
+
+        bank = jax.tree.map(lambda leaf: leaf[:count], self.bank)
+        inputs = (jnp.arange(count), jnp.asarray(self.guidance, jnp.float32), bank)
+        sums, _ = jax.lax.scan(ask, jnp.zeros((len(questions), *x.shape), x.dtype), inputs)
+        return tuple(Answer(each) for each in sums)
+
+
+# ---- shares of whole networks' answers
+
+
+def _share(questions: Questions, entry: Array) -> Float[Array, " b"]:
+    """The summed coefficients with which each sample asks one bank entry."""
+    coefficient = jnp.ones(()) if questions.coefficient is None else questions.coefficient
+    return jnp.where(questions.bank == entry, coefficient, 0.0).sum(1)
+
+
+# ---- rows of one forward, in blocks of `block` neighbours: of each block the rows of the first target, then the next's
+
+
+def _block(questions: Sequence[Questions]) -> int:
+    block = max(each.every for each in questions)
+    if any(each.every not in (1, block) for each in questions):
+        raise ValueError(f"every: found {[each.every for each in questions]}, expected 1 or one other number")
+    return block
+
+
+def _rows_of(questions: Questions, block: int) -> int:
+    """A target's rows in each block."""
+    return block // questions.every * questions.bank.shape[1]
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """`[B/block, rows, …]` of all targets as rows."""
+    joined = jnp.concatenate(parts, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def _asked(leaf: Array, questions: Questions, block: int) -> Array:
+    """The rows that one target needs of a batch, `[B/block, rows, …]`: every sample that it is asked about, m times."""
+    blocks = leaf.reshape(-1, block, *leaf.shape[1:])
+    if questions.every > 1:
+        blocks = _picked(blocks, questions.pick)[:, None]
+    return jnp.repeat(blocks, questions.bank.shape[1], axis=1)
+
+
+def _picked(blocks: Array, pick: Array) -> Array:
+    """Of each block the entry at `pick`; a selection, not a gather, which could move rows between devices."""
+    picked = blocks[:, 0]
+    for k in range(1, blocks.shape[1]):
+        picked = jnp.where((pick == k).reshape(-1, *(1,) * (picked.ndim - 1)), blocks[:, k], picked)
+    return picked
+
+
+def _answers(v: Array, questions: Sequence[Questions], block: int) -> tuple[Answer, ...]:
+    """The rows' velocities parted by target, summed over each sample's questions, and spread to all samples."""
+    counts = [_rows_of(each, block) for each in questions]
+    blocks = v.reshape(-1, sum(counts), *v.shape[1:])
+    parts = [blocks[:, end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
+    return tuple(_spread(_summed(part, each), each) for part, each in zip(parts, questions, strict=True))
+
+
+def _summed(part: Array, questions: Questions) -> Array:
+    """`[n, h, w, c]`, Σ_m coefficient·velocity."""
+    answers = part.reshape(*questions.bank.shape, *part.shape[2:])
+    if questions.coefficient is None:
+        return answers[:, 0]
+    return (questions.coefficient[..., None, None, None] * answers.astype(jnp.float32)).sum(1)
+
+
+def _spread(v: Array, questions: Questions) -> Answer:
+    every = questions.every
+    if every == 1:
+        return Answer(v)
+    counts = jnp.where(jnp.arange(every)[None] == questions.pick[:, None], float(every), 0.0)
+    return Answer(jnp.repeat(v, every, axis=0), counts.reshape(-1))

@@ -1,0 +1,99 @@
+"""What every form of the OPD update is made of: the student's velocity, the way to the trained steps, the reduction."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.flow.rollout import PolicyVelocity, sample, sample_keys
+from fopd_jax.flow.transition import standard_normal
+from fopd_jax.objectives.opd import TERMS, Totals
+from fopd_jax.parallel.gradients import GradientGroups, on_one_device
+from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
+from fopd_jax.steps.state import TrainState
+from fopd_jax.steps.student import ADAPTER, Student
+from fopd_jax.worlds.prompt_stream import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What the loss and its gradient are made of.
+
+    `student`: what trains; `groups`: over which devices its gradients are summed when (default: on one device).
+    """
+
+    spec: OPDSpec
+    velocity: Velocity
+    student: Student = ADAPTER
+    groups: GradientGroups = dataclasses.field(default_factory=on_one_device)
+
+
+def student_velocity(
+    pieces: Pieces, frozen: Frozen, parameters: Tree, conditioning: Conditioning, x: Array, sigma: Array
+) -> Float[Array, "b h w c"]:
+    """The student's guided velocity; `parameters`: what `student.compute` made of the trained ones."""
+    guidance = pieces.spec.guidance
+    null = frozen.null if guidance != 1 else None
+    variables, adapter = pieces.student.read(frozen.variables, parameters)
+    with jax.named_scope("student"):
+        return guided_velocity(pieces.velocity, variables, adapter, x, sigma, conditioning, null, guidance)
+
+
+def student_policy(pieces: Pieces, frozen: Frozen, parameters: Tree, conditioning: Conditioning) -> PolicyVelocity:
+    """The same as a function of state and noise level, to sample with."""
+    return lambda x, sigma: student_velocity(pieces, frozen, parameters, conditioning, x, sigma)
+
+
+def start(spec: OPDSpec, state: TrainState, size: int) -> tuple[Float[Array, "b h w c"], Array]:
+    """Pure noise, and the keys `[T, B]` of all steps but the last; both per sample, whatever the batch or mesh."""
+    keys = sample_keys(state.rng(), len(spec.sigmas) - 1, size)
+    return standard_normal(keys[0], spec.latent_shape), keys[1:]
+
+
+def approach(
+    pieces: Pieces, frozen: Frozen, state: TrainState, parameters: Tree, batch: Batch
+) -> tuple[Float[Array, "b h w c"], Array]:
+    """The state at the first trained timestep, and the keys of the trained ones."""
+    spec = pieces.spec
+    x, keys = start(spec, state, batch.route.shape[0])
+    first, stop = spec.window
+    if first:
+        policy = student_policy(pieces, frozen, parameters, batch.conditioning)
+        with jax.named_scope("opd_approach"):
+            x, _, _ = sample(policy, spec.transition, spec.levels(0, first), x, keys[:first])
+    return x, keys[first:stop]
+
+
+# ---- sums, and the one reduction
+
+
+def add(left: Tree, right: Tree) -> Tree:
+    return jax.tree.map(jnp.add, left, right)
+
+
+def zero_totals(size: int) -> Totals:
+    return {name: jnp.zeros(size) for name in TERMS}
+
+
+def mean_gradient(groups: GradientGroups, sums: Tree, totals: Totals) -> Tree:
+    """Add the groups' sums and divide by the summed weight, once."""
+    weight = totals["weight"].sum()
+    return jax.tree.map(lambda g: g / weight, groups.total(sums))
+
+
+def mean_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Metrics:
+    """Means over samples and trained timesteps; the teacher gap also per task."""
+    total = totals["weight"].sum()
+    means = {name: value.sum() / total for name, value in totals.items() if name != "weight"}
+    for k, name in enumerate(teachers):
+        mine = (route == k).astype(jnp.float32)
+        # A batch may hold no prompt of a task: report 0 then, not 0/0.
+        means[f"teacher_gap/{name}"] = (totals["teacher_gap"] * mine).sum() / jnp.maximum(
+            (totals["weight"] * mine).sum(), 1
+        )
+    return means
