@@ -39,6 +39,6 @@ def get_config(variant: str = "text") -> FlowMatching:
         optimizer=Optimizer(learning_rate=1e-3, warmup=20, betas=(0.9, 0.99), weight_decay=0.0),
         ema=EMA(decay=0.99, every=1),
         eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0),
-        run=Run(steps=400, log_every=50, checkpoint_every=200, eval_every=200, attention="xla", remat="none"),
+        run=Run(log_every=50, checkpoint_every=200, eval_every=200, attention="xla", remat="none"),
     )
     return smoke(config) if small else config

@@ -11,6 +11,18 @@ from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.tasks.prompts import read_tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
+VARIANTS: dict[str, list[str]] = {
+    "miniature": [""],
+    "miniature_pretrain": ["clean", "mediocre"],
+    "miniature_teacher": ["text", "composition", "quality"],
+    "sd35m_opd": [""],
+}
+EVERY = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+
+
+def smoke_variant(variant: str) -> str:
+    """The same in small."""
+    return f"{variant}:smoke".removeprefix(":")
 
 
 def load(name: str = "miniature", *variant: str, **changes: Any) -> Any:

@@ -1,27 +1,27 @@
-"""Every config is a manual that runs: its docstring holds its command, its variants load, wrong ones are named."""
+"""Every config is a manual that runs: its docstring holds its command, it names what deviates, wrong ones are named."""
 
+import dataclasses
+import json
 import operator
+import os
 import re
 import runpy
-from pathlib import Path
+import subprocess
+import sys
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
+from fopd_jax.config import schema
 from fopd_jax.config.identity import config_hash, identity
-
-FOLDER = Path(__file__).parents[1] / "configs"
-VARIANTS = {
-    "miniature": [()],
-    "miniature_pretrain": [("clean",), ("mediocre",)],
-    "miniature_teacher": [("text",), ("composition",), ("quality",)],
-    "sd35m_opd": [()],
-}
+from fopd_jax.config.parse import current_name, flatten, override, resolve
+from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask, Section
+from tests.configs import EVERY, FOLDER, VARIANTS, load, smoke_variant
 
 
-def load(name: str) -> dict[str, Any]:
-    """What a config's file defines."""
-    return runpy.run_path(str(FOLDER / f"{name}.py"))
+def _docstring(name: str) -> str:
+    return runpy.run_path(str(FOLDER / f"{name}.py"))["__doc__"] or ""
 
 
 def test_every_config_file_is_covered():
@@ -30,7 +30,7 @@ def test_every_config_file_is_covered():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_docstring_holds_command_cost_and_result(name: str):
-    text = load(name)["__doc__"] or ""
+    text = _docstring(name)
     assert f"python -m fopd_jax.main --config=configs/{name}.py" in text
     assert "Cost on 2 CPU cores:" in text
     assert "Result" in text
@@ -38,36 +38,174 @@ def test_docstring_holds_command_cost_and_result(name: str):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_load_under_names_of_their_own(name: str):
-    configs = [load(name)["get_config"](*variant) for variant in VARIANTS[name]]
+def test_the_settings_that_a_docstring_names_exist_under_names_of_today(name: str):
+    config = load(name, VARIANTS[name][0])
+    for field in re.findall(r"--config\.([\w.]+)=", _docstring(name)):
+        operator.attrgetter(field)(_Attributes(config))  # AttributeError where it does not
+        assert current_name(field) == field
+
+
+class _Attributes:
+    """Entries of dicts as attributes, too."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attributes(self.node[name] if isinstance(self.node, dict) else getattr(self.node, name))
+
+
+# ---- variants
+
+
+def test_variants_resolve_under_names_of_their_own():
+    configs = [resolve(load(name, each)) for name, variant in EVERY for each in (variant, smoke_variant(variant))]
     assert len({config.name for config in configs}) == len(configs)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("miniature_pretrain", "dirty"), ("miniature_teacher", "music")])
+@pytest.mark.parametrize(("name", "variant"), EVERY)
+def test_a_smoke_variant_keeps_stage_and_recipe_and_needs_no_file(name: str, variant: str):
+    whole, small = (resolve(load(name, each)) for each in (variant, smoke_variant(variant)))
+    assert type(small) is type(whole)
+    for field in ("seed", "trained", "adapter", "optimizer", "ema"):
+        assert getattr(small, field) == getattr(whole, field)
+    assert small.model.preset == "miniature"
+    paths = [small.model.path]
+    if isinstance(small, OPD) and isinstance(whole, OPD):
+        assert small.objective == whole.objective
+        assert small.sampler == dataclasses.replace(whole.sampler, num_steps=3)
+        paths += [small.anchor.adapter, *(task.teacher for task in small.tasks.values())]
+    assert all(path.startswith("packaged:") for path in paths)
+    assert small.run.steps <= 2
+
+
+def test_the_first_variant_is_the_default():
+    for name, (first, *_) in VARIANTS.items():
+        assert load(name) == load(name, first)
+        assert load(name, "smoke") == load(name, smoke_variant(first))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("miniature", "text"),
+        ("miniature_pretrain", "dirty"),
+        ("miniature_teacher", "music"),
+        ("miniature_teacher", "text:tiny"),
+        ("miniature_teacher", "music:smoke"),
+        ("sd35m_opd", "smoke:smoke"),
+    ],
+)
 def test_unknown_variants_are_named(name: str, variant: str):
-    with pytest.raises(ValueError, match=f"found .* {variant!r}|found \\w+ '{variant}'"):
-        load(name)["get_config"](variant)
+    with pytest.raises(ValueError, match=f"^variant: found '{variant}', expected .*smoke"):
+        load(name, variant)
+
+
+# ---- what a config names
+
+
+def _sections() -> list[type[Section]]:
+    found = [each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, Section)]
+    return [each for each in found if dataclasses.is_dataclass(each)]
+
+
+Named = dict[tuple[int, str, str], list[bool]]
+
+
+def _named(name: str, monkeypatch: pytest.MonkeyPatch) -> Named:
+    """`{(line, section, field): whether it is given its default, each time}` over all variants of a config."""
+    found: Named = defaultdict(list)
+    file = str(FOLDER / f"{name}.py")
+
+    def watch(kind: Any) -> None:
+        plain, fields, defaults = kind.__init__, [field.name for field in dataclasses.fields(kind)], kind()
+
+        def init(self: Any, *positional: Any, **named: Any) -> None:
+            frame = sys._getframe(1)
+            if frame.f_code.co_filename == file:
+                for field, value in (dict(zip(fields, positional, strict=False)) | named).items():
+                    found[frame.f_lineno, kind.__name__, field].append(value == getattr(defaults, field))
+            plain(self, *positional, **named)
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    for kind in _sections():
+        watch(kind)
+    for variant in VARIANTS[name]:
+        load(name, variant)
+    return found
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_settings_that_a_docstring_names_exist(name: str):
-    config = load(name)["get_config"](*VARIANTS[name][0])
-    for field in re.findall(r"--config\.([\w.]+)=", load(name)["__doc__"] or ""):
-        operator.attrgetter(field)(config)  # AttributeError where it does not
+def test_a_config_names_only_what_deviates(name: str, monkeypatch: pytest.MonkeyPatch):
+    named = _named(name, monkeypatch)
+    assert len(named) >= 10
+    assert [where for where, defaults in named.items() if all(defaults)] == []
+
+
+# ---- the whole of it, to read
+
+
+def _printed(*flags: str) -> dict[str, tuple[Any, str, str]]:
+    """`{field: (value, origin, meaning)}` as the program prints them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fopd_jax.main", f"--config={FOLDER}/miniature.py", "--print-config", *flags],
+        capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | {"PYTHONPATH": str(FOLDER.parent), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [re.fullmatch(r"(\S+) += (.+?) +(default|file|flag) +(.*)", line) for line in done.stdout.splitlines()]
+    assert all(lines), done.stdout
+    return {line[1]: (json.loads(line[2]), line[3], line[4]) for line in lines if line}
+
+
+FROM_FILE = {
+    "name", "model.preset", "model.path", "model.dtype", "batch_size", "optimizer.learning_rate", "optimizer.warmup",
+    "ema.decay", "ema.every", "eval.samples", "eval.batch_size", "eval.num_steps", "eval.guidance",
+    "eval.final_samples", "run.eval_every", "run.attention", "tasks.text.teacher", "tasks.text.guidance",
+    "tasks.composition.teacher", "tasks.composition.guidance", "anchor.name", "anchor.adapter", "anchor.guidance",
+    "guidance", "cold_start.weights.text", "cold_start.weights.composition", "cold_start.weights.quality",
+    "sampler.num_steps", "objective.weighting", "objective.mar_beta",
+}  # fmt: skip
+
+
+def test_print_config_tells_every_field_and_where_it_comes_from():
+    changes = {"seed": 5, "run.steps": 7, "run.remat": "dots", "tasks.text.weight": 3.0, "sampler.window": (1, 3)}
+    printed = _printed(
+        "--config.seed=5", "--config.run.steps=7", "--config.model.remat=dots", "--config.tasks.text.weight=3.0",
+        "--config.sampler.window=(1,3)",
+    )  # fmt: skip
+    config = resolve(override(load(), changes))
+    assert {name: value for name, (value, _, _) in printed.items()} == flatten(config)
+    for name, (_, origin, meaning) in printed.items():
+        assert origin == ("flag" if name in changes else "file" if name in FROM_FILE else "default"), name
+        assert meaning, name
+    assert "[paper]" in printed["objective.mar_beta"][2]
+
+
+# ---- identity
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_config_names_its_network_mesh_and_sampler_alike(name: str):
-    config, reference = load(name)["get_config"](*VARIANTS[name][0]), load("miniature")["get_config"]()
-    for group in ("model", "mesh", "eval", "optimizer", "ema"):
-        assert config[group].keys() == reference[group].keys()
-
-
-def test_identity_ignores_what_changes_no_step():
-    config, changed = load("sd35m_opd")["get_config"](), load("sd35m_opd")["get_config"]()
-    changed.steps, changed.log_every, changed.keep_checkpoints = 1000, 7, 9
-    changed.mesh.fsdp, changed.conditioning_cache, changed.encode_batch_size = 4, "elsewhere", 8
-    assert config_hash(changed) == config_hash(config)
-    changed.objective.mar_beta = 0.5
+def test_identity_ignores_what_changes_no_step(name: str):
+    config = resolve(load(name))
+    changes = {
+        "steps": 1000, "log_every": 7, "keep_checkpoints": 9, "mesh.fsdp": 4, "conditioning_cache": "elsewhere",
+        "encode_batch_size": 8, "model.remat": "full", "watchdog_seconds": 1.0,
+    }  # fmt: skip
+    assert config_hash(resolve(override(config, changes))) == config_hash(config)
+    changed = resolve(override(config, {"optimizer.clip_norm": 0.5}))
     assert config_hash(changed) != config_hash(config)
-    assert {k for k, v in identity(changed).items() if v != identity(config)[k]} == {"objective.mar_beta"}
+    assert {k for k, v in identity(changed).items() if identity(config).get(k) != v} == {"optimizer.clip_norm"}
+
+
+def test_identity_leaves_out_what_defaults_say():
+    """So a field that a later version adds changes no hash."""
+    tasks = {"b": RoutedTask("b"), "a": RoutedTask("a")}
+    bare = resolve(OPD(name="any", tasks=tasks))
+    assert identity(bare) == {
+        "stage": "opd", "name": "any", "tasks": ["a", "b"], "tasks.a.teacher": "a", "tasks.b.teacher": "b",
+    }  # fmt: skip
+    spelt = override(bare, {"eval.tasks": ("a", "b"), "cold_start.weights": {"a": 0.5, "b": 0.5}, "tasks.a.weight": 1})
+    assert identity(resolve(spelt)) == identity(bare)
+    assert identity(resolve(FlowMatching(name="any"))) == {"stage": "flow_matching", "name": "any", "tasks": []}

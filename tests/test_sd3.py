@@ -350,7 +350,7 @@ def test_an_adapter_of_another_network_is_refused(config: Any, teachers: Path, t
         {name.replace("blocks.3", "blocks.30"): value for name, value in tensors.items()},
         other / "adapter_model.safetensors",
     )
-    config.tasks.ocr.teacher = str(other)
+    config.tasks["ocr"].teacher = str(other)
     with pytest.raises(ValueError, match=r"tasks\.ocr\.teacher: .*transformer_blocks\.30"):
         prepare(config, tmp_path / "run")
 

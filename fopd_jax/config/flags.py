@@ -1,10 +1,14 @@
 """Command lines: the flags that programs share, and absl's parser with every mistake told in one line."""
 
+import dataclasses
+import difflib
+import re
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
+from fopd_jax.config import schema
 from fopd_jax.config.parse import current_name, resolve
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.config.show import describe
@@ -17,6 +21,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ("auto", "off"), "Whether to look for a cluster that this process is in."
 )
 _FIELD = "--config."
+_MISSING = re.compile(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -27,11 +32,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
         rest = flags.FLAGS(argv)
-        vars(CONFIG.value)  # a config file that failed to load raises no sooner than when it is used
+        getattr(CONFIG.value, "stage", None)  # a config file that failed to load raises no sooner than when it is used
     except (AttributeError, KeyError) as error:
         reason = error.args[0]  # ml_collections wraps the one in the other
         reason = reason.args[0] if isinstance(reason, KeyError) else reason
-        sys.exit(f"error: the config has no such field: {_one_line(reason)}")
+        sys.exit(f"error: the config has no such field: {_missing(_one_line(reason))}")
     except (flags.Error, OSError) as error:
         sys.exit(f"error: {_one_line(error)}")
     return rest
@@ -68,3 +73,13 @@ def _one_line(message: object) -> str:
     """The message, or what the traceback in it ends with: ml_collections quotes one where a config file raises."""
     text = str(message).strip()
     return text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+
+
+def _missing(message: str) -> str:
+    """What ml_collections says of a field that a section lacks, with what is there in its place."""
+    if (found := _MISSING.fullmatch(message)) is None:
+        return repr(message)
+    name, section = found.groups()
+    known = [field.name for field in dataclasses.fields(getattr(schema, section))]
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{name!r}, did you mean {close[0]!r}?" if close else f"{name!r}, only {', '.join(known)}"

@@ -167,7 +167,8 @@ def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, str]:
 def _typed_dict(value: Any, hint: Any) -> tuple[Any, str]:
     if not isinstance(value, Mapping):
         return value, f"a dict of {_spell((hint,))} by name"
-    typed = {str(name): _typed(each, hint) for name, each in value.items()}
+    ordered = sorted(value.items(), key=lambda entry: str(entry[0]))  # draws and banks depend on no file's order
+    typed = {str(name): _typed(each, hint) for name, each in ordered}
     problems = [f"{problem} at {name!r}" for name, (_, problem) in typed.items() if problem]
     return {name: found for name, (found, _) in typed.items()}, problems[0] if problems else ""
 

@@ -268,7 +268,7 @@ class OPD(Config):
     """Stage `opd`: one student distilled on-policy from many teachers."""
 
     stage: str = setting("opd", "What is run.", one_of("opd"))
-    tasks: dict[str, RoutedTask] = setting({}, "The routed tasks, in the bank's order.")
+    tasks: dict[str, RoutedTask] = setting({}, "The routed tasks; in the bank they stand by name.")
     images_per_prompt: int = setting(
         1, "Beyond 1 they form groups, which distillation does not need.", at_least(1), "[code] 16"
     )

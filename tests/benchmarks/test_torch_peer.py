@@ -39,7 +39,7 @@ def tiny_config() -> Any:
     """SD3.5's own objective, sampler and routing, on three steps, with teachers of different guidance."""
     config = sd35_config()
     config.sampler.num_steps, config.adapter.rank = 3, 2
-    config.tasks.ocr.guidance, config.objective.mar_beta = 1.0, 0.5
+    config.tasks["ocr"].guidance, config.objective.mar_beta = 1.0, 0.5
     return config
 
 

@@ -1,0 +1,74 @@
+"""What tests of the program share: random weights, and one place for compiled programs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.weights import init_variables
+from fopd_jax.config.parse import assign
+from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.evaluation import sampler
+from fopd_jax.interop.files.safetensors import save_adapter, save_tree
+from fopd_jax.interop.sd3.network import TARGETS
+from fopd_jax.models.mmdit import PRESETS, MMDiT
+from fopd_jax.steps.opd.step import OPDStep
+from fopd_jax.worlds.miniature.world import make_world
+from tests.configs import load
+from tests.main.experiment import RANK, Program, experts, noisy, tiny_overrides
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random base and random experts: every teacher of the config, and its anchor."""
+    folder, preset = tmp_path_factory.mktemp("weights"), {"preset": "miniature"}
+    shape = make_world().latent_shape
+    variables = noisy(0, jax.jit(lambda: init_variables(MMDiT(PRESETS["miniature"]), shape, 0))(), 0.05)
+    save_tree(folder / "base.safetensors", variables, preset)
+    for seed, name in enumerate(experts(), start=1):
+        fresh = init_adapter(jax.random.key(seed), variables["params"], LoRAConfig(RANK, 2.0 * RANK), TARGETS)
+        save_adapter(folder / f"{name}.safetensors", noisy(seed, fresh, 0.05), preset)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
+    """One CPU device; every process of a session finds the compiled programs of those before it."""
+    folder = tmp_path_factory.getbasetemp()
+    cache = (folder if worker_id == "master" else folder.parent) / "compiled"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def program(weights: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program(tmp_path_factory.mktemp("runs"), environment, tiny_overrides(weights))
+
+
+@pytest.fixture
+def config(weights: Path) -> Any:
+    """The tiny experiment's config, to be changed."""
+    config = load()
+    assign(config, tiny_overrides(weights))
+    return config
+
+
+@pytest.fixture
+def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update and the sampler are not even traced."""
+
+    def traced(*args: Any) -> None:
+        raise AssertionError("traced before the input was checked")
+
+    monkeypatch.setattr(OPDStep, "fused", traced)
+    monkeypatch.setattr(OPDStep, "replay", traced)
+    monkeypatch.setattr(sampler, "sample_final", traced)

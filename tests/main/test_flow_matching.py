@@ -1,0 +1,46 @@
+"""The other stage: a teacher trained by the program, under the version before's names, and taught from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.config.parse import assign
+from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.running.checkpoints import newest_step
+from tests.configs import FOLDER, load, prepare
+from tests.main.experiment import TINY, Program, assert_refused, command, logged
+
+
+def test_a_teacher_is_trained_and_can_be_taught_from(config: Any, weights: Path, program: Program, tmp_path: Path):
+    shared = {name: value for name, value in TINY.items() if name.startswith(("seed", "adapter", "eval.", "optimizer"))}
+    shared["final_samples"] = shared.pop("eval.final_samples")
+    settings = {
+        "steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 0, "model.remat": "dots", "data.batch_size": 2,
+        "data.empty_caption": 0.25, "data.tasks.text.share": 0.5, "model.path": f"{weights}/base.safetensors",
+    }  # fmt: skip
+    folder = tmp_path / "teacher"
+    program.finish("teacher", command(folder, shared | settings, f"{FOLDER}/miniature_teacher.py:text"))
+    fields = json.loads((folder / "config.json").read_text())
+    assert (fields["batch_size"], fields["empty_caption"], fields["tasks.text.share"]) == (2, 0.25, 0.5)
+    assert [line["step"] for line in logged(folder)] == [1]
+    assert newest_step(folder) == 1
+    assert {"adapter.safetensors", "samples.png"} <= {path.name for path in folder.iterdir()}
+    adapter, metadata = load_adapter(folder / "adapter.safetensors")
+    assert isinstance(adapter, Adapter)
+    assert metadata["preset"] == "miniature"
+    assert adapter.scale == 2.0
+    config.tasks["text"].teacher = f"{folder}/adapter.safetensors"
+    prepare(config, tmp_path / "student")
+
+
+def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
+    teacher = load("miniature_teacher", "text")
+    assign(teacher, {"model.path": f"{weights}/base.safetensors", "trained": "everything"})
+    assert_refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")
+
+
+def test_the_other_stage_has_images_of_the_miniature_alone(weights: Path, tmp_path: Path):
+    teacher = load("miniature_teacher", "text")
+    assign(teacher, {"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
+    assert_refused(teacher, tmp_path / "run", "model.preset: found 'sd35_medium'", "flow_matching", "'miniature'")

@@ -1,0 +1,209 @@
+"""The program from flags to results, on random weights: outputs, kills, extensions, names of earlier versions."""
+
+import itertools
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
+from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.running.checkpoints import newest_step
+from tests.configs import prepare
+from tests.main import earlier
+from tests.main.experiment import (
+    CLOCKED,
+    OUTPUTS,
+    STEPS,
+    TIMEOUT,
+    Program,
+    assert_same_outcome,
+    command,
+    experts,
+    logged,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(program: Program) -> Path:
+    """The workdir of a run that nothing interrupted."""
+    return program.run("whole")
+
+
+# ---- a whole run
+
+
+def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program: Program):
+    files = {path.name for path in whole.iterdir()}
+    assert files == OUTPUTS | {"checkpoints", "tensorboard"}  # and no temporary file
+    assert [line["step"] for line in logged(whole) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in logged(whole) if "train/loss" not in line] == [2, 4]
+    assert json.loads((whole / "config.json").read_text())["batch_size"] == 4
+    assert json.loads((whole / "timing.json").read_text()).keys() == {
+        "setup_seconds", "train_seconds", "report_seconds",
+    }  # fmt: skip
+    assert (whole / "table.txt").read_text() in (program.folder / "whole.out").read_text()
+    with Image.open(whole / "samples.png") as picture:
+        assert picture.format == "PNG"
+    assert newest_step(whole) == STEPS
+    events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
+    assert events.count(b"\x89PNG") == 3  # what each of the two evaluations drew, and the report
+
+
+def test_the_results_compare_base_teachers_merge_and_student(whole: Path):
+    results = json.loads((whole / "results.json").read_text())
+    teachers = [f"teacher/{name}" for name in experts()]
+    assert set(results["models"]) == {"base", "merge", "student", *teachers}
+    assert (results["steps"], results["seed"]) == (STEPS, 3)
+    assert results["samples"]["quality"] == 12  # both tasks
+    assert all(np.isfinite(value) for scores in results["models"].values() for value in scores.values())
+
+
+def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Path, config: Any, tmp_path: Path):
+    student, metadata = load_adapter(whole / "student.safetensors")
+    start = prepare(config, tmp_path / "run").teaching.start
+    assert metadata["preset"] == "miniature"
+    assert student.scale == start.scale
+    before, after = (flatten_dict(tree, sep="/") for tree in (start.weights, student.weights))
+    assert before.keys() == after.keys()
+    still = {path for path in before if np.abs(before[path] - after[path]).max() < 1e-4}
+    # The last block reads the text's keys and values only, so nothing depends on its queries.
+    assert still == {"last_block/attn/add_q_proj/a", "last_block/attn/add_q_proj/b"}
+
+
+# ---- the version before
+
+EQUAL = {  # by its names, with values that change no number
+    "model.remat": "none", "model.attention": "xla", "mesh.fsdp": 1, "shift": 3.0, "reduce_once": ("data", "fsdp"),
+    "watchdog_seconds": 900.0, "max_skipped_steps": 1, "keep_best": "", "alarms.ratio": (0.5, 2.0),
+}  # fmt: skip
+
+
+def test_a_command_line_of_the_version_before_runs_what_it_ran(program: Program, whole: Path):
+    overrides = earlier.renamed(program.overrides) | EQUAL
+    assert "steps" in overrides
+    assert_same_outcome(program.finish("earlier", command(program.folder / "earlier", overrides)), whole)
+
+
+def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: Path):
+    """Its checkpoints bear the hash of all of its fields; the outcome is that of a workdir of today."""
+    fields, folder = earlier.tiny_identity(program.overrides), program.folder / "continued"
+    earlier.write(folder, fields)
+    config = (folder / "config.json").read_bytes()
+    for steps in (2, STEPS):
+        program.run("continued", steps=steps)
+        (about,) = (folder / "checkpoints" / str(steps)).glob("about/*.json")
+        assert json.loads(about.read_text())["config_hash"] == earlier.hash_of(fields)
+    assert (folder / "config.json").read_bytes() == config
+    assert_same_outcome(folder, whole, apart=frozenset({"config.json"}))
+
+
+# ---- kills and extensions
+
+
+def test_a_killed_run_ends_like_one_that_nothing_interrupted(program: Program, whole: Path):
+    assert program.kill("killed", lambda workdir: len(logged(workdir)) >= 2)
+    assert not (program.folder / "killed" / "results.json").exists()
+    assert_same_outcome(program.run("killed"), whole)
+
+
+@pytest.mark.slow
+def test_kills_in_every_phase_change_nothing(program: Program, whole: Path):
+    """While a checkpoint is being written, between steps, in the report, and at times that nobody chose."""
+    phases: list[Callable[[Path], bool]] = [
+        lambda workdir: (workdir / "config.json").exists(),
+        lambda workdir: any((workdir / "checkpoints").glob("*tmp*")),
+        lambda workdir: newest_step(workdir) >= 2,
+        lambda workdir: any(line["step"] == STEPS for line in logged(workdir)),
+        lambda workdir: (workdir / "student.safetensors").exists(),
+        lambda workdir: (workdir / "results.json").exists(),
+    ]
+    for phase in phases:
+        assert program.kill("phases", phase)
+    assert_same_outcome(program.run("phases"), whole)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        until = time.monotonic() + rng.uniform(3, 20)
+        program.kill("random", lambda _, until=until: time.monotonic() > until)
+    assert_same_outcome(program.run("random"), whole)
+
+
+def test_a_run_told_to_stop_saves_in_time(program: Program):
+    """30 s is what clouds give; the second signal is the one that impatient job managers send."""
+    workdir = program.folder / "stopped"
+    with program.start("stopped", steps=10_000, eval_every=0, checkpoint_every=1000) as process:
+        assert wait_for([process], lambda: len(logged(workdir)) >= 2)
+        process.terminate()
+        began = time.monotonic()
+        time.sleep(0.1)
+        process.terminate()
+        assert process.wait(TIMEOUT) in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter if it has already saved
+        seconds = time.monotonic() - began
+    assert newest_step(workdir) == max(line["step"] for line in logged(workdir)) > 0
+    assert seconds < 30, seconds
+
+
+LONG = {"steps": 40, "eval_every": 10}
+
+
+def _moment(rng: np.random.Generator, newest: int) -> Callable[[Path], bool]:
+    """When to kill: while a checkpoint is being written, some time after the next one, or at any time at all."""
+    kind, delay, later = rng.integers(3), rng.uniform(0, 2), time.monotonic() + rng.uniform(0, 20)
+    seen: list[float] = []
+
+    def after_a_save(workdir: Path) -> bool:
+        if not seen and (newest_step(workdir) > newest or (workdir / "results.json").exists()):
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + delay
+
+    def in_a_save(workdir: Path) -> bool:
+        return any((workdir / "checkpoints").glob("*tmp*"))
+
+    return [in_a_save, after_a_save, lambda workdir: time.monotonic() > later][kind]
+
+
+def _kill_often(kills: int, workdir: Path, kill: Callable[[Callable[[Path], bool]], bool]) -> None:
+    """As many kills of one run; a run that ends in between is started again, as any other."""
+    rng, done, newest = np.random.default_rng(0), 0, 0
+    while done < kills:
+        done += kill(_moment(rng, newest))
+        assert newest_step(workdir) >= newest  # no checkpoint is ever lost
+        newest = newest_step(workdir)
+
+
+@pytest.mark.slow
+def test_thirty_random_kills_change_nothing(program: Program):
+    expected = program.run("uninterrupted", **LONG)
+    _kill_often(30, program.folder / "thirty", lambda when: program.kill("thirty", when, **LONG))
+    assert_same_outcome(program.run("thirty", **LONG), expected)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_one_of_two_processes_change_nothing(program: Program):
+    def to_the_end(name: str) -> Path:
+        assert [process.wait(TIMEOUT) for process in program.start_two(name, **LONG)] == [0, 0]
+        return program.folder / name
+
+    expected, victims = to_the_end("pair"), itertools.cycle((1, 0))
+    _kill_often(10, program.folder / "ten", lambda when: program.kill_one_of_two("ten", when, next(victims), **LONG))
+    assert_same_outcome(to_the_end("ten"), expected)
+
+
+def test_a_finished_run_can_be_extended(program: Program, whole: Path):
+    short = program.run("extended", steps=2)
+    assert json.loads((short / "results.json").read_text())["steps"] == 2
+    assert_same_outcome(program.run("extended"), whole)
+
+
+@pytest.mark.slow
+def test_a_finished_run_repeats_only_its_report(program: Program, whole: Path):
+    before = {name: (whole / name).read_bytes() for name in OUTPUTS - CLOCKED}
+    program.run("whole")
+    assert {name: (whole / name).read_bytes() for name in before} == before

@@ -1,0 +1,38 @@
+"""Every config in small, through the whole program: what it leaves is there, and it learned to leave it in a minute."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from fopd_jax.config.parse import resolve
+from fopd_jax.config.schema import OPD
+from fopd_jax.running.checkpoints import newest_step
+from tests.configs import EVERY, FOLDER, load, smoke_variant
+from tests.main.experiment import Program, command, logged
+
+ALWAYS = {"config.json", "goodput.json", "metrics.jsonl", "timing.json", "samples.png", "checkpoints", "tensorboard"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), EVERY)
+def test_a_smoke_variant_runs_to_its_end(name: str, variant: str, program: Program, tmp_path: Path):
+    variant = smoke_variant(variant)
+    config, folder, began = resolve(load(name, variant)), tmp_path / "run", time.monotonic()
+    done = program.call(command(folder, {}, f"{FOLDER}/{name}.py:{variant}"))
+    print(f"{name}:{variant}: {time.monotonic() - began:.0f} s")
+    assert done.returncode == 0, done.stderr
+    if isinstance(config, OPD):
+        expected = {"student.safetensors", "results.json", "table.txt"}
+    else:
+        expected = {"base.safetensors" if config.trained == "params" else "adapter.safetensors"}
+    assert {path.name for path in folder.iterdir()} == ALWAYS | expected
+    losses = [line["train/loss"] for line in logged(folder) if "train/loss" in line]
+    assert len(losses) == config.run.steps == newest_step(folder)
+    scores = [line for line in logged(folder) if "train/loss" not in line]
+    assert len(scores) == 1  # one evaluation
+    if isinstance(config, OPD):
+        results = json.loads((folder / "results.json").read_text())
+        teachers = {f"teacher/{each}" for each in (*config.tasks, config.anchor.name)}
+        assert results["models"].keys() == {"base", "merge", "student"} | teachers

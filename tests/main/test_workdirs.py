@@ -1,0 +1,129 @@
+"""A workdir is one experiment's: continued by the same one, also of the version before, and refused to any other."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fopd_jax.config.identity import identity
+from fopd_jax.config.parse import assign, override, resolve
+from fopd_jax.running import workdir
+from fopd_jax.worlds.miniature.pairs import make_pairs
+from fopd_jax.worlds.miniature.world import make_world
+from fopd_jax.worlds.prompt_stream import PromptStream
+from tests.configs import load, prepare
+from tests.main import earlier
+from tests.main.experiment import Overrides, assert_refused, snapshot
+
+
+def test_a_workdir_of_another_config_is_left_alone(config: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    prepare(config, folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = snapshot(folder)
+    assign(config, {"seed": 4, "optimizer.learning_rate": 0.5})
+    with pytest.raises(ValueError, match="belongs to another config") as error:
+        prepare(config, folder)
+    assert "seed: 3 there, 4 here" in str(error.value)
+    assert "optimizer.learning_rate: 0.01 there, 0.5 here" in str(error.value)
+    assert snapshot(folder) == before
+
+
+def test_bad_input_does_not_touch_a_workdir_in_use(config: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    prepare(config, folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    config.run.steps = -1
+    assert_refused(config, folder, "run.steps: found -1")
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(config: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    prepare(config, folder)
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    (folder / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()  # not whole
+    config.run.steps = 2
+    assert_refused(config, folder, "run.steps: found 2", str(folder), "step 3")
+    config.run.steps = 3
+    prepare(config, folder)
+
+
+# ---- of the version before
+
+CONFIGS = {"miniature": ("miniature",), "miniature_teacher": ("miniature_teacher", "text")}
+FIELDS = {"miniature": earlier.MINIATURE, "miniature_teacher": earlier.MINIATURE_TEACHER}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_experiment_goes_on_under_the_hash_that_it_has(name: str, tmp_path: Path):
+    config, folder = load(*CONFIGS[name]), tmp_path / "run"
+    earlier.write(folder, FIELDS[name])
+    before = snapshot(folder)
+    for changes in ({}, {"run.steps": 9, "run.remat": "dots", "run.reduce_once": ()}):
+        fields = identity(resolve(override(config, changes)))
+        workdir.check(folder, fields)
+        workdir.claim(folder, fields)
+    assert snapshot(folder) == before
+    assert workdir.claimed_hash(folder) == earlier.HASHES[name] == earlier.hash_of(FIELDS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here", "expected"),
+    [
+        ("miniature", {"shift": 2.0}, {}, "model.shift: 2.0 there, 3.0 here"),
+        ("miniature", {"final_samples": 64}, {}, "eval.final_samples: 64 there, 1024 here"),
+        ("miniature", {}, {"objective.mar_beta": 0.02}, "objective.mar_beta: 0.05 there, 0.02 here"),
+        ("miniature", {"tasks.text.weight": 3.0}, {}, "tasks.text.weight: 3.0 there, 1.0 here"),
+        (
+            "miniature",
+            {},
+            {"tasks.text.teacher": "mine"},
+            "tasks.text.teacher: 'packaged:teacher_text.safetensors' there",
+        ),
+        ("miniature", {"eval.tasks": ["text"]}, {}, "eval.tasks: ['text'] there, [] here"),
+        ("miniature", {"cold_start.weights.text": 0.5}, {}, "cold_start.weights.text: 0.5 there, 0.33"),
+        ("miniature", {"sampler.window": [1, 3]}, {}, "sampler.window: [1, 3] there, None here"),
+        ("miniature", {"noise.colour": "pink"}, {}, "noise.colour: 'pink' there, nothing here"),
+        ("miniature_teacher", {"data.batch_size": 32}, {}, "batch_size: 32 there, 64 here"),
+        ("miniature_teacher", {"data.empty_caption": 0.5}, {}, "empty_caption: 0.5 there, 0.0 here"),
+        ("miniature_teacher", {}, {"tasks.text.share": 0.5}, "tasks.text.share: 0.75 there, 0.5 here"),
+    ],
+)
+def test_another_experiment_is_refused_with_both_values(
+    name: str, there: Overrides, here: Overrides, expected: str, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    earlier.write(folder, FIELDS[name] | there)
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match="belongs to another config") as error:
+        workdir.check(folder, identity(resolve(override(load(*CONFIGS[name]), here))))
+    _, line = str(error.value).splitlines()  # what differs, and nothing else
+    assert line.strip().startswith(expected)
+    assert snapshot(folder) == before
+
+
+def test_a_task_less_is_another_experiment(tmp_path: Path):
+    fields = {name: value for name, value in earlier.MINIATURE.items() if not name.startswith("tasks.text.")}
+    earlier.write(tmp_path / "run", fields)
+    with pytest.raises(ValueError, match=r"tasks: \['composition'\] there, \['composition', 'text'\] here"):
+        workdir.check(tmp_path / "run", identity(resolve(load())))
+
+
+def test_what_is_drawn_is_what_the_version_before_drew():
+    """Step 7 of both stages, whatever the order of the tasks in the file."""
+    config = load()
+    for tasks in (config.tasks, dict(reversed(config.tasks.items()))):
+        found = resolve(override(config, {"tasks": tasks}))
+        stream = PromptStream(make_world(), found.tasks, batch_size=64, images_per_prompt=1, seed=0)
+        drawn = list(zip(*stream.draw(7), strict=True))
+        assert drawn[:3] == [
+            ("composition", "three red triangles and one green triangle"),
+            ("text", 'sign "444"'),
+            ("text", 'sign "Z7Y"'),
+        ]
+        np.testing.assert_array_equal(stream.batch(7).route[:12], [0, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0])
+    teacher = resolve(load("miniature_teacher", "text"))
+    images = make_pairs(make_world(), teacher.tasks, teacher.batch_size, teacher.empty_caption, 0, 7)["x0"]
+    expected = [-0.8188242316246033, 0.8185185194015503, -0.7666667103767395, -0.7851852178573608]
+    np.testing.assert_allclose(images.mean((1, 2, 3))[:4], expected, rtol=1e-5)
