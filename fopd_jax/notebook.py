@@ -4,7 +4,6 @@ A `Session` is a config's network with its base weights and the world around the
 """
 
 import dataclasses
-import runpy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 from fopd_jax.adapters.lora import Adapter, effective
 from fopd_jax.adapters.lora import merge as merge_adapters
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.evaluation.grid import from_pixels, to_pixels
@@ -43,10 +43,8 @@ def load_config(path: str | Path, variant: str = "", **changes: Any) -> OPD | Fl
     Raises:
       ValueError: there is no such file, variant or field, or a value is out of range; names it.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config: {path}: no such file")
-    config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
-    return resolve(override(config, {name.replace("__", "."): value for name, value in changes.items()}))
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return resolve(override(load.load_config(path, variant), named))
 
 
 def load_pipeline(config: OPD | FlowMatching) -> Session:

@@ -1,16 +1,16 @@
 """Command lines: the flags that programs share, and absl's parser with every mistake told in one line."""
 
-import dataclasses
-import difflib
+import ast
 import re
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from fopd_jax.config import schema
-from fopd_jax.config.parse import current_name, resolve
-from fopd_jax.config.schema import OPD, Config, FlowMatching
+from fopd_jax.config.load import load_config
+from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
+from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
@@ -20,26 +20,48 @@ _PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the n
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ("auto", "off"), "Whether to look for a cluster that this process is in."
 )
-_FIELD = "--config."
-_MISSING = re.compile(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>")
+_FIELD = re.compile(r"(--?(?:no)?config\.)([^=]*)(.*)", re.DOTALL)
+
+
+class _FileParser(flags.ArgumentParser):
+    """In place of ml_collections' own: what is wrong with a file or with the names of fields is one line."""
+
+    def parse(self, argument: str) -> OPD | FlowMatching:
+        path, _, variant = argument.partition(":")
+        try:
+            config = load_config(path, variant)
+            for field in filter(None, map(_FIELD.fullmatch, sys.argv)):
+                if isinstance(value := find(config, field[2]), Section):
+                    raise ValueError(f"{field[2]}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
+        except ValueError as error:
+            raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config
+        return thaw(settle(config)[0])  # ml_collections reads an entry of a dict in the type that it has
+
+
+class _DictParser(flags.ArgumentParser):
+    """A dict as Python writes it."""
+
+    def parse(self, argument: str | dict[str, Any]) -> dict[str, Any]:
+        try:
+            return argument if isinstance(argument, dict) else dict(ast.literal_eval(argument))
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise ValueError("expected a dict as Python writes it, like {'a': 1.0}") from error
+
+
+flags.FLAGS["config"].parser = _FileParser()
+config_flags.register_flag_parser_for_type(dict, _DictParser())
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a bad flag, a config file that is not there or a field that it lacks is one line too.
+    """absl's parser, but a bad flag, config file or name of a field is one line and exit status 1.
 
     Fields may go by the names that they had in earlier versions.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
-        rest = flags.FLAGS(argv)
-        getattr(CONFIG.value, "stage", None)  # a config file that failed to load raises no sooner than when it is used
-    except (AttributeError, KeyError) as error:
-        reason = error.args[0]  # ml_collections wraps the one in the other
-        reason = reason.args[0] if isinstance(reason, KeyError) else reason
-        sys.exit(f"error: the config has no such field: {_missing(_one_line(reason))}")
-    except (flags.Error, OSError) as error:
-        sys.exit(f"error: {_one_line(error)}")
-    return rest
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def read_config() -> OPD | FlowMatching:
@@ -63,23 +85,5 @@ def membership() -> tuple[str | None, int | None, int | None, str]:
 
 def _current(argument: str) -> str:
     """A flag `--config.field[=value]` under the field's name of today."""
-    if not argument.startswith(_FIELD):
-        return argument
-    name, equals, value = argument.removeprefix(_FIELD).partition("=")
-    return f"{_FIELD}{current_name(name)}{equals}{value}"
-
-
-def _one_line(message: object) -> str:
-    """The message, or what the traceback in it ends with: ml_collections quotes one where a config file raises."""
-    text = str(message).strip()
-    return text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-
-
-def _missing(message: str) -> str:
-    """What ml_collections says of a field that a section lacks, with what is there in its place."""
-    if (found := _MISSING.fullmatch(message)) is None:
-        return repr(message)
-    name, section = found.groups()
-    known = [field.name for field in dataclasses.fields(getattr(schema, section))]
-    close = difflib.get_close_matches(name, known, 1)
-    return f"{name!r}, did you mean {close[0]!r}?" if close else f"{name!r}, only {', '.join(known)}"
+    field = _FIELD.fullmatch(argument)
+    return argument if field is None else f"{field[1]}{current_name(field[2])}{field[3]}"

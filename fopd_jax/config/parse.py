@@ -1,21 +1,21 @@
 """Configs from outside: names of earlier versions, overrides, and the one check that freezes them."""
 
-import copy
 import dataclasses
-import math
+import difflib
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from ml_collections.config_flags import config_path
-
-from fopd_jax.config.rules import Rule
-from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
+from fopd_jax.config.schema import OPD, Config, FlowMatching, FrozenDict, Section
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 STAGES: dict[str, type[OPD | FlowMatching]] = {"opd": OPD, "flow_matching": FlowMatching}
 LARGEST_INT = 2**32 - 1
+LONGEST = 200  # characters of a value in a message
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 RENAMED = {
     **{
         name: f"run.{name}"
@@ -60,16 +60,36 @@ def override(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
 
 
 def assign(config: Config, changes: Mapping[str, Any]) -> None:
-    """The same in place.
+    """The same in place. Entries of dicts may be new.
 
     Raises:
       ValueError: there is no such field; names it.
     """
     for name, value in changes.items():
-        try:
-            config_path.set_value(current_name(name), config, value, accept_new_attributes=True)
-        except (KeyError, AttributeError) as error:
-            raise ValueError(f"{name}: no such field of stage {config.stage!r}") from error
+        group, _, last = (today := current_name(name)).rpartition(".")
+        holder = find(config, group) if group else config
+        if isinstance(holder, dict):
+            holder[last] = value
+        else:
+            find(config, today)
+            setattr(holder, last, value)
+
+
+def find(config: Config, name: str) -> Any:
+    """The value of a dotted field by today's name.
+
+    Raises:
+      ValueError: there is no such field; names it and what is there.
+    """
+    node: Any = config
+    for part in name.split("."):
+        known = dict(fields_of(node)) if isinstance(node, Section) else node if isinstance(node, dict) else {}
+        if part not in known:
+            close = difflib.get_close_matches(part, known, 1)
+            there = f"did you mean {close[0]!r}?" if close else f"only {', '.join(known) or 'a value'}"
+            raise ValueError(f"{name}: no such field: {part!r}, {there}")
+        node = known[part]
+    return node
 
 
 def thaw(value: Any) -> Any:
@@ -81,7 +101,7 @@ def thaw(value: Any) -> Any:
         return made
     if isinstance(value, dict):
         return {name: thaw(each) for name, each in value.items()}
-    return copy.deepcopy(value)
+    return list(value) if isinstance(value, list) else value
 
 
 def fields_of(section: Any) -> Iterator[tuple[str, Any]]:
@@ -98,84 +118,88 @@ def resolve(config: AnyConfig) -> AnyConfig:
     if not isinstance(config, Config) or type(config) not in STAGES.values():
         kinds = " or ".join(f"fopd_jax.config.schema.{kind.__name__}" for kind in STAGES.values())
         raise ValueError(f"get_config: found {type(config).__name__}, expected {kinds}")
-    config = thaw(config)
-    problems = list(_settle("", config))
+    config, problems = settle(config)
     if problems:
         raise ValueError("\n".join(problems))
     return config
 
 
-def _settle(path: str, section: Section) -> Iterator[str]:
-    """Give every field of a section its type, check it and freeze it; yields what is wrong."""
-    hints = typing.get_type_hints(type(section))
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
-        name, value = f"{path}{field.name}", getattr(section, field.name)
-        found, problem = _typed(value, hints[field.name])
-        setattr(section, field.name, found)
-        rule: Rule | None = field.metadata["rule"]
-        if not problem and rule is not None and not rule.holds(found):
-            problem = rule.expected
-        if problem:
-            yield f"{name}: found {value!r}, expected {problem}"
-        else:
-            yield from _inside(name, found)
-    section.freeze()
+def settle(config: AnyConfig) -> tuple[AnyConfig, list[str]]:
+    """A frozen copy with values in their fields' types as far as they have them, and what is wrong with the others."""
+    return _section("", thaw(config), type(config))
 
 
-def _inside(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, Section):
-        yield from _settle(f"{name}.", value)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _inside(f"{name}.{key}", each)
+Typed = tuple[Any, list[str]]
+"""A value as its type has it, frozen, and what is wrong with it or below it."""
 
 
-def _typed(value: Any, hint: Any) -> tuple[Any, str]:
-    """The value as its type has it, and what was expected instead of it, or nothing."""
+def _typed(name: str, value: Any, hint: Any) -> Typed:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = next(each for each in arguments if each is not types.NoneType)
-        found, problem = (value, "") if value is None else _typed(value, inner)
-        return found, problem and f"{problem}, or None"
+        if value is None or (
+            isinstance(value, tuple) and value == (None,)
+        ):  # of a flag `=None` ml_collections makes it
+            return None, []
+        found, problems = _typed(name, value, next(each for each in arguments if each is not types.NoneType))
+        return found, [f"{problem}, or None" for problem in problems]
     if origin is tuple:
-        return _typed_tuple(value, arguments)
+        return _tuple(name, value, arguments)
     if origin is dict:
-        return _typed_dict(value, arguments[1])
-    return _typed_scalar(value, hint)
+        return _dict(name, value, arguments[1])
+    return _section(f"{name}.", value, hint) if issubclass(hint, Section) else _scalar(name, value, hint)
 
 
-def _typed_scalar(value: Any, hint: type) -> tuple[Any, str]:
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value), "" if math.isfinite(value) else "a finite number"
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value, "" if abs(value) <= LARGEST_INT else f"a number up to {LARGEST_INT}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-    return value, "" if type(value) is hint else words.get(hint, hint.__name__)
+def _section(path: str, section: Any, kind: type) -> Typed:
+    if type(section) is not kind:
+        return section, [_problem(path.rstrip("."), section, f"a section {kind.__name__}")]
+    hints, problems = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(section):
+        name, value, rule = f"{path}{field.name}", getattr(section, field.name), field.metadata["rule"]
+        found, wrong = _typed(name, value, hints[field.name])
+        if not wrong and rule is not None and not rule.holds(found):
+            wrong = [_problem(name, value, rule.expected)]
+        setattr(section, field.name, found)
+        problems += wrong
+    section.freeze()
+    return section, problems
 
 
-def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, str]:
-    if not isinstance(value, tuple | list):
-        return value, f"a tuple of {_spell(arguments)}"
-    hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-    if len(hints) != len(value):
-        return value, f"{len(hints)} numbers"
-    typed = [_typed(each, hint) for each, hint in zip(value, hints, strict=True)]
-    problems = [problem for _, problem in typed if problem]
-    return tuple(found for found, _ in typed), problems[0] if problems else ""
+def _scalar(name: str, value: Any, hint: type) -> Typed:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and number:  # an int may be larger than any float
+        finite = abs(value) <= sys.float_info.max
+        return (float(value), []) if finite else (value, [_problem(name, value, "a finite number")])
+    if hint is int and number and isinstance(value, int):
+        return value, [] if abs(value) <= LARGEST_INT else [_problem(name, value, f"a number up to {LARGEST_INT}")]
+    return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
 
 
-def _typed_dict(value: Any, hint: Any) -> tuple[Any, str]:
+def _tuple(name: str, value: Any, arguments: tuple[Any, ...]) -> Typed:
+    hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis and isinstance(value, tuple | list) else arguments
+    if not isinstance(value, tuple | list) or len(hints) != len(value):
+        expected = "a tuple" if arguments[-1] is Ellipsis else f"a tuple of {len(arguments)}"
+        return value, [_problem(name, value, f"{expected}, each {_WORDS[arguments[0]]}")]
+    typed = [_typed(f"{name}[{i}]", each, hint) for i, (each, hint) in enumerate(zip(value, hints, strict=True))]
+    return tuple(found for found, _ in typed), [problem for _, wrong in typed for problem in wrong]
+
+
+def _dict(name: str, value: Any, hint: Any) -> Typed:
     if not isinstance(value, Mapping):
-        return value, f"a dict of {_spell((hint,))} by name"
-    ordered = sorted(value.items(), key=lambda entry: str(entry[0]))  # draws and banks depend on no file's order
-    typed = {str(name): _typed(each, hint) for name, each in ordered}
-    problems = [f"{problem} at {name!r}" for name, (_, problem) in typed.items() if problem]
-    return {name: found for name, (found, _) in typed.items()}, problems[0] if problems else ""
+        return value, [_problem(name, value, "a dict")]
+    if wrong := [key for key in value if not (isinstance(key, str) and re.fullmatch(r"[^\s.]+", key))]:
+        return value, [_problem(f"{name}, a name in it", key, "a text without dots and spaces") for key in wrong]
+    # Draws and banks depend on no file's order.
+    typed = {key: _typed(f"{name}.{key}", each, hint) for key, each in sorted(value.items())}
+    problems = [problem for _, wrong in typed.values() for problem in wrong]
+    return FrozenDict({key: found for key, (found, _) in typed.items()}), problems
 
 
-def _spell(arguments: tuple[Any, ...]) -> str:
-    names = {str: "names", int: "whole numbers", float: "numbers"}
-    return names.get(arguments[0], getattr(arguments[0], "__name__", str(arguments[0])))
+def _problem(name: str, found: Any, expected: str) -> str:
+    try:
+        text = " ".join(repr(found).split())
+    except ValueError:  # its limit is 4300 digits
+        text = "an int of more digits than Python spells"
+    return f"{name}: found {text if len(text) <= LONGEST else text[:LONGEST] + '…'}, expected {expected}"
 
 
 def flatten(config: Config) -> dict[str, Any]:

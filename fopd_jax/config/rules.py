@@ -1,7 +1,6 @@
 """What a setting's value may be: one rule a field, told in the words of its error message."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +32,7 @@ def one_of(*known: Any) -> Rule:
 
 PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1)
 SOME = Rule("at least one", lambda value: len(value) > 0)
-NAME = Rule("a name", lambda value: bool(re.fullmatch(r"[^\s/\\]+", value)))
+NAME = Rule("a name", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]+", value)))
 AXIS = Rule("a length ≥ 1, or -1: the devices that are left", lambda value: value >= 1 or value == -1)
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
 BEST = Rule("'max:METRIC', 'min:METRIC' or ''", lambda value: value == "" or bool(re.fullmatch("(max|min):.+", value)))
@@ -44,5 +43,5 @@ WEIGHTS = Rule(
 )
 BOUNDS = Rule(
     "{metric: (low, high)} with low <= high",
-    lambda value: all(low <= high and not math.isnan(high) for low, high in value.values()),
+    lambda value: all(low <= high for low, high in value.values()),
 )

@@ -9,7 +9,7 @@ In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import Rule, above, at_least, between, one_of
@@ -21,6 +21,7 @@ MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
+_FROZEN = "settings are frozen once a run has begun"
 
 
 def setting(default: Any, doc: str, rule: Rule | None = None, paper: str = "") -> Any:
@@ -37,7 +38,7 @@ class Section:
     """Settings, to be changed until they are frozen.
 
     Raises:
-      AttributeError: a field that is not there is set; names it and those there are.
+      AttributeError: a field that is not there is set, which names it and those there are, or one is removed.
       dataclasses.FrozenInstanceError: after `freeze`.
     """
 
@@ -45,14 +46,33 @@ class Section:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._frozen:
-            raise dataclasses.FrozenInstanceError(f"{name}: settings are frozen once a run has begun")
+            raise dataclasses.FrozenInstanceError(f"{name}: {_FROZEN}")
         if name not in (known := [each.name for each in dataclasses.fields(self)]):  # type: ignore[arg-type]
             raise AttributeError(f"{type(self).__name__} has no field {name!r}, only {', '.join(known)}")
         object.__setattr__(self, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name}: settings are changed, not removed")
+
     def freeze(self) -> None:
         """Let nothing be changed any more."""
         object.__setattr__(self, "_frozen", True)
+
+
+class FrozenDict(dict[str, Any]):
+    """Entries of a frozen section. Still a dict: to read, to compare, to write as JSON.
+
+    Raises:
+      dataclasses.FrozenInstanceError: they are changed.
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(_FROZEN)
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
 
 
 # ---- what every stage has

@@ -11,14 +11,15 @@ from fopd_jax.config.schema import Config, Section
 
 
 def describe(config: Config, flags: Collection[str]) -> str:
-    """One line a field: `a.b = value  [origin]  meaning; paper's value`. `flags`: fields that the command line set.
+    """One line a field: `a.b = value  [origin]  meaning; paper's value`. `flags`: what the command line set.
 
     Origin is `flag`, `file` where the config's file deviates from the schema's default, else `default`.
     """
     documents = dict(_documents("", config))
     rows = []
     for name, value in flatten(config).items():
-        where = "flag" if name in flags else "default" if _plain(value) == default_of(config.stage, name) else "file"
+        set_here = any(f"{name}.".startswith(f"{flag}.") for flag in flags)  # itself, or the dict that it is in
+        where = "flag" if set_here else "default" if _plain(value) == default_of(config.stage, name) else "file"
         rows.append((name, json.dumps(value), where, documents.get(name, documents.get(name.rpartition(".")[0], ""))))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(

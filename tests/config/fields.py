@@ -1,0 +1,48 @@
+"""Every field of both stages, found by walking the schema; dicts of sections are walked with one entry, `x`."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RoutedTask, Section
+
+STAGES = {"opd": OPD, "flow_matching": FlowMatching}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    stage: str
+    name: str
+    hint: Any
+    metadata: Any
+
+    def __str__(self) -> str:
+        return f"{self.stage}-{self.name}"
+
+
+def valid(stage: str) -> Any:
+    """A config of the stage that resolves, with an entry `x` in every dict."""
+    if stage == "opd":
+        return OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
+    config = FlowMatching(name="any", tasks={"x": Pairs()})
+    config.run.alarms = {"x": (0.0, 1.0)}
+    return config
+
+
+def _walk(stage: str, kind: type, path: str) -> Iterator[tuple[Field, type | None]]:
+    """Each field with the section that it holds, if it holds any."""
+    hints = typing.get_type_hints(kind)
+    for each in dataclasses.fields(kind):
+        name, hint = f"{path}{each.name}", hints[each.name]
+        entry = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+        inner, at = (hint, name) if entry is None else (entry, f"{name}.x")
+        holds = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+        yield Field(stage, name, hint, each.metadata), holds
+        if holds is not None:
+            yield from _walk(stage, holds, f"{at}.")
+
+
+EVERY = [found for stage, kind in STAGES.items() for found in _walk(stage, kind, "")]
+LEAVES = [field for field, holds in EVERY if holds is None]
+GROUPS = [field for field, holds in EVERY if holds is not None]
