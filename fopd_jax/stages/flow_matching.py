@@ -21,7 +21,7 @@ from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages.export import export, exports
 from fopd_jax.stages.flow_matching_update import frozen_part, make_update
 from fopd_jax.stages.pipeline import load_base
-from fopd_jax.stages.setup import make_setup, print_overview
+from fopd_jax.stages.setup import describe_weights, make_setup
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
 from fopd_jax.worlds.world import CaptionedLatents, World, select_tasks
@@ -75,8 +75,7 @@ class FlowMatching:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        trained = self.update.trained.state.trained
-        print_overview(self.config.name, trained if self.whole else trained.weights, self.frozen)
+        describe_weights(self.workdir, self.config, self.update.trained.state, self.frozen)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""

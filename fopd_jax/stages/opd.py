@@ -17,11 +17,12 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
+from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages import teachers
 from fopd_jax.stages.export import export, exports
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.setup import make_setup, null_conditioning, print_overview
+from fopd_jax.stages.setup import describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
@@ -77,8 +78,9 @@ class OPD:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        start = self.teaching.start
-        print_overview("student", start if self.whole else start.weights, self.frozen)
+        experts = [*self.config.tasks, self.config.anchor.name]
+        bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
+        describe_weights(self.workdir, self.config, self.update.state, self.frozen.variables, bank)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""

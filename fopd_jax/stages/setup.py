@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-import jax
 import numpy as np
 import optax
-from clu import parameter_overview
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Config, Evaluation
@@ -17,8 +16,9 @@ from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import check_batch
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
-from fopd_jax.steps.state import make_optimizer
+from fopd_jax.steps.state import TrainState, make_optimizer
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import embed_empty, select_tasks
 
@@ -75,7 +75,17 @@ def null_conditioning(pipeline: Pipeline) -> Conditioning:
     return embed_empty(pipeline.world, pipeline.mesh)
 
 
-def print_overview(title: str, trained: Tree, frozen: Tree) -> None:
-    """What trains, parameter by parameter, and how much is frozen."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(frozen))
-    print(f"{title}\n{parameter_overview.get_parameter_overview(trained, include_stats=False)}\nfrozen: {count:,}")
+def describe_weights(workdir: Path, config: Config, state: TrainState, variables: Tree, *others: Part) -> None:
+    """Print what trains and what is frozen, and write every array of it to a file.
+
+    `state`: arrays or shapes; `variables`: the frozen ones of the network; `others`: what else is frozen.
+    """
+    whole = config.trained == "params"
+    frozen = {**variables.get("params", {}), **variables["constants"]}
+    parts = (
+        Part(f"trains: {config.trained}", state.trained if whole else state.trained.weights, stacks=True),
+        Part("its moments and average", (state.opt_state, state.ema)),
+        Part("frozen: network", frozen, stacks=True),
+        *others,
+    )
+    write_overview(workdir, config.name, parts)

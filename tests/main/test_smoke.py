@@ -12,7 +12,10 @@ from fopd_jax.running.checkpoints import newest_step
 from tests.configs import EVERY, FOLDER, load, smoke_variant
 from tests.main.experiment import Program, command, logged
 
-ALWAYS = {"config.json", "goodput.json", "metrics.jsonl", "timing.json", "samples.png", "checkpoints", "tensorboard"}
+ALWAYS = {
+    "config.json", "goodput.json", "metrics.jsonl", "parameters.txt", "timing.json", "samples.png", "checkpoints",
+    "tensorboard",
+}  # fmt: skip
 
 
 @pytest.mark.slow
