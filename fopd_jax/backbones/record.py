@@ -1,8 +1,10 @@
 """What a family of networks is to steps, loops and stages.
 
 A second family is a second record (`registry.register`): its Linen module takes `(*inputs(x, sigma, conditioning),
-route)` and returns the velocity, reads an optional low-rank update a dense layer from the collection `adapter`, and
-names the axes of its parameters in the vocabulary of `parallel.sharding.RULES`, which all networks share.
+route)` and returns the velocity in float32, reads an optional low-rank update a dense layer from the collection
+`adapter` (see `models.mmdit.Dense`), and names the axes of its parameters in the vocabulary of
+`parallel.sharding.RULES`, which all networks share, or in its own `rules`. What else it reads than parameters stands in
+the collection `constants`.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import flax.linen as nn
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.parallel.sharding import Rules
 
 Tree = Any
 Shape = Any
@@ -42,10 +45,12 @@ class Pass:
 class Files:
     """A family's weights and adapters as others keep them.
 
+    `class_name`: of the network in diffusers, by which a converted folder's manifest tells the family.
     `read_adapter(path, shape)`; `write_adapter(folder, adapter, shape)`; `constants(folder, shape, latent shape)`: of a
     converted folder, what the network reads beside its parameters; `write_network(folder, converted folder, params)`.
     """
 
+    class_name: str
     read_adapter: Callable[[Path, Shape], Adapter]
     write_adapter: Callable[[Path, Adapter, Shape], None]
     constants: Callable[[Path, Shape, LatentShape], Tree]
@@ -57,11 +62,12 @@ class Backbone:
     """One family.
 
     `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat)` makes one,
-    whose `config` is the shape. `inputs(x, sigma, conditioning)`: the module's positional inputs; x `[B, H, W, C]`,
-    sigma 0-d or `[B]`. `latent_shape(shape, pixels a side)` and `encoded(shape, T5 tokens)`, the conditioning of one
-    prompt as shapes. `targets`: groups of layers that adapters may act on, as last parts of their paths. `flops(shape,
-    tokens, adapter or None, rematerialisation)`; `tokens(shape, latent shape, text tokens)`. `files`: None where
-    nobody else keeps any.
+    whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: the module's
+    positional inputs; x `[B, H, W, C]`, sigma 0-d or `[B]`. `latent_shape(shape, pixels a side)` and `encoded(shape, T5
+    tokens)`: the shapes of one latent image, and of one prompt's `context` and `pooled`, the latter None where the
+    network has no such input. `targets`: groups of layers that adapters may act on, by the last two parts of their
+    paths. `flops(shape, tokens, adapter or None, rematerialisation)`; `tokens(shape, latent shape, text tokens)`.
+    `rules`: mesh axes of logical axes that the shared table lacks. `files`: None where nobody else keeps any.
     """
 
     name: str
@@ -70,8 +76,9 @@ class Backbone:
     build: Callable[[Shape, str, Any, str], nn.Module]
     inputs: Callable[[Any, Any, Any], tuple[Any, ...]]
     latent_shape: Callable[[Shape, int], LatentShape]
-    encoded: Callable[[Shape, int], Any]
+    encoded: Callable[[Shape, int], tuple[tuple[int, int], tuple[int] | None]]
     targets: Mapping[str, tuple[str, ...]]
     flops: Callable[[Shape, Tokens, LoRAConfig | None, str], Pass]
     tokens: Callable[[Shape, LatentShape, int], Tokens]
+    rules: Rules = ()
     files: Files | None = None

@@ -1,6 +1,7 @@
 """Variables of a network: as shapes, at random, or from files, each in its shards."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -23,24 +24,23 @@ def example_inputs(module: Any, latent_shape: LatentShape) -> tuple[Any, ...]:
     """Zeros to initialise a network with, one sample."""
     family = family_of(module)
     context, pooled = (None if shape is None else jnp.zeros((1, *shape)) for shape in family.encoded(module.config, 1))
-    return family.inputs(jnp.zeros((1, *latent_shape)), jnp.zeros(()), _Text(context, pooled))
-
-
-class _Text:
-    """Text inputs by the names that `Backbone.inputs` reads."""
-
-    def __init__(self, context: Any, pooled: Any) -> None:
-        self.context, self.pooled = context, pooled
+    text = SimpleNamespace(context=context, pooled=pooled)  # by the names that `inputs` reads
+    return family.inputs(jnp.zeros((1, *latent_shape)), jnp.zeros(()), text)
 
 
 def boxed_variables(module: nn.Module, latent_shape: LatentShape) -> Tree:
     """Shapes of `params` and `constants`, parameters boxed with their logical axes, without computing anything."""
-    return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module, latent_shape))
+    return _complete(jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module, latent_shape)))
 
 
 def init_variables(module: nn.Module, latent_shape: LatentShape, seed: int) -> Tree:
     """Random weights, and what else the network holds for one latent shape."""
-    return nn.unbox(module.init(jax.random.key(seed), *example_inputs(module, latent_shape)))
+    return nn.unbox(_complete(module.init(jax.random.key(seed), *example_inputs(module, latent_shape))))
+
+
+def _complete(variables: Tree) -> Tree:
+    """Both collections, whether or not a network has constants."""
+    return {"params": variables["params"], "constants": variables.get("constants", {})}
 
 
 def random_network(module: nn.Module, latent_shape: LatentShape, seed: int, dtype: Any, mesh: Mesh) -> Tree:
@@ -59,7 +59,7 @@ def load_file(path: Path, preset: str, module: nn.Module, latent_shape: LatentSh
     variables, metadata = load_tree(path)
     check_preset(path, metadata, preset)
     check_like(str(path), variables, f"preset {preset}", nn.unbox(boxed))
-    return put_replicated(cast(variables, dtype), parameter_shardings(mesh, boxed))
+    return put_replicated(cast(_complete(variables), dtype), parameter_shardings(mesh, boxed))
 
 
 def load_converted(folder: Path, module: Any, latent_shape: LatentShape, dtype: Any, mesh: Mesh) -> Tree:

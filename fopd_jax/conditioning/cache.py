@@ -50,7 +50,7 @@ class ConditioningCache:
     """The encodings of one set of text encoders, named by `fingerprint`, under `folder`."""
 
     def __init__(self, folder: Path, fingerprint: str, shapes: Conditioning) -> None:
-        """`shapes`: of one prompt's encoding, `[S, context_dim]` and `[P]`."""
+        """`shapes`: of one prompt's encoding, `[S, context_dim]` and `[P]`, or None where there is no pooled input."""
         name = _hash(json.dumps([FORMAT, fingerprint, shapes.context, shapes.pooled]))[:32]
         self._root, self._folder, self._shapes = folder, folder / name, shapes
         self._places: dict[str, tuple[str, int]] = {}  # hash of a prompt → shard and record
@@ -116,6 +116,8 @@ class ConditioningCache:
             found = dict(zip(distinct, pool.map(self._read, distinct), strict=True))
         rows, (size, _) = [found[prompt] for prompt in prompts], _sizes(self._shapes)
         context = np.stack([row[:size] for row in rows]).reshape(-1, *self._shapes.context)
+        if self._shapes.pooled is None:
+            return Conditioning(context, None)
         return Conditioning(context, np.stack([row[size:] for row in rows]).reshape(-1, *self._shapes.pooled))
 
     # ---- shards
@@ -189,14 +191,15 @@ def _hash(text: str) -> str:
 
 def _sizes(shapes: Conditioning) -> tuple[int, int]:
     """Numbers in one prompt's context, and in its pooled input."""
-    return int(np.prod(shapes.context)), int(np.prod(shapes.pooled))
+    pooled = 0 if shapes.pooled is None else int(np.prod(shapes.pooled))
+    return int(np.prod(shapes.context)), pooled
 
 
 def _records(batches: Encoded) -> Iterator[tuple[str, bytes]]:
     for prompts, encoded in batches:
         rounded = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf, STORED), encoded)
-        for prompt, context, pooled in zip(prompts, rounded.context, rounded.pooled, strict=True):
-            yield prompt, context.tobytes() + pooled.tobytes()
+        for row, prompt in enumerate(prompts):
+            yield prompt, b"".join(leaf[row].tobytes() for leaf in jax.tree.leaves(rounded))  # context, then pooled
 
 
 def _read_index(path: Path) -> list[str]:

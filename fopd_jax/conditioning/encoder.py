@@ -23,7 +23,10 @@ Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "b s"]]
 
 @struct.dataclass
 class Conditioning:
-    """Encoded prompts: `context [B, S, context_dim]` per token (padding included: it is attended), `pooled [B, P]`."""
+    """Encoded prompts: `context [B, S, context_dim]` per token (padding included: it is attended), `pooled [B, P]`.
+
+    `pooled` is None where the network has no such input.
+    """
 
     context: Any  # float arrays, numpy or jax; Any because tree operations put anything into a leaf
     pooled: Any
@@ -78,7 +81,17 @@ def join(
     t5_length: int,
     context_dim: int,
 ) -> Conditioning:
-    """Join the towers' (states, pooled) and T5's states; without T5 its place is zeros, as in diffusers."""
+    """Join the towers' (states, pooled) and T5's states; without T5 its place is zeros, as in diffusers.
+
+    Without towers T5's states are all, and nothing is pooled.
+
+    Raises:
+      ValueError: neither reads the prompt.
+    """
+    if not clip:
+        if t5 is None:
+            raise ValueError("text encoders: found none, expected CLIP towers or T5")
+        return Conditioning(t5, None)
     states = jnp.concatenate([each for each, _ in clip], axis=-1)
     states = jnp.pad(states, ((0, 0), (0, 0), (0, context_dim - states.shape[-1])))
     if t5 is None:

@@ -41,7 +41,7 @@ class MemoryEncodings:
     def write(self, batches: Encoded) -> None:
         for prompts, encoded in batches:
             for row, prompt in enumerate(prompts):
-                self._rows[prompt] = Conditioning(encoded.context[row], encoded.pooled[row])
+                self._rows[prompt] = jax.tree.map(lambda leaf, row=row: leaf[row], encoded)
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(self._rows[prompt] for prompt in prompts))

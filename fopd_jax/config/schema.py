@@ -98,8 +98,8 @@ class LoRAConfig(Section):
     rank: int = setting(32, "Of the adapter's factors.", at_least(1), "[code] 32")
     alpha: float = setting(64.0, "The update is multiplied by alpha / rank.", above(0), "[code] 64")
     targets: tuple[str, ...] = setting(
-        ("attn",), "Adapted layers, of SD3: attn (joint attention), attn2 (image attention), mlp.", rules.SOME,
-        "[code] attn",
+        ("attn",), "Adapted layers, by the network's groups: of SD3 attn (joint attention), attn2 (the image's), mlp.",
+        rules.SOME, "[code] attn",
     )  # fmt: skip
 
     @property

@@ -27,7 +27,7 @@ LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in
 SHORT_STACK = 2  # layers; a loop over so few costs more in copies than it saves in compilation
 # What a block keeps for the backward beside its input, from nothing to everything ("none": no rematerialisation).
 # "dots" keeps attentions, too.
-_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "attention": save_attention,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -375,7 +375,7 @@ class MMDiT(nn.Module):
         """What a stack is made of. Outside a loop XLA would merge a block with its repetition, and keep all of it."""
         if self.remat == "none":
             return Block
-        return nn.remat(Block, prevent_cse=not looped, policy=_REMAT_POLICIES[self.remat])
+        return nn.remat(Block, prevent_cse=not looped, policy=REMAT_POLICIES[self.remat])
 
     def _stack(
         self,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,22 +11,40 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fopd_jax.parallel.mesh import AXES
+
 Tree = Any
 AnyMesh = Mesh | AbstractMesh
-RULES: tuple[tuple[str, str | None], ...] = (
+Rules = Sequence[tuple[str, str | None]]
+RULES: Rules = (
     ("layers", None),  # scanned stacks: every device runs every layer
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
 )
+_known: dict[str, str | None] = dict(RULES)
 BATCH_AXES = ("data", "fsdp")
 BATCH = P(BATCH_AXES)
 
 
+def add_rules(rules: Rules) -> None:
+    """Let parameters have further axes beside those of `RULES`: what a family of networks brings along.
+
+    Raises:
+      ValueError: there is no such mesh axis, or the name means another one already; then none is added.
+    """
+    for name, axis in rules:
+        if axis not in (*AXES, None):
+            raise ValueError(f"logical axis {name!r}: found mesh axis {axis!r}, expected None or one of {AXES}")
+        if _known.get(name, axis) != axis:
+            raise ValueError(f"logical axis {name!r}: found mesh axis {axis!r}, but it is {_known[name]!r} already")
+    _known.update(rules)
+
+
 @contextlib.contextmanager
 def activation_rules(mesh: AnyMesh, batch: tuple[str, ...] = BATCH_AXES) -> Iterator[None]:
-    """While tracing: activations are split over the mesh axes `batch` along their leading axis, kernels by `RULES`.
+    """While tracing: activations are split over the mesh axes `batch` along their leading axis, kernels by the rules.
 
     Propagation alone may prefer to split activations as parameters are and to repeat whole matrix products instead.
     An axis of the batch's that is not in `batch` belongs to a mapped axis outside (see `gradients`): nothing is split
@@ -34,7 +52,7 @@ def activation_rules(mesh: AnyMesh, batch: tuple[str, ...] = BATCH_AXES) -> Iter
     """
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     taken = set(BATCH_AXES) - set(batch)
-    rules = [(name, None if axis in taken else axis) for name, axis in RULES]
+    rules = [(name, None if axis in taken else axis) for name, axis in _known.items()]
     with jax.sharding.use_abstract_mesh(abstract), nn.logical_axis_rules((*rules, ("batch", batch))):
         yield
 
@@ -43,8 +61,15 @@ def parameter_shardings(mesh: AnyMesh, boxed: Tree) -> Tree:
     """Shardings of a tree whose leaves are boxed with logical axis names (arrays or shapes).
 
     A dimension that its mesh axes do not divide (a short vector, a small network) stays whole on every device.
+
+    Raises:
+      ValueError: an axis has a name without a rule.
     """
-    specs = nn.spmd.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    logical = nn.get_partition_spec(boxed)
+    unknown = {name for spec in jax.tree.leaves(logical) for name in spec} - {*_known, None}
+    if unknown:
+        raise ValueError(f"parameters' logical axes: found {sorted(unknown)}, expected some of {tuple(_known)}")
+    specs = nn.spmd.logical_to_mesh(logical, tuple(_known.items()))
     return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _fit(mesh, leaf.shape, spec)), nn.unbox(boxed), specs)
 
 

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Backbone, Shape
-from fopd_jax.backbones.registry import find_preset, preset_names
-from fopd_jax.backbones.sd3.record import SD3
+from fopd_jax.backbones.registry import family_of_class, find_preset, preset_names
 from fopd_jax.backbones.weights import load_any_adapter, load_converted, load_file, random_network
 from fopd_jax.config.schema import Model, Run
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
@@ -96,7 +95,10 @@ def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "m
         if preset not in (*preset_names(), CUSTOM):
             expected = f"one of {(*preset_names(), CUSTOM)}; {path} holds {manifest.preset!r}"
         raise ValueError(f"model.preset: found {preset!r}, expected {expected}")
-    return SD3, manifest.transformer  # the only family that is converted
+    try:
+        return family_of_class(manifest.class_name), manifest.transformer
+    except ValueError as error:
+        raise ValueError(f"{field}: {path}: {error}") from error
 
 
 def weight_path(name: str) -> Path:

@@ -13,6 +13,7 @@ from fopd_jax.backbones.sd3.flops import pass_flops
 from fopd_jax.interop.files.converted import load_table, read_manifest
 from fopd_jax.interop.lora.peft import read_lora, write_peft
 from fopd_jax.interop.sd3.convert import byte_bar, write_diffusers
+from fopd_jax.interop.sd3.diffusers import CLASS_NAME
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 
@@ -70,5 +71,5 @@ SD3 = Backbone(
     targets=TARGETS,
     flops=pass_flops,
     tokens=tokens,
-    files=Files(read_lora, write_adapter, constants, write_network),
+    files=Files(CLASS_NAME, read_lora, write_adapter, constants, write_network),
 )

@@ -26,9 +26,9 @@ from fopd_jax.files import write_json
 from fopd_jax.interop.files.tables import Component, Shape, check_names
 from fopd_jax.interop.files.tensor_files import open_tensor_file, read_json, write_tensor_file
 from fopd_jax.interop.sd3.autoencoder import autoencoder_component
-from fopd_jax.interop.sd3.diffusers import TABLE, config_from_diffusers, transformer_component
+from fopd_jax.interop.sd3.diffusers import CLASS_NAME, TABLE, config_from_diffusers, transformer_component
 from fopd_jax.interop.sd3.text_encoders import clip_component, t5_component
-from fopd_jax.models.mmdit import PRESETS, MMDiTConfig, centre_crop
+from fopd_jax.models.mmdit import PRESETS, centre_crop
 from fopd_jax.parallel.sharding import parameter_shardings
 
 FORMAT = "fopd_jax/converted/1"
@@ -39,8 +39,35 @@ Tree = Any
 CUSTOM = "custom"  # the preset of a transformer that is none of the published ones
 
 
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A class of transformers: `shape` of its configuration, `component` of a shape, and `presets`, the published."""
+
+    shape: Callable[[Mapping[str, Any]], Any]
+    component: Callable[[Any], Component]
+    presets: Mapping[str, Any]
+
+
+TRANSFORMERS: Mapping[str, Transformer] = {
+    CLASS_NAME: Transformer(config_from_diffusers, transformer_component, PRESETS)
+}
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """A transformer's; a configuration that names none is Stable Diffusion 3's.
+
+    Raises:
+      ValueError: there is no such class; names those there are.
+    """
+    name = config.get("_class_name", CLASS_NAME)
+    if name not in TRANSFORMERS:
+        raise ValueError(f"transformer config _class_name: found {name!r}, expected one of {', '.join(TRANSFORMERS)}")
+    return name
+
+
 def _transformer(config: Mapping[str, Any]) -> Component:
-    return transformer_component(config_from_diffusers(config))
+    kind = TRANSFORMERS[_class_name(config)]
+    return kind.component(kind.shape(config))
 
 
 COMPONENTS: Mapping[str, Callable[[Mapping[str, Any]], Component]] = {
@@ -80,13 +107,20 @@ class Manifest:
         return COMPONENTS[name](self.components[name].config)
 
     @property
-    def transformer(self) -> MMDiTConfig:
-        return config_from_diffusers(self.components["transformer"].config)
+    def class_name(self) -> str:
+        """The transformer's, as its source named it."""
+        return _class_name(self.components["transformer"].config)
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer's shape, of its family's own kind."""
+        return TRANSFORMERS[self.class_name].shape(self.components["transformer"].config)
 
 
-def preset_of(config: MMDiTConfig) -> str:
+def preset_of(shape: Any) -> str:
     """The published preset that a network is, or `custom`."""
-    return next((name for name, preset in PRESETS.items() if preset == config), CUSTOM)
+    presets = [item for kind in TRANSFORMERS.values() for item in kind.presets.items()]
+    return next((name for name, preset in presets if preset == shape), CUSTOM)
 
 
 def is_converted(folder: Path) -> bool:

@@ -84,6 +84,7 @@ _SIZES = (
     "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size",
 )  # fmt: skip
 TABLE = "pos_embed.pos_embed"
+CLASS_NAME = "SD3Transformer2DModel"
 
 
 def module_names(config: MMDiTConfig) -> dict[str, str]:
@@ -218,8 +219,8 @@ def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
     Raises:
       ValueError: a field is missing or describes a network that MMDiT is not; names field, found and right value.
     """
-    if (kind := config.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
-        raise _wrong("_class_name", kind, "'SD3Transformer2DModel'")
+    if (kind := config.get("_class_name", CLASS_NAME)) != CLASS_NAME:
+        raise _wrong("_class_name", kind, repr(CLASS_NAME))
     for field in (*_SIZES, "out_channels"):
         if field not in config:
             raise _wrong(field, "nothing", "a value")
