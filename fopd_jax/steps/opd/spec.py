@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -128,9 +129,10 @@ class OPDSpec:
     def shares(self) -> tuple[np.ndarray, float]:
         """Share of each trained timestep in the loss `[T]`, and its timesteps' mean weight."""
         start, stop = self.window
-        pairs = jnp.stack([jnp.asarray(self.sigmas[start:stop]), jnp.asarray(self.sigmas[start + 1 : stop + 1])], 1)
-        counts = np.asarray([float(trains(self.objective, jnp.asarray(on))) for on in self.noisy[start:stop]])
-        weighted = [float(weight(self.objective.weighting, self.transition, *pair)) for pair in pairs]
+        with jax.ensure_compile_time_eval():  # numbers, also where a step is being traced
+            pairs = jnp.stack([jnp.asarray(self.sigmas[start:stop]), jnp.asarray(self.sigmas[start + 1 : stop + 1])], 1)
+            counts = np.asarray([float(trains(self.objective, jnp.asarray(on))) for on in self.noisy[start:stop]])
+            weighted = [float(weight(self.objective.weighting, self.transition, *pair)) for pair in pairs]
         weights = counts * np.asarray(weighted)
         return weights / weights.sum(), float(weights.sum() / counts.sum())
 
