@@ -1,5 +1,6 @@
 """What identifies an experiment: the settings of its config that are no defaults, without those of section `run`."""
 
+import functools
 import hashlib
 import json
 import typing
@@ -45,8 +46,14 @@ def normalise(fields: Fields) -> dict[str, Any]:
 def default_of(stage: str, name: str) -> Any:
     """The schema's default of a dotted field in JSON types; something equal to nothing where it has none."""
     kind = STAGES.get(stage)
-    found = _default(kind(), kind, name.split(".")) if kind is not None else _MISSING
+    found = _default(_blank(kind), kind, name.split(".")) if kind is not None else _MISSING
     return list(found) if isinstance(found, tuple) else found
+
+
+@functools.cache
+def _blank(kind: type[Config]) -> Config:
+    """A config of defaults, only to be read."""
+    return kind()
 
 
 class _Missing:
