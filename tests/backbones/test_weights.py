@@ -1,4 +1,4 @@
-"""Variables as shapes, at random and from files, of networks with constants and without, with pooled text and without."""
+"""Variables as shapes, at random and from files; networks with and without constants, with and without pooled text."""
 
 from collections.abc import Iterator
 from pathlib import Path
