@@ -16,6 +16,7 @@ VARIANTS: dict[str, list[str]] = {
     "miniature_pretrain": ["clean", "mediocre"],
     "miniature_teacher": ["text", "composition", "quality"],
     "sd35m_opd": [""],
+    "sd35m_sft": [""],
 }
 EVERY = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 

@@ -7,6 +7,7 @@ import time
 import jax
 
 from fopd_jax.performance.problem import AbstractUpdate
+from fopd_jax.performance.program import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of two messages; what the first one calls temporaries holds the arguments, too.
@@ -42,7 +43,7 @@ class Compilation:
         return self.memory is not None
 
 
-def compile_update(update: AbstractUpdate) -> Compilation:
+def compile_update(update: AbstractUpdate | Program) -> Compilation:
     """Lower and compile; a program too large for the chip's memory is an answer.
 
     Raises:

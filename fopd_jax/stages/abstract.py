@@ -1,5 +1,7 @@
 """The update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

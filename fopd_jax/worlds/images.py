@@ -15,11 +15,10 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import barrier, is_main, total
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.world import check_shares
+from fopd_jax.worlds.world import Encode, check_shares
 
 CHECKING_TIMEOUT_S = 7200.0
 _THREADS = min(32, os.cpu_count() or 1)
@@ -100,7 +99,7 @@ class CaptionedImages:
         self,
         draws: Draws,
         side: int,
-        encode: Callable[[Sequence[str]], Conditioning],
+        encode: Encode,
         encode_images: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> None:
         self._draws, self._side = draws, side

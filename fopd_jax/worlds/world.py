@@ -16,6 +16,8 @@ from fopd_jax.parallel.distributed import put_batch, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.tasks.task import Task
 
+Encode = Callable[[Sequence[str]], Conditioning | TokenIds]
+
 
 class CaptionedLatents(Protocol):
     """Batches of captioned latents; row i of batch number `step` is a function of (seed, step, i) alone."""
@@ -54,7 +56,7 @@ class World:
 
     latent_shape: tuple[int, int, int]
     tasks: Mapping[str, Task]
-    encode: Callable[[Sequence[str]], Conditioning | TokenIds]
+    encode: Encode
     decode: Callable[[np.ndarray], Float[np.ndarray, "n h w 3"]]
     prepare: Callable[[Iterable[str]], None] = lambda prompts: None
     embed: Callable[[Any], Conditioning] = lambda placed: placed

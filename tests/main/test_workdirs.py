@@ -9,7 +9,7 @@ import pytest
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, override, resolve
 from fopd_jax.running import workdir
-from fopd_jax.worlds.miniature.pairs import make_pairs
+from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.world import make_world
 from fopd_jax.worlds.prompt_stream import PromptStream
 from tests.configs import load, prepare
@@ -124,6 +124,7 @@ def test_what_is_drawn_is_what_the_version_before_drew():
         ]
         np.testing.assert_array_equal(stream.batch(7).route[:12], [0, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0])
     teacher = resolve(load("miniature_teacher", "text"))
-    images = make_pairs(make_world(), teacher.tasks, teacher.batch_size, teacher.empty_caption, 0, 7)["x0"]
+    world, (size, empty) = make_world(), (teacher.batch_size, teacher.empty_caption)
+    images = Renderings(world.tasks, world.encode, teacher.tasks, size, empty, 0).batch(7, np.arange(size))["x0"]
     expected = [-0.8188242316246033, 0.8185185194015503, -0.7666667103767395, -0.7851852178573608]
     np.testing.assert_allclose(images.mean((1, 2, 3))[:4], expected, rtol=1e-5)

@@ -1,17 +1,16 @@
 """Captioned renderings for flow matching, as clean or as corrupted as a stage wants them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Pairs
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.miniature.render import degrade, render
-from fopd_jax.worlds.world import check_shares
+from fopd_jax.worlds.world import Encode, check_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Renderings:
     """
 
     world: Mapping[str, Task]
-    encode: Callable[[Sequence[str]], Conditioning]
+    encode: Encode
     tasks: Mapping[str, Pairs]
     batch_size: int
     empty_caption: float

@@ -10,7 +10,7 @@ import pytest
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Pairs
 from fopd_jax.worlds.miniature import pairs
-from fopd_jax.worlds.miniature.pairs import check_shares
+from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.prompts import VOCABULARY, task_of, tokenize
 from fopd_jax.worlds.miniature.render import degrade, render
 from fopd_jax.worlds.miniature.world import SIDE, make_world
@@ -30,7 +30,11 @@ class Spec:
 
 
 def make_pairs(spec: Spec, seed: int, step: int) -> dict[str, Any]:
-    return pairs.make_pairs(WORLD, spec.tasks, 64, spec.empty_caption, seed, step)
+    return _renderings(spec, seed).batch(step, np.arange(64))
+
+
+def _renderings(spec: Spec, seed: int = 0) -> Renderings:
+    return Renderings(WORLD.tasks, WORLD.encode, spec.tasks, 64, spec.empty_caption, seed)
 
 
 def _spec(wrong_caption: float, degraded: float, empty_caption: float, **shares: float) -> Spec:
@@ -157,4 +161,26 @@ def test_corruption_is_each_tasks_own(spy: Spy):
 
 def test_shares_that_are_all_zero_are_refused():
     with pytest.raises(ValueError, match="share above 0"):
-        check_shares(_spec(0.0, 0.0, 0.0, text=0.0).tasks)
+        _renderings(_spec(0.0, 0.0, 0.0, text=0.0))
+
+
+def test_the_miniature_reads_no_images():
+    with pytest.raises(ValueError, match=r"^tasks\.text\.images: found 'photos', expected ''"):
+        _renderings(Spec({"text": Pairs(images="photos")}, 0.0))
+
+
+def test_rows_are_those_of_the_whole_batch():
+    whole = make_pairs(MIXED, 3, 5)
+    rows = np.asarray([1, 17, 63])
+    part = _renderings(MIXED, 3).batch(5, rows)
+    np.testing.assert_array_equal(part["x0"], whole["x0"][rows])
+    np.testing.assert_array_equal(part["conditioning"].context, whole["conditioning"].context[rows])
+    np.testing.assert_array_equal(part["conditioning"].pooled, whole["conditioning"].pooled[rows])
+
+
+def test_rows_are_told_in_words():
+    rows = [0, 17, 40]
+    found = [line.partition(": ") for line in _renderings(MIXED, 3).describe(5, rows)]
+    assert {name for name, _, _ in found} <= set(MIXED.tasks)
+    captions = [caption.strip("'\"") if "sign" not in caption else caption[1:-1] for _, _, caption in found]
+    assert _ids(captions) == [_tokens(make_pairs(MIXED, 3, 5)["conditioning"])[row] for row in rows]
