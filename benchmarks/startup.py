@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.schema import OPD
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import load_params
 from fopd_jax.interop.files.safetensors import load_tree
