@@ -145,7 +145,10 @@ def main() -> None:
     args, config_flags = parser.parse_known_args()
     if args.began is not None:
         parse_flags([sys.argv[0], *config_flags])
-        write_json(args.json, start(read_config(), args.began))
+        config = read_config()
+        if not isinstance(config, OPD):
+            sys.exit(f"error: stage: found {config.stage!r}, expected 'opd'")
+        write_json(args.json, start(config, args.began))
         return
     found = measure(config_flags)
     print(table(found["runs"]))
