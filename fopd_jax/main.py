@@ -5,6 +5,7 @@ or 130. On several hosts the same command runs on each: clusters are detected, o
 --num-processes and --process-id.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,11 +21,12 @@ from PIL import Image
 
 from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
 from fopd_jax.config.identity import config_hash, identity
-from fopd_jax.config.schema import Config, Run
+from fopd_jax.config.parse import flatten
+from fopd_jax.config.schema import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.files import write_json
 from fopd_jax.parallel import distributed
-from fopd_jax.running import loop, workdir
+from fopd_jax.running import loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
             print(describe_config(config))
             return
         distributed.initialize(*membership())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `training/preemption.py` will
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `running/preemption.py` will
         run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
     except Preempted as stop:
         _leave(str(stop), stop.status)
@@ -100,7 +102,7 @@ def run(config: Config, folder: Path) -> None:
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()
-            state, writer = train(config.run, folder, stage, watch)
+            state, writer = train(config, folder, stage, watch)
             trained = time.monotonic()
             with watch.goodput.measure("eval"):
                 report(folder, stage, state, writer)
@@ -114,18 +116,22 @@ def run(config: Config, folder: Path) -> None:
         write_json(folder / "timing.json", rounded)
 
 
-def train(settings: Run, folder: Path, stage: Stage, watch: Supervision) -> tuple[TrainState, MetricWriter]:
+def train(config: Config, folder: Path, stage: Stage, watch: Supervision) -> tuple[TrainState, MetricWriter]:
     """The loop, on the workdir's checkpoints; they are whole when this returns or raises."""
     if distributed.is_main():
         stage.describe()
-    checkpoints = Checkpoints(
-        folder, settings.keep_checkpoints, keep_best=settings.keep_best, config_hash=workdir.claimed_hash(folder)
-    )
-    try:
-        writer = MetricWriter(folder, checkpoints.latest_step() or 0)
-        return loop.run(stage, settings, checkpoints, writer, watch), writer
-    finally:
-        checkpoints.close()
+    settings, claimed = config.run, workdir.claimed_hash(folder)
+    with contextlib.ExitStack() as at_end:
+        checkpoints = Checkpoints(folder, settings.keep_checkpoints, keep_best=settings.keep_best, config_hash=claimed)
+        at_end.callback(checkpoints.close)
+        resumed = checkpoints.latest_step() or 0
+        tracker = tracking.start(settings.wandb, config.name, flatten(config), folder)
+        writer = MetricWriter(folder, resumed, tracker)
+        try:
+            return loop.run(stage, settings, checkpoints, writer, watch), writer
+        except BaseException as error:
+            at_end.callback(writer.close, getattr(error, "status", 1))
+            raise
 
 
 def report(folder: Path, stage: Stage, state: TrainState, writer: MetricWriter) -> None:
@@ -148,6 +154,8 @@ def prepare(config: Config, folder: Path) -> Stage:
     Raises:
       ValueError: names the field, file or key that is wrong.
     """
+    tracking.check(config.run.wandb)
+    profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
     stage = find_stage(config).make(config, folder)
     if config.run.steps < newest_step(folder):

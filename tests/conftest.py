@@ -17,7 +17,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import pytest
 
-pytest.register_assert_rewrite("tests.interop", "tests.models", "tests.tools")  # what is shared there asserts, too
+# What is shared there asserts, too.
+pytest.register_assert_rewrite("tests.interop", "tests.models", "tests.running", "tests.tools")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -87,10 +87,17 @@ class Checkpoints:
             self._verified[step] = fingerprint(folder)
         return reason
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, float] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start saving; the arrays are copied before this returns, so the state may be donated.
 
         A step that is there is not saved again. `metrics`: what an evaluation of this state found, if one was made.
+        `notes`: JSON that belongs to the state.
 
         Raises:
           ValueError: there are metrics, but not the one that `keep_best` names.
@@ -101,6 +108,7 @@ class Checkpoints:
         scores = {name: float(value) for name, value in (metrics or {}).items()}
         self._best.add(step, scores)
         about = {"step": step, "config_hash": self._config_hash, "metrics": scores, "leaves": _describe(state)}
+        about |= {"notes": dict(notes or {})}
         items = {"state": ocp.args.PyTreeSave(jax.tree.leaves(state)), _ABOUT: ocp.args.JsonSave(about)}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -123,6 +131,10 @@ class Checkpoints:
         restored: Any = self._manager.restore(step, args=ocp.args.Composite(state=args))
         self._set_aside_after(step)
         return jax.tree.unflatten(jax.tree.structure(state), restored["state"])
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of a step; nothing in checkpoints of earlier versions."""
+        return _read_about(self._folder, step).get("notes", {})
 
     def _check(self, step: int, state: TrainState) -> None:
         about, folder = _read_about(self._folder, step), self._folder / str(step)

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,16 @@ class Alarms:
         self._bounds = dict(bounds or {})
         self._outside: set[str] = set()
 
-    def check(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """`alarms/<metric>` for every metric with bounds: 1 outside, 0 inside.
+    def check(self, step: int, values: Mapping[str, float], unmeasured: Collection[str] = ()) -> dict[str, float]:
+        """`alarms/<metric>` for every metric with bounds: 1 outside, 0 inside or not measured at this step.
 
         Raises:
           ValueError: there is no such metric; names it and those there are.
         """
         for name in self._bounds.keys() - values.keys():
             raise ValueError(f"run.alarms: no metric {name!r}, expected some of {_list(sorted(values))}")
-        outside = {name for name, (low, high) in self._bounds.items() if not low <= values[name] <= high}
+        measured = {name: bounds for name, bounds in self._bounds.items() if name not in unmeasured}
+        outside = {name for name, (low, high) in measured.items() if not low <= values[name] <= high}
         for name in sorted(outside - self._outside):
             low, high = self._bounds[name]
             warn(f"alarm: step {step}: {name} is {values[name]:.6g}, outside of {low:g} … {high:g}")

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from fopd_jax.config.schema import Run
 from fopd_jax.parallel.distributed import fetch, is_main, largest
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
+from fopd_jax.running.means import SKIPPED, Means, split
 from fopd_jax.running.metrics import MetricWriter, is_logged
 from fopd_jax.running.preemption import Interrupted, Preempted
 from fopd_jax.running.stage import Metrics, Stage
@@ -22,6 +23,7 @@ from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
 EVALUATION = "eval/"  # prefix of an evaluation's scalars
+MEANS = "means"  # among a checkpoint's notes
 
 
 def run(
@@ -33,7 +35,8 @@ def run(
 ) -> TrainState:
     """Train from the newest checkpoint, or from the start, to `run.steps`.
 
-    Metrics of step k are fetched while step k+1 runs, and transfers that nobody asked for are errors.
+    Metrics of step k are fetched while step k+1 runs, and transfers that nobody asked for are errors. Every
+    `run.log_every` steps, at the last one and when an alarm is raised, their means since the line before are logged.
 
     Raises:
       FloatingPointError: a metric is not finite, in more steps than are to be skipped; names it, step and samples.
@@ -47,7 +50,10 @@ def run(
 
 @dataclasses.dataclass
 class _Run:
-    """`state` is that after the update dispatched last; `pending` its step and metrics until they are looked at."""
+    """`state` is that after the update dispatched last; `pending` its step and metrics until they are looked at.
+
+    `means`: of the steps since the last line of metrics.
+    """
 
     stage: Stage
     settings: Run
@@ -62,6 +68,7 @@ class _Run:
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
         with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog, contextlib.ExitStack() as at_end:
             at_end.callback(self.stage.close)
+            at_end.callback(self.watch.profile.close)
             self.catch_up(first)
             for i in range(first, steps):
                 if self.watch.preemption.asked():
@@ -82,6 +89,7 @@ class _Run:
         self.state = self.stage.start() if newest is None else self.checkpoints.restore(self.stage.start())
         self.pending: tuple[int, Metrics] | None = None
         first = int(self.state.step)
+        self.means = Means(None if newest is None else self.checkpoints.notes(first).get(MEANS))
         if first > self.settings.steps:
             raise ValueError(f"run.steps: found {self.settings.steps}, but this workdir is already at step {first}")
         self.watch.goodput.resume(first)
@@ -98,10 +106,13 @@ class _Run:
 
     def update(self, i: int) -> None:
         """Dispatch one update, then look at the one before."""
-        with jax.transfer_guard("disallow"):
-            self.state, metrics = self.stage.advance(self.state, i)
-        self.report()
+        self.watch.profile.begin(i, self.state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=i):
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = self.stage.advance(self.state, i)
+            self.report()
         self.pending = (i + 1, metrics)
+        self.watch.profile.end(i, self.state)
         self.watch.preemption.listen()
 
     def settle(self, step: int) -> None:
@@ -129,26 +140,29 @@ class _Run:
         scalars = {name: value for name, value in metrics.items() if not name.startswith(guards.SAMPLES)}
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         self.watch.watchdog.beat(f"step {step}")
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if values.get("skipped", 0.0):
-            self.skip(step, values, metrics)
-        elif bad:
-            found = f"metric {bad[0]!r} is {values[bad[0]]}"
-            raise FloatingPointError(f"step {step}: {found}; the last checkpoint is intact")
-        else:
-            self.log(step, values)
+        alarms = self.skip(step, values, metrics) if values.get(SKIPPED, 0.0) else self.add(step, values)
+        if self.due(self.settings.log_every, step) or any(alarms.values()):
+            means = self.means.take()
+            self.writer.write_scalars(step, {f"train/{name}": value for name, value in means.items()} | alarms)
+            if "loss" in means:
+                self.bar.set_postfix({"loss": f"{means['loss']:.4g}"})
 
-    def skip(self, step: int, values: Mapping[str, float], metrics: Metrics) -> None:
-        """An update that did not land."""
+    def add(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
+        """An update that landed; returns its alarms."""
+        values, weights = split(scalars)
+        unmeasured = [name for name, weight in weights.items() if weight == 0]
+        for name, value in scalars.items():
+            if name not in unmeasured and not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: metric {name!r} is {value}; the last checkpoint is intact")
+        self.means.add(values, weights)
+        return self.watch.alarms.check(step, values, unmeasured)
+
+    def skip(self, step: int, values: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
+        """An update that did not land: it raises no alarms."""
         samples = {name: fetch(value) for name, value in metrics.items() if name.startswith(guards.SAMPLES)}
         self.watch.guard.skip(step, values, samples, lambda: self.stage.batch(step - 1), self.stage.explain)
-        self.writer.write_scalars(step, {f"train/{name}": v for name, v in values.items() if math.isfinite(v)})
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        alarms = self.watch.alarms.check(step, values)
-        if self.due(self.settings.log_every, step) or any(alarms.values()):
-            self.writer.write_scalars(step, {f"train/{name}": value for name, value in values.items()} | alarms)
-            self.bar.set_postfix({"loss": f"{values['loss']:.4g}"})
+        self.means.skip()
+        return {}
 
     # ---- evaluations, checkpoints
 
@@ -175,7 +189,7 @@ class _Run:
         with self.watch.goodput.measure("checkpoint"):
             if self.watch.space.allows(step, self.state, last):
                 try:
-                    self.checkpoints.save(step, self.state, scores)
+                    self.checkpoints.save(step, self.state, scores, self.notes())
                 except (OSError, RuntimeError) as error:  # of this save, or the one before, which ran beside training
                     self.watch.space.missed(step, f"saving failed ({error})", last)
                 else:
@@ -183,13 +197,17 @@ class _Run:
                     self.watch.goodput.mark(step)
         self.watch.watchdog.beat(f"the checkpoint of step {step}")
 
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state: a resumed run goes on with the line that is not complete yet."""
+        return {MEANS: self.means.notes()}
+
     def stop(self, step: int) -> NoReturn:
         """Save the state after `step` updates, however long ago the last checkpoint was, and leave."""
         began = time.monotonic()
         self.stage.drain()
         self.report()
         with self.watch.goodput.measure("checkpoint"):
-            self.checkpoints.save(step, self.state)
+            self.checkpoints.save(step, self.state, notes=self.notes())
             self.checkpoints.wait()
         self.watch.goodput.mark(step)
         raise Preempted(self.watch.preemption.number or signal.SIGTERM, step, time.monotonic() - began)

@@ -13,13 +13,14 @@ from fopd_jax.running import goodput
 from fopd_jax.running.goodput import Goodput
 from fopd_jax.running.guards import Alarms, Guard
 from fopd_jax.running.preemption import Preemption
+from fopd_jax.running.profile import Profile
 from fopd_jax.running.resources import Space
 from fopd_jax.running.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """By default: stops at the first bad update and on signals, keeps no files, has no alarms and no watchdog.
+    """By default: stops at the first bad update and on signals, keeps no files, has no alarms, watchdog or profile.
 
     `workdir`: the run's, to look up what it has logged.
     """
@@ -30,6 +31,7 @@ class Supervision:
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
     preemption: Preemption = dataclasses.field(default_factory=Preemption)
     space: Space = dataclasses.field(default_factory=Space)
+    profile: Profile = dataclasses.field(default_factory=Profile)
     workdir: Path | None = None
 
 
@@ -41,5 +43,6 @@ def make_supervision(run: Run, workdir: Path, origin: Mapping[str, Any]) -> Supe
         goodput=Goodput(workdir / goodput.FILE if is_main() else None),
         watchdog=Watchdog(workdir, run.watchdog_seconds, run.watchdog_abort, jax.process_index()),
         space=Space(workdir),
+        profile=Profile(workdir, run.profile),
         workdir=workdir,
     )
