@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.tasks.task import Task
 
 
+@runtime_checkable
 class CaptionedLatents(Protocol):
     """Batches of captioned latents; row i of batch number `step` is a function of (seed, step, i) alone."""
 
