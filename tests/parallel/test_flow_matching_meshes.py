@@ -23,8 +23,8 @@ from fopd_jax.config.variants import smoke
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings
-from fopd_jax.performance.compilation import compile_update
-from fopd_jax.stages.flow_matching_update import flow_matching_program, frozen_part, make_update, update_cost
+from fopd_jax.performance.compilation import compile_program
+from fopd_jax.stages.flow_matching_update import flow_matching_programs, frozen_part, make_update, update_cost
 from fopd_jax.stages.trained import float32
 from fopd_jax.steps.state import make_optimizer
 
@@ -95,10 +95,10 @@ def _program() -> dict[str, Any]:
     """The abstract update of the miniature, compiled for eight devices."""
     config = smoke(FlowMatching(name="whole", trained="params", tasks={"text": Pairs()}))
     config = override(config, {"run.reduce_once": ()})
-    program = flow_matching_program(config, _mesh((1, 8, 1)))
-    compilation, cost = compile_update(program), update_cost(config, (24, 24, 3), 8)
+    (program,) = flow_matching_programs(config, _mesh((1, 8, 1)))
+    compilation, cost = compile_program(program), update_cost(config, (24, 24, 3), 8)
     phases = [cost.teachers, cost.rollout, cost.forward, cost.backward, cost.recomputed]
-    return {"fits": compilation.fits, "flops": program.flops, "phases": phases}
+    return {"fits": compilation.fits, "flops": program.flops.model, "phases": phases}
 
 
 # ---- the tests
