@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.config.parse import override, resolve
 from fopd_jax.files import write_json
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.stages.abstract import world_shapes
-from fopd_jax.stages.opd_update import make_spec
+from fopd_jax.stages.opd_update import make_spec, update_cost
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "savings_cpu.json"
@@ -41,7 +42,7 @@ def run(name: str, work: Path, steps: int) -> dict[str, Any]:
     """Train one variant, unless it is there; its scores and seconds."""
     folder = work / name.replace(" ", "_").replace(",", "")
     if not (folder / "results.json").exists():
-        fields = VARIANTS[name] | {"steps": steps, "eval_every": 0, "final_samples": 512}
+        fields = VARIANTS[name] | {"run.steps": steps, "run.eval_every": 0, "eval.final_samples": 512}
         flags = [f"--config.{field}={value}" for field, value in fields.items()]
         command = [sys.executable, "-m", "fopd_jax.main", f"--config={CONFIG}", f"--workdir={folder}", *flags]
         subprocess.run(command, cwd=ROOT, check=True)

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.schema import OPD
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import load_params
 from fopd_jax.interop.files.safetensors import load_tree
@@ -144,7 +145,10 @@ def main() -> None:
     args, config_flags = parser.parse_known_args()
     if args.began is not None:
         parse_flags([sys.argv[0], *config_flags])
-        write_json(args.json, start(read_config(), args.began))
+        config = read_config()
+        if not isinstance(config, OPD):
+            sys.exit(f"error: stage: found {config.stage!r}, expected 'opd'")
+        write_json(args.json, start(config, args.began))
         return
     found = measure(config_flags)
     print(table(found["runs"]))

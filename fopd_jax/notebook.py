@@ -4,26 +4,37 @@ A `Session` is a config's network with its base weights and the world around the
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from fopd_jax.adapters.lora import Adapter, effective
 from fopd_jax.adapters.lora import merge as merge_adapters
+from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
 from fopd_jax.evaluation.grid import from_pixels, to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
+from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
-from fopd_jax.stages.setup import eval_sampler
+from fopd_jax.stages.setup import eval_sampler, null_conditioning
+from fopd_jax.stages.teachers import conform_all, make_bank
+from fopd_jax.steps.opd.pieces import Metrics
+from fopd_jax.steps.opd.replay import collect, loss_and_gradient
+from fopd_jax.steps.opd.spec import Frozen, Stored
+from fopd_jax.steps.state import TrainState, make_optimizer
 from fopd_jax.tasks.prompts import read_tasks
+from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import embed_prompts
 
 
@@ -113,3 +124,70 @@ def encode(session: Session, prompts: Sequence[str]) -> Conditioning:
     """Prompts as the network's text inputs, on the devices; as many as their mesh divides."""
     session.pipeline.world.prepare(prompts)
     return embed_prompts(session.pipeline.world, prompts, session.pipeline.mesh)
+
+
+# ---- distillation on one's own arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+    """The OPD update of given teachers, compiled when it is first called.
+
+    `conditioning`: what `encode` returns, or any arrays of its shapes, leading axis `batch_size`; `route [B]`: each
+    sample's teacher by its place.
+    """
+
+    config: OPD
+    update: OPDUpdate
+    frozen: Frozen
+
+    def start(self, student: Adapter) -> TrainState:
+        """The state of step 0."""
+        return self.update.trained.born(student, self.update.optimizer, self.config.seed)
+
+    def step(self, state: TrainState, conditioning: Conditioning, route: Any) -> tuple[TrainState, Metrics]:
+        """Roll out, ask, differentiate, update; the state is donated."""
+        return self.update.step(self.frozen, state, self._batch(conditioning, route))
+
+    def rollout(self, state: TrainState, conditioning: Conditioning, route: Any) -> Stored:
+        """The trained steps of the student's own rollout, with what teachers and anchor say there; no update."""
+        return jax.jit(partial(collect, self.update.pieces))(self.frozen, state, self._batch(conditioning, route))
+
+    def loss_and_gradient(
+        self, student: Adapter, conditioning: Conditioning, route: Any, trajectory: Stored
+    ) -> tuple[Float[Array, ""], Adapter, dict[str, Float[Array, " b"]]]:
+        """Mean loss, its gradient and per-sample sums at a given trajectory, whoever rolled it out."""
+        differentiate = jax.jit(partial(loss_and_gradient, self.update.pieces))
+        return differentiate(self.frozen, student, self._batch(conditioning, route), trajectory)
+
+    def _batch(self, conditioning: Conditioning, route: Any) -> Batch:
+        return jax.device_put(
+            Batch(conditioning, jnp.asarray(route, jnp.int32)), batch_sharding(self.update.pieces.groups.mesh)
+        )
+
+
+def make_opd_step(
+    session: Session, teachers: Mapping[str, Adapter], anchor: Adapter | None = None, **changes: Any
+) -> Distiller:
+    """The update that distils teachers into one student; `changes`: fields of an OPD config, as in `load_config`.
+
+    `anchor`: of MAR; None: the base. Teachers named like the config's tasks keep their guidance, others have none.
+
+    Raises:
+      ValueError: an adapter does not fit the student's layers, or a field is out of range; names it.
+    """
+    given = session.config
+    base = given if isinstance(given, OPD) else OPD(given.name, model=given.model, adapter=given.adapter, run=given.run)
+    known = base.tasks
+    tasks = {name: known[name] if name in known else RoutedTask(guidance=1.0) for name in teachers}
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    config = resolve(override(base, {"tasks": tasks, **named}))
+    pipeline, latent_shape = session.pipeline, session.pipeline.world.latent_shape
+    boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
+    update = make_update(config, pipeline.model, boxed, spec, make_optimizer(config.optimizer), pipeline.mesh)
+    everyone = {**teachers, **({} if anchor is None else {"the anchor": anchor})}
+    fitted = conform_all(config, pipeline, everyone)
+    bank = make_bank(
+        config, pipeline, dict(zip(teachers, fitted, strict=False)), None if anchor is None else fitted[-1]
+    )
+    return Distiller(config, update, Frozen(session.variables, bank, null_conditioning(pipeline)))

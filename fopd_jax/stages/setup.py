@@ -44,7 +44,7 @@ def make_setup(config: Config, tasks: Callable[[], Mapping[str, Task]]) -> Setup
       ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
-    chosen = select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks))
+    chosen = select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks")
     return Setup(
         pipeline=pipeline,
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),

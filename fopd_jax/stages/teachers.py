@@ -1,7 +1,7 @@
 """Who teaches, adapters on the base or whole networks: the routed teachers and the anchor; and the student's start."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from fopd_jax.adapters.lora import (
 )
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.backbones.weights import boxed_variables
-from fopd_jax.config.schema import OPD
+from fopd_jax.config.schema import OPD, Config
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
@@ -100,28 +100,43 @@ def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, 
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
+    titles = {f"{name} ({source})": adapters[name] for name, source in found.names.items()}
+    return dict(zip(adapters, conform_all(config, pipeline, titles), strict=True))
+
+
+def conform_all(config: Config, pipeline: Pipeline, adapters: Mapping[str, Adapter]) -> list[Adapter]:
+    """Adapters on the student's layers and at the largest rank of theirs.
+
+    Raises:
+      ValueError: one adapts a layer that `config.adapter` does not, or is of another shape; names it and the layer.
+    """
     rank = max(rank_of(adapter) for adapter in adapters.values())
     layers = adapter_shapes(config.adapter, _shapes(pipeline)["params"], pipeline.family.targets).weights
-    return {name: conform(f"{name} ({found.names[name]})", adapter, layers, rank) for name, adapter in adapters.items()}
+    return [conform(name, adapter, layers, rank) for name, adapter in adapters.items()]
 
 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
     """Load the base and put the adapters beside it."""
-    anchor = config.anchor.name if config.anchor.adapter else "base"
-    bank = {name: adapters[name] for name in config.tasks}
-    bank[f"anchor/{anchor}"] = adapters.get(anchor) or no_adapter(next(iter(bank.values())))
-    dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
-    stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
+    anchor = adapters[config.anchor.name] if config.anchor.adapter else None
+    bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor)
     variables = load_base(config.model, pipeline, config.seed)
     start = start_adapter(config, adapters, pipeline)
     models = {"base": {}} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
     models |= {"merge": effective(start)} if config.cold_start.method == "merge" else {}
     return Teaching(
         variables=variables,
-        bank=put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked)),
+        bank=bank,
         start=start if config.trained == "adapter" else _add_to_base(config, pipeline, start),
         models=lambda: [Model(name, variables, adapter or no_update(start)) for name, adapter in models.items()],
     )
+
+
+def make_bank(config: Config, pipeline: Pipeline, teachers: Mapping[str, Adapter], anchor: Adapter | None) -> Tree:
+    """Teachers in their order, then the anchor (None: the base), in `model.dtype`, split as the base's kernels are."""
+    bank = {**teachers, "anchor/": anchor or no_adapter(next(iter(teachers.values())))}
+    dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
+    stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
+    return put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked))
 
 
 def no_update(adapter: Adapter) -> Tree:

@@ -81,13 +81,13 @@ def _first_row(mesh: Mesh) -> Callable[[Conditioning], Conditioning]:
     return jax.jit(lambda batch: jax.tree.map(lambda leaf: leaf[:1], batch), out_shardings=replicated(mesh))
 
 
-def select_tasks(world: World, names: Sequence[str]) -> dict[str, Task]:
+def select_tasks(world: World, names: Sequence[str], field: str = "tasks") -> dict[str, Task]:
     """The named tasks.
 
     Raises:
-      ValueError: a name is not one of the world's tasks.
+      ValueError: a name is not one of the world's tasks; names the config's field.
     """
     for name in names:
         if name not in world.tasks:
-            raise ValueError(f"tasks: found {name!r}, expected some of {tuple(world.tasks)}")
+            raise ValueError(f"{field}: found {name!r}, expected some of {tuple(world.tasks)}")
     return {name: world.tasks[name] for name in names}

@@ -48,7 +48,7 @@ def test_a_registered_family_is_found_beside_it():
 def test_what_is_unknown_is_named_with_what_is_known():
     with pytest.raises(ValueError, match=r"model\.preset: found 'sd4', expected one of .*'sd35_medium'"):
         find_preset("sd4")
-    with pytest.raises(ValueError, match="found a network Dense, expected one of the families sd3$"):
+    with pytest.raises(ValueError, match=r"found a network Dense, expected one of the families sd3$"):
         family_of(nn.Dense(1))
     with pytest.raises(ValueError, match="found a transformer 'FluxTransformer2DModel', expected one of SD3Transf"):
         family_of_class("FluxTransformer2DModel")

@@ -40,7 +40,7 @@ def test_what_trains_must_be_known(weights: Path, tmp_path: Path):
     assert_refused(teacher, tmp_path / "run", "trained: found 'everything'", "'params'", "'adapter'")
 
 
-def test_published_networks_have_images_in_converted_folders_alone(weights: Path, tmp_path: Path):
+def test_a_network_that_has_no_world_is_named(weights: Path, tmp_path: Path):
     teacher = load("miniature_teacher", "text")
     assign(teacher, {"model.path": f"{weights}/base.safetensors", "model.preset": "sd35_medium"})
-    assert_refused(teacher, tmp_path / "run", "model.path", "'sd35_medium' needs a converted folder")
+    assert_refused(teacher, tmp_path / "run", "model.path: found", "'sd35_medium' needs a converted folder")

@@ -166,16 +166,6 @@ def test_everything_defined_is_accepted() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
-    "objective": (
-        {"name": "mixed"},
-        SDE(),
-        "objective.name: found 'mixed', expected one of ('direct', 'clipped')",
-    ),
-    "reward": (
-        {"reward": "advantage"},
-        SDE(),
-        "objective.reward: found 'advantage', expected one of ('kl', 'log_ratio', 'kl_detached')",
-    ),
     "weighting": (
         {"weighting": "snr"},
         SDE(),
@@ -195,17 +185,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
         "objective.weighting: found 'ode', but reward 'log_ratio' has no weighting but 'kl'",
     ),
     "log_ratio with CPS": ({"reward": "log_ratio"}, CPS(), "weighting: found 'kl', expected 'ode' or 'uniform'"),
-    "no clip range": (
-        {"clip": 0.0},
-        SDE(),
-        "objective.clip, reward_limit: found 0.0, 5.0, expected > 0",
-    ),
-    "negative limit": (
-        {"reward_limit": -1.0},
-        SDE(),
-        "objective.clip, reward_limit: found 0.0001, -1.0, expected > 0",
-    ),
-    "negative beta": ({"mar_beta": -0.1}, SDE(), "objective.mar_beta: found -0.1, expected at least 0"),
 }
 
 

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {  # kind → compone
     ),
     "unknown network": (
         "transformer", edit_json(CONFIG, _class_name="UNet2DConditionModel"),
-        "config.json: transformer config _class_name: found UNet2DConditionModel, expected 'SD3Transformer2DModel'",
+        "config.json: transformer config _class_name: found 'UNet2DConditionModel', expected one of SD3Tran",
     ),
     "missing field": ("transformer", edit_json(CONFIG, patch_size=None), "patch_size: found nothing, expected"),
     "text for a number": ("transformer", edit_json(CONFIG, num_layers="4"), "num_layers: found '4', expected"),

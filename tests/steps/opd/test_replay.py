@@ -18,7 +18,7 @@ from fopd_jax.flow.rollout import rollout
 from fopd_jax.objectives.opd import TERMS, Targets
 from fopd_jax.steps.opd.pieces import Pieces, mean_metrics, start, student_policy
 from fopd_jax.steps.opd.replay import collect, loss_and_gradient, minibatch_indices, replay, replayed_gradients
-from fopd_jax.steps.opd.spec import Stored
+from fopd_jax.steps.opd.spec import Frozen, Stored
 from fopd_jax.steps.state import TrainState
 from fopd_jax.worlds.prompt_stream import Batch
 from tests.steps.opd.network import (
@@ -28,6 +28,7 @@ from tests.steps.opd.network import (
     DIRECT,
     SGD,
     SHAPE,
+    SIGMAS,
     STEPS,
     STUDENT,
     TEACHERS,
@@ -174,11 +175,11 @@ def test_one_pass_without_moving_sees_the_fused_batch() -> None:
 # ---- any given trajectory
 
 
-def rolled_out(pieces: Pieces, state: TrainState) -> Stored:
+def rolled_out(pieces: Pieces, frozen: Frozen, state: TrainState) -> Stored:
     """A rollout without the step's own: flow's, whose last sampler step is left out."""
     spec, conditioning = pieces.spec, jax.tree.map(jnp.asarray, make_batch().conditioning)
     x, keys = start(spec, state, BATCH)
-    policy = student_policy(pieces, frozen_of(BANK), state.trained, conditioning)
+    policy = student_policy(pieces, frozen, state.trained, conditioning)
     found = rollout(policy, spec.transition, spec.levels(0, STEPS - 1), x, keys)
     return Stored(found.latents[:-1], found.latents[1:], found.log_probs)
 
@@ -189,10 +190,10 @@ def test_a_given_trajectory_has_the_fused_loss_and_gradient(every: int) -> None:
     pieces, state, batch = make_pieces(make_spec(CLIPPED, anchor_every=every)), make_state(), make_batch()
 
     @quick
-    def given(state: TrainState, batch: Batch) -> Any:
-        return loss_and_gradient(pieces, frozen_of(BANK), state.trained, batch, rolled_out(pieces, state))
+    def given(frozen: Frozen, state: TrainState, batch: Batch) -> Any:
+        return loss_and_gradient(pieces, frozen, state.trained, batch, rolled_out(pieces, frozen, state))
 
-    loss, gradient, totals = given(state, batch)
+    loss, gradient, totals = given(frozen_of(BANK), state, batch)
     expected, sums = fused(CLIPPED.name)(frozen_of(BANK), state, batch)
     check(gradient, expected)
     np.testing.assert_allclose(loss, sums["loss"].sum() / sums["weight"].sum(), rtol=TOLERANCE)
@@ -202,17 +203,22 @@ def test_a_given_trajectory_has_the_fused_loss_and_gradient(every: int) -> None:
 
 
 def test_targets_that_are_given_are_not_asked_for() -> None:
-    pieces, state, batch = make_pieces(make_spec(DIRECT)), make_state(), make_batch()
+    """The mean squares by hand; the bank is zero, so asking it would give another teacher."""
+    spec = make_spec(dataclasses.replace(DIRECT, weighting="uniform"))
+    pieces, state, batch = make_pieces(spec), make_state(), make_batch()
+    frozen = jax.tree.map(jnp.zeros_like, frozen_of(BANK)).replace(variables=variables())
 
     @quick
-    def given(state: TrainState, batch: Batch, offset: jax.Array) -> Any:
-        stored = rolled_out(pieces, state)
-        stored = stored.replace(targets=Targets(stored.x + offset, stored.x))
-        frozen = jax.tree.map(jnp.zeros_like, frozen_of(BANK)).replace(variables=variables())
-        return loss_and_gradient(pieces, frozen, state.trained, batch, stored)[0], stored
+    def given(frozen: Frozen, state: TrainState, batch: Batch) -> Any:
+        stored = rolled_out(pieces, frozen, state)
+        stored = stored.replace(targets=Targets(stored.x + 1, stored.x))
+        policy = student_policy(pieces, frozen, state.trained, batch.conditioning)
+        v = jnp.stack([policy(x, jnp.float32(sigma)) for x, sigma in zip(stored.x, SIGMAS[:-2], strict=True)])
+        return loss_and_gradient(pieces, frozen, state.trained, batch, stored)[0], v, stored
 
-    (near, _), (far, _) = (given(state, batch, jnp.float32(offset)) for offset in (0.0, 10.0))
-    assert far > 10 * near > 0
+    loss, v, stored = given(frozen, state, batch)
+    teacher, anchor = (np.square(np.float64(v) - np.float64(each)).mean() for each in (stored.x + 1, stored.x))
+    np.testing.assert_allclose(loss, teacher + 0.3 * anchor, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("part", [slice(1, None), slice(None)], ids=["steps", "samples"])
