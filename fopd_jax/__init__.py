@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fopd_jax.notebook import (
         encode,
+        generate_images,
         load_adapter,
         load_config,
         load_pipeline,
         make_opd_step,
         merge,
-        sample,
         score,
     )
 
 __version__ = "0.1.0"
 __all__ = [
     "encode",
+    "generate_images",
     "load_adapter",
     "load_config",
     "load_pipeline",
     "make_opd_step",
     "merge",
-    "sample",
     "score",
 ]
 

@@ -80,7 +80,7 @@ def load_adapter(session: Session, source: str) -> Adapter:
     return load_policy(source, session.pipeline)
 
 
-def sample(
+def generate_images(
     session: Session, prompts: Sequence[str], adapter: Adapter | None = None, *, seed: int = 0
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """One image a prompt; image i is a function of prompt, `seed + i` and the section `eval` alone."""

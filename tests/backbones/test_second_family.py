@@ -244,11 +244,11 @@ def test_a_whole_network_trains_and_is_exported(weights: Path, tmp_path: Path):
 def test_images_follow_prompt_and_adapter(weights: Path):
     session = notebook.load_pipeline(_config(weights))
     teacher = notebook.load_adapter(session, f"{weights}/red.safetensors")
-    base = notebook.sample(session, ["red 1", "blue 1"])
+    base = notebook.generate_images(session, ["red 1", "blue 1"])
     assert base.shape == (2, 8, 8, 3)
-    np.testing.assert_array_equal(base[0], notebook.sample(session, ["red 1"])[0])
-    assert (base != notebook.sample(session, ["red 1", "blue 1"], teacher)).any()
-    assert (base[0] != notebook.sample(session, ["red 2"])[0]).any()
+    np.testing.assert_array_equal(base[0], notebook.generate_images(session, ["red 1"])[0])
+    assert (base != notebook.generate_images(session, ["red 1", "blue 1"], teacher)).any()
+    assert (base[0] != notebook.generate_images(session, ["red 2"])[0]).any()
 
 
 # ---- figures
