@@ -30,7 +30,7 @@ from fopd_jax.flow.transition import standard_normal
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree, save_adapter, save_tree
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_arguments
-from fopd_jax.stages.problem import make_problem, problem_fields
+from fopd_jax.stages.problem import make_problem
 from tests.backbones.rope_family import PRESET, PRESETS, ROPE, TARGETS, TEXT, RopeDiT, encode, install, make_world
 
 ROOT = Path(__file__).parents[2]
@@ -259,7 +259,7 @@ def test_images_follow_prompt_and_adapter(weights: Path):
 def test_the_benchmarks_problem_is_stated_and_runs_on_random_weights(weights: Path):
     config = _config(weights)
     problem = make_problem(config, make_mesh(MeshShape(), jax.devices()[:1]))
-    fields = problem_fields(problem)
+    fields = problem.about
     assert fields["tokens"] == {"image": 16, "text": TEXT}
     assert (fields["preset"], fields["teachers"], fields["anchor"]) == (PRESET, 2, True)
     each = ROPE.flops(PRESETS[PRESET], ROPE.tokens(PRESETS[PRESET], (8, 8, 3), TEXT), LORA, config.run.remat)
