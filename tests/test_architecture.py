@@ -4,6 +4,7 @@
 """
 
 import ast
+import builtins
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -74,8 +75,8 @@ class Source(NamedTuple):
 
 
 @functools.cache
-def parse(text: str) -> ast.Module:
-    return ast.parse(text)
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(text)))
 
 
 def sources(*folders: str) -> list[Source]:
@@ -90,7 +91,7 @@ def room_of(path: str) -> str:
 
 def imports(text: str) -> Iterator[str]:
     """Full dotted names of all that is imported, anywhere: `from a import b` gives `a.b`."""
-    for node in ast.walk(parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,7 +133,7 @@ def purity(source: Source) -> Iterator[str]:
             yield f"imports {name.split('.')[0]}"
         if name in meshes or (name.startswith(f"{PACKAGE}.config.") and "schema" not in name.split(".")):
             yield f"imports {name}"
-    for node in ast.walk(parse(source.text)):
+    for node in nodes(source.text):
         text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
         if isinstance(node, ast.Call) and called(node) in {"open", "jax.devices", "jax.local_devices"}:
             yield f"calls {called(node)}"
@@ -148,7 +149,7 @@ def no_torch(source: Source) -> Iterator[str]:
 
 def typed_configs(source: Source) -> Iterator[str]:
     """An untyped `config` anywhere, or below the stages a whole config."""
-    for node in ast.walk(parse(source.text)):
+    for node in nodes(source.text):
         if isinstance(node, ast.arg | ast.AnnAssign) and source.path not in UNTYPED:
             name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
             if name == "config" and node.annotation is not None and ast.unparse(node.annotation) == "Any":
@@ -158,30 +159,46 @@ def typed_configs(source: Source) -> Iterator[str]:
         return
     aliases = {
         alias.asname or alias.name.rpartition(".")[2]
-        for node in ast.walk(parse(source.text))
+        for node in nodes(source.text)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
         if alias.name.rpartition(".")[2] == "schema"
     }
     found = {name.rpartition(".")[2] for name in imports(source.text) if name.startswith(f"{PACKAGE}.config.schema.")}
-    for node in ast.walk(parse(source.text)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] in aliases:
-            found.add(node.attr)
+    for node in nodes(source.text):
+        if isinstance(node, ast.Attribute) and node.attr in WHOLE_CONFIGS:
+            found |= {node.attr} if ast.unparse(node.value).rpartition(".")[2] in aliases else set()
     yield from (f"takes a whole config, {name}" for name in sorted(found & WHOLE_CONFIGS))
+
+
+def names(source: Source) -> Iterator[str]:
+    """Names that are bound nowhere in the file. Linters are told not to look: dimensions of array shapes are none."""
+    known = {*dir(builtins), "__file__", "__name__"}
+    used = set()
+    for node in nodes(source.text):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            known.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
+        elif name := getattr(node, "name", None):  # functions, classes, caught errors, matched patterns
+            known.add(name)
+    yield from (f"uses {name}, which is bound nowhere" for name in sorted(used - known))
 
 
 def sizes(source: Source) -> Iterator[str]:
     """Files and functions that are too long."""
     if len(source.text.splitlines()) > MOST_LINES:
         yield f"has more than {MOST_LINES} lines"
-    for node in ast.walk(parse(source.text)):
+    for node in nodes(source.text):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST:
             yield f"has a function of more than {LONGEST} lines, {node.name}"
 
 
 def renaming(source: Source) -> Iterator[str]:
     """Renames outside of `files`: `os.replace`, `path.rename(other)`, `path.replace(other)` and the like."""
-    for node in ast.walk(parse(source.text)):
+    for node in nodes(source.text):
         if source.path in RENAMES or not isinstance(node, ast.Call):
             continue
         name, alone = called(node), len(node.args) == 1 and not node.keywords  # a text's `replace` takes two
@@ -192,7 +209,7 @@ def renaming(source: Source) -> Iterator[str]:
 
 def writing(source: Source) -> Iterator[str]:
     """Files written in place, where a reader, or a kill, would find half of one."""
-    for node in ast.walk(parse(source.text)):
+    for node in nodes(source.text):
         name = called(node) if isinstance(node, ast.Call) else ""
         on, _, method = name.rpartition(".")
         in_place = (method in ("write_text", "write_bytes") and "." in name) or method == "save_file"
@@ -213,6 +230,7 @@ RULES: Mapping[str, tuple] = {
     "purity": (purity, PACKAGE),
     "no_torch": (no_torch, PACKAGE),
     "typed_configs": (typed_configs, PACKAGE),
+    "names": (names, *EVERYWHERE),
     "sizes": (sizes, *EVERYWHERE),
     "renaming": (renaming, PACKAGE, "tools", "benchmarks"),
     "writing": (writing, PACKAGE),
@@ -286,6 +304,8 @@ def test_every_room_is_there_once_and_in_the_document():
         (typed_configs, "steps/x.py", "from fopd_jax.config.schema import OPD, Objective", "whole config, OPD"),
         (typed_configs, "steps/x.py", "from fopd_jax.config import schema as s\nx: s.Config", "whole config, Config"),
         (typed_configs, "worlds/x.py", "import fopd_jax.config.schema\nfopd_jax.config.schema.OPD()", "OPD"),
+        (names, "x.py", "import a.b as c\ndef f(x: Unheard): return c", "Unheard"),
+        (names, "x.py", "def f():\n    return [update_cost(x) for x in 'ab']", "update_cost"),
         (sizes, "x.py", "\n" * (MOST_LINES + 1), "450 lines"),
         (sizes, "x.py", "def f():" + "\n    a = 1" * LONGEST, "60 lines"),
         (sizes, "x.py", "class A:\n    def f(self):" + "\n        a = 1" * LONGEST, "60 lines"),
@@ -311,6 +331,12 @@ def test_the_rule_sees(rule, path: str, text: str, problem: str):
         (purity, "models/x.py", "from jax.sharding import PartitionSpec as P\nfile.open"),
         (typed_configs, "steps/x.py", "from fopd_jax.config.schema import Objective\ndef f(config: Objective): ..."),
         (typed_configs, "stages/x.py", "from fopd_jax.config.schema import OPD\ndef f(config: OPD): ..."),
+        (
+            names,
+            "x.py",
+            "import a.b\ndef f(x: Float['b h']):\n    for y in x: print(y, a, f)\nFloat = 1",
+        ),
+        (names, "x.py", "try: pass\nexcept ValueError as e: print(e)\nx = lambda y, *z: (y, z, (w := 1), w)"),
         (sizes, "x.py", "def f():" + "\n    a = 1" * (LONGEST - 1)),
         (renaming, "x.py", "text.replace('a', 'b')\ndataclasses.replace(state)\nstate.replace(step=1)"),
         (writing, "running/x.py", "with replacing(path) as temporary:\n    temporary.write_text('a')"),
