@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct, traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
 from fopd_jax.config.schema import MERGES, LoRAConfig
 
 Tree = Any
+Layer = Mapping[str, Array | np.ndarray]  # "a" and "b"; files give NumPy's arrays
 
 
 @struct.dataclass
@@ -173,7 +175,7 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapte
     """Exact weighted sum of the products, Σ w·ΔW, at the sum of the ranks."""
     scale = adapters[0].scale
 
-    def join(*layers: dict[str, Array]) -> dict[str, Array]:
+    def join(*layers: Layer) -> dict[str, Array]:
         factors = [w * each.scale / scale for w, each in zip(weights, adapters, strict=True)]
         a = jnp.concatenate([layer["a"] for layer in layers], axis=-1)
         b = jnp.concatenate([f * layer["b"] for f, layer in zip(factors, layers, strict=True)], axis=-2)
@@ -191,7 +193,7 @@ def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
       ValueError: the target rank exceeds what the adapter's layers can have.
     """
 
-    def shrink(layer: dict[str, Array]) -> dict[str, Array]:
+    def shrink(layer: Layer) -> dict[str, Array]:
         available = min(layer["a"].shape[-2:] + layer["b"].shape[-1:])
         if config.rank > available:
             raise ValueError(f"adapter.rank: found {config.rank}, but the merged layers have rank {available} at most")
@@ -212,7 +214,7 @@ def average_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Ad
     """
     scale = adapters[0].scale
 
-    def mean(*leaves: Array) -> Array:
+    def mean(*leaves: Array | np.ndarray) -> Array:
         return jnp.stack([w * leaf for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
 
     scaled = [

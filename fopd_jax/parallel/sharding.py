@@ -22,6 +22,8 @@ RULES: Rules = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
+    ("channels_in", None),  # the autoencoder is small: every device holds all of it
+    ("channels_out", None),
 )
 _known: dict[str, str | None] = dict(RULES)
 BATCH_AXES = ("data", "fsdp")

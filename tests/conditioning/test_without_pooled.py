@@ -31,7 +31,7 @@ def test_an_encoder_without_towers_encodes_batch_by_batch():
         return np.asarray([[len(prompt)] * 4 for prompt in prompts], np.int32)
 
     def apply(params: Any, ids: Any) -> Any:
-        return ids[..., None] * params[None, None]
+        return (ids[..., None] * params[None, None]).astype(jnp.float32)
 
     t5 = TextEncoder(apply, jnp.arange(5), tokenize)
     found = PromptEncoder(TextEncoders((), t5, 4, 5), batch_size=2)(["x", "xx", "xxx"])

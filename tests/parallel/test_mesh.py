@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel import mesh as module
-from fopd_jax.parallel.mesh import AXES, fold_data, make_mesh
+from fopd_jax.parallel.mesh import AXES, axis_lengths, fold_data, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from fopd_jax.parallel.mesh import AXES, fold_data, make_mesh
     ],
 )
 def test_one_axis_may_take_the_devices_that_are_left(shape: MeshShape, devices: int, expected: tuple[int, int, int]):
-    assert shape.resolve(devices) == expected
+    assert axis_lengths(shape, devices) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_one_axis_may_take_the_devices_that_are_left(shape: MeshShape, devices: 
 )
 def test_a_shape_that_does_not_fill_the_devices_is_refused(shape: MeshShape, devices: int, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
-        shape.resolve(devices)
+        axis_lengths(shape, devices)
 
 
 def test_a_mesh_covers_all_devices_and_leaves_its_axes_to_the_compiler():
@@ -69,9 +69,9 @@ def _slices(count: int, chips: int) -> list[Chip]:
 
 @pytest.mark.parametrize("shape", [MeshShape(), MeshShape(-1, 4, 1), MeshShape(4, 2, 2), MeshShape(2, -1, 2)])
 def test_data_alone_crosses_slices(shape: MeshShape):
-    grid = module._hybrid(shape.resolve(16), _slices(2, 8), 2)
+    grid = module._hybrid(axis_lengths(shape, 16), _slices(2, 8), 2)
     slices = np.vectorize(lambda chip: chip.slice_index)(grid)
-    assert grid.shape == shape.resolve(16)
+    assert grid.shape == axis_lengths(shape, 16)
     assert len({chip.id for chip in grid.ravel()}) == 16
     for row in slices.reshape(len(grid), -1):  # one row of `data` lies in one slice
         assert len(set(row)) == 1

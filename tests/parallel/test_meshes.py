@@ -153,7 +153,10 @@ def _first(state: Any, metrics: Any) -> dict[str, Any]:
 
 
 def _images(mesh: Mesh, placed: Any, state: Any) -> list[Any]:
-    world = World(LATENT, {}, lambda prompts: _conditioning(len(prompts)), lambda latents: latents)
+    def encode(prompts: Any) -> Conditioning:  # a row depends on its prompt alone, however many are asked for
+        return jax.tree.map(lambda leaf: np.repeat(leaf, len(prompts), 0), _conditioning(1))
+
+    world = World(LATENT, {}, encode, lambda latents: latents)
     sampler = make_sampler(make_velocity(MMDiT(TINY)), SDE(0.7), flow_match_sigmas(3), 2.0, LATENT, mesh)
     start = effective(_random(5, state.trained))  # some adapter; the trained one differs by rounding
     return sampler(world, placed, start, [""] * BATCH, noise_keys(0, "", np.arange(BATCH))).tolist()

@@ -204,7 +204,7 @@ def test_the_matrix_product_is_timed(monkeypatch: pytest.MonkeyPatch):
 
 def test_utilisation_tells_repeated_work_and_the_datasheets_peak_apart(mesh: Mesh):
     """Two seconds for an update of 4 on a chip of 989 TFLOP/s, with full rematerialisation."""
-    problem = make_problem(tiny_config(**{"run.remat": "full"}), mesh)
+    problem = make_problem(tiny_config(**{"model.remat": "full"}), mesh)
     found = speed(problem, summarise([2.0]), PEAK, "NVIDIA H200")
     assert found["mfu"]["datasheet"] == pytest.approx(problem.flops.model / 2 / 989e12)
     assert found["hfu"]["matmul"] == pytest.approx(problem.flops.hardware / 2 / PEAK.flops_per_second)
@@ -276,7 +276,7 @@ def test_a_config_in_other_sizes_leaves_the_given_one_alone():
 
 
 def test_a_stage_without_such_an_update_is_refused(mesh: Mesh):
-    with pytest.raises(ValueError, match=r"^stage: found 'flow_matching', expected 'opd'$"):
+    with pytest.raises(ValueError, match=r"^stage: found 'flow_matching', expected one of \('opd',\)$"):
         make_problem(FlowMatching(), mesh)
 
 
