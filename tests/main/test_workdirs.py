@@ -8,6 +8,7 @@ import pytest
 
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, override, resolve
+from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.running import workdir
 from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.world import make_world
@@ -115,7 +116,8 @@ def test_what_is_drawn_is_what_the_version_before_drew():
     config = load()
     for tasks in (config.tasks, dict(reversed(config.tasks.items()))):
         found = resolve(override(config, {"tasks": tasks}))
-        stream = PromptStream(make_world(), found.tasks, batch_size=64, images_per_prompt=1, seed=0)
+        routes = RoutingTable.of_tasks(dict.fromkeys(found.tasks, 1.0), None).routes
+        stream = PromptStream(make_world(), found.tasks, routes, batch_size=64, images_per_prompt=1, seed=0)
         drawn = list(zip(*stream.draw(7), strict=True))
         assert drawn[:3] == [
             ("composition", "three red triangles and one green triangle"),
