@@ -102,18 +102,14 @@ def test_a_mistake_is_one_line(tmp_path: Path):
     assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "topology", "message"),
-    [
-        ("stage", "flow_matching", "cpu:8", "stage: found 'flow_matching', expected 'opd'"),
-        ("name", "any", "cpu:many", "topology: found 'cpu:many', expected cpu:A"),
-    ],
-)
-def test_what_is_wrong_is_named(field: str, value: str, topology: str, message: str):
-    config = _config()
-    config[field] = value
-    with pytest.raises(ValueError, match=message):
-        compile_for.run(config, topology)
+def test_simulated_devices_are_counted():
+    with pytest.raises(ValueError, match="topology: found 'cpu:many', expected cpu:A"):
+        compile_for.run(_config(), "cpu:many")
+
+
+def test_teachers_are_asked_for_where_a_stage_has_some():
+    with pytest.raises(ValueError, match=r"^teachers: found 4, but stage 'flow_matching' has none$"):
+        compile_for.run(resolve(load("miniature_teacher", "text")), "cpu:8", teachers=4)
 
 
 def test_simulated_devices_have_nothing_to_search():

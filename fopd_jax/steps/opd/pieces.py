@@ -87,13 +87,13 @@ def mean_gradient(groups: GradientGroups, sums: Tree, totals: Totals) -> Tree:
 
 
 def mean_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Metrics:
-    """Means over samples and trained timesteps; the teacher gap also per task."""
-    total = totals["weight"].sum()
-    means = {name: value.sum() / total for name, value in totals.items() if name != "weight"}
+    """Means over samples and trained timesteps; the teacher gap also per task, with the weight that a mean over
+    several steps gives it: a batch may hold no prompt of a task, which then has gap and weight 0, not 0/0."""
+    weight = totals["weight"]
+    means = {name: value.sum() / weight.sum() for name, value in totals.items() if name != "weight"}
     for k, name in enumerate(teachers):
         mine = (route == k).astype(jnp.float32)
-        # A batch may hold no prompt of a task: report 0 then, not 0/0.
-        means[f"teacher_gap/{name}"] = (totals["teacher_gap"] * mine).sum() / jnp.maximum(
-            (totals["weight"] * mine).sum(), 1
-        )
+        counted = (weight * mine).sum()
+        means[f"teacher_gap/{name}"] = (totals["teacher_gap"] * mine).sum() / jnp.maximum(counted, 1)
+        means[f"weights/teacher_gap/{name}"] = counted
     return means

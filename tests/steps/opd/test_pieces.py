@@ -53,6 +53,7 @@ def test_metrics_are_means_and_a_missing_task_reports_zero() -> None:
     metrics = mean_metrics(totals, jnp.asarray([1, 1, 1]), TEACHERS)
     assert float(metrics["loss"]) == 0.75
     assert float(metrics["teacher_gap/counting"]) == 0.75
-    assert float(metrics["teacher_gap/ocr"]) == 0
+    assert (float(metrics["teacher_gap/ocr"]), float(metrics["weights/teacher_gap/ocr"])) == (0, 0)
+    assert float(metrics["weights/teacher_gap/counting"]) == 12
     metrics = mean_metrics(totals, jnp.asarray([0, 1, 0]), TEACHERS)
     assert (float(metrics["teacher_gap/ocr"]), float(metrics["teacher_gap/counting"])) == (0.875, 0.5)
