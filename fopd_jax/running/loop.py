@@ -86,7 +86,7 @@ class _Run:
     def resume(self) -> int:
         """Take up the newest checkpoint; returns its step."""
         newest = self.checkpoints.latest_step()
-        self.state = self.stage.start() if newest is None else self.checkpoints.restore(self.stage.start())
+        self.state = self.stage.start() if newest is None else self.checkpoints.restore(self.stage.state)
         self.pending: tuple[int, Metrics] | None = None
         first = int(self.state.step)
         self.means = Means(None if newest is None else self.checkpoints.notes(first).get(MEANS))

@@ -27,6 +27,11 @@ class Stage(Protocol):
         """By name."""
         ...
 
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: a resumed run has it from these, not from `start`."""
+        ...
+
     def start(self) -> TrainState:
         """The state of step 0."""
         ...

@@ -68,6 +68,11 @@ class FlowMatching:
         key = jax.random.key(config.seed)
         return variables, init_adapter(key, variables["params"], config.adapter, pipeline.family.targets)
 
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return self.update.trained.state
+
     def start(self) -> TrainState:
         """The state of step 0, born in its shards; what it was made of is let go."""
         start, self._start = self._start if self._start is not None else self.load()[1], None
@@ -79,6 +84,7 @@ class FlowMatching:
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
+        self._start = None  # a resumed run has not asked for it
         batch = self.feed(step)
         conditioning = self.pipeline.world.embed(batch["conditioning"])
         return self.update.step(self.frozen, state, {**batch, "conditioning": conditioning})

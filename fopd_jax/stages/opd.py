@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from fopd_jax.backbones.weights import boxed_variables
@@ -72,15 +73,23 @@ class OPD:
         """Whether all of the network trains."""
         return self.config.trained == "params"
 
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; an adapter's rank is its start's."""
+        trained = self.update.trained
+        if self.whole:
+            return trained.state
+        return trained.sized(jax.eval_shape(self.teaching.start), self.setup.optimizer, self.config.seed).state
+
     def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
-        return self.update.trained.born(self.teaching.start, self.setup.optimizer, self.config.seed)
+        return self.update.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
         """Print what trains and what does not."""
         experts = [*self.config.tasks, self.config.anchor.name]
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
-        describe_weights(self.workdir, self.config, self.update.state, self.frozen.variables, bank)
+        describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""

@@ -47,13 +47,14 @@ class Sources:
 class Teaching:
     """What a run starts from.
 
-    `variables`: the base; `bank`: teachers by task in the config's order, then the anchor; `start`: of what trains;
-    `models()`: everybody but the student, to report. Of whole networks these are copies: not to be held while training.
+    `variables`: the base; `bank`: teachers by task in the config's order, then the anchor. What is not there while
+    training is made anew when it is asked for: `start()`, of what trains, and `models()`, everybody but the student, to
+    report.
     """
 
     variables: Tree
     bank: Tree
-    start: Tree
+    start: Callable[[], Tree]
     models: Callable[[], list[Model]]
 
 
@@ -116,19 +117,30 @@ def conform_all(config: Config, pipeline: Pipeline, adapters: Mapping[str, Adapt
 
 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
-    """Load the base and put the adapters beside it."""
+    """Load the base and put the adapters beside it.
+
+    Raises:
+      ValueError: as `merge`; before the base is loaded.
+    """
     anchor = adapters[config.anchor.name] if config.anchor.adapter else None
+    make_start = partial(start_adapter, config, adapters, pipeline)
+    jax.eval_shape(make_start)  # what cannot be merged is refused now, not when training starts
     bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor)
     variables = load_base(config.model, pipeline, config.seed)
-    start = start_adapter(config, adapters, pipeline)
-    models = {"base": {}} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
-    models |= {"merge": effective(start)} if config.cold_start.method == "merge" else {}
-    return Teaching(
-        variables=variables,
-        bank=bank,
-        start=start if config.trained == "adapter" else _add_to_base(config, pipeline, start),
-        models=lambda: [Model(name, variables, adapter or no_update(start)) for name, adapter in models.items()],
-    )
+
+    def start() -> Tree:
+        adapter = make_start()
+        return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
+
+    def models() -> list[Model]:
+        """The base is an adapter, too, so that every model is sampled by one program."""
+        base = effective(no_adapter(next(iter(adapters.values()))))
+        found = {"base": base} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
+        if config.cold_start.method == "merge":
+            found["merge"] = effective(make_start())
+        return [Model(name, variables, adapter) for name, adapter in found.items()]
+
+    return Teaching(variables, bank, start, models)
 
 
 def make_bank(config: Config, pipeline: Pipeline, teachers: Mapping[str, Adapter], anchor: Adapter | None) -> Tree:
@@ -137,11 +149,6 @@ def make_bank(config: Config, pipeline: Pipeline, teachers: Mapping[str, Adapter
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
     stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
     return put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked))
-
-
-def no_update(adapter: Adapter) -> Tree:
-    """The base as an adapter, so that every model is sampled by one program."""
-    return effective(no_adapter(adapter))
 
 
 def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
@@ -194,13 +201,20 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
         out_shardings=stacked_shardings(pipeline.mesh, boxed["params"]),
     )
     bank = stack(*(networks[name] for name in config.tasks), anchor)
-    if config.trained == "adapter":
-        start = init_adapter(jax.random.key(config.seed), variables["params"], config.adapter, pipeline.family.targets)
-    elif config.cold_start.method == "none":
-        start = load_base(config.model, pipeline, config.seed, "float32")["params"]
-    else:
+    del networks, anchor
+
+    def average() -> Tree:
         weights = start_weights(config)
-        start = _average(pipeline, [networks[name] for name in weights], list(weights.values()))
+        rows = [list(found.names).index(name) for name in weights]
+        return _average(pipeline, bank, dict(zip(rows, weights.values(), strict=True)))
+
+    def start() -> Tree:
+        if config.trained == "adapter":
+            key, targets = jax.random.key(config.seed), pipeline.family.targets
+            return init_adapter(key, variables["params"], config.adapter, targets)
+        if config.cold_start.method == "none":
+            return load_base(config.model, pipeline, config.seed, "float32")["params"]
+        return average()
 
     def models() -> list[Model]:
         """The bank holds the named networks in their order, the anchor last."""
@@ -208,20 +222,20 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
         for k, name in enumerate(found.names):
             params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
         if config.cold_start.method == "merge":
-            params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
+            params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), average())
         return [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
 
     return Teaching(variables, bank, start, models)
 
 
-def _average(pipeline: Pipeline, networks: list[Tree], weights: list[float]) -> Tree:
-    """The weighted average of whole networks, in float32 and in their shards."""
+def _average(pipeline: Pipeline, bank: Tree, weights: Mapping[int, float]) -> Tree:
+    """The weighted average of some of a bank's networks, by row, in float32 and in its shards."""
 
-    def average(*leaves: jax.Array) -> jax.Array:
-        return jnp.stack([w * leaf.astype(jnp.float32) for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
+    def average(stacked: jax.Array) -> jax.Array:
+        return jnp.stack([w * stacked[row].astype(jnp.float32) for row, w in weights.items()]).sum(0)
 
     places = parameter_shardings(pipeline.mesh, _boxed(pipeline))["params"]
-    return jax.jit(lambda *trees: jax.tree.map(average, *trees), out_shardings=places)(*networks)
+    return jax.jit(lambda bank: jax.tree.map(average, bank), out_shardings=places)(bank)
 
 
 def _boxed(pipeline: Pipeline) -> Tree:

@@ -33,6 +33,11 @@ class Trained:
         """Where each array of the state lives."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
+    def sized(self, start: Tree, optimizer: optax.GradientTransformation, seed: int) -> "Trained":
+        """The same for a start of other ranks than the config's; `start`: arrays or shapes."""
+        shapes = jax.eval_shape(partial(init_state, optimizer=optimizer, seed=seed), start)
+        return dataclasses.replace(self, state=place(shapes, self.places))
+
     def born(self, start: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
         """The state of step 0, made in its shards; `start`: of what trains, numpy or wherever it is."""
         places = self.places

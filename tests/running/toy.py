@@ -91,6 +91,10 @@ class Toy:
     outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     feed: Feed = dataclasses.field(default_factory=lambda: Feed(rows, SHARDING, 3, 16))
 
+    @property
+    def state(self) -> TrainState:
+        return jax.eval_shape(self.start)
+
     def start(self) -> TrainState:
         return init_state(jnp.zeros(3), OPTIMIZER, 0)
 

@@ -1,5 +1,6 @@
 """What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,27 @@ def test_what_does_not_go_together_is_named(
     with pytest.raises(ValueError, match=message):
         prepare(_config(weights, kind, trained, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- what stays on the devices
+
+
+def _live_bytes() -> int:
+    gc.collect()
+    return sum(leaf.nbytes for leaf in jax.live_arrays())
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("adapter", "adapter"), ("adapter", "params"), ("network", "params")])
+def test_beside_the_state_nothing_of_the_start_stays(kind: str, trained: str, weights: Path, tmp_path: Path):
+    stage = _stage(_config(weights, kind, trained), tmp_path)
+    before = _live_bytes()
+    state = stage.start()
+    assert _live_bytes() - before == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("rank", [6, 4])
+def test_a_run_resumes_into_the_shapes_of_its_start(rank: int, weights: Path, tmp_path: Path):
+    """Merged at the sum of the ranks, whatever the config's is."""
+    stage = _stage(_config(weights, "adapter", "adapter", **{"adapter.rank": rank, "adapter.alpha": 2.0 * rank}), tmp_path)
+    found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.state)
+    assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.start())
