@@ -132,7 +132,7 @@ class Evaluation(Section):
 
     tasks: tuple[str, ...] = setting((), "Tasks to evaluate; (): all.")
     samples: int = setting(16, "Pairs a task in the periodic evaluation.", at_least(1))
-    batch_size: int = setting(16, "Images made at once.", at_least(1))
+    batch_size: int = setting(16, "Images made at once, rounded up to what the mesh divides.", at_least(1))
     num_steps: int = setting(40, "Sampler steps.", at_least(1), "[paper] 40")
     guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0), "[paper] 4.5")
     transition: str = setting("ode", "Of the sampler.", one_of(*TRANSITIONS), "[code] ode")
@@ -155,7 +155,7 @@ class Encoding(Section):
     """How prompts become conditioning, in worlds with text encoders."""
 
     cache: str = setting("runs/conditioning", "Folder of encoded prompts, shared by runs; empty: in memory.")
-    batch_size: int = setting(64, "Prompts encoded at once.", at_least(1))
+    batch_size: int = setting(64, "Prompts encoded at once, rounded up as well.", at_least(1))
     resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
 
 

@@ -14,7 +14,7 @@ from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.schedule import make_levels
 from fopd_jax.flow.transition import Transition, standard_normal
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
-from fopd_jax.parallel.sharding import activation_rules, batch_sharding
+from fopd_jax.parallel.sharding import activation_rules, batch_sharding, batch_ways, filled
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
 from fopd_jax.worlds.world import World, embed_empty, embed_prompts
 
@@ -80,10 +80,14 @@ def make_sampler(
 def generate(
     sampler: Sampler, world: World, variables: Tree, adapter: Tree, requests: Sequence[Request], batch_size: int
 ) -> Iterator[tuple[Request, np.ndarray]]:
-    """Images in [-1, 1], in the order of the requests; the last batch is filled up, its surplus dropped."""
+    """Images in [-1, 1], in the order of the requests, some `batch_size` at once: what the mesh divides.
+
+    The last batch is filled up, its surplus dropped.
+    """
+    batch_size = filled(batch_size, batch_ways(sampler.mesh))
     for start in range(0, len(requests), batch_size):
         batch = list(requests[start : start + batch_size])
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in filled], jnp.uint32))
-        images = sampler(world, variables, adapter, [prompt for prompt, _ in filled], keys)
+        whole = batch + [batch[-1]] * (batch_size - len(batch))
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in whole], jnp.uint32))
+        images = sampler(world, variables, adapter, [prompt for prompt, _ in whole], keys)
         yield from zip(batch, images, strict=False)

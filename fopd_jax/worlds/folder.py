@@ -13,7 +13,7 @@ from fopd_jax.conditioning.resident import ResidentPrompts
 from fopd_jax.config.schema import Encoding, Model, Pairs
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
-from fopd_jax.parallel.sharding import batch_sharding, check_batch
+from fopd_jax.parallel.sharding import batch_sharding, batch_ways, filled
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.codec import Codec
 from fopd_jax.worlds.images import CaptionedImages, Draws
@@ -67,11 +67,9 @@ class FolderWorld:
 def kept_prompts(text: ConvertedText, encoding: Encoding, mesh: Mesh) -> KeptPrompts:
     """Prompts that are encoded once on this process's `mesh` and kept in the folder `cache`, or without one in memory.
 
-    Raises:
-      ValueError: the mesh does not divide `encoding.batch_size`.
+    Some `encoding.batch_size` are encoded at once: what the mesh divides.
     """
-    batch_size = encoding.batch_size
-    check_batch("run.encoding.batch_size", batch_size, mesh)
+    batch_size = filled(encoding.batch_size, batch_ways(mesh))
     kept = MemoryEncodings()
     if encoding.cache:
         kept = ConditioningCache(Path(encoding.cache), text.fingerprint(), text.shapes())
