@@ -13,7 +13,6 @@ from fopd_jax.config.schema import OPD, Config, FlowMatching, FrozenDict, Sectio
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 STAGES: dict[str, type[OPD | FlowMatching]] = {"opd": OPD, "flow_matching": FlowMatching}
-LARGEST_INT = 2**32 - 1
 LONGEST = 200  # characters of a value in a message
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 RENAMED = {
@@ -170,7 +169,7 @@ def _scalar(name: str, value: Any, hint: type) -> Typed:
         finite = abs(value) <= sys.float_info.max
         return (float(value), []) if finite else (value, [_problem(name, value, "a finite number")])
     if hint is int and number and isinstance(value, int):
-        return value, [] if abs(value) <= LARGEST_INT else [_problem(name, value, f"a number up to {LARGEST_INT}")]
+        return value, []
     return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Config, Evaluation
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
@@ -59,9 +60,11 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
     Raises:
       ValueError: as `make_transition` and `flow_match_sigmas`.
     """
+    with within("eval"):
+        transition = make_transition(evaluation.transition, evaluation.noise_level)
     return make_sampler(
         pipeline.velocity,
-        make_transition(evaluation.transition, evaluation.noise_level),
+        transition,
         flow_match_sigmas(evaluation.num_steps, shift),
         evaluation.guidance,
         pipeline.world.latent_shape,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import barrier, is_main, total
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import Encode, check_shares
 
 CHECKING_TIMEOUT_S = 7200.0
@@ -73,6 +74,13 @@ class Draws:
         names = rng.choice(list(self.tasks), self.batch_size, p=shares / shares.sum())
         return [self._row(str(name), rng) for name in names]
 
+    def captions(self) -> Iterator[str]:
+        """All that may be drawn."""
+        if self.empty_caption:
+            yield ""
+        for name, pairs in self.tasks.items():
+            yield from self.world[name].train if pairs.share else ()
+
     def _row(self, name: str, rng: np.random.Generator) -> Draw:
         task, pairs = self.world[name], self.tasks[name]
         count = len(task.images)
@@ -120,8 +128,9 @@ class CaptionedImages:
         }
 
     def upto(self, steps: int) -> Iterator[str]:
-        """Every caption of the first `steps` batches."""
-        return (each.caption for step in range(steps) for each in self._draws(step))
+        """The distinct captions of the first `steps` batches, see `foresee`."""
+        draws = self._draws
+        return foresee(lambda step: [each.caption for each in draws(step)], steps, draws.captions())
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
         """Task, file and caption of some rows of a batch."""

@@ -28,7 +28,7 @@ class CaptionedLatents(Protocol):
         ...
 
     def upto(self, steps: int) -> Iterable[str]:
-        """Every caption of the first `steps` batches, for worlds that have to `prepare` them."""
+        """The captions of the first `steps` batches, each once, for worlds that have to `prepare` them."""
         ...
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
@@ -43,7 +43,8 @@ MakePairs = Callable[[Mapping[str, Pairs], int, float, int], CaptionedLatents]
 def check_shares(tasks: Mapping[str, Pairs]) -> None:
     """Raises ValueError where no task has a share of the pairs."""
     if not any(pairs.share > 0 for pairs in tasks.values()):
-        raise ValueError("tasks: expected at least one task with a share above 0")
+        shares = [pairs.share for pairs in tasks.values()]
+        raise ValueError(f"tasks: found shares {shares}, expected at least one task with a share above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
         (["--config.guidance=nan"], "guidance: found nan, expected a finite number"),
         (["--config.guidance=1e999"], "guidance: found inf, expected a finite number"),
         (["--config.seed=-1"], "seed: found -1, expected a number in [0, 4294967295]"),
-        (["--config.seed=99999999999"], "seed: found 99999999999, expected a number up to 4294967295"),
+        (["--config.seed=99999999999"], "seed: found 99999999999, expected a number in [0, 4294967295]"),
         (["--config.sampler.window=(1,2,3)"], "sampler.window: found (1, 2, 3), expected a tuple of 2, each a whole "),
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
         (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
@@ -145,8 +145,8 @@ def test_several_bad_values_are_all_told():
     error = error_of(MINIATURE, "--config.seed=-1", "--config.tasks.text.guidance=-1", "--config.run.mesh.data=0")
     assert error.splitlines() == [
         "seed: found -1, expected a number in [0, 4294967295]",
-        "run.mesh.data: found 0, expected a length ≥ 1, or -1: the devices that are left",
-        "tasks.text.guidance: found -1.0, expected at least 0",
+        "run.mesh.data: found 0, expected a length from 1 to 1048576, or -1: the devices that are left",
+        "tasks.text.guidance: found -1.0, expected at least 0, at most 100",
     ]
 
 
