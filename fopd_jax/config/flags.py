@@ -12,6 +12,7 @@ from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
+from fopd_jax.config.sizes import Pixels, SizeParser
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
@@ -50,6 +51,7 @@ class _DictParser(flags.ArgumentParser):
 
 flags.FLAGS["config"].parser = _FileParser()
 config_flags.register_flag_parser_for_type(dict, _DictParser())
+config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fopd_jax.config.sizes import LARGEST_SIDE, height_width
+
 MOST_STEPS = 10**9
 """Of updates, and of whatever is counted in them: years of any machine, and within int32."""
 MOST_ROWS = 2**20
@@ -46,6 +48,11 @@ def one_of(*known: Any) -> Rule:
 
 
 PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1, (0, 1))
+SIZE = Rule(
+    f"pixels a side from 1 to {LARGEST_SIDE}, or (height, width)",
+    lambda value: all(1 <= side <= LARGEST_SIDE for side in height_width(value)),
+    (1, LARGEST_SIDE),
+)
 SOME = Rule("at least one", lambda value: len(value) > 0)
 NAME = Rule("a name", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]+", value)))
 AXIS = Rule(

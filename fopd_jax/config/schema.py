@@ -23,6 +23,7 @@ from fopd_jax.config.rules import (
     between,
     one_of,
 )
+from fopd_jax.config.sizes import Pixels, height_width
 
 OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
@@ -98,9 +99,14 @@ class Model(Section):
         "bfloat16", "Of frozen weights and activations; what trains is float32.", one_of("float32", "bfloat16"),
         "[code] bfloat16",
     )  # fmt: skip
-    resolution: int = setting(512, "Pixels a side.", at_least(1, 2**14), "[paper] 512")
+    resolution: Pixels = setting(512, "Pixels a side of a square, or (height, width).", rules.SIZE, "[paper] 512")
     t5_length: int = setting(128, "T5 tokens a prompt.", at_least(1, 2**12), "[code] 128 in training, 256 at inference")
     shift: float = setting(3.0, "Of the sampler's schedule towards noise; SD3.5's own is 3.", at_least(0.001, 1000))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return height_width(self.resolution)
 
 
 @dataclasses.dataclass
@@ -168,7 +174,9 @@ class MeshShape(Section):
 class Encoding(Section):
     """How prompts become conditioning, in worlds with text encoders."""
 
-    cache: str = setting("runs/conditioning", "Folder of encoded prompts, shared by runs; empty: in memory.")
+    cache: str = setting(
+        "runs/conditioning", "Folder of encoded prompts in bfloat16, shared by runs; empty: in memory, as computed."
+    )
     batch_size: int = setting(64, "Prompts encoded at once, rounded up as well.", at_least(1, MOST_ROWS))
     resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
 

@@ -11,6 +11,7 @@ from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.conditioning.kept import KeptPrompts, MemoryEncodings
 from fopd_jax.conditioning.resident import ResidentPrompts
 from fopd_jax.config.schema import Encoding, Model, Pairs
+from fopd_jax.config.sizes import check_size
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, filled
@@ -45,12 +46,10 @@ class FolderWorld:
         else:
             self._prompts = kept_prompts(text, encoding, self._mesh)
         vae, network = manifest.component("vae").config, manifest.transformer
-        unit, side = vae.downsampling * network.patch_size, model.resolution
-        largest = unit * network.table_size
-        if not unit <= side <= largest or side % unit:
-            raise ValueError(f"model.resolution: found {side}, expected a multiple of {unit}, at most {largest}")
-        self._latent_shape = (side // vae.downsampling, side // vae.downsampling, network.channels)
-        self._resolution, self._codec = side, Codec(folder, manifest, self._mesh)
+        unit = vae.downsampling * network.patch_size
+        check_size("model.resolution", model.resolution, unit, unit * network.table_size)
+        self._size, self._codec = model.size, Codec(folder, manifest, self._mesh)
+        self._latent_shape = (*(side // vae.downsampling for side in self._size), network.channels)
 
     def world(self) -> World:
         prompts = self._prompts
@@ -61,7 +60,7 @@ class FolderWorld:
 
     def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:
         draws = Draws(self._tasks, tasks, batch_size, empty_caption, seed)
-        return CaptionedImages(draws, self._resolution, self._prompts.encode, self._codec.encode)
+        return CaptionedImages(draws, self._size, self._prompts.encode, self._codec.encode)
 
 
 def kept_prompts(text: ConvertedText, encoding: Encoding, mesh: Mesh) -> KeptPrompts:

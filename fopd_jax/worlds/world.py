@@ -74,7 +74,12 @@ def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Condition
 
 def embed_empty(world: World, mesh: Mesh) -> Conditioning:
     """The conditioning of the empty prompt, one row, on every device of `mesh`."""
-    return _first_row(mesh)(embed_prompts(world, [""] * batch_ways(mesh), mesh))
+    return embed_alone(world, "", mesh)
+
+
+def embed_alone(world: World, prompt: str, mesh: Mesh) -> Conditioning:
+    """The same of any prompt."""
+    return _first_row(mesh)(embed_prompts(world, [prompt] * batch_ways(mesh), mesh))
 
 
 @functools.cache

@@ -54,6 +54,17 @@ def error_of(*flags: str) -> str:
 # ---- what can be set
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("256", 256), ("768,512", [768, 512]), ("(768, 512)", [768, 512]), ("[768,512]", None)]
+)
+@pytest.mark.parametrize("name", ["resolution", "model.resolution"])
+def test_a_size_is_a_side_or_height_and_width(name: str, text: str, value: Any):
+    if value is None:
+        assert "height,width" in error_of(MINIATURE, f"--config.{name}={text}")
+    else:
+        assert values(MINIATURE, f"--config.{name}={text}")["model.resolution"] == value
+
+
 def test_fields_of_every_type_can_be_set():
     before = values(MINIATURE)
     found = values(
