@@ -39,7 +39,9 @@ class SizeParser(flags.ArgumentParser):
             found = ast.literal_eval(argument) if isinstance(argument, str) else argument
         except (SyntaxError, ValueError):
             found = None
-        sides = found if isinstance(found, tuple) else (found,)
-        if len(sides) > 2 or not sides or any(type(side) is not int for side in sides):
-            raise ValueError("expected pixels a side, like 512, or height,width, like 768,512")
-        return found
+        if type(found) is int:
+            return found
+        if isinstance(found, tuple) and [type(side) for side in found] == [int, int]:
+            height, width = found
+            return height, width
+        raise ValueError("expected pixels a side, like 512, or height,width, like 768,512")

@@ -173,7 +173,8 @@ def read_image(path: Path, size: tuple[int, int]) -> Float[np.ndarray, "height w
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
+    height, width = size
+    fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return np.asarray(fitted, np.float32) / 127.5 - 1
 
 
