@@ -189,8 +189,7 @@ def test_the_grid_is_limited_to_eight_prompts_and_seeds(
     assert [_request(path) for path in images] == [(prompt, seed) for prompt in prompts for seed in range(9)]
     out = capsys.readouterr().out
     assert re.search(r"81 images of 24 pixels in .*; grid\.png shows 8 of 9 prompts, 8 of 9 seeds", out)
-    assert "note: this is the base alone; " in out
-    assert "runs/miniature/student.safetensors" in out
+    assert f"note: this is the base alone; `python -m fopd_jax.main --config={CONFIG}` trains runs/miniature/st" in out
     cells = np.stack([_pixels(path) for path in images]).reshape(9, 9, SIDE, SIDE, 3).swapaxes(0, 1)[:8, :8]
     expected = _grid(cells, [f"base\nseed {i}" for i in range(8)], prompts[:8], _title(weights, 1, 1))
     np.testing.assert_array_equal(_pixels(tmp_path / "grid.png"), expected)
@@ -378,6 +377,16 @@ def test_a_folder_with_other_things_is_not_written_into(run: Run, whole: list[Pa
     (mine / "notes.txt").touch()
     with pytest.raises(SystemExit, match=r"mine holds notes\.txt, which"):
         _call(base, f"--out={mine}")
+
+
+def test_the_base_alone_is_told_from_what_was_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "miniature").mkdir(parents=True)
+    (tmp_path / "runs" / "miniature" / "student.safetensors").touch()
+    run(Path("out"), *_flags(PROMPTS[0]), num_steps=1, guidance=1.0)
+    assert "trained is drawn with --adapter=runs/miniature/student.safetensors\n" in capsys.readouterr().out
 
 
 def test_images_that_are_not_finite_are_named_and_not_written(run: Run, weights: Path, tmp_path: Path):
