@@ -10,7 +10,6 @@ tasks are drawn.
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,8 +26,9 @@ from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.evaluation.grid import draw_grid, to_pixels
 from fopd_jax.evaluation.sampler import Request, generate
+from fopd_jax.exits import explained
 from fopd_jax.files import write_png
-from fopd_jax.parallel.distributed import initialize, is_main
+from fopd_jax.parallel.distributed import initialize, is_main, speaks
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
@@ -48,17 +48,13 @@ _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.",
 DEFAULT_PROMPTS, GRID_COLUMNS, GRID_ROWS = 8, 8, 8
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
+    with explained(speaks=speaks):
         config = read_config()
         initialize(*membership())
         run(config, Path(_OUT.value or f"samples/{config.name}"))
-    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}" if is_main() else 1)
 
 
 def run(config: OPD | FlowMatching, out: Path) -> None:

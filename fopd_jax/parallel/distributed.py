@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, Sharding
 from jaxtyping import Int
 
-from fopd_jax.parallel.mesh import AXES
+from fopd_jax.parallel.mesh import AXES, visible_devices
 from fopd_jax.parallel.rollcall import roll_call
 
 Tree = Any
@@ -61,14 +61,19 @@ def initialize(
 
     Raises:
       ValueError: flags are given by half or out of range, or a detected cluster cannot be used; names the flags.
+      ValueError, OSError: as `visible_devices`.
       TimeoutError: not all processes have started in time; names the missing ones.
     """
     if mode not in MODES:
         raise ValueError(f"distributed: found {mode!r}, expected one of {MODES}")
     given = _from_flags(coordinator, num_processes, process_id)
     member = given or (_detect(timeout_s) if mode == "auto" else None)
-    if member is None or member.count == 1:
-        return
+    if member is not None and member.count > 1:
+        _join(member, timeout_s)
+    visible_devices()  # here a machine that lacks them is told of once for all
+
+
+def _join(member: Membership, timeout_s: float) -> None:
     hosts = roll_call(member.coordinator, member.count, member.process, timeout_s)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -119,6 +124,16 @@ def _detect(timeout_s: float) -> Membership | None:
 def is_main() -> bool:
     """Whether this is process 0, which alone writes metrics, results and pictures."""
     return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether no other process has been joined; asks no device, so that it also answers where there is none."""
+    return global_state.num_processes in (None, 1)
+
+
+def speaks() -> bool:
+    """Whether this is the process to tell what all of them meet; asks no device either."""
+    return not global_state.process_id
 
 
 def name_of(process: int) -> str:

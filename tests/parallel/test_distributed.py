@@ -157,7 +157,7 @@ def test_a_bad_workdir_stops_all_processes_with_one_line(tmp_path: Path):
     (tmp_path / "something.txt").write_text("no run's folder")
     programs = _main(tmp_path, 2)
     said = [program.communicate(timeout=300)[0] for program in programs]
-    assert [program.returncode for program in programs] == [1, 1]
+    assert [program.returncode for program in programs] == [2, 2]
     assert said[0].count("error:") == 1
     assert f"error: {tmp_path} exists and is no run's folder" in said[0]
     assert not any("Traceback" in text for text in said)
