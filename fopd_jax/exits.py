@@ -13,7 +13,8 @@ from typing import NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
 _STAYS = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 """Errors of the system that the same command meets again."""
 

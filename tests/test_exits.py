@@ -108,9 +108,10 @@ def test_a_port_in_use_is_named():
 
 @pytest.mark.parametrize("program", ["main", "sample"])
 def test_a_program_without_its_backend_says_so_in_one_line(program: str, tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}
     done = subprocess.run(
         [sys.executable, "-m", f"fopd_jax.{program}", f"--config={ROOT}/configs/miniature.py"], cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False,
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (BAD_INPUT, 1), done.stderr
     assert done.stderr.startswith("error: JAX_PLATFORMS: found 'cuda', but no such device")
