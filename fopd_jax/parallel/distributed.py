@@ -8,7 +8,9 @@ through the runtime's key-value store.
 import contextlib
 import dataclasses
 import itertools
+import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, Sharding
 from jaxtyping import Int
 
+from fopd_jax.parallel.environment import chosen_devices, coordinates, surroundings
 from fopd_jax.parallel.mesh import AXES, visible_devices
 from fopd_jax.parallel.rollcall import roll_call
 
@@ -56,8 +59,9 @@ def initialize(
 ) -> None:
     """Join the other processes; before anything touches a device. A process on its own has nothing to do.
 
-    The three values come from flags, or with `mode` "auto" from TPU metadata, Slurm, Open MPI or Kubernetes as JAX
-    detects them; "off" never looks.
+    The three values come from flags, or with `mode` "auto" from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or from TPU metadata, Slurm, Open MPI or Kubernetes as JAX detects them; "off" never looks.
+    Process 0 says in a line what was detected. JAX_LOCAL_DEVICE_IDS names the local devices to use.
 
     Raises:
       ValueError: flags are given by half or out of range, or a detected cluster cannot be used; names the flags.
@@ -66,15 +70,21 @@ def initialize(
     """
     if mode not in MODES:
         raise ValueError(f"distributed: found {mode!r}, expected one of {MODES}")
-    given = _from_flags(coordinator, num_processes, process_id)
-    member = given or (_detect(timeout_s) if mode == "auto" else None)
+    member, told = _from_flags(coordinator, num_processes, process_id), ""
+    if member is None and mode == "auto":
+        member, told = _detect(timeout_s)
     if member is not None and member.count > 1:
-        _join(member, timeout_s)
+        _join(member, told, timeout_s)
+    elif chosen := chosen_devices(os.environ):  # JAX itself reads the variable only where processes join
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, chosen)))
     visible_devices()  # here a machine that lacks them is told of once for all
 
 
-def _join(member: Membership, timeout_s: float) -> None:
-    hosts = roll_call(member.coordinator, member.count, member.process, timeout_s)
+def _join(member: Membership, told: str, timeout_s: float) -> None:
+    try:
+        hosts = roll_call(member.coordinator, member.count, member.process, timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error} ({told})" if told else str(error)) from error
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         member.coordinator,
@@ -105,17 +115,28 @@ def _from_flags(coordinator: str | None, count: int | None, process: int | None)
     return Membership(coordinator, count, process)
 
 
-def _detect(timeout_s: float) -> Membership | None:
+def _detect(timeout_s: float) -> tuple[Membership | None, str]:
+    """Who this process is by the environment, None where it is alone; and what was detected, which process 0 prints."""
+    if (named := coordinates(os.environ)) is not None:
+        return _from_flags(*named), "by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    around = surroundings(os.environ)
+    member = _found_by_jax(around.devices, timeout_s) if around.look else None
+    if around.told and (member is None or member.process == 0):
+        print(f"found {around.told}", file=sys.stderr, flush=True)
+    return member, around.told
+
+
+def _found_by_jax(devices: tuple[int, ...] | None, timeout_s: float) -> Membership | None:
     """What JAX finds in the environment; None where it finds no cluster."""
-    unset = None, None, None, None, None
+    unset = None, None, None, (), None  # of devices, which are decided here
     try:
-        coordinator, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(*unset, int(timeout_s))
+        coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(*unset, int(timeout_s))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"found a cluster, but not its members ({error}); give --coordinator, --num-processes and "
                          "--process-id, or --distributed=off for one process") from error  # fmt: skip
     if coordinator is None or count is None or process is None:
         return None
-    return Membership(coordinator, count, process, None if devices is None else tuple(devices))
+    return Membership(coordinator, count, process, devices)
 
 
 # ---- who
