@@ -14,6 +14,11 @@ the persistent cache. Any field of the config can be set: `--config.run.attentio
 On 2 CPU cores: `--config=configs/miniature.py`, two minutes.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import dataclasses
 import itertools
 import os

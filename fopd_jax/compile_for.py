@@ -9,6 +9,11 @@ No weights and no prompts are read. `--search` also finds the largest batch that
 Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import sys
 from pathlib import Path
 

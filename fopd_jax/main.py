@@ -5,6 +5,11 @@ or 130. On several hosts the same command runs on each: clusters are detected, o
 --num-processes and --process-id.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import contextlib
 import os
 import signal

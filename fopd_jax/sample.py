@@ -9,6 +9,11 @@ seed and settings alone, whatever else is sampled beside it. Without prompts the
 tasks are drawn.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import json
 import time
 from collections.abc import Sequence

@@ -52,7 +52,8 @@ def surroundings(environment: Environment) -> Surroundings:
     chosen = chosen_devices(environment)
     if "OMPI_MCA_orte_hnp_uri" in environment:  # before Slurm: it may have been started inside an allocation
         size, rank = (_number(environment, name) for name in _OPEN_MPI[1:])
-        node = _Node(*(_number(environment, f"OMPI_COMM_WORLD_LOCAL_{name}") for name in ("RANK", "SIZE")), None)
+        local, here = (_number(environment, f"OMPI_COMM_WORLD_LOCAL_{name}") for name in ("RANK", "SIZE"))
+        node = _Node(local, here, None)
         return _joined(f"Open MPI: process {rank} of {size} (OMPI_COMM_WORLD_SIZE)", environment, chosen, size, node)
     _refuse_others(environment, _OPEN_MPI)
     if all(name in environment for name in _SLURM):

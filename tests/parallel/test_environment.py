@@ -1,5 +1,7 @@
 """What is made of environments as starters leave them."""
 
+from typing import Any
+
 import pytest
 
 from fopd_jax.parallel.environment import Surroundings, chosen_devices, coordinates, surroundings
@@ -14,7 +16,7 @@ def slurm(tasks: int, here: str, *, process: int = 0, local: int = 0, **more: st
     }  # fmt: skip
 
 
-EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
+EIGHT: dict[str, Any] = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
 OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
