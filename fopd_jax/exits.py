@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
+GUIDE = "docs/weights-and-prompts.md"
+"""Where to get what is not there, for messages."""
 _STAYS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP,
