@@ -22,6 +22,7 @@ parse_flags() {
       --)
         # shellcheck disable=SC2034 # the launchers read it
         PROGRAM_ARGS=("${@:2}")
+        check_program_flags "${PROGRAM_ARGS[@]}"
         return
         ;;
       --dry-run) DRY_RUN=1 ;;
@@ -34,6 +35,15 @@ parse_flags() {
       *) die "found '$1', expected --name=value (--help lists them; the program's own flags follow --)" ;;
     esac
     shift
+  done
+}
+
+check_program_flags() { # the words after --
+  local word before=
+  for word; do
+    [[ $word == -* || ($before == -* && $before != *=*) ]] ||
+      die "found '$word' after --, expected a flag of the program, as --config.batch_size=512"
+    before=$word
   done
 }
 

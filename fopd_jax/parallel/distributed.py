@@ -76,7 +76,8 @@ def initialize(
     if member is not None and member.count > 1:
         _join(member, told, timeout_s)
     elif chosen := chosen_devices(os.environ):  # JAX itself reads the variable only where processes join
-        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, chosen)))
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", ",".join(map(str, chosen)))
     visible_devices()  # here a machine that lacks them is told of once for all
 
 

@@ -109,6 +109,16 @@ def test_help_names_every_parameter(shell, script) -> None:
         ("gke.sh", ("render", *GKE, "--xla-flags-file=none.txt"), "--xla-flags-file: cannot read 'none.txt'"),
         ("xpk.sh", ("run", "--cluster=c", "--zone=z"), "--docker-image is needed"),
         ("slurm.sbatch", ("steps=3",), "found 'steps=3', expected --name=value"),
+        (
+            "tpu_pod.sh",
+            ("run", "--zone=z", "--", "batch_size=512"),
+            "found 'batch_size=512' after --, expected a flag of",
+        ),
+        (
+            "gke.sh",
+            ("run", *GKE, "--", "--config.seed", "1", "2"),
+            "found '2' after --, expected a flag of the program",
+        ),
         ("slurm.sbatch", ("--max-restarts=few",), "--max-restarts: found 'few', expected a whole number"),
         ("slurm.sbatch", ("--memory-fraction=92",), "--memory-fraction: found '92', expected a share"),
         ("slurm.sbatch", ("--config=configs/none.py",), "--config: cannot read 'configs/none.py'"),

@@ -134,6 +134,7 @@ def test_all_hosts_mount_the_shared_folder_they_work_in(shell) -> None:
 
 @pytest.mark.parametrize("word", ['a "quoted" \\ & word', "${MOUNT} ${VOLUME}", "$(HOST_INDEX)"])
 def test_arguments_stay_whole(shell, word) -> None:
+    word = f"--config.name={word}"
     jobset = yaml.safe_load(shell.run("gke.sh", "render", IMAGE, *VARIANTS["gpu"], "--", word).stdout)
     check(jobset)
     assert job(jobset)["template"]["spec"]["containers"][0]["command"][-1] == word

@@ -279,7 +279,7 @@ def test_a_lone_process_takes_the_devices_that_are_named(monkeypatch: pytest.Mon
     updated: list[tuple[str, str]] = []
     monkeypatch.setattr(jax.config, "update", lambda *pair: updated.append(pair))
     assert _join(monkeypatch, {"JAX_LOCAL_DEVICE_IDS": "1,2"}) == []
-    assert updated == [("jax_cuda_visible_devices", "1,2")]
+    assert updated == [("jax_cuda_visible_devices", "1,2"), ("jax_rocm_visible_devices", "1,2")]
 
 
 # ---- one process
