@@ -11,11 +11,15 @@ Several `--adapter`s draw the same, and so does the base: rows of the grid. With
 the config's tasks are drawn.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import dataclasses
 import hashlib
 import json
 import re
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -43,8 +47,9 @@ from fopd_jax.evaluation.samples import (
     write_grid,
     write_image,
 )
+from fopd_jax.exits import explained
 from fopd_jax.interop.files.tensor_files import hash_file
-from fopd_jax.parallel.distributed import initialize, is_main
+from fopd_jax.parallel.distributed import initialize, is_main, speaks
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.setup import eval_sampler
@@ -78,17 +83,13 @@ class Policy:
     about: dict[str, str]
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
+    with explained(speaks=speaks):
         config = read_config()
         initialize(*membership())
         run(config, _local("out", _OUT.value or f"samples/{config.name}"))
-    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}" if is_main() else 1)
 
 
 def _local(field: str, name: str) -> Path:

@@ -109,7 +109,7 @@ def test_high_images_are_compiled_for_as_they_are():
 
 def test_a_mistake_is_one_line(tmp_path: Path):
     done = _program("--topology=v9:4x4")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e")
 
 

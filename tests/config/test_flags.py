@@ -1,4 +1,4 @@
-"""Command lines, as programs read them: what is set, and that every mistake is one line and exit status 1."""
+"""Command lines, as programs read them: what is set, and that every mistake is one line and exit status 2."""
 
 import json
 import os
@@ -13,16 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MINIATURE = f"--config={ROOT}/configs/miniature.py"
 PROGRAM = """
-import json, sys
+import json
 from absl import app
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.parse import flatten
+from fopd_jax.exits import explained
 
 def main(rest):
-    try:
+    with explained():
         print(json.dumps(flatten(read_config())))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 app.run(main, flags_parser=parse_flags)
 """
@@ -44,7 +43,7 @@ def values(*flags: str) -> dict[str, Any]:
 def error_of(*flags: str) -> str:
     """All that a program said that refused its command line."""
     done = call(*flags)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -143,6 +142,7 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
         (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
         (["--nope"], "Unknown command line flag 'nope'"),
+        (["a", "word"], "unexpected arguments ['a', 'word']"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
