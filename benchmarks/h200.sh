@@ -9,6 +9,7 @@
 # PYTHON.
 # shellcheck disable=SC2329 # the parts are called by their names
 set -u
+[[ ${1:-} != --help ]] || { sed -n '2,/^# PYTHON/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-benchmarks/results}
 BUDGET=${BUDGET:-480}

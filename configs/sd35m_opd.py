@@ -3,7 +3,7 @@
     python tools/convert_sd35_weights.py --src stable-diffusion-3.5-medium --dst weights/sd35m
     python -m fopd_jax.main --config=configs/sd35m_opd.py --workdir=runs/sd35m_opd
 
-Needs, by default in the working directory (any path can be set by its field):
+Needs, by default in the working directory (any path can be set by its field); docs/weights-and-prompts.md gets them:
     weights/sd35m                     the converted base (tools/convert_sd35_weights.py)
     teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours
     data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line

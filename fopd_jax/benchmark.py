@@ -14,6 +14,11 @@ the persistent cache. Any field of the config can be set: `--config.run.attentio
 On 2 CPU cores: `--config=configs/miniature.py`, two minutes.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import dataclasses
 import itertools
 import os
@@ -27,6 +32,7 @@ from absl import app, flags
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.exits import RETRY, explained, leave
 from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
@@ -51,16 +57,12 @@ _PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
-    try:
+def main(_: list[str]) -> None:
+    with explained():
         _check_folder(_JSON.value)
         fields = run(_sized(read_config()), Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
-    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {' '.join(str(error).split())}")
     if not fields["update"]["fits"]:
-        sys.exit("error: the update does not fit into the device's memory")
+        leave("error: the update does not fit into the device's memory", RETRY)
 
 
 def run(config: OPD, options: Options) -> Fields:

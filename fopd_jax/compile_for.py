@@ -9,6 +9,11 @@ No weights and no prompts are read. `--search` also finds the largest batch that
 Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import sys
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
+from fopd_jax.exits import RETRY, explained, leave
 from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
@@ -50,19 +56,15 @@ _SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
-    try:
+def main(_: list[str]) -> None:
+    with explained():
         out = None if _JSON.value is None else _writable(Path(_JSON.value))
         fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
         if out is not None:
             write_json(out, fields)
-    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(describe(fields))
     if not fields["memory"]["fits"]:
-        sys.exit("error: the update does not fit into the chips' memory")
+        leave("error: the update does not fit into the chips' memory", RETRY)
 
 
 def _writable(path: Path) -> Path:

@@ -5,6 +5,11 @@ or 130. On several hosts the same command runs on each: clusters are detected, o
 --num-processes and --process-id.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
 import contextlib
 import os
 import signal
@@ -24,6 +29,7 @@ from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
+from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import write_json
 from fopd_jax.parallel import distributed
 from fopd_jax.running import loop, profile, tracking, workdir
@@ -46,9 +52,7 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 COMPILED = "compiled"
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
     try:
@@ -63,27 +67,26 @@ def main(argv: list[str]) -> None:
         _leave(str(stop), stop.status)
     except KeyboardInterrupt:
         _leave("interrupted; what was saved before is intact, and the same command continues", 128 + signal.SIGINT)
-    except (ValueError, FloatingPointError) as error:  # every process meets these: bad input is one line, no traceback
-        _leave(f"error: {error}", 1)
-    except OSError as error:
-        _abandon(f"error: {error}")
-    except Exception:
-        if jax.process_count() == 1:
+    except Exception as error:
+        fault = explain(error)
+        if fault is not None and isinstance(error, ValueError | FloatingPointError):  # every process meets these
+            _leave(*fault)
+        if fault is None and distributed.is_alone():
             raise
-        _abandon(traceback.format_exc())
+        _abandon(*(fault or (traceback.format_exc(), RETRY)))
 
 
 def _leave(message: str, status: int) -> NoReturn:
     """Exit together with the other processes, of which one tells why."""
-    if distributed.is_main():
-        print(message, file=sys.stderr)
-    sys.exit(status)
+    leave(message if distributed.speaks() else "", status)
 
 
-def _abandon(message: str) -> NoReturn:
+def _abandon(message: str, status: int) -> NoReturn:
     """Exit at once: the others may be waiting for this process, and would notice no sooner than it is gone."""
+    if distributed.is_alone():
+        leave(message, status)
     print(message, file=sys.stderr, flush=True)
-    sys.exit(1) if jax.process_count() == 1 else os._exit(1)
+    os._exit(status)
 
 
 def run(config: Config, folder: Path) -> None:

@@ -1,111 +1,174 @@
 """`python -m fopd_jax.sample --config=configs/miniature.py [--prompt=… --prompts-file=… --adapter=… --out=…]`.
 
-Writes one PNG per image, with prompt, seed and settings in its metadata, and `grid.png`, a labelled overview. The
-config names network and sampler; its `eval` fields are the sampler's settings (`--config.eval.num_steps=40
+Writes one PNG per image, with all that made it in its metadata, and `grid.png`, a labelled overview. The config names
+network and sampler; its `eval` fields are the sampler's settings (`--config.eval.num_steps=40
 --config.eval.guidance=4.5 --config.eval.transition=sde …`) and `eval.batch_size` is how many images are made at once.
+`--config.model.resolution=768,512` makes images of height 768 and width 512.
 
-Every prompt gets `--images-per-prompt` images, of seeds `--seed`, `--seed + 1`, …: an image is a function of prompt,
-seed and settings alone, whatever else is sampled beside it. Without prompts the first held-out ones of the config's
-tasks are drawn.
+Every image has a seed of its own: those of all prompts in turn have `--seed`, `--seed + 1`, …; with `--shared-seed`
+those of each prompt do. An image is a function of prompt, seed and settings alone, whatever else is sampled beside it.
+Several `--adapter`s draw the same, and so does the base: rows of the grid. Without prompts the first held-out ones of
+the config's tasks are drawn.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.config.help import answer_help
+
+    answer_help(__file__)
+
+import dataclasses
+import hashlib
 import json
-import sys
+import re
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from PIL import Image
+from ml_collections import config_flags
 from tqdm import tqdm
 
+from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
 from fopd_jax.config.flags import membership, parse_flags, read_config
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
-from fopd_jax.evaluation.grid import draw_grid, to_pixels
-from fopd_jax.evaluation.sampler import Request, generate
-from fopd_jax.files import write_png
-from fopd_jax.parallel.distributed import initialize, is_main
-from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.config.sizes import describe_size
+from fopd_jax.evaluation.sampler import Sampler, generate
+from fopd_jax.evaluation.samples import (
+    GRID_FILE,
+    Asked,
+    check_folder,
+    file_name,
+    name_policies,
+    shown,
+    write_grid,
+    write_image,
+)
+from fopd_jax.exits import explained
+from fopd_jax.interop.files.tensor_files import hash_file
+from fopd_jax.parallel.distributed import initialize, is_main, speaks
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
 from fopd_jax.worlds.world import World
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts-file", None, "A file with one prompt a line.")
-_ADAPTER = flags.DEFINE_string(
+_NEGATIVE = flags.DEFINE_string("negative-prompt", "", "What guidance leads away from; by default the empty prompt.")
+_ADAPTER = flags.DEFINE_multi_string(
     "adapter",
-    None,
-    "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME.",
+    [],
+    "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME; empty: the "
+    "base. May be given several times; then the base is drawn, too.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for the images; default samples/<config.name>.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image.", lower_bound=0, upper_bound=2**31)
-_IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1)
+_FORCE = flags.DEFINE_bool("force", False, "Write into a folder that holds other things than samples.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image.", lower_bound=0, upper_bound=2**31)
+_SHARED = flags.DEFINE_bool("shared-seed", False, "The same seeds for every prompt, the first one's.")
+_IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1, upper_bound=2**20)
 
-DEFAULT_PROMPTS, GRID_COLUMNS, GRID_ROWS = 8, 8, 8
+DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The base with an adapter or without; `about`: the adapter's source and hash."""
+
+    name: str
+    adapter: Tree
+    about: dict[str, str]
+
+
+def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
+    with explained(speaks=speaks):
         config = read_config()
         initialize(*membership())
-        run(config, Path(_OUT.value or f"samples/{config.name}"))
-    except (ValueError, OSError) as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}" if is_main() else 1)
+        run(config, _local("out", _OUT.value or f"samples/{config.name}"))
+
+
+def _local(field: str, name: str) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        raise ValueError(f"{field}: found {name!r}, expected a path on this machine: others are not supported")
+    return Path(name)
 
 
 def run(config: OPD | FlowMatching, out: Path) -> None:
     """Check everything, then sample and write.
 
     Raises:
-      ValueError: names the field, flag, file or key that is wrong; before anything is compiled or written.
+      ValueError: names the flag, field, file or key that is wrong, before anything is compiled or written; or an image
+        that is not finite, before it is written.
       OSError: `out` cannot be written.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file, expected a folder")
+    check_folder(out, _FORCE.value)
+    if _NEGATIVE.value and config.eval.guidance == 1:
+        raise ValueError("negative-prompt: eval.guidance is 1, which leads away from nothing; expected another scale")
     prompts = _given_prompts()
     in_memory = override(config, {"run.encoding.cache": ""}).run  # what is drawn once needs no cache
     # With prompts given, the config's own prompt files need not be there.
     pipeline = make_pipeline(
         config.model, in_memory, partial(read_tasks, {} if prompts or not isinstance(config, OPD) else config.tasks)
     )
-    sampler = eval_sampler(config.eval, config.model.shift, pipeline)
-    prompts = prompts or _held_out_prompts(pipeline.world)
-    adapter = {} if _ADAPTER.value is None else effective(load_policy(_ADAPTER.value, pipeline))
+    sampler = dataclasses.replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=_NEGATIVE.value)
+    asked = Asked(
+        prompts or _held_out_prompts(pipeline.world), _IMAGES.value, _SEED.value, _SHARED.value, _NEGATIVE.value
+    )
+    if (last := asked.seeds(len(asked.prompts) - 1)[-1]) > LARGEST_SEED:
+        raise ValueError(f"seed: the last image would have {last}, expected at most {LARGEST_SEED}")
+    policies = _load_policies(pipeline)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-    pipeline.world.prepare([*prompts, ""])  # before the base: text encoders need not be in memory with it
+    # Before the base: text encoders need not be in memory with it.
+    pipeline.world.prepare([*asked.prompts, asked.negative])
     variables = load_base(config.model, pipeline, config.seed)
-    requests = [(prompt, _SEED.value + j) for prompt in prompts for j in range(_IMAGES.value)]
     began = time.monotonic()
-    images = []
-    with tqdm(total=len(requests), unit="image", dynamic_ncols=True, disable=not is_main()) as bar:
-        for index, (request, image) in enumerate(
-            generate(sampler, pipeline.world, variables, adapter, requests, config.eval.batch_size)
-        ):
-            if is_main():
-                _write(out / f"{index:05d}.png", image, request, _settings(config, pipeline))
-            if index < GRID_COLUMNS * _IMAGES.value:
-                images.append(image)
-            bar.update()
-    if not is_main():
-        return
-    shown = _write_grid(out / "grid.png", images, prompts)
-    seconds = time.monotonic() - began
-    print(f"{len(requests)} images in {out} ({seconds:.1f} s); grid.png shows {shown}")
+    settings = _draw(config, out, pipeline, sampler, variables, policies, asked)
+    if is_main():
+        _tell(config, out, asked, policies, settings, time.monotonic() - began)
+
+
+def _draw(
+    config: OPD | FlowMatching,
+    out: Path,
+    pipeline: Pipeline,
+    sampler: Sampler,
+    variables: Tree,
+    policies: list[Policy],
+    asked: Asked,
+) -> dict[str, Any]:
+    """Write every image and the grid; returns the settings that they were made with."""
+    requests, (columns, rows) = asked.requests(), shown(asked, len(policies))
+    cells: list[list[np.ndarray]] = []
+    settings: dict[str, Any] = {}
+    with tqdm(total=len(policies) * len(requests), unit="image", dynamic_ncols=True, disable=not is_main()) as bar:
+        for policy in policies:
+            kept: list[np.ndarray] = []
+            made = generate(sampler, pipeline.world, variables, policy.adapter, requests, config.eval.batch_size)
+            for index, (request, image) in enumerate(made):
+                settings = settings or _settings(config, pipeline, image.shape)
+                if is_main():
+                    path = out / file_name(index, policy.name, len(policies) == 1)
+                    write_image(path, image, request, asked, settings, policy.about)
+                if index < columns * asked.per_prompt and index % asked.per_prompt < rows:
+                    kept.append(image)
+                bar.update()
+            cells += [kept[r::rows] for r in range(rows)]
+    if is_main():
+        names, adapters = [policy.name for policy in policies], [policy.about for policy in policies]
+        write_grid(out / GRID_FILE, np.stack([np.stack(row) for row in cells]), asked, names, settings, adapters)
+    return settings
 
 
 def _given_prompts() -> list[str]:
     given = list(_PROMPT.value)
     if _PROMPTS_FILE.value is not None:
-        given += read_prompts(Path(_PROMPTS_FILE.value), "prompts-file")
+        given += read_prompts(_local("prompts-file", _PROMPTS_FILE.value), "prompts-file")
     return given
 
 
@@ -114,34 +177,85 @@ def _held_out_prompts(world: World) -> list[str]:
     return [prompt for task in world.tasks.values() for prompt in task.test[:share]]
 
 
-def _settings(config: OPD | FlowMatching, pipeline: Pipeline) -> dict[str, object]:
+def _load_policies(pipeline: Pipeline) -> list[Policy]:
+    """The base alone, the one adapter that is given, or several, the base among them."""
+    given = list(dict.fromkeys(_ADAPTER.value))
+    sources = given if len(given) == 1 else list(dict.fromkeys(["", *given]))
+
+    def load(name: str, source: str) -> Policy:
+        if not source:
+            return Policy(name, {}, {})
+        adapter = effective(load_policy(str(_local("adapter", source)), pipeline))
+        return Policy(name, adapter, {"source": source, "sha256": _content_hash(weight_path(source))})
+
+    return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]
+
+
+def _settings(config: OPD | FlowMatching, pipeline: Pipeline, shape: tuple[int, ...]) -> dict[str, Any]:
     evaluation = config.eval
     return {
         "model": config.model.path or f"random {pipeline.preset}",
-        "adapter": _ADAPTER.value,
+        "model_sha256": _base_hash(config, pipeline),
         "steps": evaluation.num_steps,
         "guidance": evaluation.guidance,
         "transition": evaluation.transition,
         **({} if evaluation.transition == "ode" else {"noise_level": evaluation.noise_level}),
         "shift": config.model.shift,
         "dtype": config.model.dtype,
+        "height": shape[0],
+        "width": shape[1],
+        "version": __version__,
     }
 
 
-def _write(path: Path, image: np.ndarray, request: Request, settings: dict[str, object]) -> None:
-    prompt, seed = request
-    metadata = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
-    write_png(path, Image.fromarray(to_pixels(image)), metadata)
+def _base_hash(config: OPD | FlowMatching, pipeline: Pipeline) -> str | None:
+    """Of the base's file, of a converted folder's sources, or None for random weights."""
+    if pipeline.manifest is None:
+        return _content_hash(weight_path(config.model.path)) if config.model.path else None
+    return hashlib.sha256(json.dumps(dict(pipeline.manifest.components["transformer"].source)).encode()).hexdigest()
 
 
-def _write_grid(path: Path, images: Sequence[np.ndarray], prompts: Sequence[str]) -> str:
-    """Columns are prompts, rows are seeds; returns what it shows."""
-    columns, per_prompt = min(GRID_COLUMNS, len(prompts)), _IMAGES.value
-    rows = min(GRID_ROWS, per_prompt)
-    cells = np.stack([[images[c * per_prompt + r] for c in range(columns)] for r in range(rows)])
-    labels = [f"seed {_SEED.value + r}" for r in range(rows)]
-    write_png(path, draw_grid(cells, labels, list(prompts[:columns])))
-    return f"{columns} of {len(prompts)} prompts, {rows} of {per_prompt} seeds"
+def _content_hash(path: Path) -> str:
+    """Of a file, or of a folder's tensor files."""
+    if path.is_file():
+        return hash_file(path)
+    parts = [f"{each.name} {hash_file(each)}" for each in sorted(path.glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _tell(
+    config: OPD | FlowMatching,
+    out: Path,
+    asked: Asked,
+    policies: list[Policy],
+    settings: dict[str, Any],
+    seconds: float,
+) -> None:
+    columns, rows = shown(asked, len(policies))
+    total, size = len(policies) * len(asked.requests()), describe_size((settings["height"], settings["width"]))
+    print(
+        f"{total} images of {size} pixels in {out} ({seconds:.1f} s); "
+        f"{GRID_FILE} shows {columns} of {len(asked.prompts)} prompts, {rows} of {asked.per_prompt} seeds"
+    )
+    if not any(policy.about for policy in policies):
+        print(_hint(config))
+
+
+def _hint(config: OPD | FlowMatching) -> str:
+    """Where what draws better than the base is, or how it is made."""
+    if not config.model.path:
+        return "note: config.model.path is empty, so that random weights were drawn"
+    if config.trained != "adapter":
+        return "note: this is the network before training; config.model.path names another"
+    student = Path(f"runs/{config.name}") / ("student" if isinstance(config, OPD) else "adapter")
+    file = student.with_suffix(".safetensors")
+    if file.exists():
+        return f"note: this is the base alone; what was trained is drawn with --adapter={file}"
+    source = config_flags.get_config_filename(flags.FLAGS["config"])
+    return (
+        f"note: this is the base alone; `python -m fopd_jax.main --config={source}` trains {file}, "
+        "which --adapter draws"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the launchers share. A launcher starts with one line for each parameter,
 #     : "${SOME_NAME:=default}" # what it is
-# and `parse_flags` makes a flag of each (--some-name=value); --help prints these lines. It sets REPOSITORY first.
+# and `parse_flags` makes a flag of each (--some-name=value), which --help lists. It sets REPOSITORY first, and checks
+# every parameter before anything is created: what is wrong is one line and status 2.
 
 DRY_RUN=${DRY_RUN:-} # not empty: print every command, run none
 PROGRAM_ARGS=()      # what follows `--` on the command line, for the program
@@ -21,10 +22,11 @@ parse_flags() {
       --)
         # shellcheck disable=SC2034 # the launchers read it
         PROGRAM_ARGS=("${@:2}")
+        check_program_flags "${PROGRAM_ARGS[@]}"
         return
         ;;
       --dry-run) DRY_RUN=1 ;;
-      --help) sed -n '2,/^REPOSITORY=/{s/^# \{0,1\}//p;t;/^#$/p;/^: /p}' "$0" && exit ;;
+      --help) show_help && exit ;;
       --*=*)
         name=${1%%=*} && name=${name#--} && name=${name//-/_} && name=${name^^}
         [[ $names == *" $name "* ]] || die "no such flag: ${1%%=*} (--help lists them)"
@@ -36,12 +38,77 @@ parse_flags() {
   done
 }
 
+check_program_flags() { # the words after --
+  local word before=
+  for word; do
+    [[ $word == -* || ($before == -* && $before != *=*) ]] ||
+      die "found '$word' after --, expected a flag of the program, as --config.batch_size=512"
+    before=$word
+  done
+}
+
+# What the launcher's first comment says, and all its flags with their defaults.
+show_help() {
+  local line parameter='^: "\$\{([A-Z_]+):=(.*)\}" +# (.*)$'
+  while IFS= read -r line; do
+    case $line in
+      '#!'* | '#SBATCH'* | '# shellcheck'*) ;;
+      '#'*) line=${line#'#'} && echo "${line# }" ;;
+      REPOSITORY=*) break ;;
+    esac
+    [[ ! $line =~ $parameter ]] || show_flag "$(flag_of "${BASH_REMATCH[1]}")=${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}"
+  done <"$0"
+  show_flag --dry-run "print every command, run none"
+  show_flag --help "this"
+  show_flag "-- …" "the program's own flags: python -m fopd_jax.main --help"
+}
+
+show_flag() { # and what it is
+  printf '  %-36s  %s\n' "$@"
+}
+
+flag_of() { # a parameter
+  local name=${1,,}
+  echo "--${name//_/-}"
+}
+
 # Stop unless all these parameters have a value.
 require() {
   local name
   for name; do
-    [[ ${!name} ]] || die "--$(tr '[:upper:]_' '[:lower:]-' <<<"$name") is needed (--help says what it is)"
+    [[ ${!name} ]] || die "$(flag_of "$name") is needed (--help says what it is)"
   done
+}
+
+# Stop unless a parameter is empty or matches a regular expression.
+check() { # parameter, expression, in words
+  [[ ! ${!1} || ${!1} =~ ^($2)$ ]] || die "$(flag_of "$1"): found '${!1}', expected $3"
+}
+
+check_counts() {
+  local name
+  for name; do check "$name" '[1-9][0-9]{0,8}' 'a whole number from 1 on'; done
+}
+
+check_numbers() {
+  local name
+  for name; do check "$name" '[0-9]{1,9}' 'a whole number'; done
+}
+
+check_names() { # as Kubernetes and Google Cloud take them
+  local name
+  require "$@"
+  for name; do
+    check "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' 'at most 40 of a-z, 0-9 and -, from a letter on'
+  done
+}
+
+# What the program is given: an experiment of the repository, and a folder on what all hosts share.
+check_program() {
+  require CONFIG WORKDIR
+  (cd "$REPOSITORY" && [[ -r ${CONFIG%%:*} ]]) || die "--config: cannot read '${CONFIG%%:*}' in $REPOSITORY"
+  check WORKDIR '[^:]+' 'a folder that all hosts share'
+  [[ ! -v MOUNT ]] || check MOUNT '/.+' 'an absolute path'
 }
 
 # The words as one line that a shell reads back as the same words.

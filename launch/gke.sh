@@ -108,6 +108,17 @@ $(json "${SHARED#gs://}"),\"mountOptions\":\"implicit-dirs,metadata-cache:ttl-se
   esac
 }
 
+check_flags() {
+  check_names NAME NAMESPACE
+  check_counts SLICES HOSTS CHIPS_PER_HOST GRACE_SECONDS
+  check_numbers MAX_RESTARTS HOST
+  check TOPOLOGY '[1-9][0-9]*(x[1-9][0-9]*){1,2}' 'chips a side, as 16x16 or 4x4x4'
+  check SPOT 1 '1 or nothing'
+  check MEMORY_FRACTION '0?\.[0-9]+|1(\.0)?' 'a share, as 0.92'
+  check COORDINATOR_PORT '[1-9][0-9]{1,4}' 'a port'
+  check_program
+}
+
 render() {
   local text name
   require IMAGE SHARED
@@ -157,6 +168,7 @@ build_image() {
 verb=${1:---help}
 [[ $verb != --help ]] || parse_flags --help
 parse_flags "${@:2}"
+check_flags
 case $verb in
   image) build_image ;;
   render) render ;;

@@ -13,7 +13,7 @@ set -euo pipefail
 : "${SIMULATED_DEVICES:=}"           # in each process, on the CPU; empty: real ones
 : "${CONFIG:=configs/miniature.py}"  # the experiment
 : "${WORKDIR:=runs/local}"           # the run's folder
-: "${PORT:=$((20000 + RANDOM % 20000))}"  # of the coordinator, process 0
+: "${PORT:=}"                        # of the coordinator, process 0; empty: any
 : "${PYTHON:=python}"                # of the environment that the package is installed in
 : "${LOGS:=}"                        # folder for the output of each process; empty: all of it here
 REPOSITORY=$(cd "$(dirname "$0")/.." && pwd)
@@ -64,7 +64,10 @@ wait_for() { # a child; `wait` alone also ends when a signal is trapped
 }
 
 parse_flags "$@"
-[[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || die "--processes: found '$PROCESSES', expected a positive number"
+check_counts PROCESSES GPUS SIMULATED_DEVICES
+check PORT '[1-9][0-9]{1,4}' 'a port'
+PORT=${PORT:-$((20000 + RANDOM % 20000))}
+[[ -r ${CONFIG%%:*} ]] || die "--config: cannot read '${CONFIG%%:*}'"
 [[ ! $GPUS ]] || ((GPUS % PROCESSES == 0)) || die "--gpus: found $GPUS, expected a multiple of --processes ($PROCESSES)"
 [[ ! $LOGS ]] || run mkdir -p "$LOGS"
 STARTED=()

@@ -54,13 +54,26 @@ program_state() {
   query exited on_hosts 0 state 2>/dev/null | tail -n 1
 }
 
-create() {
+check_flags() {
+  require ZONE ACCELERATOR_TYPE
+  check_names TPU_NAME
   [[ $RUNTIME_VERSION ]] || case $ACCELERATOR_TYPE in
     v6e-*) RUNTIME_VERSION=v2-alpha-tpuv6e ;;
     v5p-*) RUNTIME_VERSION=v2-alpha-tpuv5 ;;
     v5litepod-*) RUNTIME_VERSION=v2-alpha-tpuv5-lite ;;
     *) die "--runtime-version is needed for --accelerator-type=$ACCELERATOR_TYPE" ;;
   esac
+  check ACCELERATOR_TYPE '[a-z0-9]+-[1-9][0-9]*' 'a kind and a number, as v6e-256'
+  check SPOT 1 '1 or nothing'
+  check SHARED 'gs://.+|.+:/.*' 'gs://BUCKET or HOST:/EXPORT'
+  check PYTHON_VERSION '3\.[0-9]+' 'a version, as 3.12'
+  check_counts GRACE_SECONDS
+  check_numbers MAX_RESTARTS POLL_SECONDS
+  check_program
+  xla_flags "$XLA_FLAGS_FILE" >/dev/null
+}
+
+create() {
   tpu_vm create "$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" \
     --scopes=cloud-platform ${SPOT:+--spot} ${SERVICE_ACCOUNT:+"--service-account=$SERVICE_ACCOUNT"}
 }
@@ -92,6 +105,7 @@ stay() {
     on_hosts 0 follow || true  # ends with the program, and also when the connection breaks
     case $(program_state) in
       exited) return 0 ;;
+      refused) die "the program found bad input, which no restart can mend; \`$0 logs\` shows which" ;;
       failed) die "the program failed $((MAX_RESTARTS + 1)) times; \`$0 logs\` shows why" ;;
       dead) spend_restart && on_hosts all start ;;
       *) sleep "$POLL_SECONDS" ;;
@@ -123,7 +137,7 @@ status() {
 verb=${1:---help}
 [[ $verb != --help ]] || parse_flags --help
 parse_flags "${@:2}"
-require ZONE
+check_flags
 SETTINGS=()
 for name in SHARED MOUNT WORKDIR CONFIG XLA_FLAGS_FILE PYTHON_VERSION GRACE_SECONDS MAX_RESTARTS; do
   flag=${name,,}

@@ -66,6 +66,7 @@ start() {
     --setenv=PYTHONUNBUFFERED=1 --setenv="LIBTPU_INIT_ARGS=$xla" \
     --property=KillMode=mixed --property=TimeoutStopSec="$GRACE_SECONDS" \
     --property=Restart=on-failure --property=RestartForceExitStatus=SIGTERM --property=RestartSec=15 \
+    --property=RestartPreventExitStatus=2 \
     --property=StartLimitIntervalSec=infinity --property=StartLimitBurst=$((MAX_RESTARTS + 1)) \
     "$VENV/bin/python" -m fopd_jax.main --config="$REPOSITORY/$CONFIG" --workdir="$WORKDIR" --distributed=auto \
     --config.run.watchdog_abort=true "${PROGRAM_ARGS[@]}"
@@ -76,9 +77,15 @@ stop() {
   run sudo systemctl reset-failed "$UNIT" || true
 }
 
-# running, auto-restart, exited (finished), failed (given up), or dead (never started, or the machine was restarted)
+# running, auto-restart, exited (finished), refused (bad input), failed (given up), or dead (never started, or the machine
+# was restarted)
 state() {
-  query exited run systemctl show --property=SubState --value "$UNIT"
+  local state
+  state=$(query exited run systemctl show --property=SubState --value "$UNIT")
+  if [[ $state == failed && $(query 1 run systemctl show --property=ExecMainStatus --value "$UNIT") == 2 ]]; then
+    state=refused
+  fi
+  echo "$state"
 }
 
 # Show the log while the program runs or restarts.
@@ -92,6 +99,7 @@ follow() {
 verb=${1:---help}
 [[ $verb != --help ]] || parse_flags --help
 parse_flags "${@:2}"
+check SHARED 'gs://.+|.+:/.*' 'gs://BUCKET or HOST:/EXPORT'
 case $verb in
   install)
     install_program

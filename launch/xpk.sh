@@ -39,7 +39,7 @@ create() {
   require DOCKER_IMAGE STORAGE
   xla=$(xla_flags "$XLA_FLAGS_FILE")
   # XPK restarts after signals, but not after status 1 or 75, with which the program ends where another host's death
-  # stops it, or where it hangs.
+  # stops it, or where it hangs. It shall not after status 2, which is bad input.
   # `exec`: XPK sends SIGTERM to the shell that it starts.
   xpk_workload create --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="$NUM_SLICES" \
     --docker-image="$DOCKER_IMAGE" --storage="$STORAGE" --priority="$PRIORITY" \
@@ -52,6 +52,12 @@ verb=${1:---help}
 [[ $verb != --help ]] || parse_flags --help
 parse_flags "${@:2}"
 require CLUSTER ZONE
+check_names WORKLOAD
+check_counts NUM_SLICES GRACE_SECONDS
+check_numbers MAX_RESTARTS
+check TPU_TYPE '[a-z0-9]+-[1-9][0-9]*' 'a kind and a number, as v6e-256'
+check PRIORITY 'very-low|low|medium|high|very-high' 'very-low, low, medium, high or very-high'
+check_program
 case $verb in
   run) create ;;
   list) xpk_workload list ;;

@@ -56,7 +56,7 @@ def test_one_command_measures_prints_and_writes(tmp_path: Path):
 
 def test_bad_input_is_one_line(tmp_path: Path):
     done = run("fopd_jax.benchmark", "--config=configs/miniature.py", f"--json={tmp_path / 'none' / 'out.json'}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == f"error: json: {tmp_path / 'none'} is no folder"
 
 

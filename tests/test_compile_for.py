@@ -14,9 +14,10 @@ from absl import app
 
 from fopd_jax import compile_for
 from fopd_jax.config.flags import parse_flags
-from fopd_jax.config.parse import resolve
+from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import Config
 from fopd_jax.models.mmdit import PRESETS
+from fopd_jax.stages.abstract import world_shapes
 from tests.configs import load
 
 ROOT = Path(__file__).parents[1]
@@ -93,12 +94,22 @@ def test_the_tpus_compiler_agrees(outcome: tuple[str, dict[str, Any]], tmp_path:
     assert fields["roofline_seconds"]["update"] > 0
 
 
+def test_high_images_are_compiled_for_as_they_are():
+    config = override(load("sd35m_opd"), {"resolution": (768, 512)})
+    assert world_shapes(config.model)[0] == (96, 64, 16)
+    for size, found in (((768, 520), "height 768, width 520"), (8192, "8192")):
+        with pytest.raises(
+            ValueError, match=rf"^model\.resolution: found {found}, expected a multiple of 16, at most 6144"
+        ):
+            world_shapes(override(config, {"resolution": size}).model)
+
+
 # ---- bad input
 
 
 def test_a_mistake_is_one_line(tmp_path: Path):
     done = _program("--topology=v9:4x4")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e")
 
 

@@ -1,7 +1,11 @@
 """Sampling from the command line: files, their metadata, images that depend on prompt and seed alone, bad input."""
 
+import contextlib
+import hashlib
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +19,14 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from fopd_jax import sample
+from fopd_jax import __version__, sample
 from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.flags import parse_flags
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.evaluation.grid import draw_grid
-from fopd_jax.interop.files.safetensors import save_adapter, save_tree
+from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.worlds.miniature.world import make_world
@@ -125,36 +130,104 @@ def test_every_image_of_every_prompt_is_written_and_nothing_else(whole: list[Pat
     assert len({_pixels(path).tobytes() for path in whole}) == 6
 
 
+def _settings(weights: Path) -> dict[str, Any]:
+    return {
+        "model": f"{weights}/base.safetensors",
+        "model_sha256": hashlib.sha256((weights / "base.safetensors").read_bytes()).hexdigest(),
+        "steps": STEPS,
+        "guidance": 2.0,
+        "transition": "ode",
+        "shift": 3.0,
+        "dtype": "float32",
+        "height": SIDE,
+        "width": SIDE,
+        "version": __version__,
+    }
+
+
+def _adapter(weights: Path) -> dict[str, str]:
+    path = weights / "adapter.safetensors"
+    return {"source": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def test_an_image_carries_its_prompt_seed_and_settings(whole: list[Path], weights: Path):
-    assert [_request(path) for path in whole] == [(prompt, seed) for prompt in PROMPTS for seed in (5, 6)]
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [_request(path) for path in whole] == list(zip(prompts, range(5, 11), strict=True))
     for path in whole:
-        assert _text(path).keys() == {"prompt", "seed", "settings"}
-        assert json.loads(_text(path)["settings"]) == {
-            "model": f"{weights}/base.safetensors",
-            "adapter": f"{weights}/adapter.safetensors",
-            "steps": STEPS,
-            "guidance": 2.0,
-            "transition": "ode",
-            "shift": 3.0,
-            "dtype": "float32",
-        }
+        assert _text(path).keys() == {"prompt", "negative_prompt", "seed", "settings"}
+        assert _text(path)["negative_prompt"] == ""
+        assert json.loads(_text(path)["settings"]) == _settings(weights) | {"adapter": _adapter(weights)}
 
 
-def test_the_grid_shows_prompts_as_columns_and_seeds_as_rows(whole: list[Path]):
+def _grid(images: Any, rows: list[str], columns: list[str], title: str) -> np.ndarray:
+    """What is drawn of pixels `[rows, columns, h, w, 3]`."""
+    return np.asarray(draw_grid((np.asarray(images) / 127.5 - 1).astype(np.float32), rows, columns, title))
+
+
+def _title(weights: Path, steps: int = STEPS, guidance: int = 2) -> str:
+    return f"{weights}/base.safetensors, {steps} steps, guidance {guidance}, ode, shift 3, float32, {SIDE} pixels"
+
+
+def test_the_grid_shows_prompts_as_columns_and_images_as_rows(whole: list[Path], weights: Path):
     images = np.stack([_pixels(path) for path in whole]).reshape(3, 2, SIDE, SIDE, 3).swapaxes(0, 1)
-    expected = draw_grid((images / 127.5 - 1).astype(np.float32), ["seed 5", "seed 6"], PROMPTS)
-    np.testing.assert_array_equal(_pixels(whole[0].parent / "grid.png"), np.asarray(expected))
+    columns = [f"{prompt}\nseeds {5 + 2 * i} to {6 + 2 * i}" for i, prompt in enumerate(PROMPTS)]
+    expected = _grid(images, ["adapter\nimage 1", "adapter\nimage 2"], columns, _title(weights))
+    grid = whole[0].parent / "grid.png"
+    np.testing.assert_array_equal(_pixels(grid), expected)
+    text = _text(grid)
+    assert json.loads(text["prompts"]) == list(PROMPTS)
+    assert json.loads(text["seeds"]) == [[5, 6], [7, 8], [9, 10]]
+    assert text["negative_prompt"] == ""
+    assert json.loads(text["settings"]) == _settings(weights) | {"adapters": [_adapter(weights)]}
 
 
-def test_the_grid_is_limited_to_eight_prompts_and_seeds(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_grid_is_limited_to_eight_prompts_and_seeds(
+    run: Run, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     prompts = [f"{count} red {shape}" for count in ("two", "three") for shape in ("squares", "circles", "triangles")]
     prompts += [f"one blue {shape}" for shape in ("square", "circle", "triangle")]
-    images = run(tmp_path, *_flags(*prompts), "--images-per-prompt=9", batch_size=27, num_steps=1, guidance=1.0)
-    assert len(images) == 81
-    assert re.search(r"81 images in .* grid\.png shows 8 of 9 prompts, 8 of 9 seeds", capsys.readouterr().out)
+    counts = ["--images-per-prompt=9", "--shared-seed"]
+    images = run(tmp_path, *_flags(*prompts), *counts, batch_size=27, num_steps=1, guidance=1.0)
+    assert [_request(path) for path in images] == [(prompt, seed) for prompt in prompts for seed in range(9)]
+    out = capsys.readouterr().out
+    assert re.search(r"81 images of 24 pixels in .*; grid\.png shows 8 of 9 prompts, 8 of 9 seeds", out)
+    assert f"note: this is the base alone; `python -m fopd_jax.main --config={CONFIG}` trains runs/miniature/st" in out
     cells = np.stack([_pixels(path) for path in images]).reshape(9, 9, SIDE, SIDE, 3).swapaxes(0, 1)[:8, :8]
-    expected = draw_grid((cells / 127.5 - 1).astype(np.float32), [f"seed {i}" for i in range(8)], prompts[:8])
-    np.testing.assert_array_equal(_pixels(tmp_path / "grid.png"), np.asarray(expected))
+    expected = _grid(cells, [f"base\nseed {i}" for i in range(8)], prompts[:8], _title(weights, 1, 1))
+    np.testing.assert_array_equal(_pixels(tmp_path / "grid.png"), expected)
+
+
+def test_several_adapters_are_rows_below_the_base(
+    run: Run, whole: list[Path], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All draw the same requests, none in a batch larger than those; what guidance leads away from shows."""
+    sizes: list[int] = []
+
+    def record(self: Sampler, *arguments: Any) -> np.ndarray:
+        sizes.append(len(arguments[3]))
+        return call(self, *arguments)
+
+    call = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", record)
+    (tmp_path / "student").mkdir()
+    other = shutil.copy(weights / "adapter.safetensors", tmp_path / "student" / "adapter.safetensors")
+    adapters = [f"--adapter={weights}/adapter.safetensors", f"--adapter={other}"]
+    negative = "--negative-prompt=two red squares"
+    found = run(tmp_path / "out", *_flags(*PROMPTS[:2]), *adapters, negative, "--seed=5", batch_size=64)
+    assert sizes == [2, 2, 2]
+    names = ["base", f"{weights.name}_adapter", "student_adapter"]
+    assert [path.name for path in found] == sorted(f"0000{i}_{name}.png" for i in range(2) for name in names)
+    by_name = {path.name: path for path in found}
+    first = [by_name[f"00000_{name}.png"] for name in names]
+    assert [json.loads(_text(path)["settings"])["adapter"] is None for path in first] == [True, False, False]
+    assert {_text(path)["negative_prompt"] for path in found} == {"two red squares"}
+    np.testing.assert_array_equal(_pixels(first[1]), _pixels(first[2]))
+    assert np.abs(_pixels(first[0]) - _pixels(first[1])).max() > 5
+    assert np.abs(_pixels(first[1]) - _pixels(whole[0])).max() > 2  # the negative prompt
+    images = [[_pixels(by_name[f"0000{i}_{name}.png"]) for i in range(2)] for name in names]
+    columns = [f"{prompt}\nseed {5 + i}" for i, prompt in enumerate(PROMPTS[:2])]
+    title = f"{_title(weights)}\nnegative prompt: two red squares"
+    np.testing.assert_array_equal(_pixels(tmp_path / "out" / "grid.png"), _grid(images, names, columns, title))
 
 
 # ---- what an image depends on
@@ -169,18 +242,17 @@ def _same(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("transition", ["ode", "sde"])
 def test_an_image_depends_on_its_prompt_and_seed_alone(run: Run, tmp_path: Path, transition: str):
     fields = {"transition": transition, "noise_level": 0.5}
-    together = run(tmp_path / "together", *_flags(*PROMPTS), "--images-per-prompt=2", "--seed=5", **fields)
+    two = ["--images-per-prompt=2", "--shared-seed"]
+    together = run(tmp_path / "together", *_flags(*PROMPTS), *two, "--seed=5", **fields)
     # One at a time, in another order, counted from another seed.
-    alone = run(
-        tmp_path / "alone", *_flags(PROMPTS[2], PROMPTS[0]), "--images-per-prompt=2", "--seed=6", batch_size=1, **fields
-    )
+    alone = run(tmp_path / "alone", *_flags(PROMPTS[2], PROMPTS[0]), *two, "--seed=6", batch_size=1, **fields)
     _same(alone[0], together[5])
     _same(alone[2], together[1])
     settings = json.loads(_text(alone[0])["settings"])
     assert settings["transition"] == transition
     assert settings.get("noise_level") == (0.5 if transition == "sde" else None)
     # Beside other prompts, at another place of the batch.
-    beside = run(tmp_path / "beside", *_flags("one green square", "", PROMPTS[1], PROMPTS[1]), "--seed=6", **fields)
+    beside = run(tmp_path / "beside", *_flags("one green square", "", PROMPTS[1], PROMPTS[1]), "--seed=4", **fields)
     _same(beside[2], together[3])
     assert np.abs(_pixels(together[2]) - _pixels(together[3])).max() > 50  # seeds
     assert np.abs(_pixels(together[1]) - _pixels(together[3])).max() > 5  # prompts
@@ -197,28 +269,33 @@ def test_an_adapter_and_a_prompts_file(run: Run, whole: list[Path], tmp_path: Pa
     """Prompts of a file follow those of flags; without the adapter the same requests give other images."""
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n{PROMPTS[2]}\n", encoding="utf-8")
     found = run(tmp_path / "out", *_flags(PROMPTS[0]), f"--prompts-file={tmp_path}/prompts.txt", "--seed=5")
-    assert [_request(path) for path in found] == [(prompt, 5) for prompt in PROMPTS]
+    assert [_request(path) for path in found] == [(prompt, 5 + i) for i, prompt in enumerate(PROMPTS)]
     assert json.loads(_text(found[0])["settings"])["adapter"] is None
-    for path, adapted in zip(found, whole[::2], strict=True):
-        assert np.abs(_pixels(path) - _pixels(adapted)).max() > 5
+    assert _request(found[0]) == _request(whole[0])
+    assert np.abs(_pixels(found[0]) - _pixels(whole[0])).max() > 5
 
 
 def test_without_prompts_held_out_ones_are_drawn(run: Run, tmp_path: Path):
     images = run(tmp_path, guidance=1.0)
     expected = [prompt for task in make_world().tasks.values() for prompt in task.test[:4]]
-    assert [_request(path) for path in images] == [(prompt, 0) for prompt in expected]
+    assert [_request(path) for path in images] == [(prompt, i) for i, prompt in enumerate(expected)]
 
 
 # ---- bad input
 
 
+def _said(call: Callable[[], Any]) -> list[str]:
+    """The lines of something that ends for bad input."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as said:
+        call()
+    assert stop.value.code == 2
+    return said.getvalue().splitlines()
+
+
 def _error(out: Path, *arguments: str) -> str:
     """The one line that a user sees; no file is written."""
-    with pytest.raises(SystemExit) as stop:
-        _call(f"--out={out}", *arguments)
-    message = str(stop.value.code)
+    (message,) = _said(lambda: _call(f"--out={out}", *arguments))
     assert message.startswith("error: ")
-    assert "\n" not in message
     assert not [path for path in out.rglob("*") if path.is_file()]
     return message
 
@@ -244,6 +321,7 @@ def files(tmp_path: Path) -> Path:
         (["--seed=-1"], ("--seed=-1",)),
         (["--seed=5000000000"], ("--seed=5000000000",)),
         (["--seed=one"], ("--seed=one",)),
+        (["--seed=2147483648", *["--prompt=a"] * 2049, "--images-per-prompt=1048576"], ("seed: the last image would",)),
         (["--images-per-prompt=0"], ("--images-per-prompt=0",)),
         (["--config.eval.batch_size=0"], ("eval.batch_size: found 0",)),
         (["--config.eval.num_steps=0"], ("eval.num_steps: found 0",)),
@@ -258,6 +336,11 @@ def files(tmp_path: Path) -> Path:
         (["--prompts-file=FILES/empty.txt"], ("prompts-file: ", "empty.txt is empty")),
         (["--prompts-file=FILES/blank.txt"], ("prompts-file: ", "blank.txt, line 2 is blank")),
         (["--prompt=one red square", "--prompt=two red sheep"], ("unknown word 'sheep' in prompt 'two red sheep'",)),
+        (["--out=gs://bucket/images"], ("out: found 'gs://bucket/images', expected a path on this machine",)),
+        (["--prompts-file=gs://bucket/p.txt"], ("prompts-file: found 'gs://bucket/p.txt', expected a path",)),
+        (["--adapter=s3://bucket/a.safetensors"], ("adapter: found 's3://bucket/a.safetensors', expected a path",)),
+        (["--negative-prompt=a", "--config.eval.guidance=1"], ("negative-prompt: eval.guidance is 1",)),
+        (["--config.resolution=24x24"], ("expected pixels a side, like 512, or height,width, like 768,512",)),
         (["--adapter=FILES/missing.safetensors"], ("missing.safetensors", "no such file")),
         (["--adapter=FILES/damaged.safetensors"], ("damaged.safetensors", "damaged")),
         (["--adapter=WEIGHTS/other.safetensors"], ("other.safetensors", "preset 'sd35_medium'")),
@@ -288,13 +371,44 @@ def test_a_place_that_cannot_be_written_is_one_line(weights: Path, tmp_path: Pat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_with_other_things_is_not_written_into(run: Run, whole: list[Path], weights: Path, tmp_path: Path):
+    base, mine = f"--config.model.path={weights}/base.safetensors", tmp_path / "mine"
+    mine.mkdir()
+    Image.new("RGB", (8, 8)).save(mine / "00000.png")  # a photo of someone who counts like us
+    before = (mine / "00000.png").read_bytes()
+    expected = f"error: out: {mine} holds 00000.png, which sampling has not made: name another, or --force"
+    assert _said(lambda: _call(base, f"--out={mine}")) == [expected]
+    assert [path.read_bytes() for path in mine.iterdir()] == [before]
+    run(mine, *_flags(PROMPTS[0]), "--force", num_steps=1, guidance=1.0)
+    assert (mine / "00000.png").read_bytes() != before
+    (mine / "notes.txt").touch()
+    assert "mine holds notes.txt, which" in _said(lambda: _call(base, f"--out={mine}"))[0]
+
+
+def test_the_base_alone_is_told_from_what_was_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "miniature").mkdir(parents=True)
+    (tmp_path / "runs" / "miniature" / "student.safetensors").touch()
+    run(Path("out"), *_flags(PROMPTS[0]), num_steps=1, guidance=1.0)
+    assert "trained is drawn with --adapter=runs/miniature/student.safetensors\n" in capsys.readouterr().out
+
+
+def test_images_that_are_not_finite_are_named_and_not_written(run: Run, weights: Path, tmp_path: Path):
+    variables, metadata = load_tree(weights / "base.safetensors")
+    variables["params"]["proj_out"]["bias"][:] = np.nan
+    save_tree(tmp_path / "broken.safetensors", variables, metadata)
+    broken = f"--config.model.path={tmp_path}/broken.safetensors"
+    said = _said(lambda: run(tmp_path / "out", broken, *_flags(*PROMPTS[1:])))
+    assert said[-1].endswith(
+        "error: images: 2 of 2 are not finite, the first of prompt 'two red squares and one red circle', seed 0"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_the_program_ends_with_the_error_and_nothing_else(tmp_path: Path):
     command = [sys.executable, "-m", "fopd_jax.sample", f"--config={CONFIG}", f"--out={tmp_path}/out", "--seed=one"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: flag --seed=one")
-
-
-def test_arguments_that_are_no_flags_are_refused():
-    with pytest.raises(SystemExit, match=r"error: unexpected arguments \['a cat'\]"):
-        sample.main(["fopd_jax.sample", "a cat"])

@@ -1,6 +1,7 @@
 """A converted Stable Diffusion 3 folder end to end, against diffusers' pipeline and PEFT, on tiny random weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,10 @@ def test_without_t5_its_place_is_zeros(
 # ---- images
 
 
-def _ours(config: Any, prompts: list[str], adapter: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _ours(config: Any, prompts: list[str], adapter: Path | None, negative: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Pixels, and the initial noise that they came from."""
     pipeline = make(config)
-    sampler = eval_sampler(config.eval, config.model.shift, pipeline)
+    sampler = replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=negative)
     weights = {} if adapter is None else effective(load_policy(str(adapter), pipeline))
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
     images = sampler(pipeline.world, load_base(config.model, pipeline), weights, prompts, keys)
@@ -157,10 +158,14 @@ def _ours(config: Any, prompts: list[str], adapter: Path | None) -> tuple[np.nda
     return to_pixels(images), np.asarray(noise)
 
 
-def _theirs(pipeline: StableDiffusion3Pipeline, prompts: list[str], noise: np.ndarray) -> np.ndarray:
+def _theirs(
+    pipeline: StableDiffusion3Pipeline, prompts: list[str], noise: np.ndarray, negative: str = ""
+) -> np.ndarray:
+    height, width = (8 * side for side in noise.shape[1:3])
     output = pipeline(
-        prompts, negative_prompt="", latents=torch.tensor(noise).permute(0, 3, 1, 2).contiguous(),
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=RESOLUTION, width=RESOLUTION,
+        prompts, negative_prompt=[negative] * len(prompts),
+        latents=torch.tensor(noise).permute(0, 3, 1, 2).contiguous(),
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=height, width=width,
         max_sequence_length=T5_LENGTH,
     )  # fmt: skip
     return np.stack([np.asarray(image) for image in output.images])
@@ -178,6 +183,21 @@ def test_images_equal_the_pytorch_pipelines(config: Any, torch_pipeline: StableD
     assert expected.std() > 10  # pictures, not a grey plane
     assert _worst(found, expected) <= PIXEL_LIMIT
     assert _worst(found[0], found[1]) > 10 * PIXEL_LIMIT
+
+
+@pytest.mark.parametrize("size", [(48, 80), (96, 32)])
+def test_high_and_wide_images_equal_the_pytorch_pipelines(
+    config: Any, torch_pipeline: StableDiffusion3Pipeline, size: tuple[int, int]
+):
+    """So does guidance away from a prompt of one's own."""
+    config.model.resolution, prompts, negative = size, PROMPTS[:2], "blurred, grey"
+    found, noise = _ours(config, prompts, None, negative)
+    expected = _theirs(torch_pipeline, prompts, noise, negative)
+    assert found.shape == expected.shape == (2, *size, 3)
+    assert expected.std() > 10
+    assert _worst(found, expected) <= PIXEL_LIMIT
+    if size[0] < size[1]:  # the negative prompt shows
+        assert _worst(expected, _theirs(torch_pipeline, prompts, noise)) > 5 * PIXEL_LIMIT
 
 
 # ---- training
@@ -279,7 +299,9 @@ def test_resident_encoders_train_the_same_student_and_keep_nothing(config: Any, 
 def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     config: Any, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
 ):
-    config.trained, config.run.steps, config.cold_start.method = "params", 1, "none"
+    """Of high images, too."""
+    config.trained, config.run.steps, config.cold_start.method, size = "params", 1, "none", (80, 48)
+    config.model.resolution = size
     workdir = tmp_path / "run"
     stage = _train(config, workdir)
     assert not (workdir / "student.safetensors").exists()
@@ -292,6 +314,7 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
         after = _theirs(torch_pipeline, PROMPTS[:2], noise)
     finally:
         torch_pipeline.transformer = bare
+    assert found.shape == (2, *size, 3)
     assert _worst(found, before) <= PIXEL_LIMIT  # the base is as it was
     theirs = dict(student.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
     checkpoints = Checkpoints(workdir, 1, config_hash=config_hash(resolve(config)))
@@ -308,6 +331,8 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     [
         ({"resolution": 60}, ("model.resolution: found 60", "multiple of 16")),
         ({"resolution": 512}, ("model.resolution: found 512", "at most 384")),
+        ({"resolution": (64, 60)}, ("model.resolution: found height 64, width 60, expected a multiple of 16",)),
+        ({"resolution": (512, 64)}, ("model.resolution: found height 512, width 64", "at most 384")),
         ({"t5_length": 0}, ("model.t5_length: found 0",)),
         ({"encode_batch_size": 0}, ("run.encoding.batch_size: found 0",)),
         ({"model.preset": "sd35_medium"}, ("model.preset: found 'sd35_medium'", "'custom'")),

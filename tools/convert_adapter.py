@@ -7,13 +7,12 @@ The source's kind is detected. Its network is the preset that a fopd_jax file na
 configuration of --model. PEFT folders are never overwritten; files are replaced. Takes seconds and, for SD3.5-Medium at
 rank 32, some 450 MB of memory; no accelerator and no PyTorch.
 
-Exit status: 0 done; 1 bad input, with one line that says what is wrong; 2 bad command line.
+Exit status: 0 done; 2 bad input, 1 any other error, with one line that says what is wrong; 130 interrupted.
 """
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 from safetensors import SafetensorError, safe_open
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.exits import explained
 from fopd_jax.interop.files.safetensors import FORMAT, load_adapter, save_adapter
 from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
@@ -37,13 +37,9 @@ WRITERS: dict[str, Callable[[Path, Adapter, MMDiTConfig], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    try:
+    with explained(str(options.dst)):
         adapter, config = read(options.src, options.preset, options.model)
         WRITERS[options.to](options.dst, adapter, config)
-    except ValueError as error:  # bad input is one line, not a traceback
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or options.dst}: {error.strerror or error}")
     print(f"{options.dst}: written for {options.to}, scale {adapter.scale:g}")
 
 

@@ -9,22 +9,22 @@ of the transformer. A destination that is already converted from the same files 
 in a job's script; a component that is missing there, or whose files changed, is converted. The autoencoder, which runs
 in float32, is kept in float32. With --reverse a converted transformer is written back as diffusers reads it.
 
-Exit codes: 0 done (or nothing to do), 1 something is wrong with source or destination (one line says what), 2 usage,
-130 interrupted. Whatever happens, the destination is whole or as it was before.
+Exit codes: 0 done (or nothing to do), 2 something is wrong with the command line, source or destination, 1 any other
+error, as a full disk (one line says what), 130 interrupted. Whatever happens, the destination is whole or as it was
+before.
 """
 
 import argparse
-import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
+from fopd_jax.exits import explained, leave
 from fopd_jax.interop.sd3.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
 
@@ -49,23 +49,15 @@ def run(args: argparse.Namespace) -> str:
     return f"converted {', '.join(done)} into {args.dst}" if done else f"{args.dst}: already converted, unchanged"
 
 
-def fail(status: int, message: str) -> NoReturn:
-    """Exit with one line."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(status)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    try:
-        print(run(args))
-    except ValueError as error:
-        fail(1, str(error))
-    except OSError as error:
-        what = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        fail(1, f"{error.filename or args.dst}: {what}")
-    except KeyboardInterrupt:
-        fail(130, f"interrupted; nothing half-written is left in {args.dst}")
+    with explained(str(args.dst)):
+        try:
+            print(run(args))
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error  # libraries' own have several lines
+        except KeyboardInterrupt:
+            leave(f"error: interrupted; nothing half-written is left in {args.dst}", 128 + signal.SIGINT)
 
 
 def silence_libraries() -> None:

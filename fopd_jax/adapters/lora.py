@@ -168,7 +168,7 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 def delta(adapter: Adapter) -> Tree:
     """Dense updates ΔW = scale·a·b by module path; for small networks and tests."""
-    return _map_layers(lambda layer: adapter.scale * layer["a"] @ layer["b"], adapter.weights)
+    return _map_layers(lambda layer: _product(adapter.scale * layer["a"], layer["b"]), adapter.weights)
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -199,10 +199,12 @@ def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
             raise ValueError(f"adapter.rank: found {config.rank}, but the merged layers have rank {available} at most")
         qa, ra = jnp.linalg.qr(layer["a"])
         qb, rb = jnp.linalg.qr(jnp.swapaxes(layer["b"], -1, -2))
-        u, s, vt = jnp.linalg.svd((adapter.scale / config.scale) * ra @ jnp.swapaxes(rb, -1, -2), full_matrices=False)
+        core = _product((adapter.scale / config.scale) * ra, jnp.swapaxes(rb, -1, -2))
+        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
         root = jnp.sqrt(s[..., : config.rank])
-        a = qa @ u[..., : config.rank] * jnp.expand_dims(root, -2)
-        return {"a": a, "b": jnp.expand_dims(root, -1) * vt[..., : config.rank, :] @ jnp.swapaxes(qb, -1, -2)}
+        a = _product(qa, u[..., : config.rank]) * jnp.expand_dims(root, -2)
+        b = _product(jnp.expand_dims(root, -1) * vt[..., : config.rank, :], jnp.swapaxes(qb, -1, -2))
+        return {"a": a, "b": b}
 
     return Adapter(_map_layers(shrink, adapter.weights), config.scale)
 
@@ -245,6 +247,11 @@ def check_merge(method: str) -> None:
     """Raises ValueError where there is no such way to merge."""
     if method not in MERGES:
         raise ValueError(f"cold_start.merge: found {method!r}, expected one of {MERGES}")
+
+
+def _product(left: Array | np.ndarray, right: Array | np.ndarray) -> Array:
+    """A product of matrices in float32 as it is meant: at the default precision accelerators round its inputs."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _map_layers(function: Any, *trees: Tree) -> Tree:

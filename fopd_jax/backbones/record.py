@@ -63,10 +63,11 @@ class Backbone:
 
     `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat)` makes one,
     whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: the module's
-    positional inputs; x `[B, H, W, C]`, sigma 0-d or `[B]`. `latent_shape(shape, pixels a side)` and `encoded(shape, T5
-    tokens)`: the shapes of one latent image, and of one prompt's `context` and `pooled`, the latter None where the
-    network has no such input. `targets`: groups of layers that adapters may act on, by the last two parts of their
-    paths. `flops(shape, tokens, adapter or None, rematerialisation)`; `tokens(shape, latent shape, text tokens)`.
+    positional inputs; x `[B, H, W, C]`, sigma 0-d or `[B]`. `latent_shape(shape, (height, width) in pixels)` and
+    `encoded(shape, T5 tokens)`: the shapes of one latent image, and of one prompt's `context` and `pooled`, the latter
+    None where the network has no such input; the former refuses a size that it cannot make. `targets`: groups of
+    layers that adapters may act on, by the last two parts of their paths. `flops(shape, tokens, adapter or None,
+    rematerialisation)`; `tokens(shape, latent shape, text tokens)`.
     `rules`: mesh axes of logical axes that the shared table lacks. `files`: None where nobody else keeps any.
     """
 
@@ -75,7 +76,7 @@ class Backbone:
     module: type[nn.Module]
     build: Callable[[Shape, str, Any, str], nn.Module]
     inputs: Callable[[Any, Any, Any], tuple[Any, ...]]
-    latent_shape: Callable[[Shape, int], LatentShape]
+    latent_shape: Callable[[Shape, tuple[int, int]], LatentShape]
     encoded: Callable[[Shape, int], tuple[tuple[int, int], tuple[int] | None]]
     targets: Mapping[str, tuple[str, ...]]
     flops: Callable[[Shape, Tokens, LoRAConfig | None, str], Pass]

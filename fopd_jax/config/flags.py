@@ -12,6 +12,8 @@ from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
+from fopd_jax.config.sizes import Pixels, SizeParser
+from fopd_jax.exits import refuse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
@@ -50,18 +52,22 @@ class _DictParser(flags.ArgumentParser):
 
 flags.FLAGS["config"].parser = _FileParser()
 config_flags.register_flag_parser_for_type(dict, _DictParser())
+config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a bad flag, config file or name of a field is one line and exit status 1.
+    """absl's parser, but a bad flag, config file, name of a field or word that is no flag is one line and status 2.
 
     Fields may go by the names that they had in earlier versions.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
-        return flags.FLAGS(argv)
+        program, *rest = flags.FLAGS(argv)
     except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        refuse(" ".join(str(error).split()))
+    if rest:
+        refuse(f"unexpected arguments {rest}")
+    return [program]
 
 
 def read_config() -> OPD | FlowMatching:

@@ -13,7 +13,6 @@ from fopd_jax.config.schema import OPD, Config, FlowMatching, FrozenDict, Sectio
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 STAGES: dict[str, type[OPD | FlowMatching]] = {"opd": OPD, "flow_matching": FlowMatching}
-LARGEST_INT = 2**32 - 1
 LONGEST = 200  # characters of a value in a message
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 RENAMED = {
@@ -136,17 +135,31 @@ Typed = tuple[Any, list[str]]
 def _typed(name: str, value: Any, hint: Any) -> Typed:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (
-            isinstance(value, tuple) and value == (None,)
-        ):  # of a flag `=None` ml_collections makes it
-            return None, []
-        found, problems = _typed(name, value, next(each for each in arguments if each is not types.NoneType))
-        return found, [f"{problem}, or None" for problem in problems]
+        return _either(name, value, arguments)
     if origin is tuple:
         return _tuple(name, value, arguments)
     if origin is dict:
         return _dict(name, value, arguments[1])
     return _section(f"{name}.", value, hint) if issubclass(hint, Section) else _scalar(name, value, hint)
+
+
+def _either(name: str, value: Any, kinds: tuple[Any, ...]) -> Typed:
+    """Of a tuple or something else, whichever the value looks like."""
+    is_tuple = isinstance(value, tuple | list)
+    if types.NoneType in kinds and (value is None or (is_tuple and tuple(value) == (None,))):
+        return None, []  # ml_collections makes (None,) of a tuple's flag `=None`
+    kind = min(kinds, key=lambda each: (each is types.NoneType, (typing.get_origin(each) is tuple) != is_tuple))
+    found, problems = _typed(name, value, kind)
+    other = next(each for each in kinds if each is not kind)
+    whole = f"{name}: " if other is not types.NoneType else name  # what is wrong within a tuple makes it no number
+    return found, [f"{each}, or {_kind(other)}" if each.startswith(whole) else each for each in problems]
+
+
+def _kind(hint: Any) -> str:
+    if hint is types.NoneType:
+        return "None"
+    arguments = typing.get_args(hint)
+    return f"a tuple of {len(arguments)}, each {_WORDS[arguments[0]]}" if arguments else _WORDS[hint]
 
 
 def _section(path: str, section: Any, kind: type) -> Typed:
@@ -170,7 +183,7 @@ def _scalar(name: str, value: Any, hint: type) -> Typed:
         finite = abs(value) <= sys.float_info.max
         return (float(value), []) if finite else (value, [_problem(name, value, "a finite number")])
     if hint is int and number and isinstance(value, int):
-        return value, [] if abs(value) <= LARGEST_INT else [_problem(name, value, f"a number up to {LARGEST_INT}")]
+        return value, []
     return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
 
 

@@ -1,47 +1,89 @@
 """What a setting's value may be: one rule a field, told in the words of its error message."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from fopd_jax.config.sizes import LARGEST_SIDE, height_width
+
+MOST_STEPS = 10**9
+"""Of updates, and of whatever is counted in them: years of any machine, and within int32."""
+MOST_ROWS = 2**20
+"""Of samples, images, prompts or devices at once."""
+MOST_SAMPLER_STEPS = 1000
+"""The noise levels that the networks were trained on."""
+NO_LIMIT = 1e30
+"""For numbers of which a large one switches something off; finite in float32, and so are its products with weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`holds(value)` for values of the field's type; `expected` completes "expected …"."""
+    """`holds(value)` for values of the field's type; `expected` completes "expected …".
+
+    `limits`: the least and the largest number that may stand in the field, or in its tuple or dict.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
+    limits: tuple[float | int, float | int] | None = None
 
 
-def at_least(least: float | int) -> Rule:
-    return Rule(f"at least {least}", lambda value: value >= least)
+def at_least(least: float | int, most: float | int) -> Rule:
+    return Rule(f"at least {least}, at most {most}", lambda value: least <= value <= most, (least, most))
 
 
-def above(limit: float | int) -> Rule:
-    return Rule(f"> {limit}", lambda value: value > limit)
+def above(limit: float | int, most: float | int) -> Rule:
+    return Rule(f"> {limit}, at most {most}", lambda value: limit < value <= most, (limit, most))
 
 
 def between(low: float | int, high: float | int) -> Rule:
-    return Rule(f"a number in [{low}, {high}]", lambda value: low <= value <= high)
+    return Rule(f"a number in [{low}, {high}]", lambda value: low <= value <= high, (low, high))
 
 
 def one_of(*known: Any) -> Rule:
     return Rule(f"one of {known}", lambda value: value in known)
 
 
-PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1)
+PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1, (0, 1))
+SIZE = Rule(
+    f"pixels a side from 1 to {LARGEST_SIDE}, or (height, width)",
+    lambda value: all(1 <= side <= LARGEST_SIDE for side in height_width(value)),
+    (1, LARGEST_SIDE),
+)
 SOME = Rule("at least one", lambda value: len(value) > 0)
 NAME = Rule("a name", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]+", value)))
-AXIS = Rule("a length ≥ 1, or -1: the devices that are left", lambda value: value >= 1 or value == -1)
-BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
+AXIS = Rule(
+    f"a length from 1 to {MOST_ROWS}, or -1: the devices that are left",
+    lambda value: 1 <= value <= MOST_ROWS or value == -1,
+    (-1, MOST_ROWS),
+)
+BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), (0, 1))
 BEST = Rule("'max:METRIC', 'min:METRIC' or ''", lambda value: value == "" or bool(re.fullmatch("(max|min):.+", value)))
-STEPS = Rule("(start, stop) with 0 <= start < stop", lambda value: value is None or 0 <= value[0] < value[1])
 WEIGHTS = Rule(
-    "non-negative weights, not all of them 0",
-    lambda value: not value or (min(value.values()) >= 0 and sum(value.values()) > 0),
+    "weights from 0 to 1000, not all of them 0",
+    lambda value: not value or (all(0 <= each <= 1000 for each in value.values()) and sum(value.values()) > 0),
+    (0, 1000),
 )
 BOUNDS = Rule(
     "{metric: (low, high)} with low <= high",
     lambda value: all(low <= high for low, high in value.values()),
+    (-sys.float_info.max, sys.float_info.max),
 )
+
+
+def steps(most: int) -> Rule:
+    """Of a range of steps, or None."""
+    expected = f"(start, stop) with 0 <= start < stop <= {most}"
+    return Rule(expected, lambda value: value is None or 0 <= value[0] < value[1] <= most, (0, most))
+
+
+@contextlib.contextmanager
+def within(section: str) -> Iterator[None]:
+    """Gives errors about a section's field, raised where sections are not known, its full name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from error

@@ -12,7 +12,18 @@ import dataclasses
 from typing import Any, NoReturn
 
 from fopd_jax.config import rules
-from fopd_jax.config.rules import Rule, above, at_least, between, one_of
+from fopd_jax.config.rules import (
+    MOST_ROWS,
+    MOST_SAMPLER_STEPS,
+    MOST_STEPS,
+    NO_LIMIT,
+    Rule,
+    above,
+    at_least,
+    between,
+    one_of,
+)
+from fopd_jax.config.sizes import Pixels, height_width
 
 OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
@@ -88,15 +99,20 @@ class Model(Section):
         "bfloat16", "Of frozen weights and activations; what trains is float32.", one_of("float32", "bfloat16"),
         "[code] bfloat16",
     )  # fmt: skip
-    resolution: int = setting(512, "Pixels a side.", at_least(1), "[paper] 512")
-    t5_length: int = setting(128, "T5 tokens a prompt.", at_least(1), "[code] 128 in training, 256 at inference")
-    shift: float = setting(3.0, "Of the sampler's schedule towards noise; SD3.5's own is 3.", above(0))
+    resolution: Pixels = setting(512, "Pixels a side of a square, or (height, width).", rules.SIZE, "[paper] 512")
+    t5_length: int = setting(128, "T5 tokens a prompt.", at_least(1, 2**12), "[code] 128 in training, 256 at inference")
+    shift: float = setting(3.0, "Of the sampler's schedule towards noise; SD3.5's own is 3.", at_least(0.001, 1000))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return height_width(self.resolution)
 
 
 @dataclasses.dataclass
 class LoRAConfig(Section):
-    rank: int = setting(32, "Of the adapter's factors.", at_least(1), "[code] 32")
-    alpha: float = setting(64.0, "The update is multiplied by alpha / rank.", above(0), "[code] 64")
+    rank: int = setting(32, "Of the adapter's factors.", at_least(1, 2**14), "[code] 32")
+    alpha: float = setting(64.0, "The update is multiplied by alpha / rank.", above(0, 1e6), "[code] 64")
     targets: tuple[str, ...] = setting(
         ("attn",), "Adapted layers, by the network's groups: of SD3 attn (joint attention), attn2 (the image's), mlp.",
         rules.SOME, "[code] attn",
@@ -111,19 +127,23 @@ class LoRAConfig(Section):
 class Optimizer(Section):
     """AdamW behind clipping by global norm."""
 
-    learning_rate: float = setting(1e-4, "After the warm-up it stays.", above(0), "[code] 1e-4")
-    warmup: int = setting(1, "Updates over which it rises.", at_least(0), "[code] none")
+    learning_rate: float = setting(1e-4, "After the warm-up it stays.", above(0, 100), "[code] 1e-4")
+    warmup: int = setting(1, "Updates over which it rises.", at_least(0, MOST_STEPS), "[code] none")
     betas: tuple[float, float] = setting((0.9, 0.999), "Decay of both moments.", rules.BETAS, "[code] (0.9, 0.999)")
-    weight_decay: float = setting(1e-4, "Decoupled.", at_least(0), "[code] 1e-4")
-    clip_norm: float = setting(1.0, "Largest norm of an update's gradient.", above(0), "[code] 1")
+    weight_decay: float = setting(1e-4, "Decoupled.", at_least(0, 1000), "[code] 1e-4")
+    clip_norm: float = setting(1.0, "Largest norm of an update's gradient.", above(0, NO_LIMIT), "[code] 1")
 
 
 @dataclasses.dataclass
 class EMA(Section):
-    """ema ← d·ema + (1 - d)·x every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps."""
+    """ema ← d·ema + (1 - d)·x every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps.
+
+    A step is one of `run.steps`, a batch of prompts with all its updates. The authors' code counts optimizer updates:
+    with k updates a rollout `every = 8 / k` is its rate.
+    """
 
     decay: float = setting(0.9, "Limit of d.", rules.PROBABILITY, "[code] 0.9")
-    every: int = setting(8, "Steps between two moves of the average.", at_least(1), "[code] 8")
+    every: int = setting(8, "Steps between two moves of the average.", at_least(1, MOST_STEPS), "[code] 8")
 
 
 @dataclasses.dataclass
@@ -131,14 +151,14 @@ class Evaluation(Section):
     """Held-out (prompt, noise) pairs, the same for every model."""
 
     tasks: tuple[str, ...] = setting((), "Tasks to evaluate; (): all.")
-    samples: int = setting(16, "Pairs a task in the periodic evaluation.", at_least(1))
-    batch_size: int = setting(16, "Images made at once.", at_least(1))
-    num_steps: int = setting(40, "Sampler steps.", at_least(1), "[paper] 40")
-    guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0), "[paper] 4.5")
+    samples: int = setting(16, "Pairs a task in the periodic evaluation.", at_least(1, MOST_ROWS))
+    batch_size: int = setting(16, "Images made at once, rounded up to what the mesh divides.", at_least(1, MOST_ROWS))
+    num_steps: int = setting(40, "Sampler steps.", at_least(1, MOST_SAMPLER_STEPS), "[paper] 40")
+    guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
     transition: str = setting("ode", "Of the sampler.", one_of(*TRANSITIONS), "[code] ode")
-    noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0))
-    seed: int = setting(1, "Of the noises; the report's is the next.", at_least(0))
-    final_samples: int = setting(16, "Pairs a task in the report.", at_least(1))
+    noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0, 10))
+    seed: int = setting(1, "Of the noises; the report's is the next.", between(0, 2**32 - 2))
+    final_samples: int = setting(16, "Pairs a task in the report.", at_least(1, MOST_ROWS))
 
 
 @dataclasses.dataclass
@@ -154,8 +174,10 @@ class MeshShape(Section):
 class Encoding(Section):
     """How prompts become conditioning, in worlds with text encoders."""
 
-    cache: str = setting("runs/conditioning", "Folder of encoded prompts, shared by runs; empty: in memory.")
-    batch_size: int = setting(64, "Prompts encoded at once.", at_least(1))
+    cache: str = setting(
+        "runs/conditioning", "Folder of encoded prompts in bfloat16, shared by runs; empty: in memory, as computed."
+    )
+    batch_size: int = setting(64, "Prompts encoded at once, rounded up as well.", at_least(1, MOST_ROWS))
     resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
 
 
@@ -163,11 +185,13 @@ class Encoding(Section):
 class Run(Section):
     """How a run is run. None of it changes a number but by rounding, all of it may change between runs in a workdir."""
 
-    steps: int = setting(400, "Updates in all; raise it to extend a finished run.", at_least(0), "[code] about 400")
-    log_every: int = setting(1, "Steps between lines of metrics, which are means over them.", at_least(1))
-    checkpoint_every: int = setting(20, "Steps between checkpoints.", at_least(1))
-    eval_every: int = setting(50, "Steps between evaluations; 0: none.", at_least(0))
-    keep_checkpoints: int = setting(2, "The newest ones that stay.", at_least(1))
+    steps: int = setting(
+        400, "Updates in all; raise it to extend a finished run.", at_least(0, MOST_STEPS), "[code] about 400"
+    )
+    log_every: int = setting(1, "Steps between lines of metrics, which are means over them.", at_least(1, MOST_STEPS))
+    checkpoint_every: int = setting(20, "Steps between checkpoints.", at_least(1, MOST_STEPS))
+    eval_every: int = setting(50, "Steps between evaluations; 0: none.", at_least(0, MOST_STEPS))
+    keep_checkpoints: int = setting(2, "The newest ones that stay.", at_least(1, MOST_STEPS))
     keep_best: str = setting("", "Also keep the best one by an evaluation's score: 'max:text'.", rules.BEST)
     mesh: MeshShape = setting(MeshShape, "The device mesh.")
     reduce_once: tuple[str, ...] = setting(
@@ -179,14 +203,16 @@ class Run(Section):
     )
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
-    max_skipped_steps: int = setting(0, "Updates that are not finite to leave out before stopping.", at_least(0))
+    max_skipped_steps: int = setting(
+        0, "Updates that are not finite to leave out before stopping.", at_least(0, MOST_STEPS)
+    )
     alarms: dict[str, tuple[float, float]] = setting(
         {}, "Metrics to warn of outside (low, high), never to stop for.", rules.BOUNDS
     )
-    watchdog_seconds: float = setting(1800.0, "Report a hang after as long without a step; 0: never.", at_least(0))
+    watchdog_seconds: float = setting(1800.0, "Report a hang after as long without a step; 0: never.", at_least(0, 1e9))
     watchdog_abort: bool = setting(False, "And end the process, for a job manager to start it again.")
     profile: tuple[int, int] | None = setting(
-        None, "(start, stop): steps to trace into workdir/profile, for xprof or TensorBoard.", rules.STEPS
+        None, "(start, stop): steps to trace into workdir/profile, for xprof or TensorBoard.", rules.steps(MOST_STEPS)
     )
     wandb: str = setting("", "Weights & Biases project to write metrics to as well (extra `wandb`); empty: none.")
 
@@ -201,7 +227,7 @@ class Config(Section):
     model: Model = setting(Model, "The network and its inputs.")
     trained: str = setting("adapter", "What trains: 'params' is all of the network.", one_of("adapter", "params"))
     adapter: LoRAConfig = setting(LoRAConfig, "The student's adapter.")
-    batch_size: int = setting(128, "Samples an update.", at_least(1), "[code] 256 in two updates")
+    batch_size: int = setting(128, "Samples an update.", at_least(1, MOST_ROWS), "[code] 256 in two updates")
     optimizer: Optimizer = setting(Optimizer, "AdamW.")
     ema: EMA = setting(EMA, "The average that is evaluated and exported.")
     eval: Evaluation = setting(Evaluation, "Periodic evaluation and report.")
@@ -219,10 +245,10 @@ class RoutedTask(Section):
     prompts: str = setting("", "File of training prompts, one a line, in worlds without prompts of their own.")
     test: str = setting("", "File of held-out prompts.")
     guidance: float = setting(
-        4.5, "The scale under which the teacher was trained; 1: none.", at_least(0), "[paper] 4.5"
+        4.5, "The scale under which the teacher was trained; 1: none.", at_least(0, 100), "[paper] 4.5"
     )
     weight: float = setting(
-        1.0, "Share among the prompts.", at_least(0), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
+        1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
 
 
@@ -232,8 +258,10 @@ class Anchor(Section):
 
     name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
     adapter: str = setting("", "Its weights; empty: the base is the anchor.")
-    guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0), "[paper] 4.5")
-    every: int = setting(1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1))
+    guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
+    every: int = setting(
+        1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
+    )
 
 
 @dataclasses.dataclass
@@ -257,13 +285,17 @@ class ColdStart(Section):
 class Sampler(Section):
     """The student's rollout. All steps but the last are sampled and trained."""
 
-    num_steps: int = setting(10, "Sampler steps.", at_least(2), "[paper] 10")
+    num_steps: int = setting(10, "Sampler steps.", at_least(2, MOST_SAMPLER_STEPS), "[paper] 10")
     transition: str = setting(
         "sde", "Euler-Maruyama, coefficient-preserving, or Euler.", one_of(*TRANSITIONS), "[paper] sde"
     )
-    noise_level: float = setting(0.7, "a of 'sde' and 'cps'.", at_least(0), "[paper] 0.7")
-    window: tuple[int, int] | None = setting(None, "(start, stop): noise in these steps alone.", rules.STEPS)
-    trained: tuple[int, int] | None = setting(None, "(start, stop): train these timesteps alone.", rules.STEPS)
+    noise_level: float = setting(0.7, "a of 'sde' and 'cps'.", at_least(0, 10), "[paper] 0.7")
+    window: tuple[int, int] | None = setting(
+        None, "(start, stop): noise in these steps alone.", rules.steps(MOST_SAMPLER_STEPS)
+    )
+    trained: tuple[int, int] | None = setting(
+        None, "(start, stop): train these timesteps alone.", rules.steps(MOST_SAMPLER_STEPS)
+    )
 
 
 @dataclasses.dataclass
@@ -277,9 +309,9 @@ class Objective(Section):
         "kl", "Of 'clipped'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
     )
     weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
-    clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0), "[paper] 1e-4")
-    reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0), "[code] 5")
-    mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0), "[paper] 0.02; [code] 0.04")
+    clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0, NO_LIMIT), "[paper] 1e-4")
+    reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0, NO_LIMIT), "[code] 5")
+    mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0, 1000), "[paper] 0.02; [code] 0.04")
     window_only: bool = setting(False, "'direct' trains noisy steps only, as 'clipped' always does.")
 
 
@@ -290,17 +322,21 @@ class OPD(Config):
     stage: str = setting("opd", "What is run.", one_of("opd"))
     tasks: dict[str, RoutedTask] = setting({}, "The routed tasks; in the bank they stand by name.")
     images_per_prompt: int = setting(
-        1, "Beyond 1 they form groups, which distillation does not need.", at_least(1), "[code] 16"
+        1, "Beyond 1 they form groups, which distillation does not need.", at_least(1, MOST_ROWS), "[code] 16"
     )
     whole_teachers: bool = setting(False, "Teachers and anchor are weights of whole networks, like `model.path`.")
     anchor: Anchor = setting(Anchor, "MAR's teacher.")
-    guidance: float = setting(4.5, "Of the student; the empty prompt is the negative one.", at_least(0), "[paper] 4.5")
+    guidance: float = setting(
+        4.5, "Of the student; the empty prompt is the negative one.", at_least(0, 100), "[paper] 4.5"
+    )
     cold_start: ColdStart = setting(ColdStart, "What the student starts from.")
     sampler: Sampler = setting(Sampler, "The rollout.")
     one_timestep: bool = setting(False, "Train one timestep of each rollout, drawn by weight; needs 'direct'.")
     objective: Objective = setting(Objective, "The loss.")
-    updates_per_rollout: int = setting(1, "With several the rollout is stored and replayed.", at_least(1), "[code] 2")
-    minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1), "[code] 2")
+    updates_per_rollout: int = setting(
+        1, "With several the rollout is stored and replayed.", at_least(1, 1000), "[code] 2"
+    )
+    minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1, 1000), "[code] 2")
     export: str = setting(
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )
@@ -314,7 +350,7 @@ class OPD(Config):
 class Pairs(Section):
     """One task's captioned images: their share among all, where they are, how often something is wrong with them."""
 
-    share: float = setting(1.0, "Among all pairs.", at_least(0))
+    share: float = setting(1.0, "Among all pairs.", at_least(0, 1e6))
     wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
     degraded: float = setting(0.0, "Probability of a flawed image, in worlds that render their own.", rules.PROBABILITY)
     images: str = setting("", "Folder of images and captions (tasks/images.py), in worlds that render none.")
@@ -325,9 +361,9 @@ class Pairs(Section):
 class LogitNormal(Section):
     """Training noise levels: sigmoid(N(mean, std²)), shifted towards noise by shift·s/(1 + (shift - 1)·s)."""
 
-    mean: float = setting(0.0, "Of the logit.")
-    std: float = setting(1.0, "Of the logit.", at_least(0))
-    shift: float = setting(3.0, "Towards noise.", above(0))
+    mean: float = setting(0.0, "Of the logit.", between(-100, 100))
+    std: float = setting(1.0, "Of the logit.", at_least(0, 100))
+    shift: float = setting(3.0, "Towards noise.", at_least(0.001, 1000))
 
 
 @dataclasses.dataclass
@@ -336,6 +372,6 @@ class FlowMatching(Config):
 
     stage: str = setting("flow_matching", "What is run.", one_of("flow_matching"))
     tasks: dict[str, Pairs] = setting({}, "Captioned images by task.")
-    batch_size: int = setting(64, "Samples an update.", at_least(1))
+    batch_size: int = setting(64, "Samples an update.", at_least(1, MOST_ROWS))
     empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
     levels: LogitNormal = setting(LogitNormal, "Training noise levels.")

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-_FONT_SIZE, _MARGIN, _LEAST_CELL = 13, 6, 96
+from fopd_jax.evaluation.labels import make_label
+
+_MARGIN, _LEAST_CELL, _WIDEST_ROW_LABEL, _LEAST_TITLE = 6, 96, 240, 480
 
 
 def to_pixels(images: Float[np.ndarray, "*n h w 3"]) -> UInt8[np.ndarray, "*n h w 3"]:
@@ -20,41 +22,39 @@ def from_pixels(pixels: UInt8[np.ndarray, "*n h w 3"]) -> Float[np.ndarray, "*n 
 
 
 def draw_grid(
-    images: Float[np.ndarray, "rows columns h w 3"], row_labels: Sequence[str], column_labels: Sequence[str]
+    images: Float[np.ndarray, "rows columns h w 3"],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str = "",
 ) -> Image.Image:
-    """Images in [-1, 1] as one picture, row labels at the left, column labels (wrapped) on top.
+    """Images in [-1, 1] as one picture, row labels at the left, column labels on top, the title above all.
 
-    Small images are enlarged by whole factors, without smoothing.
+    Small images are enlarged by whole factors, without smoothing. Labels are wrapped.
     """
     rows, columns, height, width, _ = images.shape
     factor = max(1, -(-_LEAST_CELL // width))
     cell_w, cell_h = width * factor, height * factor
-    font = ImageFont.load_default(_FONT_SIZE)
-    wrapped = [_wrap(label, cell_w, font) for label in column_labels]
-    left = int(max(font.getlength(label) for label in row_labels)) + 2 * _MARGIN
-    top = max(text.count("\n") + 1 for text in wrapped) * (_FONT_SIZE + 4) + 2 * _MARGIN
-    canvas = Image.new("RGB", (left + columns * (cell_w + _MARGIN), top + rows * (cell_h + _MARGIN)), "white")
+    row_heads = [make_label(text, _WIDEST_ROW_LABEL) for text in row_labels]
+    column_heads = [make_label(text, cell_w) for text in column_labels]
+    left = max(label.width for label in row_heads) + 2 * _MARGIN
+    full = left + columns * (cell_w + _MARGIN)
+    head = make_label(title, max(full, _LEAST_TITLE) - 2 * _MARGIN) if title else None
+    above = head.height + _MARGIN if head else 0
+    top = above + max(label.height for label in column_heads) + 2 * _MARGIN
+    lowest = [max(cell_h, label.height) for label in row_heads]  # a row is as high as its label at least
+    tops = [top + sum(lowest[:r]) + r * _MARGIN for r in range(rows)]
+    size = (max(full, head.width + 2 * _MARGIN if head else 0), tops[-1] + lowest[-1] + _MARGIN)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     pixels = to_pixels(images)
-    for c, text in enumerate(wrapped):
-        draw.multiline_text((left + c * (cell_w + _MARGIN), _MARGIN), text, "black", font)
-    for r, label in enumerate(row_labels):
-        y = top + r * (cell_h + _MARGIN)
-        draw.text((_MARGIN, y + cell_h // 2 - _FONT_SIZE // 2), label, "black", font)
+    if head:
+        head.draw(draw, _MARGIN, _MARGIN)
+    for c, label in enumerate(column_heads):
+        label.draw(draw, left + c * (cell_w + _MARGIN), above + _MARGIN)
+    for r, (label, y) in enumerate(zip(row_heads, tops, strict=True)):
+        label.draw(draw, _MARGIN, y + max(0, (cell_h - label.height) // 2))
         for c in range(columns):
             x = left + c * (cell_w + _MARGIN)
             canvas.paste(Image.fromarray(pixels[r, c]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
             draw.rectangle((x - 1, y - 1, x + cell_w, y + cell_h), outline="grey")
     return canvas
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Break a label between words so that no line exceeds `width` pixels (a longer word keeps a line of its own)."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)

@@ -16,6 +16,7 @@ from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
 from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.worlds.world import World, select_tasks
 
@@ -54,7 +55,8 @@ def write_report(
     scores, there is no table.
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
-    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1)
+    ways = batch_ways(sampler.mesh)
+    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways)
     scores: dict[str, Scores] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total or not is_main()) as bar:

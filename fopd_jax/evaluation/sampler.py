@@ -14,9 +14,9 @@ from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.schedule import make_levels
 from fopd_jax.flow.transition import Transition, standard_normal
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
-from fopd_jax.parallel.sharding import activation_rules, batch_sharding
+from fopd_jax.parallel.sharding import activation_rules, batch_sharding, batch_ways, filled
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
-from fopd_jax.worlds.world import World, embed_empty, embed_prompts
+from fopd_jax.worlds.world import World, embed_alone, embed_prompts
 
 Request = tuple[str, int]  # prompt, seed
 
@@ -25,13 +25,14 @@ Request = tuple[str, int]  # prompt, seed
 class Sampler:
     """One jitted program for all policies: `draw(variables, adapter, conditioning, null, keys [B]) → latents`.
 
-    `guided`: whether it reads the empty prompt, `null` being None otherwise. `mesh`: batches are split over it, so that
-    each process encodes and decodes the rows of its own devices alone.
+    `guided`: whether it leads away from the prompt `negative`, `null` being None otherwise. `mesh`: batches are split
+    over it, so that each process encodes and decodes the rows of its own devices alone.
     """
 
     draw: Callable[..., Float[Array, "b h w c"]]
     guided: bool
     mesh: Mesh
+    negative: str = ""
 
     def __call__(
         self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
@@ -45,7 +46,7 @@ class Sampler:
     ) -> Float[np.ndarray, "n height width 3"]:
         """Of the same images those that this process's devices make, in the order of `rows`."""
         conditioning = embed_prompts(world, prompts, self.mesh)
-        null = embed_empty(world, self.mesh) if self.guided else None
+        null = embed_alone(world, self.negative, self.mesh) if self.guided else None
         keys = put_replicated(keys, batch_sharding(self.mesh))
         latents = self.draw(variables, adapter, conditioning, null, keys)
         return world.decode(held_rows(latents))
@@ -63,7 +64,7 @@ def make_sampler(
     latent_shape: tuple[int, ...],
     mesh: Mesh,
 ) -> Sampler:
-    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the empty prompt."""
+    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the negative prompt."""
 
     def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
         def policy(x: Array, sigma: Array) -> Array:
@@ -80,10 +81,29 @@ def make_sampler(
 def generate(
     sampler: Sampler, world: World, variables: Tree, adapter: Tree, requests: Sequence[Request], batch_size: int
 ) -> Iterator[tuple[Request, np.ndarray]]:
-    """Images in [-1, 1], in the order of the requests; the last batch is filled up, its surplus dropped."""
+    """Images in [-1, 1], in the order of the requests, some `batch_size` at once: what the mesh divides.
+
+    No batch is larger than all of them; the last one is filled up, its surplus dropped.
+
+    Raises:
+      ValueError: an image is not finite; names its request, before any image of its batch is given out.
+    """
+    batch_size = filled(min(batch_size, len(requests)), batch_ways(sampler.mesh))
     for start in range(0, len(requests), batch_size):
         batch = list(requests[start : start + batch_size])
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in filled], jnp.uint32))
-        images = sampler(world, variables, adapter, [prompt for prompt, _ in filled], keys)
+        whole = batch + [batch[-1]] * (batch_size - len(batch))
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in whole], jnp.uint32))
+        images = sampler(world, variables, adapter, [prompt for prompt, _ in whole], keys)
+        check_finite(images[: len(batch)], [f"prompt {prompt!r}, seed {seed}" for prompt, seed in batch])
         yield from zip(batch, images, strict=False)
+
+
+def check_finite(images: Float[np.ndarray, "n h w 3"], names: Sequence[str]) -> None:
+    """Refuse images that hold NaN or infinities, which as bytes would be black or white.
+
+    Raises:
+      ValueError: there are some; names the first one and says how many.
+    """
+    broken = [name for name, image in zip(names, images, strict=True) if not np.isfinite(image).all()]
+    if broken:
+        raise ValueError(f"images: {len(broken)} of {len(names)} are not finite, the first of {broken[0]}")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.parallel.distributed import gather_rows
-from fopd_jax.parallel.sharding import batch_sharding
+from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Progress
 from fopd_jax.tasks.task import Scores, Task
@@ -22,17 +22,26 @@ from fopd_jax.worlds.world import World
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """`samples` pairs a task: the task's test prompts in turn, each time with fresh noise drawn from `seed`."""
+    """`samples` pairs a task: the task's test prompts in turn, each time with fresh noise drawn from `seed`.
+
+    `made_at_once` are one batch, `batch_size` filled up to what the mesh divides; pictures show some of the first
+    `batch_size` pairs, which are the same on every mesh.
+    """
 
     tasks: Mapping[str, Task]
     samples: int
     batch_size: int
     seed: int
+    ways: int = 1  # parts of a batch, see `batch_ways`
+
+    @property
+    def made_at_once(self) -> int:
+        return filled(self.batch_size, self.ways)
 
     def pairs(self, task: Task) -> Iterator[tuple[list[str], np.ndarray]]:
         """Batches of prompts and the indices of their noises; the last one is filled up, its surplus ignored."""
-        for start in range(0, self.samples, self.batch_size):
-            index = np.arange(start, start + self.batch_size)
+        for start in range(0, self.samples, self.made_at_once):
+            index = np.arange(start, start + self.made_at_once)
             yield [task.test[i % len(task.test)] for i in index], index
 
     def scored(self) -> list[tuple[Task, Scores]]:

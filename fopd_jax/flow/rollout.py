@@ -178,6 +178,6 @@ def noise_window(num_steps: int, start: int, stop: int) -> Bool[np.ndarray, "t"]
     Raises ValueError unless `0 <= start < stop <= num_steps`.
     """
     if not 0 <= start < stop <= num_steps:
-        raise ValueError(f"noise window: found [{start}, {stop}), expected 0 <= start < stop <= {num_steps}")
+        raise ValueError(f"window: found {(start, stop)}, expected (start, stop) with 0 <= start < stop <= {num_steps}")
     steps = np.arange(num_steps)
     return (start <= steps) & (steps < stop)

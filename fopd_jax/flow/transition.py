@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Key
 from fopd_jax.config.schema import TRANSITIONS
 
 Scalar = Float[Array, ""]
+Sigma = Scalar | float
+"""A noise level from outside: an array, or a number of Python's."""
 
 
 class Coefficients(NamedTuple):
@@ -38,7 +40,8 @@ class Coefficients(NamedTuple):
 class Transition(Protocol):
     """What SDE, CPS and ODE have in common.
 
-    `x`, `v`, `mean` and `noise` are `[B, ...]`; `sigma`, `sigma_next` and `std` are 0-d.
+    `x`, `v`, `mean` and `noise` are `[B, ...]`; `sigma`, `sigma_next` and `std` are 0-d; of `moments`
+    and `velocity_coefficient` noise levels may be Python's floats.
     """
 
     @property
@@ -50,7 +53,7 @@ class Transition(Protocol):
         """p, c and std, in the dtype of the noise levels."""
         ...
 
-    def moments(self, x: Array, v: Array, sigma: Array, sigma_next: Array) -> tuple[Array, Array]:
+    def moments(self, x: Array, v: Array, sigma: Sigma, sigma_next: Sigma) -> tuple[Array, Array]:
         """Mean `[B, ...]` and standard deviation (0-d, per dimension) of the next state."""
         ...
 
@@ -62,7 +65,7 @@ class Transition(Protocol):
         """Log-density of `x_next`, averaged over latent dimensions: `[B]`."""
         ...
 
-    def velocity_coefficient(self, sigma: Array, sigma_next: Array) -> Array:
+    def velocity_coefficient(self, sigma: Sigma, sigma_next: Sigma) -> Array:
         """The 0-d number c in `mean = (...) + c·v`."""
         ...
 
@@ -91,11 +94,11 @@ class _AffineGaussian:
         return True
 
     def moments(
-        self, x: Float[Array, "b *shape"], v: Float[Array, "b *shape"], sigma: Scalar, sigma_next: Scalar
+        self, x: Float[Array, "b *shape"], v: Float[Array, "b *shape"], sigma: Sigma, sigma_next: Sigma
     ) -> tuple[Float[Array, "b *shape"], Scalar]:
         """`(p·x + c·v, std)`; the coefficients take the dtype of the state."""
         x = at_least_float32(x)
-        state, velocity, std = self.coefficients(sigma.astype(x.dtype), sigma_next.astype(x.dtype))
+        state, velocity, std = self.coefficients(jnp.asarray(sigma, x.dtype), jnp.asarray(sigma_next, x.dtype))
         return state * x + velocity * v.astype(x.dtype), std
 
     def sample(
@@ -103,7 +106,7 @@ class _AffineGaussian:
     ) -> Float[Array, "b *shape"]:
         return mean + std * noise
 
-    def velocity_coefficient(self, sigma: Scalar, sigma_next: Scalar) -> Scalar:
+    def velocity_coefficient(self, sigma: Sigma, sigma_next: Sigma) -> Scalar:
         return self.coefficients(at_least_float32(sigma), at_least_float32(sigma_next)).velocity
 
 
@@ -234,8 +237,8 @@ def transition_step(
     transition: Transition,
     x: Float[Array, "b *shape"],
     v: Float[Array, "b *shape"],
-    sigma: Scalar,
-    sigma_next: Scalar,
+    sigma: Sigma,
+    sigma_next: Sigma,
     keys: Key[Array, "b"],
 ) -> tuple[Float[Array, "b *shape"], Float[Array, "b"]]:
     """Draws the next state and its log-probability: `x_next [B, ...]`, `log_prob [B]` (0 for a step without noise).
@@ -251,8 +254,9 @@ def transition_step(
     return x_next, transition.log_prob(x_next, mean, std)
 
 
-def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The array in float32, or unchanged where it is wider."""
+def at_least_float32(x: Float[Array, "*shape"] | float) -> Float[Array, "*shape"]:
+    """The array, or number, in float32, or unchanged where it is wider."""
+    x = jnp.asarray(x)
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 

@@ -17,11 +17,14 @@ from jaxtyping import Array, Float
 from fopd_jax.config.schema import WEIGHTINGS
 from fopd_jax.flow.transition import ODE, SDE, Transition, at_least_float32
 
+LEAST_NOISE = 1e-6
+"""Of an SDE that has a divergence: below it, 1/std² leaves float32."""
+
 
 def weight(
-    name: str, transition: Transition, sigma: Float[Array, ""], sigma_next: Float[Array, ""]
+    name: str, transition: Transition, sigma: Float[Array, ""] | float, sigma_next: Float[Array, ""] | float
 ) -> Float[Array, ""]:
-    """The 0-d weight of the step from `sigma` to `sigma_next`.
+    """The 0-d weight of the step from `sigma` to `sigma_next`, in float32 or in a wider dtype of theirs.
 
     `transition` is the one the policy is defined with, *before* any noise window is applied: a window turns noise off
     for sampling, and a divergence of noiseless steps would be infinite. Raises as `check_weighting` does.
@@ -40,12 +43,12 @@ def weight(
 def check_weighting(name: str, transition: Transition) -> None:
     """Raises ValueError for an unknown weighting, and for one that the transition cannot carry."""
     if name not in WEIGHTINGS:
-        raise ValueError(f"weighting: found {name!r}, expected one of {', '.join(WEIGHTINGS)}")
+        raise ValueError(f"objective.weighting: found {name!r}, expected one of {', '.join(WEIGHTINGS)}")
     if name in ("ode", "uniform"):
         return
     reason = _why_no_divergence(transition)
     if reason:
-        raise ValueError(f"weighting: found {name!r}, expected 'ode' or 'uniform': {reason}")
+        raise ValueError(f"objective.weighting: found {name!r}, expected 'ode' or 'uniform': {reason}")
 
 
 def _why_no_divergence(transition: Transition) -> str | None:
@@ -57,8 +60,9 @@ def _why_no_divergence(transition: Transition) -> str | None:
             "CPS has a std proportional to sigma_next, .008 at .278 -> .0089 of the 10-step schedule, "
             "so that one step would be 99.8% of the loss"
         )
-    if isinstance(transition.noise_level, int | float) and transition.noise_level <= 0:
-        return "an SDE of noise level 0 has no noise, so its divergence is infinite"
+    if isinstance(transition.noise_level, int | float) and transition.noise_level < LEAST_NOISE:
+        level = f"an SDE of noise level {transition.noise_level:g} has no noise"
+        return f"{level} (below {LEAST_NOISE:g}), so its divergence is infinite"
     return None
 
 

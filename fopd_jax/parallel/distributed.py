@@ -8,7 +8,9 @@ through the runtime's key-value store.
 import contextlib
 import dataclasses
 import itertools
+import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, Sharding
 from jaxtyping import Int
 
-from fopd_jax.parallel.mesh import AXES
+from fopd_jax.parallel.environment import chosen_devices, coordinates, surroundings
+from fopd_jax.parallel.mesh import AXES, visible_devices
 from fopd_jax.parallel.rollcall import roll_call
 
 Tree = Any
@@ -56,20 +59,33 @@ def initialize(
 ) -> None:
     """Join the other processes; before anything touches a device. A process on its own has nothing to do.
 
-    The three values come from flags, or with `mode` "auto" from TPU metadata, Slurm, Open MPI or Kubernetes as JAX
-    detects them; "off" never looks.
+    The three values come from flags, or with `mode` "auto" from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or from TPU metadata, Slurm, Open MPI or Kubernetes as JAX detects them; "off" never looks.
+    Process 0 says in a line what was detected. JAX_LOCAL_DEVICE_IDS names the local devices to use.
 
     Raises:
       ValueError: flags are given by half or out of range, or a detected cluster cannot be used; names the flags.
+      ValueError, OSError: as `visible_devices`.
       TimeoutError: not all processes have started in time; names the missing ones.
     """
     if mode not in MODES:
         raise ValueError(f"distributed: found {mode!r}, expected one of {MODES}")
-    given = _from_flags(coordinator, num_processes, process_id)
-    member = given or (_detect(timeout_s) if mode == "auto" else None)
-    if member is None or member.count == 1:
-        return
-    hosts = roll_call(member.coordinator, member.count, member.process, timeout_s)
+    member, told = _from_flags(coordinator, num_processes, process_id), ""
+    if member is None and mode == "auto":
+        member, told = _detect(timeout_s)
+    if member is not None and member.count > 1:
+        _join(member, told, timeout_s)
+    elif chosen := chosen_devices(os.environ):  # JAX itself reads the variable only where processes join
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", ",".join(map(str, chosen)))
+    visible_devices()  # here a machine that lacks them is told of once for all
+
+
+def _join(member: Membership, told: str, timeout_s: float) -> None:
+    try:
+        hosts = roll_call(member.coordinator, member.count, member.process, timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error} ({told})" if told else str(error)) from error
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         member.coordinator,
@@ -100,17 +116,28 @@ def _from_flags(coordinator: str | None, count: int | None, process: int | None)
     return Membership(coordinator, count, process)
 
 
-def _detect(timeout_s: float) -> Membership | None:
+def _detect(timeout_s: float) -> tuple[Membership | None, str]:
+    """Who this process is by the environment, None where it is alone; and what was detected, which process 0 prints."""
+    if (named := coordinates(os.environ)) is not None:
+        return _from_flags(*named), "by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    around = surroundings(os.environ)
+    member = _found_by_jax(around.devices, timeout_s) if around.look else None
+    if around.told and (member is None or member.process == 0):
+        print(f"found {around.told}", file=sys.stderr, flush=True)
+    return member, around.told
+
+
+def _found_by_jax(devices: tuple[int, ...] | None, timeout_s: float) -> Membership | None:
     """What JAX finds in the environment; None where it finds no cluster."""
-    unset = None, None, None, None, None
+    unset = None, None, None, (), None  # of devices, which are decided here
     try:
-        coordinator, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(*unset, int(timeout_s))
+        coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(*unset, int(timeout_s))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"found a cluster, but not its members ({error}); give --coordinator, --num-processes and "
                          "--process-id, or --distributed=off for one process") from error  # fmt: skip
     if coordinator is None or count is None or process is None:
         return None
-    return Membership(coordinator, count, process, None if devices is None else tuple(devices))
+    return Membership(coordinator, count, process, devices)
 
 
 # ---- who
@@ -119,6 +146,16 @@ def _detect(timeout_s: float) -> Membership | None:
 def is_main() -> bool:
     """Whether this is process 0, which alone writes metrics, results and pictures."""
     return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether no other process has been joined; asks no device, so that it also answers where there is none."""
+    return global_state.num_processes in (None, 1)
+
+
+def speaks() -> bool:
+    """Whether this is the process to tell what all of them meet; asks no device either."""
+    return not global_state.process_id
 
 
 def name_of(process: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 from fopd_jax.config.schema import MeshShape
 
 AXES = ("data", "fsdp", "tensor")
+_ABSENT = ("not in the list of known backends", "cannot open shared object", "no device found", "no supported devices")
 
 
 def axis_lengths(shape: MeshShape, devices: int) -> tuple[int, int, int]:
@@ -31,6 +33,23 @@ def axis_lengths(shape: MeshShape, devices: int) -> tuple[int, int, int]:
     return lengths[0], lengths[1], lengths[2]
 
 
+def visible_devices() -> list[Any]:
+    """All devices of all processes.
+
+    Raises:
+      ValueError: JAX_PLATFORMS names what this machine does not have.
+      OSError: a device is there, but does not answer, or another process holds it.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a platform's plug-in is not installed
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()) or "its plug-in is not installed"
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        message = f"JAX_PLATFORMS: found {wanted!r}, but no such device can be used here: {reason}"
+        absent = not str(error) or any(sign in str(error) for sign in _ABSENT)
+        raise ValueError(message) if wanted and absent else OSError(message) from None
+
+
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, its axes left to the compiler (GSPMD).
 
@@ -39,8 +58,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises:
       ValueError: as `axis_lengths`; or the slices do not divide `data`.
+      ValueError, OSError: as `visible_devices`.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = visible_devices() if devices is None else devices
     lengths = axis_lengths(shape, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:

@@ -6,6 +6,7 @@ who is missing. Then the port is free for JAX's coordination service.
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ def roll_call(coordinator: str, count: int, process: int, timeout_s: float) -> t
     """Host names of all `count` processes, in order, once all have reported. `coordinator`: `host:port` of process 0.
 
     Raises:
+      OSError: process 0 cannot listen on the coordinator's port; names it.
       TimeoutError: not all did within `timeout_s`; names the missing processes, or the coordinator if it is silent.
       ValueError: two processes have one number, or they do not agree how many they are; names them.
     """
@@ -90,9 +92,13 @@ def _verdict(hosts: list[str], problem: str, late: bool) -> tuple[str, ...]:
 
 
 def _server(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, f"coordinator: cannot listen on port {port} of this host: {reason}") from error
 
 
 def _send(connection: socket.socket, message: Mapping[str, object]) -> None:

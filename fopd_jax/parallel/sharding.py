@@ -133,8 +133,13 @@ def batch_ways(mesh: AnyMesh) -> int:
     return _length(mesh, BATCH_AXES)
 
 
+def filled(size: int, ways: int) -> int:
+    """The size of a batch that is filled up to go into `ways` equal parts, where surplus rows can be dropped."""
+    return -(-size // ways) * ways
+
+
 def check_batch(field: str, size: int, mesh: AnyMesh) -> None:
-    """Refuse a batch that cannot be split evenly; nothing is ever padded silently.
+    """Refuse a training batch that cannot be split evenly: filled up, it would be another experiment.
 
     Raises:
       ValueError: names the field, its value and what it must be a multiple of.

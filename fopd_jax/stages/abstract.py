@@ -86,7 +86,11 @@ def encoded_rows(encoded: Conditioning, count: int, dtype: Any, sharding: jax.sh
 
 
 def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:
-    """Shape of one latent image, and of one encoded prompt."""
+    """Shape of one latent image, and of one encoded prompt.
+
+    Raises:
+      ValueError: the network has no images of `model.resolution`.
+    """
     if model.preset in EMBEDDED:
         world = EMBEDDED[model.preset]()
         encoded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), world.encode([""]))
@@ -94,4 +98,4 @@ def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:
     family, shape = find_preset(model.preset)
     shapes = family.encoded(shape, model.t5_length)
     encoded = (None if each is None else jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
-    return family.latent_shape(shape, model.resolution), Conditioning(*encoded)
+    return family.latent_shape(shape, model.size), Conditioning(*encoded)

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
 import optax
 
 from fopd_jax.backbones.registry import find_preset
+from fopd_jax.config.rules import within
 from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
@@ -62,14 +62,18 @@ def make_update(
 
 
 def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
-    """The static part of the update from the config."""
+    """The static part of the update from the config.
+
+    Raises:
+      ValueError: as `make_transition` and `noise_window`, of the section `sampler`.
+    """
     sampler = config.sampler
-    noisy = (
-        np.ones(sampler.num_steps, bool) if sampler.window is None else noise_window(sampler.num_steps, *sampler.window)
-    )
+    with within("sampler"):
+        transition = make_transition(sampler.transition, sampler.noise_level)
+        noisy = noise_window(sampler.num_steps, *(sampler.window or (0, sampler.num_steps)))
     return OPDSpec(
         objective=config.objective,
-        transition=make_transition(sampler.transition, sampler.noise_level),
+        transition=transition,
         sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
         noisy=noisy,
         latent_shape=latent_shape,

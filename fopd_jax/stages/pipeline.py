@@ -21,6 +21,7 @@ from fopd_jax.backbones.record import Backbone, Shape
 from fopd_jax.backbones.registry import family_of_class, find_preset, preset_names
 from fopd_jax.backbones.weights import load_any_adapter, load_converted, load_file, random_network
 from fopd_jax.config.schema import Model, Run
+from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
 from fopd_jax.parallel.mesh import make_mesh
@@ -55,8 +56,7 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     """
     mesh = make_mesh(run.mesh)
     path = weight_path(model.path)
-    if not path.exists():
-        raise ValueError(f"model.path: {path}: no such file or folder")
+    _check_there(model.path, model.preset, "model.path: ")
     manifest = read_manifest(path) if model.path and path.is_dir() else None
     family, shape = _network(model.preset, path, manifest)
     check_width(shape.width, mesh)
@@ -142,8 +142,7 @@ def check_network(field: str, source: str, pipeline: Pipeline) -> None:
       ValueError: there is no such file or folder, or it holds another network; names field and file.
     """
     path = weight_path(source)
-    if not path.exists():
-        raise ValueError(f"{field}: {path}: no such file or folder")
+    _check_there(source, pipeline.preset, f"{field}: ")
     if pipeline.manifest is not None:
         _network(pipeline.preset, path, read_manifest(path), field)
 
@@ -154,4 +153,16 @@ def load_policy(source: str, pipeline: Pipeline) -> Adapter:
     Raises:
       ValueError: it is missing, damaged, or made for another network; names the file.
     """
+    _check_there(source, pipeline.preset, adapter=True)
     return load_any_adapter(weight_path(source), pipeline.preset, pipeline.model)
+
+
+def _check_there(source: str, preset: str, field: str = "", *, adapter: bool = False) -> None:
+    """Raises ValueError where weights are not there; says what makes them."""
+    if (path := weight_path(source)).exists():
+        return
+    if preset in EMBEDDED:
+        maker = f"configs/miniature_{'teacher' if adapter else 'pretrain'}.py makes one"
+    else:
+        maker = f"{'' if adapter else 'tools/convert_sd35_weights.py makes one; '}{GUIDE} says where to get it"
+    raise ValueError(f"{field}{path}: no such file or folder; {maker}")

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Config, Evaluation
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
 from fopd_jax.evaluation.score import EvalSet
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.parallel.sharding import check_batch
+from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
@@ -48,7 +49,7 @@ def make_setup(config: Config, tasks: Callable[[], Mapping[str, Task]]) -> Setup
     return Setup(
         pipeline=pipeline,
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
-        eval_set=EvalSet(chosen, evaluation.samples, evaluation.batch_size, evaluation.seed),
+        eval_set=EvalSet(chosen, evaluation.samples, evaluation.batch_size, evaluation.seed, batch_ways(pipeline.mesh)),
         optimizer=make_optimizer(config.optimizer),
     )
 
@@ -57,12 +58,13 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
     """The sampler that the section `eval` describes.
 
     Raises:
-      ValueError: as `make_transition`, `flow_match_sigmas` and `check_batch`.
+      ValueError: as `make_transition` and `flow_match_sigmas`.
     """
-    check_batch("eval.batch_size", evaluation.batch_size, pipeline.mesh)
+    with within("eval"):
+        transition = make_transition(evaluation.transition, evaluation.noise_level)
     return make_sampler(
         pipeline.velocity,
-        make_transition(evaluation.transition, evaluation.noise_level),
+        transition,
         flow_match_sigmas(evaluation.num_steps, shift),
         evaluation.guidance,
         pipeline.world.latent_shape,

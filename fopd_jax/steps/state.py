@@ -26,14 +26,20 @@ class TrainState:
     ema: Tree
 
     def rng(self) -> PRNGKeyArray:
-        """The key of this step alone, so that resuming needs no generator state."""
+        """The key of this step alone, so that resuming needs no generator state.
+
+        Of one seed, `fold_in(key, i)` is also `split(key, n)[i]`, from which `init_adapter` draws layer i. So a fresh
+        adapter's layer and the keys of step i come from one key, by different derivations: normal numbers there, keys
+        of samples here. They are not correlated in any way that training could see, and another derivation would
+        change every run that is there.
+        """
         return jax.random.fold_in(jax.random.key(self.seed), self.step)
 
 
 def move_average(ema: EMA, average: Tree, trained: Tree, step: jax.Array) -> Tree:
     """average ← d·average + (1 - d)·trained every `every` steps; d = min((1 + n)/(10 + n), decay) after n steps.
 
-    As in Flow-GRPO's code.
+    The formula is that of Flow-GRPO's code. `step` counts batches of prompts, however many updates each takes.
     """
     n = step.astype(jnp.float32)
     d = jnp.minimum((1 + n) / (10 + n), ema.decay)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fopd_jax.config.schema import RoutedTask
+from fopd_jax.exits import GUIDE
 from fopd_jax.tasks.task import Task
 
 
@@ -18,7 +19,7 @@ def read_prompts(path: Path, field: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{field}: cannot read {str(path)!r} ({reason}); expected a text of one prompt a line"
+            f"{field}: cannot read {str(path)!r} ({reason}); expected a text of one prompt a line, see {GUIDE}"
         ) from error
     if not text.strip():
         raise ValueError(f"{field}: {path} is empty, expected one prompt a line")

@@ -11,9 +11,10 @@ from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.conditioning.kept import KeptPrompts, MemoryEncodings
 from fopd_jax.conditioning.resident import ResidentPrompts
 from fopd_jax.config.schema import Encoding, Model, Pairs
+from fopd_jax.config.sizes import check_size
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
-from fopd_jax.parallel.sharding import batch_sharding, check_batch
+from fopd_jax.parallel.sharding import batch_sharding, batch_ways, filled
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.codec import Codec
 from fopd_jax.worlds.images import CaptionedImages, Draws
@@ -45,12 +46,10 @@ class FolderWorld:
         else:
             self._prompts = kept_prompts(text, encoding, self._mesh)
         vae, network = manifest.component("vae").config, manifest.transformer
-        unit, side = vae.downsampling * network.patch_size, model.resolution
-        largest = unit * network.table_size
-        if not unit <= side <= largest or side % unit:
-            raise ValueError(f"model.resolution: found {side}, expected a multiple of {unit}, at most {largest}")
-        self._latent_shape = (side // vae.downsampling, side // vae.downsampling, network.channels)
-        self._resolution, self._codec = side, Codec(folder, manifest, self._mesh)
+        unit = vae.downsampling * network.patch_size
+        check_size("model.resolution", model.resolution, unit, unit * network.table_size)
+        self._size, self._codec = model.size, Codec(folder, manifest, self._mesh)
+        self._latent_shape = (*(side // vae.downsampling for side in self._size), network.channels)
 
     def world(self) -> World:
         prompts = self._prompts
@@ -61,17 +60,15 @@ class FolderWorld:
 
     def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:
         draws = Draws(self._tasks, tasks, batch_size, empty_caption, seed)
-        return CaptionedImages(draws, self._resolution, self._prompts.encode, self._codec.encode)
+        return CaptionedImages(draws, self._size, self._prompts.encode, self._codec.encode)
 
 
 def kept_prompts(text: ConvertedText, encoding: Encoding, mesh: Mesh) -> KeptPrompts:
     """Prompts that are encoded once on this process's `mesh` and kept in the folder `cache`, or without one in memory.
 
-    Raises:
-      ValueError: the mesh does not divide `encoding.batch_size`.
+    Some `encoding.batch_size` are encoded at once: what the mesh divides.
     """
-    batch_size = encoding.batch_size
-    check_batch("run.encoding.batch_size", batch_size, mesh)
+    batch_size = filled(encoding.batch_size, batch_ways(mesh))
     kept = MemoryEncodings()
     if encoding.cache:
         kept = ConditioningCache(Path(encoding.cache), text.fingerprint(), text.shapes())

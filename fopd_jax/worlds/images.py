@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Pairs
+from fopd_jax.config.sizes import describe_size
 from fopd_jax.parallel.distributed import barrier, is_main, total
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import Encode, check_shares
 
 CHECKING_TIMEOUT_S = 7200.0
@@ -73,6 +75,13 @@ class Draws:
         names = rng.choice(list(self.tasks), self.batch_size, p=shares / shares.sum())
         return [self._row(str(name), rng) for name in names]
 
+    def captions(self) -> Iterator[str]:
+        """All that may be drawn."""
+        if self.empty_caption:
+            yield ""
+        for name, pairs in self.tasks.items():
+            yield from self.world[name].train if pairs.share else ()
+
     def _row(self, name: str, rng: np.random.Generator) -> Draw:
         task, pairs = self.world[name], self.tasks[name]
         count = len(task.images)
@@ -90,6 +99,7 @@ class CaptionedImages:
     """See `worlds.world.CaptionedLatents`: each process reads and encodes its own rows alone.
 
     `encode` makes conditioning of captions; `encode_images(images, (seed, step, row) of each)` makes latents.
+    `size`: height and width that images are read at.
 
     Raises:
       ValueError: an image cannot be read; names the file. All are read once, shared out over the processes.
@@ -98,21 +108,21 @@ class CaptionedImages:
     def __init__(
         self,
         draws: Draws,
-        side: int,
+        size: tuple[int, int],
         encode: Encode,
         encode_images: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> None:
-        self._draws, self._side = draws, side
+        self._draws, self._size = draws, size
         self._encode, self._encode_images = encode, encode_images
         for name in draws.tasks:
-            check_images(draws.world[name].images, side, f"tasks.{name}.images")
+            check_images(draws.world[name].images, size, f"tasks.{name}.images")
 
     def batch(self, step: int, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
         """`{"x0": [n, h, w, c] float32, "conditioning": …}`."""
         drawn = self._draws(step)
         mine = [drawn[row] for row in rows]
         with ThreadPoolExecutor(_THREADS) as threads:
-            images = list(threads.map(lambda each: read_image(each.image, self._side), mine))
+            images = list(threads.map(lambda each: read_image(each.image, self._size), mine))
         places = np.asarray([(self._draws.seed, step, row) for row in rows], np.uint32)
         return {
             "x0": self._encode_images(np.stack(images), places),
@@ -120,8 +130,9 @@ class CaptionedImages:
         }
 
     def upto(self, steps: int) -> Iterator[str]:
-        """Every caption of the first `steps` batches."""
-        return (each.caption for step in range(steps) for each in self._draws(step))
+        """The distinct captions of the first `steps` batches, see `foresee`."""
+        draws = self._draws
+        return foresee(lambda step: [each.caption for each in draws(step)], steps, draws.captions())
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
         """Task, file and caption of some rows of a batch."""
@@ -132,26 +143,28 @@ class CaptionedImages:
 # ---- files
 
 
-def check_images(paths: Sequence[Path], side: int, field: str) -> None:
-    """Read every image once; tells how many are smaller than half of `side`. All processes call it.
+def check_images(paths: Sequence[Path], size: tuple[int, int], field: str) -> None:
+    """Read every image once; tells how many are enlarged more than twice to be of `size`. All processes call it.
 
     Raises:
       ValueError: one cannot be read; names field and file.
     """
     mine = paths[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = threads.map(lambda path: min(_load(path, field).size), mine)
+        sizes = threads.map(lambda path: _load(path, field).size, mine)
         found = list(tqdm(sizes, "check images", len(mine), dynamic_ncols=True, disable=not is_main()))
-    small = [path for path, size in zip(mine, found, strict=True) if size < side / 2]
+    height, width = size
+    small = [path for path, (w, h) in zip(mine, found, strict=True) if 2 * h < height or 2 * w < width]
     barrier(f"{field} are checked", CHECKING_TIMEOUT_S)
     count = total(len(small))
     if small and is_main():
-        what = f"{count} of {len(paths)} images are below {side // 2} pixels a side and will be blurred"
+        least = f"{height // 2} pixels a side" if height == width else describe_size((height // 2, width // 2))
+        what = f"{count} of {len(paths)} images are below {least} and will be blurred"
         print(f"{field}: {what}, such as {small[0]}", file=sys.stderr, flush=True)
 
 
-def read_image(path: Path, side: int) -> Float[np.ndarray, "side side 3"]:
-    """An image file in [-1, 1]: upright, on white where it is transparent, resized to cover, its middle cut out.
+def read_image(path: Path, size: tuple[int, int]) -> Float[np.ndarray, "height width 3"]:
+    """An image file in [-1, 1]: upright, on white where it is transparent, resized to cover `size`, its middle cut out.
 
     Raises:
       ValueError: it cannot be read; names it.
@@ -160,7 +173,8 @@ def read_image(path: Path, side: int) -> Float[np.ndarray, "side side 3"]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    height, width = size
+    fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return np.asarray(fitted, np.float32) / 127.5 - 1
 
 

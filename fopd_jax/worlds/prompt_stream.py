@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Int
 
 from fopd_jax.config.schema import RoutedTask
+from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import World, select_tasks
 
 Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
@@ -67,8 +68,9 @@ class PromptStream:
         return tasks, [self.tasks[task].train[rng.integers(len(self.tasks[task].train))] for task in tasks]
 
     def upto(self, steps: int) -> Iterator[str]:
-        """Every prompt of the first `steps` batches."""
-        return itertools.chain.from_iterable(self.draw(step)[1] for step in range(steps))
+        """The distinct prompts of the first `steps` batches, see `foresee`."""
+        drawn = (task.train for task, share in zip(self.tasks.values(), self.shares, strict=True) if share > 0)
+        return foresee(lambda step: self.draw(step)[1], steps, itertools.chain.from_iterable(drawn))
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
         """Task and prompt of some rows of one step's whole batch."""

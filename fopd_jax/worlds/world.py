@@ -28,7 +28,7 @@ class CaptionedLatents(Protocol):
         ...
 
     def upto(self, steps: int) -> Iterable[str]:
-        """Every caption of the first `steps` batches, for worlds that have to `prepare` them."""
+        """The captions of the first `steps` batches, each once, for worlds that have to `prepare` them."""
         ...
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
@@ -43,7 +43,8 @@ MakePairs = Callable[[Mapping[str, Pairs], int, float, int], CaptionedLatents]
 def check_shares(tasks: Mapping[str, Pairs]) -> None:
     """Raises ValueError where no task has a share of the pairs."""
     if not any(pairs.share > 0 for pairs in tasks.values()):
-        raise ValueError("tasks: expected at least one task with a share above 0")
+        shares = [pairs.share for pairs in tasks.values()]
+        raise ValueError(f"tasks: found shares {shares}, expected at least one task with a share above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,12 @@ def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Condition
 
 def embed_empty(world: World, mesh: Mesh) -> Conditioning:
     """The conditioning of the empty prompt, one row, on every device of `mesh`."""
-    return _first_row(mesh)(embed_prompts(world, [""] * batch_ways(mesh), mesh))
+    return embed_alone(world, "", mesh)
+
+
+def embed_alone(world: World, prompt: str, mesh: Mesh) -> Conditioning:
+    """The same of any prompt."""
+    return _first_row(mesh)(embed_prompts(world, [prompt] * batch_ways(mesh), mesh))
 
 
 @functools.cache

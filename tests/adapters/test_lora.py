@@ -287,6 +287,17 @@ def test_merge_chooses_by_name():
         merge("mean", experts, thirds, config)
 
 
+@pytest.mark.parametrize("method", ["svd", "concatenate", "factors"])
+def test_merges_name_the_precision_of_their_products(method: str):
+    """At the default one accelerators round inputs to 8 or 11 bits."""
+    experts, config = _experts(2, 12, 10, (4,) * 2, (2.0,) * 2), LoRAConfig(4, 8.0)
+    with jax.default_matmul_precision("bfloat16"):
+        traced = str(jax.make_jaxpr(lambda each: delta(merge(method, each, (0.5, 0.5), config)))(experts))
+    products = traced.count("dot_general[")
+    assert products >= (4 if method == "svd" else 1)
+    assert traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
 # ---- other ranks, fewer layers
 
 

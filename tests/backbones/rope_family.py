@@ -268,8 +268,8 @@ def inputs(x: Any, sigma: Any, conditioning: Any) -> tuple[Any, ...]:
     return x, jnp.broadcast_to(sigma, x.shape[:1]), conditioning.context
 
 
-def latent_shape(shape: RopeShape, resolution: int) -> LatentShape:
-    return resolution, resolution, shape.channels
+def latent_shape(shape: RopeShape, size: tuple[int, int]) -> LatentShape:
+    return *size, shape.channels
 
 
 ROPE = Backbone(

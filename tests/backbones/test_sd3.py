@@ -21,8 +21,22 @@ MEDIUM, LATENT = PRESETS["sd35_medium"], (64, 64, 16)
 
 
 def test_512_pixels_are_64_latents_a_side_and_1024_tokens():
-    assert SD3.latent_shape(MEDIUM, 512) == LATENT
+    assert SD3.latent_shape(MEDIUM, (512, 512)) == LATENT
     assert SD3.tokens(MEDIUM, LATENT, 205) == Tokens(1024, 205)
+
+
+def test_a_high_image_has_as_many_tokens_as_a_wide_one():
+    high, wide = SD3.latent_shape(MEDIUM, (768, 512)), SD3.latent_shape(MEDIUM, (512, 768))
+    assert (high, wide) == ((96, 64, 16), (64, 96, 16))
+    assert SD3.tokens(MEDIUM, high, 205) == SD3.tokens(MEDIUM, wide, 205) == Tokens(1536, 205)
+
+
+@pytest.mark.parametrize(
+    ("size", "found"), [((520, 520), "520"), ((512, 520), "height 512, width 520"), ((6160, 512), "height 6160, ")]
+)
+def test_what_patches_do_not_fill_or_the_table_does_not_reach_is_refused(size: tuple[int, int], found: str):
+    with pytest.raises(ValueError, match=rf"^model\.resolution: found {found}.*multiple of 16, at most 6144$"):
+        SD3.latent_shape(MEDIUM, size)
 
 
 def test_a_prompts_encoding_is_both_towers_tokens_then_t5s_and_the_towers_joined():

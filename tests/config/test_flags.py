@@ -1,4 +1,4 @@
-"""Command lines, as programs read them: what is set, and that every mistake is one line and exit status 1."""
+"""Command lines, as programs read them: what is set, and that every mistake is one line and exit status 2."""
 
 import json
 import os
@@ -13,16 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MINIATURE = f"--config={ROOT}/configs/miniature.py"
 PROGRAM = """
-import json, sys
+import json
 from absl import app
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.parse import flatten
+from fopd_jax.exits import explained
 
 def main(rest):
-    try:
+    with explained():
         print(json.dumps(flatten(read_config())))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 app.run(main, flags_parser=parse_flags)
 """
@@ -44,7 +43,7 @@ def values(*flags: str) -> dict[str, Any]:
 def error_of(*flags: str) -> str:
     """All that a program said that refused its command line."""
     done = call(*flags)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -52,6 +51,17 @@ def error_of(*flags: str) -> str:
 
 
 # ---- what can be set
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("256", 256), ("768,512", [768, 512]), ("(768, 512)", [768, 512]), ("[768,512]", None)]
+)
+@pytest.mark.parametrize("name", ["resolution", "model.resolution"])
+def test_a_size_is_a_side_or_height_and_width(name: str, text: str, value: Any):
+    if value is None:
+        assert "height,width" in error_of(MINIATURE, f"--config.{name}={text}")
+    else:
+        assert values(MINIATURE, f"--config.{name}={text}")["model.resolution"] == value
 
 
 def test_fields_of_every_type_can_be_set():
@@ -127,11 +137,12 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
         (["--config.guidance=nan"], "guidance: found nan, expected a finite number"),
         (["--config.guidance=1e999"], "guidance: found inf, expected a finite number"),
         (["--config.seed=-1"], "seed: found -1, expected a number in [0, 4294967295]"),
-        (["--config.seed=99999999999"], "seed: found 99999999999, expected a number up to 4294967295"),
+        (["--config.seed=99999999999"], "seed: found 99999999999, expected a number in [0, 4294967295]"),
         (["--config.sampler.window=(1,2,3)"], "sampler.window: found (1, 2, 3), expected a tuple of 2, each a whole "),
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
         (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
         (["--nope"], "Unknown command line flag 'nope'"),
+        (["a", "word"], "unexpected arguments ['a', 'word']"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -145,8 +156,8 @@ def test_several_bad_values_are_all_told():
     error = error_of(MINIATURE, "--config.seed=-1", "--config.tasks.text.guidance=-1", "--config.run.mesh.data=0")
     assert error.splitlines() == [
         "seed: found -1, expected a number in [0, 4294967295]",
-        "run.mesh.data: found 0, expected a length ≥ 1, or -1: the devices that are left",
-        "tasks.text.guidance: found -1.0, expected at least 0",
+        "run.mesh.data: found 0, expected a length from 1 to 1048576, or -1: the devices that are left",
+        "tasks.text.guidance: found -1.0, expected at least 0, at most 100",
     ]
 
 

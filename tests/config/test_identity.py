@@ -20,7 +20,14 @@ EXTENDABLE = (  # of the version before: left out of its identity
     "encode_batch_size", "keep_best", "max_skipped_steps", "alarms", "watchdog_seconds", "watchdog_abort",
 )  # fmt: skip
 # Another value than the default for each type; choices and ranges have their own.
-OTHER: dict[Any, Any] = {int: 7, float: 0.25, str: "other", tuple[int, int] | None: (0, 2), tuple[str, ...]: ("x", "y")}
+OTHER: dict[Any, Any] = {
+    int: 7,
+    int | tuple[int, int]: (768, 512),
+    float: 0.25,
+    str: "other",
+    tuple[int, int] | None: (0, 2),
+    tuple[str, ...]: ("x", "y"),
+}
 CHOSEN: dict[str, Any] = {
     "model.dtype": "float32", "trained": "params", "sampler.trained": (1, 2), "transition": "cps",
     "method": "none", "merge": "factors",

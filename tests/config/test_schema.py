@@ -67,6 +67,7 @@ WRONG: dict[Any, list[Any]] = {
     tuple[str, ...]: [None, True, 1, "text", {"text"}, {"text": 1}, (1,), ("data", None), ("data", ("fsdp",))],
     tuple[float, float]: [None, *PAIR],
     tuple[int, int] | None: [False, (1, 2.0), (1, 2**32), *PAIR],
+    int | tuple[int, int]: [None, True, 1.0, NAN, HUGE, (1, 2.0), (1, 2**32), *(each for each in PAIR if each != 3)],
     dict[str, float]: [
         None, 1, (), [("x", 1.0)], {"x": None}, {"x": NAN}, {"x": INF}, {"x": HUGE}, {"x": True}, {"x": "1"},
         {1: 1.0}, {None: 1.0}, {"": 1.0}, {"a.b": 1.0}, {"a b": 1.0}, {"x\n": 1.0},
@@ -107,7 +108,7 @@ def test_a_section_is_nothing_else(stage: str):
     [
         ("seed", True, "seed: found True, expected a whole number"),
         ("run.mesh.data", 1.5, "run.mesh.data: found 1.5, expected a whole number"),
-        ("seed", HUGE, "seed: found 1" + "0" * 199 + "…, expected a number up to 4294967295"),
+        ("seed", HUGE, "seed: found 1" + "0" * 199 + "…, expected a number in [0, 4294967295]"),
         ("optimizer.learning_rate", NAN, "optimizer.learning_rate: found nan, expected a finite number"),
         ("optimizer.betas", (0.9, INF), "optimizer.betas[1]: found inf, expected a finite number"),
         ("optimizer.betas", (0.9,), "optimizer.betas: found (0.9,), expected a tuple of 2, each a number"),
@@ -120,6 +121,13 @@ def test_a_section_is_nothing_else(stage: str):
         ("tasks", {"x": schema.Pairs()}, "tasks.x: found Pairs(share=1.0, wrong_caption=0.0, degraded=0.0, images='', "
          "test=''), expected a section RoutedTask"),
         ("eval", 3, "eval: found 3, expected a section Evaluation"),
+        ("model.resolution", "768",
+         "model.resolution: found '768', expected a whole number, or a tuple of 2, each a whole number"),
+        ("model.resolution", (1, 2, 3),
+         "model.resolution: found (1, 2, 3), expected a tuple of 2, each a whole number, or a whole number"),
+        ("model.resolution", (768, 0.5), "model.resolution[1]: found 0.5, expected a whole number"),
+        ("model.resolution", (768, 0), "model.resolution: found (768, 0), expected pixels a side from 1 to 16384, or "
+         "(height, width)"),
     ],
 )  # fmt: skip
 def test_messages_hold_the_full_name_what_was_found_and_what_is_right(name: str, value: Any, message: str):
@@ -130,13 +138,13 @@ def test_messages_hold_the_full_name_what_was_found_and_what_is_right(name: str,
 
 def test_an_int_that_python_does_not_spell_is_refused_like_any_other():
     assert refusals("opd", {"seed": 10**5000}) == {
-        "seed": "seed: found an int of more digits than Python spells, expected a number up to 4294967295"
+        "seed": "seed: found an int of more digits than Python spells, expected a number in [0, 4294967295]"
     }
 
 
 # ---- ranges: (refused, taken) at the edges, by what a field is named at the end of its dotted name
 
-COUNT, INDEX = ([0, -1], [1, 2**32 - 1]), ([-1], [0])
+COUNT, INDEX = ([0, -1], [1, 1000]), ([-1], [0])
 POSITIVE, NON_NEGATIVE = ([0.0, -1e-9], [1e-9]), ([-1e-9], [0.0])
 PROBABILITY = ([-1e-9, 1 + 1e-9], [0.0, 1.0])
 NAME = (["", "a b", "a/b", "a\\b", "a\n", " ", ".", ".."], ["a", "a.b", "...", ".a", "ß-1"])
@@ -152,8 +160,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "name": NAME, "anchor.name": NAME, "objective.name": choice("direct", "clipped"),
     "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
     "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX,
-    "model.dtype": choice("float32", "bfloat16"), "model.resolution": COUNT, "model.t5_length": COUNT,
-    "shift": POSITIVE, "trained": choice("adapter", "params"), "sampler.trained": STEPS, "sampler.window": STEPS,
+    "model.dtype": choice("float32", "bfloat16"), "model.t5_length": COUNT,
+    "model.resolution": ([0, -1, (0, 1), (1, 0), (1, 2**14 + 1)], [1, (1, 2), (2**14, 1)]),
+    "shift": ([0.0, 9e-4, -1.0], [0.001]), "mean": ([-101.0, 101.0], [-100.0, 0.0]),
+    "trained": choice("adapter", "params"), "sampler.trained": STEPS, "sampler.window": STEPS,
     "adapter.rank": COUNT, "adapter.alpha": POSITIVE, "adapter.targets": ([()], [("attn",), ("attn", "mlp")]),
     "batch_size": COUNT, "learning_rate": POSITIVE, "warmup": INDEX,
     "betas": ([(1.0, 0.9), (0.9, 1.0), (-1e-9, 0.9), (0.9, -1e-9)], [(0.0, 0.0), (0.9, 1 - 1e-9)]),
@@ -178,7 +188,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 FREE = {  # of any value of their type: paths, names that are looked up where they are used, switches
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images", "whole_teachers",
-    "anchor.adapter", "one_timestep", "objective.window_only", "levels.mean",
+    "anchor.adapter", "one_timestep", "objective.window_only",
 }  # fmt: skip
 
 
@@ -244,7 +254,7 @@ def test_an_int_becomes_a_float(stage: str):
 def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
     lists = {
         "adapter.targets": ["mlp", "attn"], "optimizer.betas": [0, 0], "eval.tasks": ["x"], "run.reduce_once": ["data"],
-        "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2],
+        "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
     } | ({"sampler.window": [0, 2], "sampler.trained": [1, 2]} if stage == "opd" else {})  # fmt: skip
     assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
     config = resolve(override(valid(stage), lists))

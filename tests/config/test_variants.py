@@ -15,7 +15,7 @@ def test_a_batch_size_changes_nothing_else(stage: str):
     changed = with_batch(config, 24)
     assert changed.batch_size == 24
     assert {k for k, v in flatten(changed).items() if flatten(config)[k] != v} == {"batch_size"}
-    with pytest.raises(ValueError, match=r"^batch_size: found 0, expected at least 1$"):
+    with pytest.raises(ValueError, match=r"^batch_size: found 0, expected at least 1, at most"):
         with_batch(config, 0)
 
 

@@ -128,11 +128,12 @@ def test_the_report_uses_other_noise_than_the_periodic_evaluation(tmp_path: Path
     assert set(seeds) == {(2, 10)}  # eval.seed + 1, final_samples
 
 
-@pytest.mark.parametrize(("batch_size", "per_task"), [(8, 6), (4, 4)])
+@pytest.mark.parametrize(("batch_size", "per_task", "ways"), [(8, 6, 1), (4, 4, 1), (4, 4, 5)])
 def test_pictures_stand_under_their_own_prompts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, per_task: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, per_task: int, ways: int
 ):
-    """Twelve columns by task, or as many as one batch holds."""
+    """Twelve columns by task, or as many as one batch holds; the same ones where a mesh fills the batch up."""
+    monkeypatch.setattr(report, "batch_ways", lambda _: ways)
     drawn: dict[str, Any] = {}
 
     def draw_grid(images: np.ndarray, rows: Any, columns: Any) -> Image.Image:

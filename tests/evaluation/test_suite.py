@@ -212,3 +212,13 @@ def test_the_prompts_of_an_evaluation_are_told_beforehand():
     assert set(EvalSet({"one": world.tasks["one"]}, 5, 2, 0).prompts()) == {"", "a", "b"}
     evaluate(SAMPLER, recorded, eval_set, jnp.float32(0), {})
     assert set(asked) <= set(told)
+
+
+def test_filling_up_batches_for_a_mesh_changes_no_score():
+    world = _world()
+    sets = [EvalSet(world.tasks, 7, batch_size, 0, ways) for batch_size, ways in ((2, 1), (2, 4), (3, 8), (6, 4))]
+    assert [each.made_at_once for each in sets] == [2, 4, 8, 8]
+    expected, *found = [evaluate(SAMPLER, world, each, jnp.float32(0), {}) for each in sets]
+    for scores in found:
+        for skill, values in expected.items():
+            np.testing.assert_array_equal(scores[skill], values)

@@ -178,7 +178,7 @@ def test_a_window_marks_its_steps():
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 1), (0, 6)])
 def test_a_window_outside_the_schedule_is_refused(start, stop):
-    with pytest.raises(ValueError, match=r"noise window: found \[.*\), expected 0 <= start < stop <= 5"):
+    with pytest.raises(ValueError, match=r"window: found \(.*\), expected \(start, stop\) with 0 <= start < stop <= 5"):
         noise_window(5, start, stop)
 
 

@@ -399,3 +399,13 @@ def test_tree_structures_tell_transitions_apart():
     """Else a function jitted over a transition may run another one's program (see `_name`)."""
     structures = [jax.tree.structure(transition) for transition in (SDE(0.7), CPS(0.7), ODE())]
     assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
+
+
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7), ODE()])
+def test_noise_levels_may_be_pythons_numbers(transition):
+    x, v = jnp.asarray([[0.5], [2.0]]), jnp.asarray([[1.0], [-1.0]])
+    levels = jnp.float32(0.5), jnp.float32(0.25)
+    for found, expected in zip(transition.moments(x, v, 0.5, 0.25), transition.moments(x, v, *levels), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert float(transition.velocity_coefficient(0.5, 0.25)) == float(transition.velocity_coefficient(*levels))

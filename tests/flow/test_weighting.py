@@ -11,7 +11,7 @@ from scipy import integrate, stats
 from fopd_jax.config.schema import WEIGHTINGS
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE
-from fopd_jax.flow.weighting import check_weighting, weight
+from fopd_jax.flow.weighting import LEAST_NOISE, check_weighting, weight
 
 SIGMAS = flow_match_sigmas(10)
 STEPS = list(itertools.pairwise(SIGMAS))
@@ -92,7 +92,8 @@ def test_under_cps_one_step_would_be_almost_the_whole_divergence():
 
 @pytest.mark.parametrize("name", ["kl", "kl_no_dt"])
 @pytest.mark.parametrize(
-    ("transition", "reason"), [(CPS(), r"99\.8% of the loss"), (ODE(), "no noise"), (SDE(0.0), "no noise")]
+    ("transition", "reason"),
+    [(CPS(), r"99\.8% of the loss"), (ODE(), "no noise"), (SDE(0.0), "no noise"), (SDE(1e-30), "no noise")],
 )
 def test_a_divergence_is_refused_where_there_is_none_to_speak_of(name, transition, reason):
     with pytest.raises(ValueError, match=rf"weighting: found '{name}', expected 'ode' or 'uniform': .*{reason}"):
@@ -110,3 +111,14 @@ def test_a_weight_can_be_taken_inside_a_scan():
     sigmas = jnp.asarray(SIGMAS)
     _, found = jax.lax.scan(lambda _, s: (None, weight("kl", SDE(0.7), *s)), None, (sigmas[:-1], sigmas[1:]))
     np.testing.assert_allclose(found, weights("kl", SDE(0.7), STEPS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_no_dt", "ode", "uniform"])
+def test_noise_levels_may_be_pythons_numbers(name):
+    expected = weight(name, SDE(0.7), jnp.float32(0.5), jnp.float32(0.25))
+    found = weight(name, SDE(0.7), 0.5, 0.25)
+    assert (found.dtype, found.shape, float(found)) == (jnp.float32, (), float(expected))
+
+
+def test_the_least_noise_has_a_finite_divergence():
+    assert np.isfinite(weights("kl", SDE(LEAST_NOISE), STEPS)).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-HARMLESS = ("bash", "dirname", "env", "grep", "id", "paste", "sed", "sleep", "tail", "tr")
+HARMLESS = ("bash", "dirname", "env", "grep", "id", "paste", "sed", "seq", "sleep", "tail", "tr")
 STUBBED = (
     "apt-get", "curl", "docker", "gcloud", "gcsfuse", "git", "journalctl", "kubectl", "mount", "mountpoint", "pip",
     "python", "python3", "rm", "sbatch", "scancel", "scontrol", "scp", "squeue", "srun", "ssh", "sudo", "systemctl",

@@ -81,12 +81,14 @@ def test_program_gets_its_arguments_whole(shell, script) -> None:
     assert program[-2:] == list(ARGUMENTS[1:])
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script", [*RUNS, "local.sh"])
 def test_help_names_every_parameter(shell, script) -> None:
     text = shell.run(script, "--help").stdout
     parameters = re.findall(r'^: "\$\{([A-Z_]+):=', (LAUNCH / script).read_text(), re.MULTILINE)
     assert parameters
-    assert all(re.search(rf"\b{name}:=.*# \S", text) for name in parameters)
+    flags = [f"--{name.lower().replace('_', '-')}=" for name in parameters]
+    assert all(re.search(rf"^  {flag}\S* {{2,}}\S", text, re.MULTILINE) for flag in [*flags, "--dry-run", "--help"])
+    assert not re.search(r"[$][{({]|:=|shellcheck|SBATCH|^set ", text, re.MULTILINE)
     assert shell.calls() == []
 
 
@@ -107,6 +109,41 @@ def test_help_names_every_parameter(shell, script) -> None:
         ("gke.sh", ("render", *GKE, "--xla-flags-file=none.txt"), "--xla-flags-file: cannot read 'none.txt'"),
         ("xpk.sh", ("run", "--cluster=c", "--zone=z"), "--docker-image is needed"),
         ("slurm.sbatch", ("steps=3",), "found 'steps=3', expected --name=value"),
+        (
+            "tpu_pod.sh",
+            ("run", "--zone=z", "--", "batch_size=512"),
+            "found 'batch_size=512' after --, expected a flag of",
+        ),
+        (
+            "gke.sh",
+            ("run", *GKE, "--", "--config.seed", "1", "2"),
+            "found '2' after --, expected a flag of the program",
+        ),
+        ("slurm.sbatch", ("--max-restarts=few",), "--max-restarts: found 'few', expected a whole number"),
+        ("slurm.sbatch", ("--memory-fraction=92",), "--memory-fraction: found '92', expected a share"),
+        ("slurm.sbatch", ("--config=configs/none.py",), "--config: cannot read 'configs/none.py'"),
+        ("slurm.sbatch", ("--workdir=gs://bucket/run",), "--workdir: found 'gs://bucket/run', expected a folder"),
+        ("local.sh", ("--processes=0",), "--processes: found '0', expected a whole number from 1 on"),
+        ("local.sh", ("--gpus=two",), "--gpus: found 'two', expected a whole number from 1 on"),
+        ("local.sh", ("--port=http",), "--port: found 'http', expected a port"),
+        ("local.sh", ("--processes=3", "--gpus=8"), "--gpus: found 8, expected a multiple of --processes (3)"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--shared=bucket"), "--shared: found 'bucket', expected gs://BUCKET or"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--spot=yes"), "--spot: found 'yes', expected 1 or nothing"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--tpu-name=My_Pod"), "--tpu-name: found 'My_Pod', expected at most 40"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--mount=shared"), "--mount: found 'shared', expected an absolute path"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--config=none.py"), "--config: cannot read 'none.py'"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--poll-seconds=1m"), "--poll-seconds: found '1m', expected a whole"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--grace-seconds=0"), "--grace-seconds: found '0', expected a whole"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--xla-flags-file=none.txt"), "--xla-flags-file: cannot read 'none.txt'"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--accelerator-type=v6e"), "--runtime-version is needed"),
+        ("tpu_pod.sh", ("run", "--zone=z", "--accelerator-type=v6e-x"), "--accelerator-type: found 'v6e-x'"),
+        ("gke.sh", ("run", *GKE, "--topology=16by16"), "--topology: found '16by16', expected chips a side"),
+        ("gke.sh", ("run", *GKE, "--slices=a[0]"), "--slices: found 'a[0]', expected a whole number from 1 on"),
+        ("gke.sh", ("run", *GKE, "--max-restarts=-1"), "--max-restarts: found '-1', expected a whole number"),
+        ("gke.sh", ("run", *GKE, "--name=Fopd_1"), "--name: found 'Fopd_1', expected at most 40 of a-z"),
+        ("xpk.sh", ("run", *XPK, "--priority=urgent"), "--priority: found 'urgent', expected very-low, low, medium"),
+        ("xpk.sh", ("run", *XPK, "--num-slices=2.5"), "--num-slices: found '2.5', expected a whole number"),
+        ("xpk.sh", ("run", *XPK, "--tpu-type=v6e"), "--tpu-type: found 'v6e', expected a kind and a number"),
     ],
 )
 def test_bad_input_is_one_line_and_runs_nothing(shell, script, words, message) -> None:

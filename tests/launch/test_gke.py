@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+
+from fopd_jax.exits import BAD_INPUT
 
 KUBERNETES = ("1.30", "1.34")  # versions of GKE's clusters, old and new
 SCHEMA = json.loads(Path(__file__).with_name("jobset_v1alpha2.schema.json").read_text())
@@ -65,16 +68,30 @@ def test_schemas_notice_mistakes(shell) -> None:
 def test_survives_preemption(shell, flags) -> None:
     jobset = render(shell, *flags)
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
-    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    _, rule = jobset["spec"]["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
     assert job(jobset)["backoffLimit"] == 0
-    (failure,) = job(jobset)["podFailurePolicy"]["rules"]
+    failure, _ = job(jobset)["podFailurePolicy"]["rules"]
     assert failure["action"] == "FailJob"
     assert failure["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     pod = job(jobset)["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy needs it
     assert pod["terminationGracePeriodSeconds"] >= 30
     assert pod["containers"][0]["command"][0] == "python"  # a shell would keep SIGTERM to itself
+
+
+def test_bad_input_is_not_tried_again(shell) -> None:
+    """Both rules fail the Job for the same reason: JobSet, from 0.10 on, tells them apart by the message's index."""
+    jobset = render(shell, *VARIANTS["tpu"])
+    rule, _ = jobset["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    _, failure = job(jobset)["podFailurePolicy"]["rules"]
+    name = job(jobset)["template"]["spec"]["containers"][0]["name"]
+    assert failure["onExitCodes"] == {"containerName": name, "operator": "In", "values": [BAD_INPUT]}
+    (pattern,) = rule["onJobFailureMessagePatterns"]
+    told = "Container train for pod default/fopd-slice-0-0 failed with exit code 2 matching FailJob rule at index {}"
+    assert re.search(pattern, told.format(1))
+    assert not re.search(pattern, told.format(0))
 
 
 def test_tpu_slices(shell) -> None:
@@ -117,6 +134,7 @@ def test_all_hosts_mount_the_shared_folder_they_work_in(shell) -> None:
 
 @pytest.mark.parametrize("word", ['a "quoted" \\ & word', "${MOUNT} ${VOLUME}", "$(HOST_INDEX)"])
 def test_arguments_stay_whole(shell, word) -> None:
+    word = f"--config.name={word}"
     jobset = yaml.safe_load(shell.run("gke.sh", "render", IMAGE, *VARIANTS["gpu"], "--", word).stdout)
     check(jobset)
     assert job(jobset)["template"]["spec"]["containers"][0]["command"][-1] == word

@@ -61,6 +61,14 @@ def test_crashes_start_again_within_limits(shell) -> None:
     assert names(shell) == ["srun"] * 3
 
 
+def test_bad_input_is_not_tried_again(shell) -> None:
+    shell.stub("srun", "exit 2")
+    job = started(shell)
+    job.communicate(timeout=30)
+    assert job.returncode == 2
+    assert names(shell) == ["srun"]
+
+
 def test_time_limit_saves_and_requeues(shell, warned) -> None:
     assert warned(143, "RUNNING") == 143
     assert names(shell) == ["srun", "scancel", "squeue", "scontrol"]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fopd_jax.exits import BAD_INPUT
+
 FLAGS = ("--zone=z", "--poll-seconds=0")
 
 
@@ -72,6 +74,18 @@ def test_a_program_that_keeps_failing_ends_the_run(run) -> None:
     assert "the program failed 4 times" in run(["READY", "READY"], ["failed"], "--max-restarts=3", status=2)
 
 
+def test_bad_input_ends_the_run_at_once(shell, run) -> None:
+    assert "the program found bad input, which no restart can mend" in run(["READY", "READY"], ["refused"], status=2)
+    assert verbs(shell) == ["install", "start", "follow"]
+
+
+@pytest.mark.parametrize(("state", "status", "told"), [("failed", 2, "refused"), ("failed", 1, "failed"),
+                                                       ("running", 2, "running")])  # fmt: skip
+def test_a_host_tells_bad_input_from_other_failures(shell, state, status, told) -> None:
+    shell.stub("systemctl", f"[[ $* == *ExecMainStatus* ]] && echo {status} || echo {state}")
+    assert shell.run("tpu_worker.sh", "state").stdout == f"{told}\n"
+
+
 def test_a_pod_that_cannot_be_made_is_given_up(shell, run) -> None:
     stderr = run(["NONE"] * 9, [], "--max-restarts=2", status=2, fails='*" create "*')
     assert "gave up after 2 restarts on pod fopd" in stderr
@@ -91,3 +105,4 @@ def test_stopping_a_host_is_a_signal_and_then_patience(shell) -> None:
     assert stop == "sudo systemctl stop fopd"  # one at a time, and what ran before saves first
     assert "--property=KillMode=mixed --property=TimeoutStopSec=60" in start
     assert "--property=Restart=on-failure" in start
+    assert f"--property=RestartPreventExitStatus={BAD_INPUT} " in start

@@ -176,7 +176,7 @@ def assert_refused(config: Any, folder: Path, *fragments: str) -> None:
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
     """All that a program said that refused its input: one line."""
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     return done.stderr

@@ -23,9 +23,9 @@ from fopd_jax.stages.pipeline import load_policy
 from tests.configs import load, prepare
 from tests.main.experiment import assert_refused
 
-SIDE = 32
+SIZE = (32, 48)
 SETTINGS: dict[str, Any] = {
-    "model.preset": "custom", "model.dtype": "float32", "model.resolution": SIDE, "model.t5_length": 8,
+    "model.preset": "custom", "model.dtype": "float32", "model.resolution": SIZE, "model.t5_length": 8,
     "run.encoding.cache": "", "run.encoding.batch_size": 4, "run.attention": "xla", "run.steps": 2,
     "run.checkpoint_every": 1, "run.eval_every": 0, "run.reduce_once": (), "batch_size": 2, "adapter.rank": 2,
     "adapter.alpha": 4.0, "optimizer.learning_rate": 1e-2, "eval.batch_size": 2, "eval.num_steps": 2,
@@ -87,7 +87,8 @@ def test_an_adapter_trains_on_images_and_goes_on_to_the_bit(config: Any, tmp_pat
     assert all(line["train/grad_norm"] > 0 for line in lines)
     assert stage.outputs.keys() == {"adapter.safetensors", "adapter_peft", "samples.png"}
     with Image.open(tmp_path / "whole" / "samples.png") as picture:
-        assert picture.height > SIDE
+        assert picture.width > picture.height > SIZE[0]
+    assert stage.pipeline.world.latent_shape == (SIZE[0] // 8, SIZE[1] // 8, 16)
 
     config.run.steps = 1
     _train(config, tmp_path / "parts")

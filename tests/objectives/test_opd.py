@@ -169,11 +169,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
     "weighting": (
         {"weighting": "snr"},
         SDE(),
-        "weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform",
+        "objective.weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform",
     ),
-    "kl with CPS": ({}, CPS(), "weighting: found 'kl', expected 'ode' or 'uniform': CPS has a std"),
-    "kl with ODE": ({"name": "direct"}, ODE(), "weighting: found 'kl', expected 'ode' or 'uniform': the ODE step"),
-    "kl without noise": ({}, SDE(0.0), "weighting: found 'kl', expected 'ode' or 'uniform': an SDE of noise level 0"),
+    "kl with CPS": ({}, CPS(), "objective.weighting: found 'kl', expected 'ode' or 'uniform': CPS has a std"),
+    "kl with ODE": ({"name": "direct"}, ODE(), "objective.weighting: found 'kl', expected 'ode' or 'uniform': the"),
+    "kl without noise": ({}, SDE(0.0), "objective.weighting: found 'kl', expected 'ode' or 'uniform': an SDE"),
     "clipped with ODE": (
         {"weighting": "ode"},
         ODE(),
@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
         SDE(),
         "objective.weighting: found 'ode', but reward 'log_ratio' has no weighting but 'kl'",
     ),
-    "log_ratio with CPS": ({"reward": "log_ratio"}, CPS(), "weighting: found 'kl', expected 'ode' or 'uniform'"),
+    "log_ratio with CPS": ({"reward": "log_ratio"}, CPS(), "objective.weighting: found 'kl', expected 'ode'"),
 }
 
 

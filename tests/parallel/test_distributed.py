@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_bad_workdir_stops_all_processes_with_one_line(tmp_path: Path):
     (tmp_path / "something.txt").write_text("no run's folder")
     programs = _main(tmp_path, 2)
     said = [program.communicate(timeout=300)[0] for program in programs]
-    assert [program.returncode for program in programs] == [1, 1]
+    assert [program.returncode for program in programs] == [2, 2]
     assert said[0].count("error:") == 1
     assert f"error: {tmp_path} exists and is no run's folder" in said[0]
     assert not any("Traceback" in text for text in said)
@@ -189,16 +190,36 @@ def test_an_unknown_mode_is_refused():
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")}
+STARTERS = (
+    "SLURM",
+    "OMPI",
+    "PMI",
+    "KUBERNETES",
+    "TPU",
+    "JAX_COORD",
+    "JAX_NUM_P",
+    "JAX_PROC",
+    "JAX_L",
+    "JAX_PLAT",
+    "CUDA",
+)
 
 
-def _join(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], **arguments: Any) -> list[Any]:
+def _join(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    roll_call: Callable[..., Any] | None = None,
+    **arguments: Any,
+) -> list[Any]:
     """What `initialize` does in an environment, without doing it."""
-    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "KUBERNETES", "TPU", "JAX_COORD"))]:
+    for name in [name for name in os.environ if name.startswith(STARTERS)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     done: list[Any] = []
-    monkeypatch.setattr(distributed, "roll_call", lambda *call: done.append(call) or ("node03", "node04"))
+    listed = roll_call or (lambda *call: done.append(call) or ("node03", "node04"))
+    monkeypatch.setattr(distributed, "roll_call", listed)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *call, **options: done.append((call, options)))
     monkeypatch.setattr(distributed, "_hosts", [])
     distributed.initialize(timeout_s=9.0, **arguments)
@@ -224,8 +245,41 @@ def test_slurm_is_detected(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cluster_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match=r"found a cluster, but not its members .* or --distributed=off"):
+    with pytest.raises(ValueError, match=r"SLURM_NTASKS: found 'two', expected a whole number; --distributed=off"):
         _join(monkeypatch, SLURM | {"SLURM_NTASKS": "two"})
+    with pytest.raises(ValueError, match=r"found a cluster, but not its members .* or --distributed=off"):
+        _join(monkeypatch, {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1531576320.0;nothing"})
+
+
+def test_a_lone_process_of_an_allocation_runs_alone_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert _join(monkeypatch, SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == []
+    assert "found Slurm: in a shell inside job 7 of 4 tasks (SLURM_NTASKS), runs alone" in capsys.readouterr().err
+
+
+def test_who_waits_in_vain_is_told_what_was_detected(monkeypatch: pytest.MonkeyPatch):
+    def nobody(*_: Any) -> None:
+        raise TimeoutError("not started within 9 s: process 0")
+
+    told = r"not started .*Slurm: process 1 of 2 in job 7 .*--distributed=off runs this"
+    with pytest.raises(TimeoutError, match=told):
+        _join(monkeypatch, SLURM | {"SLURM_NTASKS": "2"}, nobody)
+
+
+def test_variables_of_jax_name_the_members_and_the_devices(monkeypatch: pytest.MonkeyPatch):
+    named = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    called, _ = _join(monkeypatch, SLURM | {"SLURM_NTASKS": "8"} | named)
+    assert called[:3] == ("a:1", 2, 1)
+    _, joined = _join(monkeypatch, SLURM | {"SLURM_NTASKS": "2", "JAX_LOCAL_DEVICE_IDS": "2,3"})
+    assert joined[1]["local_device_ids"] == (2, 3)
+
+
+def test_a_lone_process_takes_the_devices_that_are_named(monkeypatch: pytest.MonkeyPatch):
+    updated: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda *pair: updated.append(pair))
+    assert _join(monkeypatch, {"JAX_LOCAL_DEVICE_IDS": "1,2"}) == []
+    assert updated == [("jax_cuda_visible_devices", "1,2"), ("jax_rocm_visible_devices", "1,2")]
 
 
 # ---- one process

@@ -44,6 +44,20 @@ def flat(tree: Any) -> np.ndarray:
 # ---- the average
 
 
+def test_the_average_counts_steps_not_the_updates_in_them() -> None:
+    """Its unit is that of `run.steps`: a step of three updates moves it once, and two steps are what `every` counts."""
+    tx, ema = optimizer(), EMA(0.5, every=2)
+    state = start = init_state(adapter(0), tx, seed=0)
+    for step in range(1, 5):
+        before = flat(state.ema)
+        for _ in range(3):
+            state, _ = apply_gradients(state, adapter(step), tx)
+        state = advance(state, ema)
+        assert int(state.step) == step
+        assert (flat(state.ema) != before).any() == (step % 2 == 0)
+    assert (flat(state.ema) != flat(start.ema)).any()
+
+
 @pytest.mark.parametrize(("decay", "every"), [(0.9, 8), (0.5, 1), (0.999, 3)])
 def test_average_follows_the_formula(decay: float, every: int) -> None:
     ema = EMA(decay, every)

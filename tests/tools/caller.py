@@ -24,12 +24,12 @@ class Caller:
     capfd: pytest.CaptureFixture[str]
     folder: Path
 
-    def fails(self, arguments: Sequence[str | Path], message: str) -> None:
+    def fails(self, arguments: Sequence[str | Path], message: str, status: int = 2) -> None:
         before = snapshot(self.folder)
         with pytest.raises(SystemExit) as stop:
             self.tool.main([str(argument) for argument in arguments])
         output, errors = self.capfd.readouterr()
-        assert (stop.value.code, output) == (1, "")
+        assert (stop.value.code, output) == (status, "")
         (line,) = messages(errors)
         assert re.search(f"^error: .*{message}", line), line
         assert "Traceback" not in line

@@ -185,7 +185,7 @@ def test_permissions(call: Caller, pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         call.tool.main(["--src", str(pipeline), "--dst", str(tmp_path / "dst"), "--components", "transformer"])
     (line,) = messages(call.capfd.readouterr().err)
-    assert (stop.value.code, line) == (1, f"error: {pipeline / WEIGHTS}: Permission denied")
+    assert (stop.value.code, line) == (2, f"error: {pipeline / WEIGHTS}: Permission denied")
     (tmp_path / "locked").mkdir(mode=0o500)
     dst = tmp_path / "locked" / "dst"
     call.fails(["--src", pipeline, "--dst", dst, "--components", "vae"], f"{dst}: Permission denied")

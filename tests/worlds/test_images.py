@@ -92,7 +92,7 @@ def test_a_process_makes_its_rows_of_the_whole_batch(world: dict[str, Task]):
         seen.append(draws)
         return images.mean((1, 2), keepdims=True) + draws[:, 2, None, None, None].astype(np.float32)
 
-    source = CaptionedImages(_draws(world, seed=7), SIDE, encode, encode_images)
+    source = CaptionedImages(_draws(world, seed=7), (SIDE, SIDE), encode, encode_images)
     whole, rows = source.batch(3, np.arange(64)), np.asarray([2, 40, 41])
     part = source.batch(3, rows)
     np.testing.assert_array_equal(part["x0"], whole["x0"][rows])
@@ -101,7 +101,8 @@ def test_a_process_makes_its_rows_of_the_whole_batch(world: dict[str, Task]):
     reds = whole["x0"][:, 0, 0, 0] - np.arange(64)  # an image goes with its caption
     np.testing.assert_allclose(reds, 40 * whole["conditioning"].pooled[:, 1] / 127.5 - 1, atol=1e-5)
     drawn = _draws(world, seed=7)(3)
-    assert list(source.upto(4))[3 * 64 :] == [row.caption for row in drawn]
+    draws = _draws(world, seed=7)
+    assert list(source.upto(4)) == list(dict.fromkeys(row.caption for step in range(4) for row in draws(step)))
     assert source.describe(3, [40]) == [f"{drawn[40].task}: {drawn[40].image}: {drawn[40].caption!r}"]
 
 
@@ -111,15 +112,34 @@ def test_a_process_makes_its_rows_of_the_whole_batch(world: dict[str, Task]):
 def test_an_image_covers_its_square_and_loses_its_edges(tmp_path: Path):
     """Twice as wide as high: the middle stays, red margins go, at half the size."""
     pixels = np.concatenate([_plane((255, 0, 0), 16, 8), _plane((0, 255, 0), 16, 16), _plane((255, 0, 0), 16, 8)], 1)
-    found = read_image(_save(tmp_path / "wide.png", pixels), SIDE)
+    found = read_image(_save(tmp_path / "wide.png", pixels), (SIDE, SIDE))
     assert (found.shape, found.dtype) == ((SIDE, SIDE, 3), np.float32)
     expected = np.broadcast_to(np.float32([-1, 1, -1]), found.shape)
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.15)  # the filter sees a little of what is cut off
 
 
+@pytest.mark.parametrize(("size", "kept"), [((8, 16), (16, 32)), ((16, 8), (16, 8))])
+def test_an_image_covers_what_is_higher_or_wider(size: tuple[int, int], kept: tuple[int, int], tmp_path: Path):
+    """Of 16 rows and 32 columns the middle in the shape asked for, its margins gone, resized to it."""
+    height, width = kept
+    margin = (32 - width) // 2
+    pixels = np.broadcast_to(np.uint8([255, 0, 0]), (height, 32, 3)).copy()
+    pixels[:, margin : 32 - margin] = (0, 255, 0)
+    found = read_image(_save(tmp_path / "a.png", pixels), size)
+    assert found.shape == (*size, 3)
+    np.testing.assert_allclose(found, np.broadcast_to(np.float32([-1, 1, -1]), found.shape), rtol=0, atol=0.15)
+
+
+def test_small_images_are_told_by_the_side_that_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = [_save(tmp_path / f"{h}x{w}.png", _plane((0, 0, 0), h, w)) for h, w in ((8, 4), (7, 9), (9, 3), (64, 64))]
+    check_images(paths, (16, 8), "tasks.a.images")
+    told = "tasks.a.images: 2 of 4 images are below height 8, width 4 and will be blurred, such as "
+    assert f"{told}{paths[1]}" in capsys.readouterr().err.splitlines()
+
+
 def test_pixels_of_the_right_size_are_kept_as_they_are(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3))
-    found = read_image(_save(tmp_path / "a.png", pixels), SIDE)
+    found = read_image(_save(tmp_path / "a.png", pixels), (SIDE, SIDE))
     np.testing.assert_allclose(found, pixels / 255 * 2 - 1, atol=1e-6)
 
 
@@ -127,18 +147,18 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: its left side is up
     pixels = np.concatenate([_plane((255, 255, 255), SIDE, SIDE // 2), _plane((0, 0, 0), SIDE, SIDE // 2)], 1)
-    found = read_image(_save(tmp_path / "a.png", pixels, exif=exif), SIDE)
+    found = read_image(_save(tmp_path / "a.png", pixels, exif=exif), (SIDE, SIDE))
     assert (found[: SIDE // 2] == 1).all()
     assert (found[SIDE // 2 :] == -1).all()
 
 
 @pytest.mark.parametrize(("pixels", "expected"), [((9, 9, 9, 0), 1.0), ((0, 0, 0, 255), -1.0)])
 def test_what_is_transparent_lies_on_white(pixels: tuple[int, ...], expected: float, tmp_path: Path):
-    assert (read_image(_save(tmp_path / "a.png", _plane(pixels)), SIDE) == expected).all()
+    assert (read_image(_save(tmp_path / "a.png", _plane(pixels)), (SIDE, SIDE)) == expected).all()
 
 
 def test_grey_images_are_images(tmp_path: Path):
-    found = read_image(_save(tmp_path / "a.png", np.full((SIDE, SIDE), 255)), SIDE)
+    found = read_image(_save(tmp_path / "a.png", np.full((SIDE, SIDE), 255)), (SIDE, SIDE))
     assert found.shape == (SIDE, SIDE, 3)
     assert (found == 1).all()
 
@@ -158,12 +178,12 @@ def test_files_that_are_no_images_are_named(tmp_path: Path):
     good = _save(tmp_path / "good.png", _plane((0, 0, 0)))
     for path in bad:
         with pytest.raises(ValueError, match=f"^tasks.a.images: {path}: ") as error:
-            check_images([good, path, good], SIDE, "tasks.a.images")
+            check_images([good, path, good], (SIDE, SIDE), "tasks.a.images")
         assert "\n" not in str(error.value)
 
 
 def test_small_images_are_counted_and_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     paths = [_save(tmp_path / f"{i}.png", _plane((0, 0, 0), 64, size)) for i, size in enumerate((8, 9, 3, 2))]
-    check_images(paths, 16, "tasks.a.images")
+    check_images(paths, (16, 16), "tasks.a.images")
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tasks.a.images: ")]
     assert notes == [f"tasks.a.images: 2 of 4 images are below 8 pixels a side and will be blurred, such as {paths[2]}"]

@@ -13,6 +13,7 @@ from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import OPD, RoutedTask
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
 
@@ -75,7 +76,18 @@ def test_tasks_come_by_their_weights():
 def test_every_prompt_of_a_run_is_known_before_it_starts(steps: int):
     stream = _stream(_world())
     asked = [str(code) for step in range(steps) for code in _codes(stream, step)[::2]]
-    assert list(stream.upto(steps)) == asked
+    assert list(stream.upto(steps)) == list(dict.fromkeys(asked))
+
+
+def test_a_run_of_any_length_is_foreseen_at_once():
+    """A task of weight 0 is never drawn, and of a weight next to none its prompts cannot be waited for."""
+    stream = _stream(_world(), **{"tasks.ocr.weight": 0.0})
+    drawn = list(stream.upto(10**9))
+    assert sorted(drawn, key=int) == [str(100 * k + i) for k in (0, 2) for i in range(20)]
+    rare = _stream(_world(), **{"tasks.ocr.weight": 1e-6})
+    prompts = list(foresee(lambda step: rare.draw(step)[1], 10**9, [*drawn, "100"], most=3000))
+    assert set(prompts[:-1]) == set(drawn)
+    assert prompts[-1] == "100"
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 2, 3, 9], [5], list(range(12))])

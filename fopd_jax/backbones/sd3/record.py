@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Backbone, Files, LatentShape, Tokens
 from fopd_jax.backbones.sd3.flops import pass_flops
+from fopd_jax.config.sizes import check_size
 from fopd_jax.interop.files.converted import load_table, read_manifest
 from fopd_jax.interop.lora.peft import read_lora, write_peft
 from fopd_jax.interop.sd3.convert import byte_bar, write_diffusers
@@ -33,8 +34,10 @@ def inputs(
     return x, timestep, conditioning.context, conditioning.pooled
 
 
-def latent_shape(shape: MMDiTConfig, resolution: int) -> LatentShape:
-    return resolution // DOWNSAMPLING, resolution // DOWNSAMPLING, shape.channels
+def latent_shape(shape: MMDiTConfig, size: tuple[int, int]) -> LatentShape:
+    unit = DOWNSAMPLING * shape.patch_size
+    check_size("model.resolution", size, unit, unit * shape.table_size)
+    return size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING, shape.channels
 
 
 def encoded(shape: MMDiTConfig, t5_length: int) -> tuple[tuple[int, int], tuple[int]]:

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"one_timestep": True, "objective": DIRECT, "updates_per_rollout": 2},
         "one_timestep: found True, expected False with several updates",
     ),
-    "transition": ({"transition": ODE()}, "weighting: found 'kl', expected 'ode' or 'uniform': the ODE step"),
+    "transition": ({"transition": ODE()}, "objective.weighting: found 'kl', expected 'ode' or 'uniform': the ODE step"),
 }
 
 

@@ -1,0 +1,86 @@
+"""How programs end: what went wrong in a line, and a status that says whether trying again can help.
+
+0 done; 1 an error that may be over at the next try; 2 bad input, which stays wrong until somebody changes it, so that
+no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended by signal n.
+"""
+
+import contextlib
+import errno
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, NoReturn
+
+RETRY, BAD_INPUT = 1, 2
+GUIDE = "docs/weights-and-prompts.md"
+"""Where to get what is not there, for messages."""
+_STAYS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+"""Errors of the system that the same command meets again."""
+
+
+class Fault(NamedTuple):
+    """What is told, and the status to exit with."""
+
+    message: str
+    status: int
+
+
+def explain(error: BaseException, place: str = "") -> Fault | None:
+    """What an error means to whoever started the program; None is a mistake of the program's own: show its traceback.
+
+    A message has one line, or one for each of several wrong fields. `place`: what an error of the system is laid to
+    that names no file.
+    """
+    match error:
+        case KeyboardInterrupt():
+            return Fault("interrupted", 128 + signal.SIGINT)
+        case ValueError():
+            return Fault(f"error: {error}", BAD_INPUT)
+        case FloatingPointError():
+            return Fault(f"error: {error}", RETRY)
+        case OSError():
+            return Fault(f"error: {_system(error, place)}", BAD_INPUT if error.errno in _STAYS else RETRY)
+        case MemoryError():
+            return Fault("error: out of memory: this host has too little", RETRY)
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            what = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().split("\n")[0]
+            return Fault(f"error: out of memory on a device ({what}); a smaller batch_size needs less", RETRY)
+    return None
+
+
+def _system(error: OSError, place: str) -> str:
+    """`FILE: what is wrong`."""
+    what = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = " → ".join(files) or (place if error.errno else "")  # what we raise ourselves says it
+    return f"{where}: {what}" if where else what
+
+
+@contextlib.contextmanager
+def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Leave the program with one line and a status for every error that can be explained; `place`: see `explain`.
+
+    `speaks`: whether this process is the one to tell of what all of them meet.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        fault = explain(error, place)
+        if fault is None:
+            raise
+        leave(*(fault if speaks() else ("", fault.status)))
+
+
+def refuse(message: str) -> NoReturn:
+    """Exit for bad input."""
+    leave(f"error: {message}", BAD_INPUT)
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Exit, with a line on stderr."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
