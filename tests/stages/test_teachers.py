@@ -181,6 +181,8 @@ def test_beside_the_state_nothing_of_the_start_stays(kind: str, trained: str, we
 @pytest.mark.parametrize("rank", [6, 4])
 def test_a_run_resumes_into_the_shapes_of_its_start(rank: int, weights: Path, tmp_path: Path):
     """Merged at the sum of the ranks, whatever the config's is."""
-    stage = _stage(_config(weights, "adapter", "adapter", **{"adapter.rank": rank, "adapter.alpha": 2.0 * rank}), tmp_path)
+    stage = _stage(
+        _config(weights, "adapter", "adapter", **{"adapter.rank": rank, "adapter.alpha": 2.0 * rank}), tmp_path
+    )
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.state)
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.start())
