@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or Ctrl-C: the update in flight ends, a checkpoint is saved, all processes leave together."""
+"""Stopping on signals: the update in flight ends, a checkpoint is saved, all processes leave together."""
 
 import contextlib
 import signal
@@ -8,7 +8,12 @@ from typing import Any
 import jax
 from jax._src.distributed import global_state
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGVTALRM")
+    if hasattr(signal, name)
+)
+"""Those that would end the process and come from outside it: from a person, a terminal that closes, a scheduler."""
 LAG = 2
 """Questions from one process's notice to the stop of all. Metrics are fetched one update late, so whoever asks for the
 (n + 2)th time holds a result that the notifying process took part in after it had asked, and told, for the nth time."""
@@ -21,12 +26,20 @@ class Interrupted(Exception):
 
 
 class Preempted(Exception):
-    """The run stopped on request, and its state is saved; `status` is what the process should exit with."""
+    """The run stopped on request, and its state is saved, unless there was a problem with that.
 
-    def __init__(self, number: int, step: int, seconds: float) -> None:
+    `status` is what the process should exit with.
+    """
+
+    def __init__(self, number: int, step: int, seconds: float, problem: str = "") -> None:
         self.status = 128 + number
         name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped after step {step}, saved in {seconds:.1f} s; the same command continues")
+        saved = (
+            f"not saved ({problem}); the same command continues from the checkpoint before"
+            if problem
+            else (f"saved in {seconds:.1f} s; the same command continues")
+        )
+        super().__init__(f"{name}: stopped after step {step}, {saved}")
 
 
 class Preemption:

@@ -11,7 +11,7 @@ from fopd_jax.running import preemption
 from fopd_jax.running.preemption import LAG, Interrupted, Preempted, Preemption
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_a_second_one_changes_nothing(number: signal.Signals, status: int):
     before = signal.getsignal(number)
     with Preemption() as watch:
