@@ -26,7 +26,7 @@ from fopd_jax.config.schema import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.files import write_json
 from fopd_jax.parallel import distributed
-from fopd_jax.running import loop, profile, tracking, workdir
+from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted
@@ -97,8 +97,9 @@ def run(config: Config, folder: Path) -> None:
     began = time.monotonic()
     with distributed.failing_together():
         watch = make_supervision(config.run, folder, {"seed": config.seed, "config_hash": config_hash(config)})
-        with watch.goodput:
+        with watch.goodput, contextlib.ExitStack() as held:
             stage = prepare(config, folder)
+            held.enter_context(lock.holding(folder))
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()
