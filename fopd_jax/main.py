@@ -29,7 +29,7 @@ from fopd_jax.parallel import distributed
 from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
-from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
 from fopd_jax.stages.registry import find_stage
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             print(describe_config(config))
             return
         distributed.initialize(*membership())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `running/preemption.py` will
+        leave_at_once()  # after JAX's runtime, which takes SIGTERM
         run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
     except Preempted as stop:
         _leave(str(stop), stop.status)

@@ -1,7 +1,9 @@
 """Stopping on signals: the update in flight ends, a checkpoint is saved, all processes leave together."""
 
 import contextlib
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -42,11 +44,38 @@ class Preempted(Exception):
         super().__init__(f"{name}: stopped after step {step}, {saved}")
 
 
+def leave_at_once() -> None:
+    """From now on, signals end the process with one line and status 128 + n, wherever it is: nothing is to be saved.
+
+    A thread hears of them, since Python's own handlers wait for a compiler to return.
+    """
+    told, heard = os.pipe()
+    os.set_blocking(heard, False)
+    threading.Thread(target=_leave_when_told, args=(told,), name="signals", daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _at_once)
+    signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
+
+
+def _at_once(number: int, frame: FrameType | None) -> None:
+    """Stands for the thread, which acts while this is what a signal calls."""
+
+
+def _leave_when_told(told: int) -> None:
+    while True:
+        for number in os.read(told, 1):
+            if signal.getsignal(number) is _at_once:
+                line = f"{signal.Signals(number).name}: stopped; what was saved is intact, the same command continues\n"
+                os.write(2, line.encode())
+                os._exit(128 + number)
+
+
 class Preemption:
     """Notes the signals that ask to stop, from `listen` until the end of the context.
 
-    Until then they end the process at once, as by default: there is nothing to save before the first update, and a
-    compiler cannot be interrupted. Signals after the first change nothing, so they do not break the save.
+    Until then they end the process at once: there is nothing to save before the first update, and a compiler cannot be
+    interrupted. Signals after the first change nothing, so they do not break the save.
     """
 
     def __init__(self) -> None:
@@ -65,7 +94,7 @@ class Preemption:
 
     def listen(self) -> None:
         for number in SIGNALS:
-            if number not in self._previous:
+            if number not in self._previous and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
