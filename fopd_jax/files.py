@@ -98,6 +98,18 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
             _sort_metadata(temporary)
 
 
+def check_finite(what: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Numbers before output: what is written for people or for further training is all finite.
+
+    Raises:
+      FloatingPointError: it is not; names the first array and how many of its numbers.
+    """
+    for name, array in arrays.items():
+        wrong = array.size - int(np.isfinite(array).sum())
+        if wrong:
+            raise FloatingPointError(f"{what}: {name}: {wrong} of {array.size} numbers are not finite; not written")
+
+
 def _sort_metadata(path: Path) -> None:
     """Order a file's metadata by name, in place: safetensors itself writes it in another order each time."""
     with path.open("r+b") as file:

@@ -32,10 +32,10 @@ from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import write_json
 from fopd_jax.parallel import distributed
-from fopd_jax.running import loop, profile, tracking, workdir
+from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
-from fopd_jax.running.preemption import Preempted
+from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
 from fopd_jax.stages.registry import find_stage
@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
             print(describe_config(config))
             return
         distributed.initialize(*membership())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime takes it; `running/preemption.py` will
+        leave_at_once()  # after JAX's runtime, which takes SIGTERM
         run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
     except Preempted as stop:
         _leave(str(stop), stop.status)
@@ -100,8 +100,9 @@ def run(config: Config, folder: Path) -> None:
     began = time.monotonic()
     with distributed.failing_together():
         watch = make_supervision(config.run, folder, {"seed": config.seed, "config_hash": config_hash(config)})
-        with watch.goodput:
+        with watch.goodput, contextlib.ExitStack() as held:
             stage = prepare(config, folder)
+            held.enter_context(lock.holding(folder))
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()

@@ -51,6 +51,7 @@ RENAMES = {
     "fopd_jax/files.py": "the one place that writes",
     "fopd_jax/running/integrity.py": "a checkpoint's folder, which orbax wrote, once it has its manifest",
     "fopd_jax/running/checkpoints.py": "sets damaged checkpoints aside",
+    "fopd_jax/running/lock.py": "sets the lock of a dead run aside",
     "fopd_jax/interop/sd3/convert.py": "folders of several components, from its locked staging folder",
     "benchmarks/true_size.py": "a folder that another program wrote",
 }

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fopd_jax.files import replacing, replacing_folder, write_json, write_png, write_tensors, write_text
+from fopd_jax.files import check_finite, replacing, replacing_folder, write_json, write_png, write_tensors, write_text
 
 RED = Image.new("RGB", (4, 4), "red")
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -190,3 +190,9 @@ def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, mo
         with replacing(path, durable=durable) as made:
             made.write_text("four")
     assert events == [4, "named", "named"]
+
+
+def test_numbers_that_are_not_finite_are_named():
+    check_finite("student", {"w": np.ones(3, np.float32), "n": np.arange(2)})
+    with pytest.raises(FloatingPointError, match="student: w: 2 of 3 numbers are not finite"):
+        check_finite("student", {"w": np.array([1.0, np.nan, np.inf])})

@@ -5,6 +5,7 @@
 Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,13 +19,16 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import barrier, failing_together, is_main
+from fopd_jax.running.guards import warn
 from fopd_jax.running.integrity import SealedPath, find_damage, fingerprint
 from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
 _ABOUT = "about"
 _ABOUT_FILE = "about.json"
+_SCORES = "scores.json"  # by metric and step
 _NONE = -1  # in place of a step
 
 
@@ -43,6 +47,7 @@ class Checkpoints:
         self._folder = (workdir / FOLDER).resolve()
         self._config_hash = config_hash
         self._best = Best(keep_best)
+        self._told: set[str] = set()  # damages that are in the log already
         self._verified: dict[int, Any] = {}  # step → its files' fingerprint when their hashes were found right
         self._manager = _manager(self._folder, keep, self._best)
         self._best.read(self._folder)
@@ -67,7 +72,8 @@ class Checkpoints:
         for step in sorted(_steps(self._folder), reverse=True):
             damage = self._damage(step)
             if damage is None:
-                for each in damages:
+                for each in (new for new in damages if new not in self._told):
+                    self._told.add(each)
                     logging.warning("damaged checkpoint, using step %d instead: %s", step, each)
                 return step
             damages.append(damage)
@@ -91,26 +97,31 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        metrics: Mapping[str, float] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Start saving; the arrays are copied before this returns, so the state may be donated.
 
-        A step that is there is not saved again. `metrics`: what an evaluation of this state found, if one was made.
-        `notes`: JSON that belongs to the state.
+        A step that is there is not saved again. `notes`: JSON that belongs to the state.
 
         Raises:
-          ValueError: there are metrics, but not the one that `keep_best` names.
           Exception: whatever stopped the save before this one, which left no checkpoint.
         """
         if step in self._manager.all_steps():
             return
-        scores = {name: float(value) for name, value in (metrics or {}).items()}
-        self._best.add(step, scores)
-        about = {"step": step, "config_hash": self._config_hash, "metrics": scores, "leaves": _describe(state)}
+        self._best.forget(step)  # of a damaged one at the same step
+        about = {"step": step, "config_hash": self._config_hash, "metrics": {}, "leaves": _describe(state)}
         about |= {"notes": dict(notes or {})}
         items = {"state": ocp.args.PyTreeSave(jax.tree.leaves(state)), _ABOUT: ocp.args.JsonSave(about)}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note what an evaluation of a state found, which decides whether its checkpoint is kept as the best one.
+
+        Beside the checkpoints, in a file of its own: what is in a checkpoint is sealed before its evaluation ends.
+        """
+        self._best.add(step, metrics)
+        if is_main():
+            self._best.write(self._folder)
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest intact checkpoint, onto the shapes, dtypes and shardings of `state`: arrays, or shapes alone.
@@ -183,26 +194,43 @@ class Best:
             raise ValueError(f"run.keep_best: found {spec!r}, expected 'max:METRIC', 'min:METRIC' or ''")
         self._sign = -1.0 if direction == "min" else 1.0
         self._scores: dict[int, float] = {}
+        self._told = False
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the score of a checkpoint; one without metrics is never the best."""
-        self._scores.pop(step, None)  # of a damaged one at the same step
+        """Note the score of a checkpoint; one without metrics is never the best. A metric that is not there is told."""
         if not self._name or not metrics:
             return
-        if self._name not in metrics:
-            raise ValueError(
-                f"run.keep_best: found no metric {self._name!r}, expected one of {', '.join(sorted(metrics))}"
-            )
-        if math.isfinite(metrics[self._name]):
-            self._scores[step] = self._sign * metrics[self._name]
+        if self._name in metrics:
+            self._note(step, float(metrics[self._name]))
+        elif not self._told:
+            self._told = True
+            there = ", ".join(sorted(metrics))
+            warn(f"run.keep_best: found no metric {self._name!r}, expected one of {there}; no checkpoint is the best")
+
+    def _note(self, step: int, value: float) -> None:
+        if math.isfinite(value):
+            self._scores[step] = self._sign * value
+
+    def forget(self, step: int) -> None:
+        """A checkpoint that is written anew has no score yet."""
+        self._scores.pop(step, None)
+
+    def write(self, folder: Path) -> None:
+        """Keep the scores of the checkpoints that are there; a full disk does not stop it."""
+        values = {str(step): self._sign * self._scores[step] for step in _steps(folder) if step in self._scores}
+        if self._name:
+            with contextlib.suppress(OSError):
+                write_json(folder / _SCORES, {self._name: values})
 
     def read(self, folder: Path) -> None:
         """Note the scores of the checkpoints that are there already; those that cannot be read have none."""
         for step in _steps(folder) if self._name else ():
-            try:
-                self.add(step, _read_about(folder, step)["metrics"])
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                logging.warning("checkpoint %d has no readable metrics: %s", step, error)
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                self.add(step, _read_about(folder, step)["metrics"])  # where earlier versions kept them
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
+            for step, value in found.get(self._name, {}).items():
+                self._note(int(step), float(value))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Which of orbax's records of checkpoints, each with its `step`, are not to be removed."""

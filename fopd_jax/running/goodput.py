@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -62,18 +62,22 @@ class Goodput:
 
     def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in _COMPILING:
-            self.seconds["compile"] += duration_secs
-            self.seconds[self._phase] -= duration_secs
+            self._switch(self._phase)
+            moved = min(duration_secs, self.seconds[self._phase])  # several threads may compile in the same second
+            self.seconds["compile"] += moved
+            self.seconds[self._phase] -= moved
 
     # ---- over restarts
 
     def resume(self, step: int) -> None:
         """Add what earlier runs spent; work beyond `step`, where this one takes up, was lost."""
+        self._switch(self._phase)
         self.runs, before, self._saved = _read(self._path, step)
         kept = self._saved[max(self._saved)] if self._saved else dict.fromkeys(PHASES, 0.0)
         for phase in REPEATED:
-            before["lost"] += before[phase] - kept[phase]
-            before[phase] = kept[phase]
+            repeated = max(0.0, before[phase] - kept[phase])
+            before["lost"] += repeated
+            before[phase] -= repeated
         for phase, value in before.items():
             self.seconds[phase] += value
         self._saved = {step: dict(self.seconds)}
@@ -129,8 +133,13 @@ def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        seconds = {phase: float(content["seconds"][phase]) for phase in PHASES}
-        saved = {int(at): {phase: float(then[phase]) for phase in PHASES} for at, then in content["saved"].items()}
+        seconds = _seconds(content["seconds"])
+        saved = {int(at): _seconds(then) for at, then in content["saved"].items()}
         return content["runs"] + 1, seconds, {at: then for at, then in saved.items() if at <= step}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 1, dict.fromkeys(PHASES, 0.0), {}
+
+
+def _seconds(there: Mapping[str, float]) -> Seconds:
+    """Earlier versions wrote negative ones."""
+    return {phase: max(0.0, float(there[phase])) for phase in PHASES}

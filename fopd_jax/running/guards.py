@@ -125,6 +125,12 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, on one line, behind its type where that alone tells what it is."""
+    words = " ".join(str(error).split())
+    return words if words and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
+
+
 def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: metrics as numbers where they are some, as words otherwise."""
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in about["metrics"].items()}

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ class SealedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         self._final_path = final.with_name(f"{final.name}{_TEMPORARY}-unsealed")
+        await asyncio.to_thread(shutil.rmtree, self._final_path, ignore_errors=True)  # of a save that failed here
         await super().finalize()
         unsealed, self._final_path = Path(self._final_path), final
         await asyncio.to_thread(write_manifest, unsealed)

@@ -5,10 +5,11 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
@@ -23,6 +24,7 @@ from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
 EVALUATION = "eval/"  # prefix of an evaluation's scalars
+FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing
 MEANS = "means"  # among a checkpoint's notes
 
 
@@ -38,10 +40,13 @@ def run(
     Metrics of step k are fetched while step k+1 runs, and transfers that nobody asked for are errors. Every
     `run.log_every` steps, at the last one and when an alarm is raised, their means since the line before are logged.
 
+    A state is saved before it is evaluated, and an evaluation that is not logged is made up for on resuming: no kill
+    loses updates or scores. One that fails is told and counted, and made again if it was the last; training goes on.
+
     Raises:
       FloatingPointError: a metric is not finite, in more steps than are to be skipped; names it, step and samples.
         Nothing later is saved.
-      Preempted: a signal asked to stop; the state is saved.
+      Preempted: a signal asked to stop; it says whether the state is saved.
       ValueError: the run is already beyond `run.steps`, or an alarm watches a metric that does not exist.
       OSError: too many checkpoints in a row could not be saved.
     """
@@ -52,7 +57,8 @@ def run(
 class _Run:
     """`state` is that after the update dispatched last; `pending` its step and metrics until they are looked at.
 
-    `means`: of the steps since the last line of metrics.
+    `means`: of the steps since the last line of metrics. `failed`: evaluations, the last of them if `unscored`.
+    `begun`: the step whose save runs beside training, of which nothing is known yet; 0 without one.
     """
 
     stage: Stage
@@ -60,6 +66,9 @@ class _Run:
     checkpoints: Checkpoints
     writer: MetricWriter
     watch: Supervision
+    failed: int = 0
+    unscored: bool = False
+    begun: int = 0
 
     def run(self) -> TrainState:
         first = self.resume()
@@ -75,8 +84,8 @@ class _Run:
                     self.stop(i)
                 self.update(i)
                 self.settle(i + 1)
-            with measure("checkpoint"):
-                self.checkpoints.wait()
+            if self.unscored:
+                self.evaluate(steps)
         return self.state
 
     def due(self, every: int, step: int) -> bool:
@@ -122,10 +131,10 @@ class _Run:
         if saves or evaluates:
             self.stage.drain()
             self.report()  # a state is checked before it is evaluated or saved
-        # Before saving: a kill in between repeats both, so no evaluation is lost.
-        scores = self.evaluate(step) if evaluates else {}
         if saves:
-            self.save(step, scores)
+            self.save(step)
+        if evaluates:  # after saving: a kill repeats no update, and `catch_up` finds that the scores are missing
+            self.evaluate(step)
         self.bar.update()
         self.watch.goodput.write(goodput.WRITE_EVERY)
 
@@ -166,40 +175,71 @@ class _Run:
 
     # ---- evaluations, checkpoints
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, step: int) -> None:
         """Score the state and draw it."""
 
         def progress(_: int) -> None:
             self.watch.watchdog.beat(f"part of the evaluation at step {step}")
             self.watch.preemption.interrupt()
 
-        try:
-            with self.watch.goodput.measure("eval"):
-                scores = self.stage.evaluate(self.state, progress)
-                images = self.stage.draw(self.state)
-        except Interrupted:
-            self.stop(step)
+        def score() -> None:
+            scores.update(self.stage.evaluate(self.state, progress))
+            images.update(self.stage.draw(self.state))
+
+        scores: dict[str, float] = {}
+        images: dict[str, np.ndarray] = {}
+        with self.watch.goodput.measure("eval"):
+            try:  # a missing file or a full memory in there is no reason to end days of training
+                problem = self.agreed(score)
+            except Interrupted:
+                self.stop(step)
+        self.unscored = bool(problem)
+        if self.unscored:
+            self.failed += 1
+            guards.warn(f"step {step}: the evaluation failed ({problem}); training goes on")
+            self.writer.write_scalars(step, {FAILED: float(self.failed)})
+            return
         self.writer.write_scalars(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})
         self.writer.write_images(step, images)
-        return scores
+        self.checkpoints.score(step, scores)
 
-    def save(self, step: int, scores: Mapping[str, float]) -> None:
-        """Start to save the state, if there is room for it; a failed save is tried again at the next checkpoint."""
-        last = step == self.settings.steps
+    def save(self, step: int) -> None:
+        """Start to save the state, if there is room for it; a failed save is tried again at the next checkpoint.
+
+        The last has no next one: it is waited for.
+        """
+        last, space = step == self.settings.steps, self.watch.space
         with self.watch.goodput.measure("checkpoint"):
-            if self.watch.space.allows(step, self.state, last):
-                try:
-                    self.checkpoints.save(step, self.state, scores, self.notes())
-                except (OSError, RuntimeError) as error:  # of this save, or the one before, which ran beside training
-                    self.watch.space.missed(step, f"saving failed ({error})", last)
+            if problem := self.agreed(self.checkpoints.wait):  # of the save before, which ran beside training
+                space.missed(self.begun, f"saving failed ({problem})")
+            elif self.begun:
+                space.saved()
+            self.begun = 0
+            if space.allows(step, self.state, last):
+                if problem := self.store(step) if last else self.agreed(lambda: self.begin(step)):
+                    space.missed(step, f"saving failed ({problem})", last)
                 else:
-                    self.watch.space.saved()
+                    self.begun = step
                     self.watch.goodput.mark(step)
         self.watch.watchdog.beat(f"the checkpoint of step {step}")
 
-    def notes(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state: a resumed run goes on with the line that is not complete yet."""
-        return {MEANS: self.means.notes()}
+    def begin(self, step: int) -> None:
+        self.checkpoints.save(step, self.state, {MEANS: self.means.notes()})  # the line that is not complete yet
+
+    def store(self, step: int) -> str:
+        """Save and wait; returns what went wrong."""
+        return self.agreed(lambda: self.begin(step)) or self.agreed(self.checkpoints.wait)
+
+    def agreed(self, act: Callable[[], None]) -> str:
+        """What went wrong, here or on another process, so that all of them go on in the same way; empty if nothing."""
+        try:
+            act()
+            problem = ""
+        except Interrupted:
+            raise
+        except Exception as error:  # what storage and metrics raise has no common type
+            problem = guards.in_one_line(error)
+        return (problem or "on another process") if largest(int(bool(problem))) else ""
 
     def stop(self, step: int) -> NoReturn:
         """Save the state after `step` updates, however long ago the last checkpoint was, and leave."""
@@ -207,7 +247,8 @@ class _Run:
         self.stage.drain()
         self.report()
         with self.watch.goodput.measure("checkpoint"):
-            self.checkpoints.save(step, self.state, notes=self.notes())
-            self.checkpoints.wait()
-        self.watch.goodput.mark(step)
-        raise Preempted(self.watch.preemption.number or signal.SIGTERM, step, time.monotonic() - began)
+            self.agreed(self.checkpoints.wait)  # if the save before failed, this one is all the more needed
+            problem = self.store(step)
+        if not problem:
+            self.watch.goodput.mark(step)
+        raise Preempted(self.watch.preemption.number or signal.SIGTERM, step, time.monotonic() - began, problem)

@@ -1,14 +1,21 @@
-"""Stopping on SIGTERM or Ctrl-C: the update in flight ends, a checkpoint is saved, all processes leave together."""
+"""Stopping on signals: the update in flight ends, a checkpoint is saved, all processes leave together."""
 
 import contextlib
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
 import jax
 from jax._src.distributed import global_state
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGVTALRM")
+    if hasattr(signal, name)
+)
+"""Those that would end the process and come from outside it: from a person, a terminal that closes, a scheduler."""
 LAG = 2
 """Questions from one process's notice to the stop of all. Metrics are fetched one update late, so whoever asks for the
 (n + 2)th time holds a result that the notifying process took part in after it had asked, and told, for the nth time."""
@@ -21,19 +28,54 @@ class Interrupted(Exception):
 
 
 class Preempted(Exception):
-    """The run stopped on request, and its state is saved; `status` is what the process should exit with."""
+    """The run stopped on request, and its state is saved, unless there was a problem with that.
 
-    def __init__(self, number: int, step: int, seconds: float) -> None:
+    `status` is what the process should exit with.
+    """
+
+    def __init__(self, number: int, step: int, seconds: float, problem: str = "") -> None:
         self.status = 128 + number
         name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped after step {step}, saved in {seconds:.1f} s; the same command continues")
+        saved = (
+            f"not saved ({problem}); the same command continues from the checkpoint before"
+            if problem
+            else (f"saved in {seconds:.1f} s; the same command continues")
+        )
+        super().__init__(f"{name}: stopped after step {step}, {saved}")
+
+
+def leave_at_once() -> None:
+    """From now on, signals end the process with one line and status 128 + n, wherever it is: nothing is to be saved.
+
+    A thread hears of them, since Python's own handlers wait for a compiler to return.
+    """
+    told, heard = os.pipe()
+    os.set_blocking(heard, False)
+    threading.Thread(target=_leave_when_told, args=(told,), name="signals", daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _at_once)
+    signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
+
+
+def _at_once(number: int, frame: FrameType | None) -> None:
+    """Stands for the thread, which acts while this is what a signal calls."""
+
+
+def _leave_when_told(told: int) -> None:
+    while True:
+        for number in os.read(told, 1):
+            if signal.getsignal(number) is _at_once:
+                line = f"{signal.Signals(number).name}: stopped; what was saved is intact, the same command continues\n"
+                os.write(2, line.encode())
+                os._exit(128 + number)
 
 
 class Preemption:
     """Notes the signals that ask to stop, from `listen` until the end of the context.
 
-    Until then they end the process at once, as by default: there is nothing to save before the first update, and a
-    compiler cannot be interrupted. Signals after the first change nothing, so they do not break the save.
+    Until then they end the process at once: there is nothing to save before the first update, and a compiler cannot be
+    interrupted. Signals after the first change nothing, so they do not break the save.
     """
 
     def __init__(self) -> None:
@@ -52,7 +94,7 @@ class Preemption:
 
     def listen(self) -> None:
         for number in SIGNALS:
-            if number not in self._previous:
+            if number not in self._previous and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

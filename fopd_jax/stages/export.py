@@ -5,10 +5,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Files
 from fopd_jax.config.schema import Model
+from fopd_jax.files import check_finite
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main
 from fopd_jax.policy.velocity import Tree
@@ -28,8 +31,12 @@ def export(folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pi
     """Write a trained adapter, or a whole network's parameters; all processes call it, process 0 writes.
 
     `constants`: what the network reads beside its parameters.
+
+    Raises:
+      FloatingPointError: a weight is not finite; nothing is written.
     """
     trained, constants = fetch((trained, constants))
+    check_finite(name, {keystr(path): np.asarray(leaf) for path, leaf in tree_leaves_with_path(trained)})
     if not is_main():
         return
     if isinstance(trained, Adapter):

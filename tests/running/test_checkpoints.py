@@ -13,6 +13,7 @@ import pytest
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import EMA, Optimizer
+from fopd_jax.running import integrity
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
@@ -49,7 +50,7 @@ def _open(workdir: Path, keep: int = 2, keep_best: str = "", config_hash: str = 
 
 
 def _names(workdir: Path) -> set[str]:
-    return {path.name for path in (workdir / "checkpoints").iterdir()}
+    return {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()}
 
 
 def _same(found: Any, expected: Any) -> None:
@@ -158,7 +159,8 @@ def test_the_best_is_kept_beside_the_newest_across_restarts(tmp_path: Path):
         checkpoints = _open(tmp_path, keep=2, keep_best="max:eval/text")
         for step in steps:
             score = scores[step]
-            checkpoints.save(step, _trained(0), {} if score is None else {"eval/text": score, "eval/other": -score})
+            checkpoints.save(step, _trained(0))
+            checkpoints.score(step, {} if score is None else {"eval/text": score, "eval/other": -score})
         checkpoints.close()
     assert _names(tmp_path) == {"2", "5", "6"}
 
@@ -166,7 +168,8 @@ def test_the_best_is_kept_beside_the_newest_across_restarts(tmp_path: Path):
 def test_the_best_may_be_the_least(tmp_path: Path):
     checkpoints = _open(tmp_path, keep=1, keep_best="min:loss")
     for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
-        checkpoints.save(step, _trained(0), {"loss": loss})
+        checkpoints.save(step, _trained(0))
+        checkpoints.score(step, {"loss": loss})
     checkpoints.close()
     assert _names(tmp_path) == {"2", "3"}
 
@@ -184,13 +187,35 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path, keep: int, keep_best: st
         _open(tmp_path, keep, keep_best)
 
 
-def test_a_best_metric_that_no_evaluation_finds_is_refused(tmp_path: Path):
+def test_a_best_metric_that_no_evaluation_finds_is_told_once_and_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     checkpoints = _open(tmp_path, keep_best="max:eval/txet")
-    checkpoints.save(1, _trained(0))
-    with pytest.raises(ValueError, match="no metric 'eval/txet', expected one of eval/text"):
-        checkpoints.save(2, _trained(0), {"eval/text": 1.0})
+    for step in (1, 2):
+        checkpoints.save(step, _trained(0))
+        checkpoints.score(step, {"eval/text": 1.0})
     checkpoints.close()
-    assert _names(tmp_path) == {"1"}
+    assert capsys.readouterr().err.count("no metric 'eval/txet', expected one of eval/text") == 1
+    assert _names(tmp_path) == {"1", "2"}
+
+
+def test_a_save_that_failed_beside_training_is_told_once_and_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(folder: Path) -> None:
+        raise OSError("no space left on device")
+
+    checkpoints = _open(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(integrity, "write_manifest", full)
+        checkpoints.save(1, _trained(1))
+        with pytest.raises(OSError, match="no space"):
+            checkpoints.wait()
+    checkpoints.wait()
+    checkpoints.save(1, _trained(1))
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 1
+    checkpoints.close()
 
 
 # ---- what does not belong here

@@ -80,7 +80,7 @@ where = shardings(make_mesh(MeshShape(1, 4, 2)))
 checkpoints = open_checkpoints()
 assert checkpoints.latest_step() is None
 for step in (1, 2):
-    checkpoints.save(step, put(arrays(step), where), {"loss": 1.0})
+    checkpoints.save(step, put(arrays(step), where))
 checkpoints.wait()
 assert checkpoints.latest_step() == 2
 if jax.process_index() == 1:  # seen by the other one

@@ -112,6 +112,22 @@ def test_the_record_stays_small(tmp_path: Path):
     assert len(json.loads((tmp_path / "goodput.json").read_text())["saved"]) == goodput.REMEMBERED
 
 
+def test_no_phase_is_ever_negative_whatever_compiles_at_once(tmp_path: Path):
+    clock, path = Clock(), tmp_path / "goodput.json"
+    watch = Goodput(path, clock)
+    clock.now += 1
+    with watch.measure("step"):
+        clock.now += 2
+        for _ in range(2):  # two threads, in the same two seconds
+            watch._compiled(goodput._COMPILING[1], 2.0)
+        watch.resume(0)  # and nothing is saved after it
+        watch.write()
+    resumed = _run(path, 0, [], {})
+    for seconds in (watch.seconds, resumed.seconds):
+        assert min(seconds.values()) >= 0
+    assert (watch.seconds["compile"], sum(watch.seconds.values())) == (2, 3)
+
+
 def test_compiling_is_told_apart_wherever_it_happens():
     with Goodput() as watch:
         with watch.measure("step"):

@@ -55,12 +55,12 @@ def test_metrics_are_fetched_one_step_late_and_none_is_lost():
     ]  # fmt: skip
 
 
-def test_a_state_is_checked_then_evaluated_then_saved():
+def test_a_state_is_checked_then_saved_then_evaluated():
     recorder = Recorder()
     run(recorder, cadence(steps=5, log_every=2, checkpoint_every=2, eval_every=4))
     assert [event for event in recorder.events if event[0] not in ("step", "drain")] == [
-        ("train", 2), ("save", 2), ("train", 4), ("eval", 4), ("images", 4), ("save", 4),
-        ("train", 5), ("eval", 5), ("images", 5), ("save", 5),
+        ("train", 2), ("save", 2), ("train", 4), ("save", 4), ("eval", 4), ("images", 4),
+        ("train", 5), ("save", 5), ("eval", 5), ("images", 5),
     ]  # fmt: skip
 
 
@@ -358,6 +358,64 @@ def test_a_save_that_fails_is_tried_again_at_the_next_checkpoint(capsys: pytest.
         run(recorder, cadence(6, 1, 1, 0))
 
 
+def test_an_evaluation_that_fails_is_told_counted_and_made_again_at_the_end(capsys: pytest.CaptureFixture[str]):
+    seen: list[int] = []
+
+    def evaluate(state: TrainState, progress: Progress) -> dict[str, float]:
+        seen.append(int(state.step))
+        if len(seen) in (1, 2):
+            raise RuntimeError("out of\nmemory")
+        return {"score": 1.0}
+
+    recorder = Recorder()
+    loop.run(Toy(score=evaluate), cadence(4, 4, 1, 2), recorder, recorder)
+    assert seen == [2, 4, 4]
+    assert [step for kind, step in recorder.events if kind == "save"] == [1, 2, 3, 4]
+    assert [scalars for _, scalars in recorder.scalars if "train/loss" not in scalars] == [
+        {loop.FAILED: 1.0}, {loop.FAILED: 2.0}, {"eval/score": 1.0},
+    ]  # fmt: skip
+    told = capsys.readouterr().err
+    assert told.count("the evaluation failed (RuntimeError: out of memory); training goes on") == 2
+
+
+class Behind(Recorder):
+    """Saves that fail beside training: those of the steps `failing`, found out when they are waited for."""
+
+    failing: frozenset[int] = frozenset()
+
+    def wait(self) -> None:
+        last = max((step for kind, step in self.events if kind == "save"), default=0)
+        if last in self.failing:
+            self.events.remove(("save", last))
+            raise ValueError("PERMISSION_DENIED")
+
+
+def _stopped(failing: frozenset[int]) -> tuple[Behind, str]:
+    recorder = Behind()
+    recorder.failing = failing
+    with pytest.raises(Preempted) as stop:
+        loop.run(Toy(_signalling_twice(3, signal.SIGTERM)), cadence(6, 1, 2, 0), recorder, recorder)
+    return recorder, str(stop.value)
+
+
+def test_a_stop_saves_although_the_save_before_failed():
+    recorder, told = _stopped(frozenset({2}))
+    assert [step for kind, step in recorder.events if kind == "save"] == [3]
+    assert "stopped after step 3, saved in" in told
+
+
+def test_a_stop_says_if_its_own_save_failed():
+    _, told = _stopped(frozenset({3}))
+    assert "stopped after step 3, not saved (PERMISSION_DENIED)" in told
+
+
+def test_saves_that_fail_beside_training_are_counted_too():
+    recorder = Behind()
+    recorder.failing = frozenset({2, 3, 4})
+    with pytest.raises(OSError, match=r"step 4: .*PERMISSION_DENIED.*3 in a row"):
+        run(recorder, cadence(6, 1, 1, 0))
+
+
 def test_the_watchdog_hears_of_every_step_checkpoint_and_part_of_an_evaluation(monkeypatch: pytest.MonkeyPatch):
     heard: list[str] = []
     dog = Watchdog()
@@ -369,4 +427,4 @@ def test_the_watchdog_hears_of_every_step_checkpoint_and_part_of_an_evaluation(m
         return {"score": 1.0}
 
     loop.run(Toy(score=evaluate), cadence(2, 1, 2, 2), recorder, recorder, Supervision(watchdog=dog))
-    assert heard == ["step 1", "step 2", "part of the evaluation at step 2", "the checkpoint of step 2"]
+    assert heard == ["step 1", "step 2", "the checkpoint of step 2", "part of the evaluation at step 2"]

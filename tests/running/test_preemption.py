@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from fopd_jax.running import preemption
 from fopd_jax.running.preemption import LAG, Interrupted, Preempted, Preemption
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_a_second_one_changes_nothing(number: signal.Signals, status: int):
     before = signal.getsignal(number)
     with Preemption() as watch:
@@ -71,3 +73,26 @@ def test_all_processes_stop_at_the_same_question(monkeypatch: pytest.MonkeyPatch
     assert stopped == {one, other}
     assert asked[one] == asked[other] == 6 + LAG
     assert other.number == signal.SIGTERM  # of which the exit status is made
+
+
+SET_UP = """
+import hashlib, os, signal, threading
+from fopd_jax.running.preemption import Preemption, leave_at_once
+leave_at_once()
+with Preemption() as watch:
+    watch.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert watch.asked()
+threading.Timer(0.2, os.kill, (os.getpid(), signal.{})).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # no handler of Python runs in here, as in a compiler
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_where_nothing_is_to_be_saved_a_signal_ends_the_process_with_one_line(name: str, status: int):
+    ended = subprocess.run(
+        [sys.executable, "-c", SET_UP.format(name)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr.splitlines()) == (
+        status, [f"{name}: stopped; what was saved is intact, the same command continues"],
+    )  # fmt: skip

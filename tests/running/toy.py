@@ -54,12 +54,13 @@ class Recorder(Checkpoints, MetricWriter):
         self,
         step: int,
         state: TrainState,
-        metrics: Mapping[str, float] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         assert int(state.step) == step
         self.events.append(("save", step))
-        self.scores[step] = dict(metrics or {})
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.scores[step] = dict(metrics)
 
     def wait(self) -> None:
         pass

@@ -1,0 +1,52 @@
+"""One run at a time in a workdir; what a dead one left is taken over."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fopd_jax.running import lock
+from fopd_jax.running.lock import FILE, holding
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "SILENCE_S", 0.5)
+
+
+def _left(folder: Path, host: str, pid: int) -> None:
+    (folder / FILE).write_text(json.dumps({"host": host, "pid": pid, "since": "noon"}))
+
+
+def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with holding(tmp_path):
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as another process
+        with pytest.raises(ValueError, match=r"process \d+ on .* \(since .*\) is running in it"), holding(tmp_path):
+            pass
+        assert (tmp_path / FILE).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_process_of_this_host_is_noticed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    monkeypatch.setattr(lock, "_moves", lambda path: pytest.fail("not to be waited for"))
+    _left(tmp_path, lock.socket.gethostname(), child.pid)
+    with holding(tmp_path):
+        assert f"process {child.pid} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_one_that_shows_no_life_is_taken_over(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]):
+    _left(tmp_path, "elsewhere", 1)
+    if content is not None:
+        (tmp_path / FILE).write_text(content)
+    with holding(tmp_path):
+        assert capsys.readouterr().err.count("taken over") == 1
+    assert not list(tmp_path.iterdir())
