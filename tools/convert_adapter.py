@@ -1,4 +1,4 @@
-"""Convert a LoRA adapter of the SD3 transformer between fopd_jax, PEFT, diffusers and ComfyUI.
+"""Convert a LoRA adapter of the SD3 transformer between fopd_jax, PEFT, diffusers, ComfyUI and sd-scripts.
 
     python tools/convert_adapter.py --src student.safetensors --dst student_peft --to peft
     python tools/convert_adapter.py --src Flow-GRPO-folder --dst teacher.safetensors --to fopd_jax --preset sd35_medium
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.exits import explained
 from fopd_jax.interop.files.safetensors import FORMAT, load_adapter, save_adapter
-from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft
+from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft, write_sd_scripts
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 
@@ -31,6 +31,7 @@ WRITERS: dict[str, Callable[[Path, Adapter, MMDiTConfig], None]] = {
     "peft": write_peft,
     "diffusers": write_diffusers,
     "comfyui": write_comfyui,
+    "sd_scripts": write_sd_scripts,
     "fopd_jax": lambda path, adapter, config: save_adapter(path, adapter, {"preset": preset_of(config)}),
 }
 

@@ -12,6 +12,7 @@ time.
 import argparse
 import json
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,24 @@ def make_pipeline(dst: Path, sizes: dict[str, Fields], dtype: torch.dtype, shard
             save_clip_tokenizer(dst / TOKENIZERS[name], fields["vocab_size"], pad)
 
 
+def destination_fault(dst: Path) -> str | None:
+    """Why nothing is written to a path: random weights must not replace anybody's."""
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        return f"dst: {dst} exists and is not an empty folder; choose another, or give --force"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dst", type=Path, required=True)
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty, too")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--components", help="comma-separated; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--t5-layers", type=int, help="fewer than T5-XXL's 24, where disk or memory is short")
     args = parser.parse_args()
+    if (fault := destination_fault(args.dst)) and not args.force:
+        sys.exit(f"error: {fault}")
     wanted = args.components.split(",") if args.components else list(_CLASSES)
     sizes = {name: SIZES[args.size][name] for name in _CLASSES if name in wanted}
     if args.t5_layers and "text_encoder_3" in sizes:

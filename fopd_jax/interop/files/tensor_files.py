@@ -73,33 +73,33 @@ class TensorFiles:
         return dataclasses.replace(self, entries=entries)
 
     def stream(self, progress: Progress = lambda count: None) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor in the order of the files; an array is valid until the next one is asked for.
+        """Every tensor in the order of the files; each array is its own, so that it may be kept.
 
         Raises:
           ValueError: a tensor holds NaN or infinity, or its file became shorter; names the tensor.
         """
-        buffer = np.empty(max((entry.end - entry.begin for entry in self.entries.values()), default=0), np.uint8)
         for file in self.files:
             mine = {name: entry for name, entry in self.entries.items() if entry.file == file}
             with _open(file) as source:
                 for name, entry in sorted(mine.items(), key=lambda item: item[1].begin):
-                    raw = buffer[: entry.end - entry.begin]
+                    raw = np.empty(entry.end - entry.begin, np.uint8)
                     source.seek(entry.begin)
                     _read_exactly(source, raw.data, name, file)
                     tensor = raw.view(entry.dtype).reshape(entry.shape)
                     check_finite(name, tensor, file)
                     yield name, tensor
                     progress(raw.nbytes)
+                    del raw, tensor  # so that of those that nobody keeps, one alone is in memory beside the next
 
 
 def open_tensor_files(folder: Path, stem: str) -> TensorFiles:
-    """`folder/stem.safetensors`, or the shards that `folder/stem.safetensors.index.json` lists.
+    """`folder/stem.safetensors`, or the shards that its index lists; where neither is there, those of the fp16 variant.
 
     Raises:
       ValueError: no such file, a damaged header, a truncated or overlong file, or a tensor that is missing from its
         shard, in two of them or not in the index.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    single, index = _weights(folder, stem)
     if single.is_file() and index.is_file():
         raise ValueError(f"{folder}: found both {single.name} and {index.name}, expected one of them")
     if single.is_file():
@@ -109,6 +109,17 @@ def open_tensor_files(folder: Path, stem: str) -> TensorFiles:
         also = f" (found {pickled[0]}, a pickle, which is not read)" if pickled else ""
         raise ValueError(f"{folder}: found neither {single.name} nor {index.name}{also}")
     return _open_shards(folder, index)
+
+
+def _weights(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The names of a network's single file and of its index: the fp16 variant's where only that is there."""
+    names = [
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.fp16.safetensors.index.json"),
+    ]
+    pairs = [(folder / single, folder / index) for single, index in names]
+    return next((pair for pair in pairs if any(path.is_file() for path in pair)), pairs[0])
 
 
 def open_tensor_file(path: Path) -> TensorFiles:

@@ -15,6 +15,7 @@ So no single file has the right scale in both diffusers and ComfyUI (unless its 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,20 @@ from fopd_jax.interop.lora.config import LoRASettings, exact_alpha, make_fields,
 from fopd_jax.interop.lora.files import (
     PEFT_PREFIX,
     PIPELINE_PREFIX,
+    SD_SCRIPTS_PREFIX,
     LoRAFile,
     naming,
     read_lora_file,
 )
 from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
+from fopd_jax.interop.sd3.original import module_parts
 from fopd_jax.models.mmdit import MMDiTConfig
 
 PEFT_SETTINGS = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
+_HEADER_ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # one number for all modules
 _FORMAT = {"format": "pt"}  # without which transformers and diffusers refuse a file
 
 
@@ -96,23 +100,39 @@ def _parse_json(text: str | bytes) -> Mapping[str, Any]:
 
 def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
     """Scale of every module, from the one source that a layout has for it."""
-    if settings is not None and file.prefix != PEFT_PREFIX:
+    if settings is not None and not file.prefix.startswith(PEFT_PREFIX):
         raise ValueError(f"found tensor names that begin with {file.prefix!r}, expected {PEFT_PREFIX!r}")
     sources = {PEFT_SETTINGS: settings, _METADATA: file.metadata.get(_METADATA), "alpha tensors": file.alphas}
     if len(present := [name for name, source in sources.items() if source]) > 1:
         raise ValueError(f"found the scale in {' and in '.join(present)}, expected one of them")
-    if not present and file.prefix == PEFT_PREFIX:
+    header = _header_alpha(file.metadata)
+    if not present and header is None and file.prefix.startswith(PEFT_PREFIX):
         raise ValueError(f"found PEFT's tensor names, but no {PEFT_SETTINGS} beside the file, which holds the scale")
     if file.metadata.get(_METADATA):
         with naming(_METADATA):
             settings = _settings_in_metadata(file)
-    ranks = {module: a.shape[0] for module, (a, _) in file.factors.items()}
+    ranks = {module: file.ranks[module] for module in file.factors}
     if settings is None:
-        return {module: file.alphas.get(module, rank) / rank for module, rank in ranks.items()}
+        alphas = file.alphas or dict.fromkeys(ranks, header or 0)
+        return {module: (alphas.get(module) or rank) / rank for module, rank in ranks.items()}
     for module, rank in ranks.items():
         if settings.rank(module) != rank:
             raise ValueError(f"module {module!r}: found rank {rank}, but its settings say r = {settings.rank(module)}")
     return {module: settings.scale(module) for module in ranks}
+
+
+def _header_alpha(metadata: Mapping[str, str]) -> float | None:
+    """The alpha of all modules that a file's header tells, as trainers write it; tensors go before it."""
+    found = {field: metadata[field] for field in _HEADER_ALPHAS if metadata.get(field, "None") not in ("None", "")}
+    values = set()
+    for field, text in found.items():
+        try:
+            values.add(float(text.strip('"')))
+        except ValueError as error:
+            raise ValueError(f"metadata {field}: found {text!r}, expected a number") from error
+    if len(values) > 1 or not all(math.isfinite(value) and value for value in values):
+        raise ValueError(f"metadata: found {found}, expected one finite number other than 0")
+    return next(iter(values), None)
 
 
 def _settings_in_metadata(file: LoRAFile) -> LoRASettings:
@@ -171,12 +191,44 @@ def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
     modules = modules_from_adapter(adapter, config)
     tensors = _factors(modules, PIPELINE_PREFIX)
     for name, module in modules.items():
-        rank = module.a.shape[0]
-        alpha = exact_alpha(module.scale, rank) or module.scale * rank
-        dtype = np.float32 if float(np.float32(alpha)) == alpha else np.float64
-        tensors[f"{PIPELINE_PREFIX}{name}.alpha"] = np.asarray(alpha, dtype)
+        tensors[f"{PIPELINE_PREFIX}{name}.alpha"] = _alpha_tensor(module.scale, module.a.shape[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, _FORMAT)
+
+
+def write_sd_scripts(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+    """Write a file in sd-scripts' layout, named `*.safetensors`: the original network's modules, each with its alpha.
+
+    q, k and v are one module there: its factors are theirs along the diagonal, its rank three times theirs, so that
+    `read_lora` gives the very adapter back. Alphas are as in `write_comfyui`. An existing file is replaced.
+
+    Raises:
+      ValueError: as `write_comfyui`.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a file name that ends in .safetensors")
+    modules, known, tensors = modules_from_adapter(adapter, config), places(config), {}
+    for name, parts in module_parts(config.depth).items():
+        if not modules.keys() & set(parts):
+            continue
+        rank = next(iter(modules.values())).a.shape[0]
+        a = np.zeros((rank * len(parts), known[parts[0]].shape[-2]), np.float32)
+        width = known[parts[0]].shape[-1]
+        b = np.zeros((width * len(parts), rank * len(parts)), np.float32)
+        for index, part in enumerate(parts):
+            if part in modules:
+                own = slice(index * rank, (index + 1) * rank)
+                a[own], b[index * width : (index + 1) * width, own] = modules[part].a, modules[part].b
+        place = SD_SCRIPTS_PREFIX + name.replace(".", "_")
+        tensors |= {f"{place}.lora_down.weight": a, f"{place}.lora_up.weight": b}
+        tensors[f"{place}.alpha"] = _alpha_tensor(adapter.scale, len(a))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, _FORMAT)
+
+
+def _alpha_tensor(scale: float, rank: int) -> np.ndarray:
+    alpha = exact_alpha(scale, rank) or scale * rank
+    return np.asarray(alpha, np.float32 if float(np.float32(alpha)) == alpha else np.float64)
 
 
 def _fields(modules: Mapping[str, LoRAModule], config: MMDiTConfig) -> dict[str, Any]:

@@ -150,11 +150,24 @@ def open_sources(src: Path, components: Sequence[str] | None) -> list[Source]:
         if components and set(components) != {"transformer"}:
             raise ValueError(f"components: found {', '.join(components)}; of a single file: transformer")
         return [_open_original(src)]
+    if bare := _bare_transformer(src):
+        if components and set(components) != {"transformer"}:
+            raise ValueError(f"components: found {', '.join(components)}; of a transformer's folder: transformer")
+        return [_open_folder(src, "transformer", bare)]
     there = _pipeline_components(src / "model_index.json")
     for name in components or ():
         if name not in there:
             raise ValueError(f"components: found {name!r}, but model_index.json has only {', '.join(there)}")
     return [_open_folder(src, name) for name in there if name in (components or there)]
+
+
+def _bare_transformer(src: Path) -> Path | None:
+    """The folder of a transformer that comes without a pipeline: `src` itself, or the one network's folder in it."""
+    if (src / "model_index.json").is_file():
+        return None
+    if (src / "config.json").is_file():
+        return src
+    return src / "transformer" if [path.name for path in src.iterdir()] == ["transformer"] else None
 
 
 def _pipeline_components(path: Path) -> list[str]:
@@ -168,8 +181,9 @@ def _pipeline_components(path: Path) -> list[str]:
     return there
 
 
-def _open_folder(src: Path, name: str) -> Source:
-    folder = src / name
+def _open_folder(src: Path, name: str, bare: Path | None = None) -> Source:
+    """A network of a pipeline, or the one whose folder `bare` is."""
+    folder = bare or src / name
     with _located(folder / "config.json"):
         config = read_json(folder / "config.json")
         component = COMPONENTS[name](config)
@@ -192,7 +206,11 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 
 def _open_original(path: Path) -> Source:
     with _located(path):
-        tensors = open_tensor_file(path).select(lambda name: not original.belongs_to_another_network(name))
+        tensors = open_tensor_file(path)
+        if not any(name.startswith(original.PREFIX) for name in tensors.entries):
+            entries = {original.with_prefix(name): entry for name, entry in tensors.entries.items()}
+            tensors = dataclasses.replace(tensors, entries=entries)
+        tensors = tensors.select(lambda name: not original.belongs_to_another_network(name))
         config = original.infer_config({name: entry.shape for name, entry in tensors.entries.items()})
         component = COMPONENTS["transformer"](config)
         origins = original.origins(component.tensor_shapes())

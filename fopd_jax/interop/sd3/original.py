@@ -18,7 +18,7 @@ from fopd_jax.interop.sd3.diffusers import TABLE
 PREFIX = "model.diffusion_model."
 OTHER_NETWORKS = ("first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model.")
 _BLOCK_NAME = re.compile(re.escape(PREFIX) + r"joint_blocks\.(\d+)\.")
-_HEAD_DIM = 64  # of every published SD3; the tensors do not tell
+_HEAD_DIM = 64  # of every published SD3; only the norms of q and k tell
 
 _NETWORK = {
     "x_embedder.proj": "pos_embed.proj",
@@ -90,8 +90,24 @@ def origins(shapes: Mapping[str, Shape]) -> dict[str, tuple[Origin, Shape]]:
     return {name: (origin, _joined([shapes[part] for part in origin.parts])) for name, origin in present.items()}
 
 
+def module_parts(depth: int) -> dict[str, tuple[str, ...]]:
+    """Every linear layer or norm of an original network of `depth` blocks, without the prefix → the modules of
+    diffusers that it holds along its outputs, whether the network has them or not."""
+    parts = {ours: (theirs,) for ours, theirs in _NETWORK.items()}
+    for index in range(depth):
+        blocks = {**{ours: (theirs,) for ours, theirs in _BLOCK.items()}, **_FUSED}
+        for ours, theirs in blocks.items():
+            parts[f"joint_blocks.{index}.{ours}"] = tuple(f"transformer_blocks.{index}.{part}" for part in theirs)
+    return parts
+
+
 def _joined(shapes: list[Shape]) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def with_prefix(name: str) -> str:
+    """A tensor's name in the original file, of one in a file that holds the transformer alone, where none has it."""
+    return name if name.startswith((PREFIX, *OTHER_NETWORKS)) else PREFIX + name
 
 
 def belongs_to_another_network(name: str) -> bool:
@@ -110,6 +126,8 @@ def infer_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     _, pooled = _shape(shapes, "y_embedder.mlp.0.weight", "(width, pooled)")
     _, patches, _ = _shape(shapes, "pos_embed", "(1, patches, width)")
     _shape(shapes, "joint_blocks.0.x_block.attn.qkv.weight", "(3 width, width)")
+    norm = shapes.get(f"{PREFIX}joint_blocks.0.x_block.attn.ln_q.weight")
+    head_dim = norm[0] if norm and norm[0] and width % norm[0] == 0 else _HEAD_DIM
     blocks = {int(match[1]) for name in shapes if (match := _BLOCK_NAME.match(name))}
     dual = [i for i in sorted(blocks) if f"{PREFIX}joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
     return {
@@ -119,14 +137,14 @@ def infer_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "in_channels": channels,
         "out_channels": outputs // patch**2,
         "num_layers": len(blocks),
-        "attention_head_dim": _HEAD_DIM,
-        "num_attention_heads": width // _HEAD_DIM,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
         "joint_attention_dim": context,
         "caption_projection_dim": width,
         "pooled_projection_dim": pooled,
         "pos_embed_max_size": isqrt(patches),
         "dual_attention_layers": dual,
-        "qk_norm": "rms_norm" if f"{PREFIX}joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+        "qk_norm": "rms_norm" if norm is not None else None,
     }
 
 

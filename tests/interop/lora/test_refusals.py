@@ -103,8 +103,6 @@ def test_tensors_that_are_refused(
     [
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "not of a text encoder"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "not of a text encoder"),
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "expected diffusers' module names"),
-        ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "expected diffusers' module names"),
         ("transformer.transformer_blocks.0.attn.to_q.dora_scale", "DoRA rescales the base weights"),
         ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr is not supported"),
     ],

@@ -1,0 +1,97 @@
+"""Layouts of files that others publish: each gives the adapter that diffusers' plain names give."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fopd_jax.adapters.lora import Adapter
+from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_sd_scripts
+from fopd_jax.interop.sd3.diffusers import config_from_diffusers
+from fopd_jax.interop.sd3.original import module_parts
+from tests.interop.lora.peft_oracle import CONFIG, check_equal, random_adapter
+
+
+@pytest.mark.parametrize("scale", [2.0, 2 / 3])
+def test_sd_scripts_round_trip_is_exact(scale: float, tmp_path: Path) -> None:
+    adapter, path = random_adapter(scale), tmp_path / "sd_scripts.safetensors"
+    write_sd_scripts(path, adapter, CONFIG)
+    assert all(name.startswith("lora_unet_joint_blocks_") for name in load_file(path))
+    check_equal(read_lora(path, CONFIG), adapter)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "model.diffusion_model."])
+def test_fused_factors_are_split(prefix: str, tmp_path: Path) -> None:
+    """One down and one stacked up for q, k and v, as sd-scripts trains them."""
+    random, fused, plain = np.random.default_rng(0), {}, {}
+    for name, parts in module_parts(1).items():
+        if not name.endswith(("x_block.attn.qkv", "context_block.attn.qkv", "x_block.attn.proj")):
+            continue
+        a = random.normal(size=(6, CONFIG.width)).astype(np.float32)
+        ups = [random.normal(size=(CONFIG.width, 6)).astype(np.float32) for _ in parts]
+        place = prefix + (name.replace(".", "_") if prefix == "lora_unet_" else name)
+        fused |= {f"{place}.lora_down.weight": a, f"{place}.lora_up.weight": np.concatenate(ups)}
+        fused[f"{place}.alpha"] = np.asarray(3, np.float32)
+        for part, up in zip(parts, ups, strict=True):
+            plain |= {f"transformer.{part}.lora_A.weight": a, f"transformer.{part}.lora_B.weight": up}
+    save_file(fused, tmp_path / "fused.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors", metadata={"lora_alpha": "3"})
+    read = read_lora(tmp_path / "fused.safetensors", CONFIG)
+    assert read.scale == 0.5
+    check_equal(read, read_lora(tmp_path / "plain.safetensors", CONFIG))
+
+
+def test_modulation_is_refused_by_name(tmp_path: Path) -> None:
+    place, path = "lora_unet_joint_blocks_0_x_block_adaLN_modulation_1", tmp_path / "modulation.safetensors"
+    factors = {"down": np.ones((2, CONFIG.width), np.float32), "up": np.ones((6 * CONFIG.width, 2), np.float32)}
+    save_file({f"{place}.lora_{role}.weight": factor for role, factor in factors.items()}, path)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.norm1\.linear.*a bank can only route"):
+        read_lora(path, CONFIG)
+
+
+def plain_tensors(adapter: Adapter, folder: Path) -> dict[str, np.ndarray]:
+    write_comfyui(folder / "plain.safetensors", adapter, CONFIG)
+    return {k: v for k, v in load_file(folder / "plain.safetensors").items() if not k.endswith(".alpha")}
+
+
+@pytest.mark.parametrize("field", ["lora_alpha", "ss_network_alpha"])
+def test_alpha_of_the_header(field: str, tmp_path: Path) -> None:
+    adapter = random_adapter(2.0)
+    tensors, rank = plain_tensors(adapter, tmp_path), jax.tree.leaves(adapter.weights)[0].shape[-1]
+    save_file(tensors, tmp_path / "header.safetensors", metadata={field: str(2.0 * rank)})
+    check_equal(read_lora(tmp_path / "header.safetensors", CONFIG), adapter)
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata={field: "much"})
+    with pytest.raises(ValueError, match=f"metadata {field}: found 'much', expected a number"):
+        read_lora(tmp_path / "wrong.safetensors", CONFIG)
+
+
+@pytest.mark.parametrize("style", ["down and up", "nested", "text encoders"])
+def test_names(style: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter, path = random_adapter(1.0), tmp_path / "named.safetensors"
+    tensors = plain_tensors(adapter, tmp_path)
+    if style == "down and up":
+        tensors = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in tensors.items()}
+    elif style == "nested":
+        tensors = {k.replace("transformer.", "transformer.base_model.model.", 1): v for k, v in tensors.items()}
+    else:
+        tensors |= {"text_encoder.layers.0.q_proj.lora_A.weight": np.ones((2, 4), np.float32)}
+    save_file(tensors, path)
+    with caplog.at_level(logging.WARNING):
+        check_equal(read_lora(path, CONFIG), adapter)
+    assert ("left out 1 tensors of text encoders" in caplog.text) == (style == "text encoders")
+
+
+@pytest.mark.parametrize("name", ["lora_kohya", "lora_down_up"])
+def test_shared_inputs(name: str) -> None:
+    folder = Path(__file__).parents[4] / "shared/bug_inputs"
+    if not folder.is_dir():
+        pytest.skip("no folder of bug inputs")
+
+    config = config_from_diffusers(json.loads((folder / "tiny/transformer/config.json").read_bytes()))
+    read, plain = (read_lora(folder / f"{each}.safetensors", config) for each in (name, "lora_plain"))
+    if name == "lora_down_up":
+        check_equal(read, plain)
