@@ -100,8 +100,8 @@ def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:
     return family.latent_shape(shape, model.resolution), Conditioning(*encoded)
 
 
-def encoded_tokens(pipeline: Pipeline, t5_length: int) -> int:
+def encoded_tokens(pipeline: Pipeline, config: Model) -> int:
     """Text tokens of one prompt's conditioning in a pipeline's world."""
     if pipeline.manifest is None:
-        return pipeline.world.encode([""]).context.shape[1]
-    return pipeline.family.encoded(pipeline.model.config, t5_length)[0][0]
+        return world_shapes(config)[1].context.shape[0]
+    return pipeline.family.encoded(pipeline.model.config, config.t5_length)[0][0]

@@ -56,7 +56,7 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
         base = frozen_part(config, abstract_base(boxed, jnp.dtype(config.model.dtype), mesh))
         return {"base": base, **trained_parts(update.trained.state)}
 
-    tokens = partial(encoded_tokens, pipeline, config.model.t5_length)
+    tokens = partial(encoded_tokens, pipeline, config.model)
     return FlowMatchingPlan(
         setup, update.trained, lambda: pairs.upto(config.run.steps), METRICS, held,
         lambda: update_cost(config, latent_shape, tokens(), model), update, pairs,

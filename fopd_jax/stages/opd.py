@@ -78,7 +78,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
         return {"base": base, "bank": bank, **trained_parts(update.state)}
 
-    tokens = partial(encoded_tokens, pipeline, config.model.t5_length)
+    tokens = partial(encoded_tokens, pipeline, config.model)
     return OPDPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), metric_names(spec.teachers), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
