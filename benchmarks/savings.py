@@ -19,8 +19,9 @@ from typing import Any
 
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.files import write_json
+from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
-from fopd_jax.stages.abstract import world_shapes
+from fopd_jax.stages.abstract import abstract_model, world_shapes
 from fopd_jax.stages.opd_update import make_spec, update_cost
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,8 @@ def flops_a_sample(name: str) -> float:
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config = resolve(override(config, VARIANTS[name]))
     latent_shape, encoded = world_shapes(config.model)
-    update = update_cost(config, make_spec(config, latent_shape), encoded.context.shape[0])
+    model = abstract_model(config, make_mesh(config.run.mesh))
+    update = update_cost(config, make_spec(config, latent_shape), encoded.context.shape[0], model)
     return update.model / config.batch_size
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,3 +119,23 @@ def _sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+# ---- before anything is written
+
+
+def check_writable(folder: Path, field: str) -> Path:
+    """The folder, or the nearest above it that is there; a file without a name is made there, and is gone again.
+
+    Raises:
+      ValueError: it is no folder, or nothing can be written there; begins with `field`.
+    """
+    there = folder
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if there.is_dir():
+            with tempfile.TemporaryFile(dir=there):
+                return there
+    except OSError as error:
+        raise ValueError(f"{field}: {there} cannot be written ({error.strerror})") from error
+    raise ValueError(f"{field}: {there} is no folder")

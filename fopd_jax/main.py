@@ -1,4 +1,4 @@
-"""`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--config.field=value …]`.
+"""`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--check] [--config.field=value …]`.
 
 The same command continues a run that ended early; after SIGTERM or Ctrl-C, which save first, the exit status is 143
 or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
@@ -38,6 +38,8 @@ from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
+from fopd_jax.stages.check import describe_plan
+from fopd_jax.stages.plan import check_plan
 from fopd_jax.stages.registry import find_stage
 from fopd_jax.steps.state import TrainState
 
@@ -47,6 +49,10 @@ _WORKDIR = flags.DEFINE_string(
 
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print-config", False, "Print every field with its value, where that comes from and what it means, and stop."
+)
+
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Check all that a run would be refused for, say what it would do, and stop; nothing is written."
 )
 
 COMPILED = "compiled"
@@ -62,7 +68,8 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+        folder = Path(_WORKDIR.value or f"runs/{config.name}")
+        check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)
     except KeyboardInterrupt:
@@ -158,14 +165,38 @@ def prepare(config: Config, folder: Path) -> Stage:
     Raises:
       ValueError: names the field, file or key that is wrong.
     """
+    check_run(config, folder)
+    stage = find_stage(config).make(config, folder)
+    workdir.claim(folder, identity(config))
+    return stage
+
+
+def check(config: Config, folder: Path) -> None:
+    """Check everything that `prepare` would, and print what the run would do; writes nothing.
+
+    Raises:
+      ValueError: as `prepare`.
+    """
+    with distributed.failing_together():
+        check_run(config, folder)
+        plan = find_stage(config).plan(config)
+        check_plan(plan, config, folder)
+        text = describe_plan(plan, config, folder)
+        if distributed.is_main():
+            print(text)
+
+
+def check_run(config: Config, folder: Path) -> None:
+    """What is known of a run without its stage.
+
+    Raises:
+      ValueError: names the field or folder that is wrong.
+    """
     tracking.check(config.run.wandb)
     profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
-    stage = find_stage(config).make(config, folder)
     if config.run.steps < newest_step(folder):
         raise ValueError(f"run.steps: found {config.run.steps}, but {folder} is already at step {newest_step(folder)}")
-    workdir.claim(folder, identity(config))
-    return stage
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fopd_jax.files import check_finite, replacing, replacing_folder, write_json, write_png, write_tensors, write_text
+from fopd_jax.files import (
+    check_finite,
+    check_writable,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_png,
+    write_tensors,
+    write_text,
+)
 
 RED = Image.new("RGB", (4, 4), "red")
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -196,3 +205,21 @@ def test_numbers_that_are_not_finite_are_named():
     check_finite("student", {"w": np.ones(3, np.float32), "n": np.arange(2)})
     with pytest.raises(FloatingPointError, match="student: w: 2 of 3 numbers are not finite"):
         check_finite("student", {"w": np.array([1.0, np.nan, np.inf])})
+
+
+def test_a_folder_is_tried_without_a_trace(tmp_path: Path):
+    assert check_writable(tmp_path / "a" / "b", "workdir") == tmp_path
+    assert check_writable(tmp_path, "workdir") == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_what_cannot_be_written_is_named(below: str, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=rf"^workdir: {file} is no folder$"):
+        check_writable(file / below, "workdir")
+    with pytest.raises(ValueError, match=r"^workdir: /proc cannot be written \(.+\)$"):
+        check_writable(Path("/proc") / below, "workdir")
+    with pytest.raises(ValueError, match=r"^workdir: .* cannot be written \(File name too long\)$"):
+        check_writable(tmp_path / ("a" * 300), "workdir")

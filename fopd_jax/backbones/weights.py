@@ -1,5 +1,6 @@
 """Variables of a network: as shapes, at random, or from files, each in its shards."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,12 @@ def example_inputs(module: Any, latent_shape: LatentShape) -> tuple[Any, ...]:
 
 def boxed_variables(module: nn.Module, latent_shape: LatentShape) -> Tree:
     """Shapes of `params` and `constants`, parameters boxed with their logical axes, without computing anything."""
+    return jax.tree.map(lambda leaf: leaf, _traced(module, tuple(latent_shape)))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(module: nn.Module, latent_shape: LatentShape) -> Tree:
+    """Tracing takes a second, and a start asks several times."""
     return _complete(jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module, latent_shape)))
 
 
@@ -53,13 +60,23 @@ def load_file(path: Path, preset: str, module: nn.Module, latent_shape: LatentSh
     """Variables from a file of this project's own.
 
     Raises:
-      ValueError: it is missing or damaged, or of another preset or shape; names it.
+      ValueError: as `read_file`.
     """
     boxed = boxed_variables(module, latent_shape)
+    variables = read_file(path, preset, boxed)
+    return put_replicated(cast(_complete(variables), dtype), parameter_shardings(mesh, boxed))
+
+
+def read_file(path: Path, preset: str, boxed: Tree) -> Tree:
+    """The same on the host, as they are; `boxed`: their shapes.
+
+    Raises:
+      ValueError: it is missing or damaged, or of another preset or shape; names it.
+    """
     variables, metadata = load_tree(path)
     check_preset(path, metadata, preset)
     check_like(str(path), variables, f"preset {preset}", nn.unbox(boxed))
-    return put_replicated(cast(_complete(variables), dtype), parameter_shardings(mesh, boxed))
+    return variables
 
 
 def load_converted(folder: Path, module: Any, latent_shape: LatentShape, dtype: Any, mesh: Mesh) -> Tree:

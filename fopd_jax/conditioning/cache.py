@@ -29,7 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.files import replacing
+from fopd_jax.files import check_writable, replacing
 from fopd_jax.parallel.distributed import is_main
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -76,15 +76,16 @@ class ConditioningCache:
         return [prompt for name, prompt in wanted.items() if name not in self._places]
 
     def check_space(self, count: int) -> None:
-        """Refuse to begin what cannot be finished.
+        """Refuse to begin what cannot be finished; writes nothing.
 
         Raises:
-          ValueError: the disk has no room for `count` more prompts; names folder, need and what is free.
+          ValueError: the folder cannot be written, or its disk has no room for `count` more prompts; names folder, need
+            and what is free.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
+        there = check_writable(self._root, f"conditioning cache {self._root}")
         self._tell_of_old_files()
         needed = count * sum(_sizes(self._shapes)) * STORED.itemsize
-        free = shutil.disk_usage(self._root).free
+        free = shutil.disk_usage(there).free
         if needed > free:
             raise ValueError(
                 f"conditioning cache {self._root}: {count} prompts need {needed / 2**30:.1f} GiB, "
@@ -168,7 +169,8 @@ class ConditioningCache:
 
     def _tell_of_old_files(self) -> None:
         """Encoding anew takes minutes, and finding files of one prompt each on a bucket takes longer."""
-        old = sorted(path.name for path in self._root.iterdir() if re.fullmatch("[0-9a-f]{2}", path.name))
+        paths = self._root.iterdir() if self._root.is_dir() else ()
+        old = sorted(path.name for path in paths if re.fullmatch("[0-9a-f]{2}", path.name))
         if old and is_main():
             told = f"{self._root}: encodings of an older format ({old[0]} … {old[-1]}) are not used; delete them"
             print(f"warning: {told}", file=sys.stderr, flush=True)

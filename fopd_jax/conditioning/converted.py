@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fopd_jax.conditioning.encoder import Conditioning, TextEncoder, TextEncoders, Tokenize
+from fopd_jax.conditioning.lengths import Reader, review
 from fopd_jax.interop.files.converted import TOKENIZERS, Manifest, load_sharded
 from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.t5 import T5Encoder
@@ -64,6 +66,16 @@ class ConvertedText:
         clip = [self.manifest.component(name).config for name in CLIP_TOWERS]
         length = clip[0].max_length + self.t5_length
         return Conditioning((length, self.context_dim), (sum(each.projection_dim for each in clip),))
+
+    def review(self, prompts: Iterable[str]) -> list[str]:
+        """What the encoders do not read of prompts, a line each, see `lengths.review`; loads no weights."""
+        names = [name for name in (*CLIP_TOWERS, T5) if name in self.manifest.components]
+        folders = {name: self.folder / TOKENIZERS[name] for name in names}
+        lengths = {name: self.t5_length if name == T5 else self._clip_length(name) for name in names}
+        return review([Reader(name, lengths[name], partial(load_tokenizer, folders[name])) for name in names], prompts)
+
+    def _clip_length(self, name: str) -> int:
+        return self.manifest.component(name).config.max_length
 
     def load(self, mesh: Mesh) -> TextEncoders:
         """The encoders, born in their shards on `mesh`.

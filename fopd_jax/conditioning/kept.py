@@ -57,6 +57,16 @@ class KeptPrompts:
         self._encodings, self._load, self._batch_size = encodings, load, batch_size
         self._filling = threading.Lock()
 
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """Those that are not encoded yet, for which there is room.
+
+        Raises:
+          ValueError: there is none; names the folder.
+        """
+        if missing := self._encodings.missing(prompts):
+            self._encodings.check_space(len(missing))
+        return missing
+
     def prepare(self, prompts: Iterable[str]) -> None:
         """Encode what is not there yet; the encoders are in memory only meanwhile.
 

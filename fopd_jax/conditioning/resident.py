@@ -30,6 +30,10 @@ class ResidentPrompts:
         """Load the encoders; no prompt needs to be known beforehand."""
         _ = self._program
 
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """None: nothing is encoded beforehand."""
+        return []
+
     def encode(self, prompts: Sequence[str]) -> TokenIds:
         """Ids of prompts `[B, S]`, on the host; each process asks for its own rows."""
         return self._encoders.tokenize(prompts)

@@ -1,9 +1,13 @@
 """Config files: Python whose `get_config()`, or `get_config(variant)`, returns a stage's settings."""
 
+import dataclasses
+import difflib
+import re
 import runpy
 import traceback
 from pathlib import Path
 
+from fopd_jax.config import schema
 from fopd_jax.config.parse import STAGES
 from fopd_jax.config.schema import OPD, FlowMatching
 
@@ -14,27 +18,48 @@ def load_config(path: str | Path, variant: str = "") -> OPD | FlowMatching:
     Raises:
       ValueError: there is no such file, it is no Python, raises, or returns something else; names it and the line.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"config: {path}: is a folder, expected a Python file")
     if not Path(path).is_file():
         raise ValueError(f"config: {path}: no such file")
+    make = None
     try:
         make = runpy.run_path(str(path)).get("get_config")
         config = make(*([variant] if variant else [])) if callable(make) else make
-    except Exception as error:  # whatever a user's own code may raise
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(f"{path}{_line(error, str(path))}: {kind}{' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's own code may raise
+        place = _line(error, str(path)) or _first_line(make)
+        raise ValueError(f"{path}{place}: {_said(error)}") from error
     if not callable(make):
         raise ValueError(f"{path}: found no function get_config")
     if not isinstance(config, tuple(STAGES.values())):
         kinds = " or ".join(kind.__name__ for kind in STAGES.values())
         raise ValueError(
-            f"{path}: get_config returned {type(config).__name__}, expected {kinds} of fopd_jax.config.schema"
+            f"{path}{_first_line(make)}: get_config returned {type(config).__name__}, "
+            f"expected {kinds} of fopd_jax.config.schema"
         )
     return config
 
 
-def _line(error: Exception, path: str) -> str:
+def _said(error: BaseException) -> str:
+    """An error in one line, with the field that was meant where one was misspelt."""
+    text = " ".join(str(error).split())
+    if misspelt := re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
+        kind, name = getattr(schema, misspelt[1], None), misspelt[2]
+        known = [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        close = difflib.get_close_matches(name, known, 1)
+        text += f", did you mean {close[0]!r}?" if close else f", only {', '.join(known)}" if known else ""
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def _line(error: BaseException, path: str) -> str:
     """Where in the file it came up, if it did there."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f", line {lines[-1]}" if lines else ""
+
+
+def _first_line(make: object) -> str:
+    """Where a function begins, if it is one of Python's."""
+    code = getattr(make, "__code__", None)
+    return f", line {code.co_firstlineno}" if code is not None else ""

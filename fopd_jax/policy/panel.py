@@ -89,7 +89,9 @@ class RoutingTable:
         index = {name: i for i, name in enumerate(self.teachers)}
         for task, prompt in zip(tasks, prompts, strict=True):
             if task not in index:
-                raise ValueError(f"prompt {prompt!r}: its task {task!r} has no teacher; teachers: {self.teachers}")
+                short = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
+                problem = f"prompt {short!r}: its task {task!r} has no teacher; teachers: {self.teachers}"
+                raise ValueError(f"tasks.{task}.teacher: {problem}")
         return np.asarray([index[task] for task in tasks], np.int32)
 
     def questions(

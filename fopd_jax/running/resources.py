@@ -1,5 +1,6 @@
 """Is there memory and disk for a checkpoint? A full disk must neither end a run of days nor go unnoticed."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,17 @@ class Space:
         if last or self._missed >= PATIENCE:
             raise OSError(f"{message}; {self._missed} in a row; the ones before are intact")
         warn(f"{message}; trying again at the next one, stopping if {PATIENCE} in a row fail")
+
+
+def room_for(folder: Path, state: Tree) -> None:
+    """Refuse a run that could not save its first checkpoint; `state`: arrays or shapes.
+
+    Raises:
+      ValueError: the disk of the folder has no room; names folder, need and what is free.
+    """
+    needed = MARGIN * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) + SPARE
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ValueError(f"--workdir: disk of {folder}: {_gib(free)} free, {_gib(needed)} needed for a checkpoint")
 
 
 def shortage(folder: Path, state: Tree) -> str:

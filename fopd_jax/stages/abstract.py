@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fopd_jax.adapters.lora import adapter_shapes, stack_bank
+from fopd_jax.adapters.lora import Groups, adapter_shapes, stack_bank
 from fopd_jax.backbones.record import LatentShape
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import OPD, Config, Model
+from fopd_jax.config.schema import OPD, Config, LoRAConfig, Model
 from fopd_jax.parallel.sharding import (
     AnyMesh,
     bank_shardings,
@@ -23,7 +23,7 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.pipeline import choose_attention
+from fopd_jax.stages.pipeline import Pipeline, choose_attention
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
@@ -46,18 +46,21 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
-    frozen = Frozen(abstract_base(boxed, dtype, mesh), _bank(config, boxed, spec, mesh), null)
+    targets = find_preset(config.model.preset)[0].targets
+    bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
+    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null)
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
 
 
-def _bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh) -> Tree:
+def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:
+    """Teachers and anchor as shapes with shardings; `rank`: of adapters, the largest of theirs."""
     dtype, count, params = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, nn.unbox(boxed["params"])
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return place(bank, stacked_shardings(mesh, boxed["params"]))
-    adapter = adapter_shapes(config.adapter, params, find_preset(config.model.preset)[0].targets)
+    adapter = adapter_shapes(LoRAConfig(rank, config.adapter.alpha, config.adapter.targets), params, targets)
     bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
     return place(bank, bank_shardings(mesh, boxed["params"], bank))
@@ -99,3 +102,10 @@ def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:
     shapes = family.encoded(shape, model.t5_length)
     encoded = (None if each is None else jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
     return family.latent_shape(shape, model.size), Conditioning(*encoded)
+
+
+def encoded_tokens(pipeline: Pipeline, config: Model) -> int:
+    """Text tokens of one prompt's conditioning in a pipeline's world."""
+    if pipeline.manifest is None:
+        return world_shapes(config)[1].context.shape[0]
+    return pipeline.family.encoded(pipeline.model.config, config.t5_length)[0][0]

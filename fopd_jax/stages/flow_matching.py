@@ -1,11 +1,12 @@
 """Stage `flow_matching`: pretrain a whole network, or fine-tune a teacher's adapter, on captioned images."""
 
-import itertools
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fopd_jax.adapters.lora import init_adapter
@@ -18,29 +19,62 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.stage import Metrics, Progress
+from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.export import export, exports
-from fopd_jax.stages.flow_matching_update import frozen_part, make_update
+from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
 from fopd_jax.stages.pipeline import load_base
+from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.setup import describe_weights, make_setup
+from fopd_jax.steps.flow_matching import METRICS
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
 from fopd_jax.worlds.world import CaptionedLatents, World, select_tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchingPlan(Plan):
+    """`pairs`: the captioned images."""
+
+    update: FlowMatchingUpdate
+    pairs: CaptionedLatents
+
+
+def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
+    """Everything that a run needs but its captions' encodings and its weights.
+
+    Raises:
+      ValueError: names the field, file or key that is wrong.
+    """
+    setup = make_setup(config, partial(read_image_tasks, config.tasks))
+    pipeline = setup.pipeline
+    latent_shape, model, mesh = pipeline.world.latent_shape, pipeline.model, pipeline.mesh
+    boxed = boxed_variables(model, latent_shape)
+    update = make_update(config, model, boxed, setup.optimizer, mesh)
+    pairs = make_pairs(config, pipeline.world)
+
+    def held() -> dict[str, Tree]:
+        base = frozen_part(config, abstract_base(boxed, jnp.dtype(config.model.dtype), mesh))
+        return {"base": base, **trained_parts(update.trained.state)}
+
+    tokens = partial(encoded_tokens, pipeline, config.model)
+    return FlowMatchingPlan(
+        setup, update.trained, lambda: pairs.upto(config.run.steps), METRICS, held,
+        lambda: update_cost(config, latent_shape, tokens(), model), update, pairs,
+    )  # fmt: skip
 
 
 class FlowMatching:
     """The stage, see `running.stage.Stage`."""
 
     def __init__(self, config: settings.FlowMatching, workdir: Path) -> None:
+        plan = plan_flow_matching(config)
+        check_plan(plan, config, workdir)
         self.config, self.workdir = config, workdir
-        self.setup = setup = make_setup(config, partial(read_image_tasks, config.tasks))
-        self.pipeline = pipeline = setup.pipeline
-        boxed = boxed_variables(pipeline.model, pipeline.world.latent_shape)
-        self.update = make_update(config, pipeline.model, boxed, setup.optimizer, pipeline.mesh)
-        self.pairs = pairs = make_pairs(config, pipeline.world)
-        sharding = batch_sharding(pipeline.mesh)
+        self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
+        self.pairs = pairs = plan.pairs
+        sharding = batch_sharding(self.pipeline.mesh)
         rows = rows_of(sharding, config.batch_size)
-        # Captions before the base: text encoders and network need not be in memory together.
-        pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), pairs.upto(config.run.steps)))
+        plan.prepare()  # captions before the base: text encoders and network need not be in memory together
         self.frozen, self._start = self.load()
         self.feed = Feed(lambda step: pairs.batch(step, rows), sharding, config.batch_size, config.run.steps)
 

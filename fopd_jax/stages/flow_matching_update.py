@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fopd_jax.backbones.registry import find_preset
+from fopd_jax.backbones.registry import family_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import FlowMatching
 from fopd_jax.parallel.sharding import AnyMesh, batch_sharding, check_batch, replicated
@@ -74,13 +74,13 @@ def flow_matching_programs(config: FlowMatching, mesh: AnyMesh) -> list[Program]
         "x0": jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split),
         "conditioning": encoded_rows(encoded, config.batch_size, dtype, split),
     }
-    cost = update_cost(config, latent_shape, encoded.context.shape[0])
+    cost = update_cost(config, latent_shape, encoded.context.shape[0], model)
     return [Program("update", update.step, (frozen, update.trained.state, batch), cost)]
 
 
-def update_cost(config: FlowMatching, latent_shape: tuple[int, int, int], text_tokens: int) -> Update:
+def update_cost(config: FlowMatching, latent_shape: tuple[int, int, int], text_tokens: int, model: Any) -> Update:
     """FLOPs of one update of the network; those of the autoencoder, which is no part of it, are not counted."""
-    family, shape = find_preset(config.model.preset)
+    family, shape = family_of(model), model.config
     lora = config.adapter if config.trained == "adapter" else None
     each = family.flops(shape, family.tokens(shape, latent_shape, text_tokens), lora, config.run.remat)
     return Update(

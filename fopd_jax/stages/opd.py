@@ -1,13 +1,15 @@
 """Stage `opd`: one student distilled on-policy from many teachers, evaluated beside all of them."""
 
-import itertools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fopd_jax.adapters.lora import rank_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
@@ -21,46 +23,82 @@ from fopd_jax.running.feed import Feed
 from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages import teachers
+from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
 from fopd_jax.stages.export import export, exports
-from fopd_jax.stages.opd_update import make_spec, make_update
+from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, update_cost
+from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.setup import describe_weights, make_setup, null_conditioning
+from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 
 
+@dataclasses.dataclass(frozen=True)
+class OPDPlan(Plan):
+    """`stream`: of prompts; `teach()` loads the base and puts teachers and student's start beside it."""
+
+    update: OPDUpdate
+    stream: PromptStream
+    teach: Callable[[], teachers.Teaching]
+
+
+def plan_opd(config: settings.OPD) -> OPDPlan:
+    """Everything that a run needs but its prompts' encodings and its weights.
+
+    Raises:
+      ValueError: names the field, file or key that is wrong.
+    """
+    setup = make_setup(config, partial(read_tasks, config.tasks))
+    pipeline, mesh = setup.pipeline, setup.pipeline.mesh
+    latent_shape = pipeline.world.latent_shape
+    boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
+    update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)
+    taught = {name: task.guidance for name, task in config.tasks.items() if task.teacher}
+    stream = PromptStream(
+        pipeline.world, config.tasks, RoutingTable.of_tasks(taught, config.anchor.guidance).routes,
+        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
+        rows=rows_of(batch_sharding(mesh), config.batch_size),
+    )  # fmt: skip
+    found, rank = teachers.sources(config), config.adapter.rank
+    teachers.check_start(config, found)
+    if config.whole_teachers:
+        teachers.check_networks(pipeline, found)
+        teach = partial(teachers.teach_by_networks, config, pipeline, found)
+    else:
+        adapters = teachers.load_adapters(config, pipeline, found)
+        teachers.check_merge_ranks(config, pipeline, adapters)
+        teach, rank = (
+            partial(teachers.teach_by_adapters, config, pipeline, adapters),
+            max(map(rank_of, adapters.values())),
+        )
+
+    def held() -> dict[str, Tree]:
+        base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
+        bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
+        return {"base": base, "bank": bank, **trained_parts(update.state)}
+
+    tokens = partial(encoded_tokens, pipeline, config.model)
+    return OPDPlan(
+        setup, update.trained, lambda: stream.upto(config.run.steps), metric_names(spec.teachers), held,
+        lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
+    )  # fmt: skip
+
+
 class OPD:
     """The stage, see `running.stage.Stage`."""
 
     def __init__(self, config: settings.OPD, workdir: Path) -> None:
+        plan = plan_opd(config)
+        check_plan(plan, config, workdir)
         self.config, self.workdir = config, workdir
-        self.setup = setup = make_setup(config, partial(read_tasks, config.tasks))
-        self.pipeline = pipeline = setup.pipeline
-        latent_shape = pipeline.world.latent_shape
-        boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
-        self.update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, pipeline.mesh)
-        sharding = batch_sharding(pipeline.mesh)
-        taught = {name: task.guidance for name, task in config.tasks.items() if task.teacher}
-        routes = RoutingTable.of_tasks(taught, config.anchor.guidance).routes
-        prompts = PromptStream(
-            pipeline.world, config.tasks, routes, batch_size=config.batch_size,
-            images_per_prompt=config.images_per_prompt, seed=config.seed, rows=rows_of(sharding, config.batch_size),
-        )  # fmt: skip
-        found = teachers.sources(config)
-        teachers.check_start(config, found)
-        if config.whole_teachers:
-            teachers.check_networks(pipeline, found)
-            teach = partial(teachers.teach_by_networks, config, pipeline, found)
-        else:
-            teach = partial(
-                teachers.teach_by_adapters, config, pipeline, teachers.load_adapters(config, pipeline, found)
-            )
-        # Prompts before the base: text encoders and network need not be in memory together.
-        pipeline.world.prepare(itertools.chain(setup.eval_set.prompts(), prompts.upto(config.run.steps)))
-        self.teaching = teach()
-        self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(pipeline))
-        self.prompts, self.feed = prompts, Feed(prompts.batch, sharding, config.batch_size, config.run.steps)
+        self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
+        plan.prepare()  # before the base: text encoders and network need not be in memory together
+        self.teaching = plan.teach()
+        self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
+        sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
+        self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
 
     @property
     def outputs(self) -> dict[str, str]:

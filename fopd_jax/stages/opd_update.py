@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from fopd_jax.backbones.registry import find_preset
+from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.flow.rollout import noise_window
@@ -89,9 +89,9 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     )
 
 
-def update_cost(config: OPD, spec: OPDSpec, text_tokens: int) -> Update:
-    """FLOPs of one update of a config, whose static part is `spec`."""
-    family, shape = find_preset(config.model.preset)
+def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Update:
+    """FLOPs of one update of a config, whose static part is `spec`, on a network."""
+    family, shape = family_of(model), model.config
     start, stop = spec.window
     trained = 1 if spec.one_timestep else stop - start
     schedule = Schedule(

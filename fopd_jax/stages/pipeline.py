@@ -19,7 +19,14 @@ from jax.sharding import Mesh
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Backbone, Shape
 from fopd_jax.backbones.registry import family_of_class, find_preset, preset_names
-from fopd_jax.backbones.weights import load_any_adapter, load_converted, load_file, random_network
+from fopd_jax.backbones.weights import (
+    boxed_variables,
+    load_any_adapter,
+    load_converted,
+    load_file,
+    random_network,
+    read_file,
+)
 from fopd_jax.config.schema import Model, Run
 from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
@@ -123,6 +130,21 @@ def load_base(model: Model, pipeline: Pipeline, seed: int = 0, dtype: str | None
     if model.path:
         return load_network(model.path, pipeline, stored)
     return random_network(pipeline.model, pipeline.world.latent_shape, seed, stored, pipeline.mesh)
+
+
+def check_base(model: Model, pipeline: Pipeline) -> None:
+    """Refuse a file that `load_base` would refuse, before anything long; of converted folders the manifest is read.
+
+    Raises:
+      ValueError: it is damaged, of another preset or shape; names field and file.
+    """
+    if model.path and pipeline.manifest is None:
+        try:
+            read_file(
+                weight_path(model.path), pipeline.preset, boxed_variables(pipeline.model, pipeline.world.latent_shape)
+            )
+        except ValueError as error:
+            raise ValueError(f"model.path: {error}") from error
 
 
 def load_network(source: str, pipeline: Pipeline, dtype: Any) -> Tree:

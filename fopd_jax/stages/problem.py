@@ -25,7 +25,7 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     update = abstract_update(config, mesh)
-    flops = update_cost(config, update.pieces.spec, _text_tokens(update))
+    flops = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     held = {"flops_per_chip": flops_fields(flops, mesh.size), "held_bytes": held_bytes(update)}
     return Problem(mesh, update, flops, _about(config, update, mesh) | held)
 
@@ -34,7 +34,12 @@ def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
     """The update, and with resident encoders what encodes a batch's prompts for it."""
     update = abstract_update(config, mesh)
     programs = [
-        Program("update", update.step, update.arguments, update_cost(config, update.pieces.spec, _text_tokens(update)))
+        Program(
+            "update",
+            update.step,
+            update.arguments,
+            update_cost(config, update.pieces.spec, _text_tokens(update), update.model),
+        )
     ]
     if config.run.encoding.resident and config.model.preset not in EMBEDDED and isinstance(mesh, Mesh):
         width = update.arguments[2].conditioning.context.shape[-1]

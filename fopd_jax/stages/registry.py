@@ -10,26 +10,28 @@ from fopd_jax.config.schema import Config
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
-from fopd_jax.stages.flow_matching import FlowMatching
+from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
-from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.opd import OPD, plan_opd
+from fopd_jax.stages.plan import Plan
 from fopd_jax.stages.problem import opd_programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """`make(config, workdir)`: the stage, its input checked; `programs(config, mesh)`: without files or weights.
+    """`make(config, workdir)`: the stage, its input checked; `plan(config)`: what it would do, its input read.
 
-    The first of the programs is the update.
+    `programs(config, mesh)`: without files or weights, the update first.
     """
 
     make: Callable[[Any, Path], Stage]
+    plan: Callable[[Any], Plan]
     programs: Callable[[Any, AnyMesh], list[Program]]
 
 
 STAGES: dict[type[Config], Kind] = {
-    schema.OPD: Kind(OPD, opd_programs),
-    schema.FlowMatching: Kind(FlowMatching, flow_matching_programs),
+    schema.OPD: Kind(OPD, plan_opd, opd_programs),
+    schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
 }
 
 

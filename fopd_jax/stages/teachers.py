@@ -116,6 +116,15 @@ def conform_all(config: Config, pipeline: Pipeline, adapters: Mapping[str, Adapt
     return [conform(name, adapter, layers, rank) for name, adapter in adapters.items()]
 
 
+def check_merge_ranks(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> None:
+    """Refuse a start of another rank than the adapters can be merged to, by their shapes alone.
+
+    Raises:
+      ValueError: as `truncate`.
+    """
+    jax.eval_shape(lambda: start_adapter(config, adapters, pipeline).weights)
+
+
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
     """Load the base and put the adapters beside it.
 

@@ -16,6 +16,9 @@ from fopd_jax.policy.velocity import Tree, Velocity
 from fopd_jax.steps.state import TrainState, advance, apply_if_finite
 from fopd_jax.steps.student import Student
 
+METRICS = ("loss", "grad_norm", "skipped")
+"""Names of the scalars that an update returns."""
+
 
 def make_flow_matching_step(
     velocity: Velocity,

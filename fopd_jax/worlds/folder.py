@@ -40,7 +40,7 @@ class FolderWorld:
         self._folder, self._manifest, self._mesh, self._tasks = folder, manifest, local_mesh(mesh), tasks
         if "vae" not in manifest.components:
             raise ValueError(f"model.path: {folder} holds no vae; convert it too")
-        text = ConvertedText(folder, manifest, model.dtype, model.t5_length)
+        self._text = text = ConvertedText(folder, manifest, model.dtype, model.t5_length)
         if encoding.resident:
             self._prompts = ResidentPrompts(text.load, mesh)
         else:
@@ -55,7 +55,7 @@ class FolderWorld:
         prompts = self._prompts
         return World(
             self._latent_shape, self._tasks, prompts.encode, self._codec.decode, prompts.prepare, prompts.embed,
-            self._pairs,
+            missing=prompts.missing, review=self._text.review, pairs=self._pairs,
         )  # fmt: skip
 
     def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:

@@ -53,6 +53,7 @@ class World:
 
     `encode` gives what of prompts is put on the devices, rows on the host; `embed` makes the conditioning of it there.
     `prepare` tells the world all the prompts that a run will encode, so that it can do so at once, before training.
+    `missing` are those of them that it has still to encode, `review` what is worth telling of them, a line each.
     `pairs` makes captioned latents to train on, where the world has images.
     """
 
@@ -62,6 +63,8 @@ class World:
     decode: Callable[[np.ndarray], Float[np.ndarray, "n h w 3"]]
     prepare: Callable[[Iterable[str]], None] = lambda prompts: None
     embed: Callable[[Any], Conditioning] = lambda placed: placed
+    missing: Callable[[Iterable[str]], list[str]] = lambda prompts: []
+    review: Callable[[Iterable[str]], list[str]] = lambda prompts: []
     pairs: MakePairs | None = None
 
 

@@ -359,8 +359,15 @@ def test_the_space_of_the_folders_own_disk_counts(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     _cache(tmp_path).check_space(3)
-    assert asked == [tmp_path / "cache"]
-    assert asked[0].is_dir()
+    (tmp_path / "cache").mkdir()
+    _cache(tmp_path).check_space(3)
+    assert asked == [tmp_path, tmp_path / "cache"]  # the nearest that is there: nothing is made
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match=r"^conditioning cache .*cache: .*cache is no folder"):
+        _cache(tmp_path).check_space(1)
 
 
 def test_files_of_the_older_format_are_told_of_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

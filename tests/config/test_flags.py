@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fopd_jax.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = f"--config={ROOT}/configs/miniature.py"
@@ -177,11 +180,11 @@ def write(folder: Path, body: str, head: str = HEAD) -> Path:
 
 
 BODIES: dict[str, tuple[str, str, str]] = {
-    "nothing": (HEAD, "pass", ": get_config returned NoneType, expected OPD or FlowMatching of fopd_jax.config.schema"),
-    "a dict": (HEAD, "return {'name': 'any'}", ": get_config returned dict, expected OPD or FlowMatching"),
+    "nothing": (HEAD, "pass", ", line 4: get_config returned NoneType, expected OPD or FlowMatching of "),
+    "a dict": (HEAD, "return {'name': 'any'}", ", line 4: get_config returned dict, expected OPD or FlowMatching"),
     "a ConfigDict": (HEAD, "import ml_collections; return ml_collections.ConfigDict()",
-                     ": get_config returned ConfigDict, expected OPD or FlowMatching"),
-    "a class": (HEAD, "return OPD", ": get_config returned type, expected OPD or FlowMatching"),
+                     ", line 4: get_config returned ConfigDict, expected OPD or FlowMatching"),
+    "a class": (HEAD, "return OPD", ", line 4: get_config returned type, expected OPD or FlowMatching"),
     "an error": (HEAD, "return 1 / 0", ", line 5: ZeroDivisionError: division by zero"),
     "a ValueError": (HEAD, "raise ValueError('this\\nis wrong')", ", line 5: this is wrong"),
     "a TypeError": (HEAD, "return 1 + 'a'", ", line 5: TypeError: unsupported operand"),
@@ -189,7 +192,8 @@ BODIES: dict[str, tuple[str, str, str]] = {
     "an OSError": (HEAD, "return open('nowhere')", ", line 5: FileNotFoundError: [Errno 2] No such file"),
     "an unknown field": (HEAD, "config = OPD(); config.seeds = 3; return config",
                          ", line 5: AttributeError: OPD has no field 'seeds', only name, stage, "),
-    "an unknown argument": (HEAD, "return OPD(seeds=3)", ", line 5: TypeError: OPD.__init__() got an unexpected "),
+    "an unknown argument": (HEAD, "return OPD(seeds=3)", ", line 5: TypeError: OPD.__init__() got an unexpected "
+                            "keyword argument 'seeds', did you mean 'seed'?"),
     "a syntax error": ("", "x = 1\n\ndef get_config(:\n    pass", ", line 3: SyntaxError: invalid syntax"),
     "indentation": ("", "def get_config():\npass", ", line 2: IndentationError: expected an indented block"),
     "a missing import": ("", "import nowhere_at_all", ", line 1: ModuleNotFoundError: No module named 'nowhere"),
@@ -197,7 +201,14 @@ BODIES: dict[str, tuple[str, str, str]] = {
     "no function but a value": ("", "get_config = 1", ": found no function get_config"),
     "an empty file": ("", "", ": found no function get_config"),
     "a null byte": ("", "\0", ": "),
-    "an argument more": ("", "def get_config(a):\n    pass", ": TypeError: get_config() missing 1 required "),
+    "an argument more": ("", "def get_config(a):\n    pass", ", line 1: TypeError: get_config() missing 1 required "),
+    "another's argument": (HEAD, "return ColdStart(nothing=1)", ", line 5: TypeError: ColdStart.__init__() got an "
+                           "unexpected keyword argument 'nothing', only method, merge, weights"),
+    "an exception in a file that it imports": (HEAD, "import json; json.loads('{')", ", line 5: JSONDecodeError: "),
+    "a leave": ("", "import sys\nsys.exit('no')", ", line 2: SystemExit: no"),
+    "a leave in the function": (HEAD, "raise SystemExit(3)", ", line 5: SystemExit: 3"),
+    "endless recursion": (HEAD, "return get_config()", ", line 5: RecursionError: maximum recursion"),
+    "several lines": (HEAD, "raise KeyError('a\\n  b')", ", line 5: KeyError: 'a\\n b'"),
 }  # fmt: skip
 
 
@@ -210,19 +221,39 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place(kind: str, tmp_path: Pat
     assert error.startswith(f"{file}{message}")
 
 
+BYTES = {
+    "an image": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "Latin-1": b"x = 'caf\xe9'\n", "UTF-16": "x = 1".encode("utf-16"),
+    "an archive": b"PK\x03\x04" + bytes(40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_a_file_that_is_no_python_is_one_line(kind: str, tmp_path: Path):
+    """In one process, as `load_config` says it."""
+    file = tmp_path / "config.py"
+    file.write_bytes(BYTES[kind])
+    with pytest.raises(ValueError, match=re.escape(str(file))) as error:
+        load_config(file)
+    assert "\n" not in str(error.value)
+
+
 def test_a_variant_of_a_file_without_any_is_one_line(tmp_path: Path):
     file = write(tmp_path, "return OPD()")
     assert error_of(f"--config={file}:small").startswith(
-        f"{file}: TypeError: get_config() takes 0 positional arguments but 1 was given"
+        f"{file}, line 4: TypeError: get_config() takes 0 positional arguments but 1 was given"
     )
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["missing", "a folder"])
-def test_a_file_that_is_not_there_is_one_line(make: Callable[[Path], None], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [(lambda path: None, "no such file"), (Path.mkdir, "is a folder, expected a Python file")],
+    ids=["missing", "a folder"],
+)
+def test_a_file_that_is_not_there_is_one_line(make: Callable[[Path], None], problem: str, tmp_path: Path):
     path = tmp_path / "config.py"
     make(path)
     for flags in ([], ["--config.seed=1"]):
-        assert error_of(f"--config={path}", *flags) == f"config: {path}: no such file"
+        assert error_of(f"--config={path}", *flags) == f"config: {path}: {problem}"
 
 
 def test_an_unknown_variant_is_one_line_with_its_place():

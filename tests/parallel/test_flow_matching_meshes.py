@@ -24,6 +24,7 @@ from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import AXES
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings
 from fopd_jax.performance.compilation import compile_program
+from fopd_jax.stages.abstract import abstract_model
 from fopd_jax.stages.flow_matching_update import flow_matching_programs, frozen_part, make_update, update_cost
 from fopd_jax.stages.trained import float32
 from fopd_jax.steps.state import make_optimizer
@@ -95,8 +96,9 @@ def _program() -> dict[str, Any]:
     """The abstract update of the miniature, compiled for eight devices."""
     config = smoke(FlowMatching(name="whole", trained="params", tasks={"text": Pairs()}))
     config = override(config, {"run.reduce_once": ()})
-    (program,) = flow_matching_programs(config, _mesh((1, 8, 1)))
-    compilation, cost = compile_program(program), update_cost(config, (24, 24, 3), 8)
+    mesh = _mesh((1, 8, 1))
+    (program,) = flow_matching_programs(config, mesh)
+    compilation, cost = compile_program(program), update_cost(config, (24, 24, 3), 8, abstract_model(config, mesh))
     phases = [cost.teachers, cost.rollout, cost.forward, cost.backward, cost.recomputed]
     return {"fits": compilation.fits, "flops": program.flops.model, "phases": phases}
 

@@ -23,7 +23,7 @@ from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.policy.velocity import make_velocity
-from fopd_jax.steps.flow_matching import make_flow_matching_step
+from fopd_jax.steps.flow_matching import METRICS, make_flow_matching_step
 from fopd_jax.steps.state import init_state
 from fopd_jax.steps.student import ADAPTER, network
 
@@ -101,6 +101,7 @@ def test_an_update_is_that_of_the_mean_losss_gradient(trained: str, variables: A
     assert np.linalg.norm(moved - expected) / np.linalg.norm(expected) < 1e-5  # parameters of order 1 are rounded, too
     np.testing.assert_allclose(np.mean(metrics["samples/loss"]), loss, rtol=LIMIT)
     assert metrics["samples/loss"].shape == (BATCH,)
+    assert metrics.keys() == {*METRICS, "samples/loss"}
     assert int(after.step) == 1
     assert float(metrics["skipped"]) == 0
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fopd_jax.config.schema import RoutedTask
-from fopd_jax.tasks.prompts import read_prompts, read_tasks
+from fopd_jax.tasks.prompts import check_overlaps, read_prompts, read_tasks
+from fopd_jax.tasks.task import Task
 
 
 def _file(folder: Path, content: bytes | str, name: str = "prompts.txt") -> Path:
@@ -39,7 +40,7 @@ def test_only_line_breaks_separate_prompts(tmp_path: Path):
         ("a\n\nb\n", ", line 2 is blank, expected a prompt"),
         ("\n \n", "is empty, expected one prompt a line"),
         ("\na\n", ", line 1 is blank, expected a prompt"),
-        ("a\nb\n \t\n", ", line 3 is blank, expected a prompt"),
+        ("a\n\nb\n\nc\n", ", line 2 is blank (one of 2), expected a prompt"),
         ("sign “Ä”".encode("utf-16"), "utf-8"),
         (b"caf\xe9\n", "utf-8"),
     ],
@@ -84,3 +85,87 @@ def test_every_task_of_a_config_has_its_prompts_and_no_scores(tmp_path: Path):
 def test_the_tasks_field_is_named(tmp_path: Path, field: str):
     with pytest.raises(ValueError, match=rf"^tasks\.two\.{field}: cannot read 'missing\.txt'"):
         read_tasks(_tasks(tmp_path, **{field: "missing.txt"}))
+
+
+# ---- what prompts hold, and what is no list of prompts
+
+
+def test_blank_lines_at_the_end_are_no_prompts(tmp_path: Path):
+    for end in ("\n\n", "\n \t\n\n", "\r\n\r\n", "\n\n \n"):
+        assert read_prompts(_file(tmp_path, f"a\nb{end}"), "field") == ("a", "b")
+
+
+def test_control_characters_are_counted_and_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = _file(tmp_path, "a\n\x1b[31mred\nb\tc\nbell\x07\n")
+    assert len(read_prompts(path, "tasks.x.prompts")) == 4
+    told = f"warning: tasks.x.prompts: {path}: 2 of 4 prompts hold control characters, the first in line 2\n"
+    assert capsys.readouterr().err == told
+    read_prompts(_file(tmp_path, "a\nb\tc\n"), "field")
+    assert capsys.readouterr().err == ""
+
+
+GENEVAL = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of 2 cats"}\n'
+OTHERS: dict[str, tuple[bytes | str, str]] = {
+    "GenEval": (GENEVAL * 2, "GenEval's metadata: line 1 is a JSON object; keep its 'prompt'"),
+    "one line of GenEval": (GENEVAL, "GenEval's metadata"),
+    "GenEval after a prompt": ("a cat\n" + GENEVAL, "GenEval's metadata: line 2"),
+    "JSON lines": ('{"text": "a"}\n{"text": "b"}\n', "JSON lines: line 1 is a JSON object with text"),
+    "lists": ('["a", 1]\n["b", 2]\n', "JSON lines: line 1 is a JSON value"),
+    "a JSON list": ('[\n  "a cat",\n  "a dog"\n]\n', "one JSON value (a list or an object)"),
+    "a JSON object": ('{\n  "prompts": ["a"]\n}\n', "one JSON value (a list or an object)"),
+    "CSV": ("id,prompt\n1,a cat\n", "a table (CSV) with the columns id, prompt"),
+    "quoted CSV": ('"prompt","seed"\n"a, b",3\n', "a table (CSV) with the columns prompt, seed"),
+    "TSV": ("Prompt\tCategory\tChallenge\na cat\tx\ty\n", "a table (TSV) with the columns prompt, category, challenge"),
+    "one column": ("prompt\na cat\na dog\n", "a table with the one column 'prompt'"),
+    "HTML": ("<!DOCTYPE html>\n<html>\n", "a web page or XML"),
+    "XML": ('<?xml version="1.0"?>\n<a/>\n', "a web page or XML"),
+    "git-lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "a git-lfs pointer; fetch"),
+    "UTF-16": ("a cat\na dog\n".encode("utf-16"), "UTF-16 text"),
+    "UTF-16 without mark": ("a cat\na dog\n".encode("utf-16-le"), "UTF-16 text or a binary file"),
+    "UTF-32": ("a cat".encode("utf-32"), "UTF-32 text"),
+    "ZIP": (b"PK\x03\x04abc", "a ZIP archive"),
+    "gzip": (b"\x1f\x8b\x08abc", "a gzip archive"),
+    "Parquet": (b"PAR1abc", "a Parquet table"),
+    "an image": (b"\x89PNG\r\n\x1a\nabc", "a PNG image"),
+    "binary": (bytes(range(32)) * 9 + b"\0" * 30, "a binary file"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_formats_are_refused_by_their_names(kind: str, tmp_path: Path):
+    content, what = OTHERS[kind]
+    path = _file(tmp_path, content)
+    with pytest.raises(ValueError, match=r"^tasks\.ocr\.test: ") as error:
+        read_prompts(path, "tasks.ocr.test")
+    assert f"{path} looks like {what}" in str(error.value)
+    assert str(error.value).endswith("expected a text of one prompt a line")
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_only_look_so_are_prompts(tmp_path: Path):
+    prompts = (
+        "text, red on blue", "a caption, a picture", "[a cat], detailed", "{a|b} c", '"a sign"', "<b> as art", "1",
+        "a;b", "version 2 of a robot", "prompt", "a | b", "[cat]", "null", "PK", "prompt engineering, as a painting",
+    )  # fmt: skip
+    assert read_prompts(_file(tmp_path, "\n".join(prompts)), "field") == prompts
+
+
+def test_a_nul_is_refused_with_its_line(tmp_path: Path):
+    text = "a cat\n" * 40 + "a\0b\n" + "a dog\n" * 40
+    with pytest.raises(ValueError, match=r"line 41 holds a NUL character, expected text$"):
+        read_prompts(_file(tmp_path, text), "field")
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_and_told(capsys: pytest.CaptureFixture[str]):
+    tasks = {"a": Task("a", ("one", "Two  words"), ("x", "two words")), "b": Task("b", ("three",), ("four",))}
+    check_overlaps(tasks)
+    told = "warning: tasks.a.test: 1 of 2 prompts are training prompts, too, such as 'two words'\n"
+    assert capsys.readouterr().err == told
+    check_overlaps({"a": tasks["b"]})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_that_holds_nothing_out_is_refused():
+    tasks = {"a": Task("a", ("one", "two"), ("x",)), "b": Task("b", ("three",), ("one", "three", "one"))}
+    with pytest.raises(ValueError, match=r"^tasks\.b\.test: all 2 prompts are training prompts of a, b, expected held"):
+        check_overlaps(tasks)

@@ -86,6 +86,12 @@ def mean_gradient(groups: GradientGroups, sums: Tree, totals: Totals) -> Tree:
     return jax.tree.map(lambda g: g / weight, groups.total(sums))
 
 
+def metric_names(teachers: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the scalars that an update returns, weights apart."""
+    means = (name for name in TERMS if name != "weight")
+    return (*means, *(f"teacher_gap/{name}" for name in teachers), "grad_norm", "skipped")
+
+
 def mean_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Metrics:
     """Means over samples and trained timesteps; the teacher gap also per task, with the weight that a mean over
     several steps gives it: a batch may hold no prompt of a task, which then has gap and weight 0, not 0/0."""

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from fopd_jax.config.schema import EMA, Optimizer
+from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.replay import replay
 from fopd_jax.steps.opd.step import fused, make_step
 from fopd_jax.steps.state import init_state, make_optimizer
@@ -55,6 +56,8 @@ def test_losses_by_sample_average_to_the_loss() -> None:
         _, metrics = run(frozen_of(BANK), make_state(), make_batch())
         assert metrics["samples/loss"].shape == (BATCH,)
         np.testing.assert_allclose(metrics["samples/loss"].mean(), metrics["loss"], rtol=1e-5)
+        scalars = {name for name in metrics if not name.startswith(("samples/", "weights/"))}
+        assert scalars == set(metric_names(spec.teachers))
 
 
 @pytest.mark.parametrize(("updates", "minibatches"), [(1, 1), (4, 2)], ids=["fused", "replay"])

@@ -1,0 +1,112 @@
+"""`--check`: all that a run would be refused for, and in words what it would do. Nothing is written or trained."""
+
+import math
+from pathlib import Path
+
+import jax
+
+from fopd_jax.config.identity import config_hash
+from fopd_jax.config.schema import OPD, Config
+from fopd_jax.parallel.sharding import batch_ways
+from fopd_jax.performance.host import GIB
+from fopd_jax.performance.weights import shard_bytes
+from fopd_jax.running.checkpoints import newest_step
+from fopd_jax.stages.plan import Plan
+
+_BYTES = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+
+
+def describe_plan(plan: Plan, config: Config, workdir: Path) -> str:
+    """What a run of a plan would do, a subject a line."""
+    rows = [
+        ("run", f"{config.name}, stage {config.stage}, config {config_hash(config)}"),
+        ("workdir", f"{workdir}, {_where(config, workdir)}"),
+        ("devices", _devices(plan)),
+        ("network", _network(plan, config)),
+        ("trains", _trains(plan, config)),
+        *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        ("prompts", _prompts(plan)),
+        ("to encode", _encoding(plan)),
+        ("updates", _updates(plan, config)),
+        ("memory", _memory(plan)),
+        ("evaluation", _evaluation(plan, config)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows), "all is well: nothing was written"])
+
+
+def _where(config: Config, workdir: Path) -> str:
+    step = newest_step(workdir)
+    if step == 0:
+        return "from the beginning"
+    return "finished already" if step >= config.run.steps else f"continues at step {step}"
+
+
+def _devices(plan: Plan) -> str:
+    mesh = plan.setup.pipeline.mesh
+    kind = mesh.devices.flat[0].device_kind
+    axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items())
+    processes = jax.process_count()
+    return f"{mesh.size} of kind {kind!r} in {processes} process{'es' if processes > 1 else ''}, mesh {axes}"
+
+
+def _network(plan: Plan, config: Config) -> str:
+    pipeline, run = plan.setup.pipeline, config.run
+    base = config.model.path or "random weights"
+    return f"{pipeline.preset} from {base}, {config.model.dtype}, attention {pipeline.model.impl}, remat {run.remat}"
+
+
+def _trains(plan: Plan, config: Config) -> str:
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.trained.state.trained))
+    what = "all of the network" if config.trained == "params" else f"an adapter of rank {config.adapter.rank}"
+    start = ""
+    if isinstance(config, OPD):
+        merged = config.cold_start.method == "merge"
+        start = f", from the teachers' merge ({config.cold_start.merge})" if merged else ", from the base"
+    return f"{what}, {count:,} numbers{start}"
+
+
+def _teachers(config: OPD) -> str:
+    tasks = [f"{name} ← {task.teacher} (weight {task.weight:g})" for name, task in config.tasks.items()]
+    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {config.anchor.adapter or 'the base'}"])
+
+
+def _prompts(plan: Plan) -> str:
+    tasks = plan.setup.pipeline.world.tasks.values()
+    return ", ".join(f"{task.name}: {len(task.train):,} to train on, {len(task.test):,} held out" for task in tasks)
+
+
+def _encoding(plan: Plan) -> str:
+    prompts = list(dict.fromkeys(plan.prompts()))
+    missing = plan.setup.pipeline.world.missing(prompts)
+    return f"{len(missing):,} of the {len(prompts):,} prompts that the run asks for"
+
+
+def _updates(plan: Plan, config: Config) -> str:
+    cost, mesh = plan.cost(), plan.setup.pipeline.mesh
+    samples = f"{config.batch_size} samples, {config.batch_size // batch_ways(mesh)} a device"
+    each, whole = (_spell(cost.model * count, _FLOPS) for count in (1, config.run.steps))
+    return f"{config.run.steps:,} of {samples}; {each} each, {whole} in all, by arithmetic"
+
+
+def _memory(plan: Plan) -> str:
+    held = {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in plan.held().items()}
+    parts = ", ".join(f"{name} {_spell(size, _BYTES)}" for name, size in held.items())
+    total = _spell(sum(held.values()), _BYTES)
+    return f"estimate: {total} a device are held ({parts}); activations come on top (see compile_for)"
+
+
+def _evaluation(plan: Plan, config: Config) -> str:
+    evaluation, every = config.eval, config.run.eval_every
+    how = f"{evaluation.num_steps} steps of {evaluation.transition}, guidance {evaluation.guidance:g}"
+    measured = len(plan.setup.eval_set.scored())
+    scored = (
+        f"{evaluation.samples} images of {measured} tasks" if measured else "pictures alone, nothing scores the tasks"
+    )
+    return f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}"
+
+
+def _spell(number: float | int, units: tuple[tuple[float | int, str], ...]) -> str:
+    size, unit = next((each for each in units if number >= each[0]), units[-1])
+    return f"{number / size:.3g} {unit}"

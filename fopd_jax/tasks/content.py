@@ -1,0 +1,75 @@
+"""What a file of prompts must not be: other formats that decode as text, or would train on their own syntax."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+MAGIC: Mapping[bytes, str] = {
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
+    b"\xff\xfe\x00\x00": "UTF-32 text; save it as UTF-8", b"\x00\x00\xfe\xff": "UTF-32 text; save it as UTF-8",
+    b"\xff\xfe": "UTF-16 text (not utf-8); save it as UTF-8", b"\xfe\xff": "UTF-16 text (not utf-8); save it as UTF-8",
+    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive", b"\x28\xb5\x2f\xfd": "a zstd archive", b"PAR1": "a Parquet table",
+    b"ARROW1": "an Arrow table", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"%PDF-": "a PDF document",
+    b"{\\rtf": "an RTF document", b"SQLite format 3\x00": "an SQLite database",
+}  # fmt: skip
+COLUMNS = {"prompt", "prompts", "caption", "captions", "text", "texts"}
+_FIRST = 4096  # bytes that tell what a file is
+
+
+def other_format(data: bytes) -> str:
+    """What the bytes of a file look like that are no text of one prompt a line; empty: nothing else."""
+    for magic, what in MAGIC.items():
+        if data.startswith(magic):
+            return what
+    first = data[:_FIRST]
+    if first[1::2].count(0) > len(first) // 4 or first[::2].count(0) > len(first) // 4:
+        return "UTF-16 text or a binary file; save it as UTF-8"
+    if first.count(0) > len(first) // 100:
+        return "a binary file"
+    return ""
+
+
+def other_syntax(text: str) -> str:
+    """The same of what decodes as text, naming the line where there is one; empty: nothing else."""
+    start = text.lstrip()[:_FIRST].lower()
+    if re.match(r"<(!doctype\b|html\b|\?xml\b|head\b|body\b)", start):
+        return "a web page or XML"
+    if start[:1] in ("[", "{") and _kind(text) is not None:
+        return "one JSON value (a list or an object)" if "\n" in text.strip() else _lines_of_json(text)
+    lines = text.split("\n")
+    return _lines_of_json(text) or _table([line.strip("\r") for line in lines[:2]])
+
+
+def _lines_of_json(text: str) -> str:
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip()
+        if line[:1] not in ("{", "[") or (found := _kind(line)) is None:
+            continue
+        fields = sorted(map(str, found)) if isinstance(found, dict) else []
+        if {"prompt", "include"} <= set(fields) or {"prompt", "tag"} <= set(fields):
+            return f"GenEval's metadata: line {number} is a JSON object; keep its 'prompt' alone, one a line"
+        what = f"a JSON object with {', '.join(fields[:6])}" if fields else "a JSON value"
+        return f"JSON lines: line {number} is {what}"
+    return ""
+
+
+def _kind(text: str) -> dict[str, object] | list[object] | None:
+    """A text's JSON value, if it is an object or a list."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict | list) else None
+
+
+def _table(lines: Sequence[str]) -> str:
+    """A table is told by its header: names alone, one of which means prompts, over a row with as many marks."""
+    for mark, name, word in (("\t", "TSV", r"[\w -]+"), (",", "CSV", r"[\w-]+"), (";", "CSV", r"[\w-]+")):
+        cells = [cell.strip("\"'").lower() for cell in lines[0].split(mark)]
+        names = COLUMNS & set(cells) and all(re.fullmatch(word, cell) for cell in cells)
+        if names and 1 < len(cells) <= lines[-1].count(mark) + 1 and len(lines) > 1:
+            return f"a table ({name}) with the columns {', '.join(cells)}; keep its prompts alone, one a line"
+    if len(lines) > 1 and lines[0].strip().strip("\"'").lower() in COLUMNS:
+        return f"a table with the one column {lines[0].strip()!r}; remove that line"
+    return ""

@@ -1,0 +1,157 @@
+"""What is refused before anything long begins, and `--check`, which says what a run would do and does none of it."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fopd_jax import main
+from fopd_jax.config.parse import assign, resolve
+from fopd_jax.evaluation import sampler
+from fopd_jax.running import resources
+from fopd_jax.stages import opd, plan
+from fopd_jax.stages.opd import plan_opd
+from fopd_jax.stages.plan import check_plan, skills
+from fopd_jax.steps.opd import step as opd_step
+from fopd_jax.tasks.task import Task
+from tests.configs import EVERY, load, smoke_variant
+
+RUNNING = [each for each in EVERY if each[0].startswith("miniature") and each[1] != "mediocre"]  # it needs clean's base
+RUNNING += [(name, smoke_variant(variant)) for name, variant in EVERY if "teacher" not in name]
+
+
+@pytest.fixture(autouse=True)
+def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No prompt is encoded, no update traced, nothing sampled, no base put onto the devices."""
+
+    def began(*args: Any) -> None:
+        raise AssertionError("something long began before the input was checked")
+
+    monkeypatch.setattr(opd_step, "fused", began)
+    monkeypatch.setattr(sampler, "sample_final", began)
+    monkeypatch.setattr(opd.teachers, "load_base", began)
+    monkeypatch.setattr(plan.Plan, "prepare", began)
+
+
+def checked(config: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The lines of `--check` by their first word."""
+    main.check(resolve(config), folder)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "all is well: nothing was written"
+    rows = [re.fullmatch(r"(\w+(?: \w+)?)  +(\S.*)", line) for line in lines]
+    assert all(rows), lines
+    return {row[1]: row[2] for row in rows if row}
+
+
+@pytest.mark.parametrize(("name", "variant"), RUNNING)
+def test_every_config_that_can_run_here_is_checked(
+    name: str, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = load(name, variant)
+    rows = checked(config, tmp_path / "run", capsys)
+    assert list(tmp_path.iterdir()) == []
+    assert rows["run"].startswith(f"{config.name}, stage {config.stage}, config ")
+    assert rows["workdir"] == f"{tmp_path / 'run'}, from the beginning"
+    assert rows["devices"].startswith(f"{jax.device_count()} of kind 'cpu' in 1 process, mesh data ")
+    assert rows["updates"].startswith(f"{config.run.steps:,} of {config.batch_size} samples, ")
+    assert re.search(r"[\d.]+ [GT]FLOP each, [\d.]+ [GTP]FLOP in all", rows["updates"])
+    assert re.match(r"estimate: [\d.]+ MiB a device are held \(base [\d.]+ [KM]iB, ", rows["memory"])
+    assert rows["to encode"].startswith("0 of the ")
+    assert ("all of the network" in rows["trains"]) == (config.trained == "params")
+
+
+@pytest.mark.parametrize("name", ["sd35m_opd", "sd35m_sft"])
+def test_configs_without_their_weights_are_refused_by_the_folder(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^model\.path: weights/sd35m: no such file or folder"):
+        main.check(resolve(load(name)), tmp_path / "run")
+
+
+def test_the_memory_is_that_of_the_shapes():
+    config = resolve(load())
+    held = plan_opd(config).held()
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in held.items()}
+    assert sizes["average"] == sizes["trained"] == 253_952
+    assert sizes["bank"] == 3 * sizes["trained"]
+    assert sizes["optimizer"] == 2 * sizes["trained"] + 2
+    assert all(leaf.sharding.mesh.size == jax.device_count() for leaf in jax.tree.leaves(held))
+
+
+# ---- names of metrics
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"run.alarms": {"los": (0.0, 1.0)}}, r"run\.alarms: no metric 'los', expected some of anchor_gap, clipped, "),
+    (
+        {"run.keep_best": "max:txt"},
+        r"run\.keep_best: found 'max:txt', expected max: or min: one of text, quality, comp",
+    ),
+    ({"run.keep_best": "max:text", "run.eval_every": 0}, r"run\.keep_best: found 'max:text', which needs evaluations"),
+    ({"run.keep_best": "max:composition", "eval.tasks": ("text",)}, r"run\.keep_best: .* one of text, quality$"),
+    ({"model.path": "pyproject.toml"}, r"model\.path: pyproject\.toml: damaged"),
+    ({"adapter.rank": 97}, r"adapter\.rank: found 97, but the merged layers have rank 96 at most"),
+    ({"tasks.text.teacher": "nowhere"}, r"tasks\.text\.teacher: nowhere: no such file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+@pytest.mark.parametrize("way", [main.check, main.prepare], ids=["check", "run"])
+def test_what_would_fail_later_is_refused_first(
+    way: Callable[[Any, Path], Any], changes: dict[str, Any], message: str, tmp_path: Path
+):
+    config = load()
+    assign(config, changes)
+    with pytest.raises(ValueError, match=message) as error:
+        way(resolve(config), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_that_can_be_kept_are_those_of_the_evaluated_tasks():
+    assert skills(plan_opd(resolve(load())).setup) == ["text", "quality", "composition", "composition_strict"]
+
+
+# ---- folders
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for folder, problem in ((tmp_path / "file" / "run", "is no folder"), (Path("/proc/run"), "cannot be written")):
+        with pytest.raises(ValueError, match=rf"^--workdir: .* {problem}"):
+            main.check(resolve(load()), folder)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = dataclasses.make_dataclass("usage", ["free"])
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda folder: usage(1000))
+    with pytest.raises(
+        ValueError, match=rf"^--workdir: disk of {tmp_path}: 0\.00 GiB free, 0\.07 GiB needed for a check"
+    ):
+        main.check(resolve(load()), tmp_path / "run")
+
+
+# ---- prompts
+
+
+def test_prompts_are_told_of_before_they_are_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = resolve(load())
+    made = plan_opd(config)
+    pipeline = made.setup.pipeline
+    tasks = {"text": Task("text", ("a", "b"), ("b", "c")), "composition": Task("composition", ("d",), ("e",))}
+    reviewed: list[str] = []
+    world = dataclasses.replace(
+        pipeline.world, tasks=tasks, review=lambda prompts: [*map(reviewed.append, prompts), "3 are cut"][-1:]
+    )
+    setup = dataclasses.replace(made.setup, pipeline=dataclasses.replace(pipeline, world=world))
+    check_plan(dataclasses.replace(made, setup=setup), config, tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "warning: tasks.text.test: 1 of 2 prompts are training prompts, too, such as 'b'",
+        "warning: prompts: 3 are cut",
+    ]
+    assert reviewed == ["a", "b", "b", "c", "d", "e"]
+    assert np.isfinite(made.cost().model)
