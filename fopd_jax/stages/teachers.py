@@ -126,14 +126,9 @@ def check_merge_ranks(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
 
 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
-    """Load the base and put the adapters beside it.
-
-    Raises:
-      ValueError: as `merge`; before the base is loaded.
-    """
+    """Load the base and put the adapters beside it."""
     anchor = adapters[config.anchor.name] if config.anchor.adapter else None
     make_start = partial(start_adapter, config, adapters, pipeline)
-    jax.eval_shape(make_start)  # what cannot be merged is refused now, not when training starts
     bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor)
     variables = load_base(config.model, pipeline, config.seed)
 
