@@ -93,7 +93,7 @@ def origins(shapes: Mapping[str, Shape]) -> dict[str, tuple[Origin, Shape]]:
 def module_parts(depth: int) -> dict[str, tuple[str, ...]]:
     """Every linear layer or norm of an original network of `depth` blocks, without the prefix → the modules of
     diffusers that it holds along its outputs, whether the network has them or not."""
-    parts = {ours: (theirs,) for ours, theirs in _NETWORK.items()}
+    parts: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _NETWORK.items()}
     for index in range(depth):
         blocks = {**{ours: (theirs,) for ours, theirs in _BLOCK.items()}, **_FUSED}
         for ours, theirs in blocks.items():
