@@ -18,7 +18,7 @@ class Renderings:
     """The miniature's captioned latents, see `worlds.world.CaptionedLatents`.
 
     A batch's decisions and renderings come from one stream of random numbers, which the packaged weights were trained
-    on; so every process renders all of a batch (0.3 ms an image) and encodes its own rows alone.
+    on; so every process renders all of a batch (about 1 ms an image) and encodes its own rows alone.
 
     Raises:
       ValueError: no task has a share, or one names a folder of images; names the field.
