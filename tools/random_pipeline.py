@@ -145,14 +145,16 @@ def save_clip_tokenizer(folder: Path, vocab_size: int, pad_token: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_t5_tokenizer(folder: Path) -> None:
-    """Single printable characters, and two words."""
+def save_t5_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Single printable characters, and two words; the rest of the vocabulary is never used."""
     pieces = ["▁", *string.printable.strip(), "▁a", "▁photo"]
+    unused = [(f"<unused{i}>", -float(len(pieces))) for i in range(vocab_size - len(pieces) - 3)]
     vocabulary = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
         ("<unk>", -10.0),
         *((piece, -float(i + 1)) for i, piece in enumerate(pieces)),
+        *unused,
     ]
     T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder)
 
@@ -168,7 +170,7 @@ def make_pipeline(dst: Path, sizes: dict[str, Fields], dtype: torch.dtype, shard
     for name, fields in sizes.items():
         save_network(dst, name, fields, dtype, shard)
         if name == "text_encoder_3":
-            save_t5_tokenizer(dst / "tokenizer_3")
+            save_t5_tokenizer(dst / "tokenizer_3", fields["vocab_size"])
         elif name in TOKENIZERS:
             pad = "!" if name == "text_encoder_2" else "<|endoftext|>"
             save_clip_tokenizer(dst / TOKENIZERS[name], fields["vocab_size"], pad)
