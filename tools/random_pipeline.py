@@ -30,6 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from fopd_jax.files import local_path
+
 Fields = dict[str, Any]
 _CLIP = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 77}  # as published
 _VAE = {
@@ -185,20 +187,24 @@ def destination_fault(dst: Path) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dst", type=Path, required=True)
+    parser.add_argument("--dst", required=True)
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty, too")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--components", help="comma-separated; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--t5-layers", type=int, help="fewer than T5-XXL's 24, where disk or memory is short")
     args = parser.parse_args()
-    if (fault := destination_fault(args.dst)) and not args.force:
+    try:
+        dst = local_path("dst", args.dst)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if (fault := destination_fault(dst)) and not args.force:
         sys.exit(f"error: {fault}")
     wanted = args.components.split(",") if args.components else list(_CLASSES)
     sizes = {name: SIZES[args.size][name] for name in _CLASSES if name in wanted}
     if args.t5_layers and "text_encoder_3" in sizes:
         sizes["text_encoder_3"] = sizes["text_encoder_3"] | {"num_layers": args.t5_layers}
-    make_pipeline(args.dst, sizes, getattr(torch, args.dtype))
+    make_pipeline(dst, sizes, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":
