@@ -6,11 +6,12 @@ Nothing else in this package renames what it writes. What a process that is kill
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,30 @@ def _sort_metadata(path: Path) -> None:
 
 
 # ---- before anything is written
+
+
+def local_path(field: str, name: str) -> Path:
+    """A path as it was given on a command line.
+
+    Raises:
+      ValueError: it has a scheme, such as gs://, which would become a folder of that name; begins with `field`.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        raise ValueError(f"{field}: found {name!r}, expected a path on this machine: others are not supported")
+    return Path(name)
+
+
+def check_apart(src: Path, dst: Path, within: Collection[str] = ()) -> None:
+    """Whether what is written would not replace what is read, however either is spelled.
+
+    `within`: files of a folder that stand for it where `src` or `dst` is one.
+
+    Raises:
+      ValueError: they are the same; begins with `dst`.
+    """
+    sources, targets = ({path.resolve(), *((path / name).resolve() for name in within)} for path in (src, dst))
+    if sources & targets:
+        raise ValueError(f"dst: {dst} is the source itself; choose another")
 
 
 def check_writable(folder: Path, field: str) -> Path:

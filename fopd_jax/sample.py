@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from fopd_jax.evaluation.samples import (
     write_image,
 )
 from fopd_jax.exits import explained
+from fopd_jax.files import local_path
 from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.parallel.distributed import initialize, is_main, speaks
 from fopd_jax.policy.velocity import Tree
@@ -89,13 +89,7 @@ def main(_: list[str]) -> None:
     with explained(speaks=speaks):
         config = read_config()
         initialize(*membership())
-        run(config, _local("out", _OUT.value or f"samples/{config.name}"))
-
-
-def _local(field: str, name: str) -> Path:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
-        raise ValueError(f"{field}: found {name!r}, expected a path on this machine: others are not supported")
-    return Path(name)
+        run(config, local_path("out", _OUT.value or f"samples/{config.name}"))
 
 
 def run(config: OPD | FlowMatching, out: Path) -> None:
@@ -168,7 +162,7 @@ def _draw(
 def _given_prompts() -> list[str]:
     given = list(_PROMPT.value)
     if _PROMPTS_FILE.value is not None:
-        given += read_prompts(_local("prompts-file", _PROMPTS_FILE.value), "prompts-file")
+        given += read_prompts(local_path("prompts-file", _PROMPTS_FILE.value), "prompts-file")
     return given
 
 
@@ -185,7 +179,7 @@ def _load_policies(pipeline: Pipeline) -> list[Policy]:
     def load(name: str, source: str) -> Policy:
         if not source:
             return Policy(name, {}, {})
-        adapter = effective(load_policy(str(_local("adapter", source)), pipeline))
+        adapter = effective(load_policy(str(local_path("adapter", source)), pipeline))
         return Policy(name, adapter, {"source": source, "sha256": _content_hash(weight_path(source))})
 
     return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]

@@ -22,8 +22,17 @@ from safetensors import SafetensorError, safe_open
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.exits import explained
+from fopd_jax.files import check_apart, local_path
 from fopd_jax.interop.files.safetensors import FORMAT, load_adapter, save_adapter
-from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_peft, write_sd_scripts
+from fopd_jax.interop.lora.peft import (
+    DIFFUSERS_TENSORS,
+    PEFT_TENSORS,
+    read_lora,
+    write_comfyui,
+    write_diffusers,
+    write_peft,
+    write_sd_scripts,
+)
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 
@@ -38,21 +47,23 @@ WRITERS: dict[str, Callable[[Path, Adapter, MMDiTConfig], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    with explained(str(options.dst)):
-        adapter, config = read(options.src, options.preset, options.model)
-        WRITERS[options.to](options.dst, adapter, config)
+    with explained(options.dst):
+        src, dst = local_path("src", options.src), local_path("dst", options.dst)
+        check_apart(src, dst, (PEFT_TENSORS, DIFFUSERS_TENSORS))
+        adapter, config = read(src, options.preset, local_path("model", options.model) if options.model else None)
+        WRITERS[options.to](dst, adapter, config)
     print(f"{options.dst}: written for {options.to}, scale {adapter.scale:g}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 if it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--src", type=Path, required=True, help="adapter file or folder")
-    parser.add_argument("--dst", type=Path, required=True, help="what to write: a folder for peft, else a file")
+    parser.add_argument("--src", required=True, help="adapter file or folder")
+    parser.add_argument("--dst", required=True, help="what to write: a folder for peft, else a file")
     parser.add_argument("--to", choices=WRITERS, required=True, help="layout to write")
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--preset", choices=PRESETS, help="the network that the adapter is for")
-    network.add_argument("--model", type=Path, help="diffusers pipeline, or the transformer's folder in it, instead")
+    network.add_argument("--model", help="diffusers pipeline, or the transformer's folder in it, instead")
     return parser.parse_args(arguments)
 
 

@@ -20,19 +20,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
 from fopd_jax.exits import explained, leave
+from fopd_jax.files import local_path
 from fopd_jax.interop.sd3.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", type=Path, required=True)
-    parser.add_argument("--dst", type=Path, required=True)
+    parser.add_argument("--src", required=True)
+    parser.add_argument("--dst", required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(OUTPUT_DTYPES))
     parser.add_argument("--components", help="comma-separated; default: all that the source has")
     parser.add_argument("--reverse", action="store_true", help="write a converted transformer as a diffusers folder")
@@ -41,17 +41,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Convert; returns what was done, in words."""
+    src, dst = local_path("src", args.src), local_path("dst", args.dst)
     if args.reverse:
-        write_transformer(args.src, args.dst, progress=byte_bar)
-        return f"wrote the transformer of {args.src} to {args.dst}"
+        write_transformer(src, dst, progress=byte_bar)
+        return f"wrote the transformer of {src} to {dst}"
     components = args.components.split(",") if args.components else None
-    done = convert(args.src, args.dst, dtype=args.dtype, components=components, progress=byte_bar)
-    return f"converted {', '.join(done)} into {args.dst}" if done else f"{args.dst}: already converted, unchanged"
+    done = convert(src, dst, dtype=args.dtype, components=components, progress=byte_bar)
+    return f"converted {', '.join(done)} into {dst}" if done else f"{dst}: already converted, unchanged"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    with explained(str(args.dst)):
+    with explained(args.dst):
         try:
             print(run(args))
         except ValueError as error:

@@ -30,6 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from fopd_jax.files import local_path
+
 Fields = dict[str, Any]
 _CLIP = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 77}  # as published
 _VAE = {
@@ -145,14 +147,16 @@ def save_clip_tokenizer(folder: Path, vocab_size: int, pad_token: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_t5_tokenizer(folder: Path) -> None:
-    """Single printable characters, and two words."""
+def save_t5_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Single printable characters, and two words; the rest of the vocabulary is never used."""
     pieces = ["▁", *string.printable.strip(), "▁a", "▁photo"]
+    unused = [(f"<unused{i}>", -float(len(pieces))) for i in range(vocab_size - len(pieces) - 3)]
     vocabulary = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
         ("<unk>", -10.0),
         *((piece, -float(i + 1)) for i, piece in enumerate(pieces)),
+        *unused,
     ]
     T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder)
 
@@ -168,7 +172,7 @@ def make_pipeline(dst: Path, sizes: dict[str, Fields], dtype: torch.dtype, shard
     for name, fields in sizes.items():
         save_network(dst, name, fields, dtype, shard)
         if name == "text_encoder_3":
-            save_t5_tokenizer(dst / "tokenizer_3")
+            save_t5_tokenizer(dst / "tokenizer_3", fields["vocab_size"])
         elif name in TOKENIZERS:
             pad = "!" if name == "text_encoder_2" else "<|endoftext|>"
             save_clip_tokenizer(dst / TOKENIZERS[name], fields["vocab_size"], pad)
@@ -183,20 +187,24 @@ def destination_fault(dst: Path) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dst", type=Path, required=True)
+    parser.add_argument("--dst", required=True)
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty, too")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--components", help="comma-separated; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--t5-layers", type=int, help="fewer than T5-XXL's 24, where disk or memory is short")
     args = parser.parse_args()
-    if (fault := destination_fault(args.dst)) and not args.force:
+    try:
+        dst = local_path("dst", args.dst)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if (fault := destination_fault(dst)) and not args.force:
         sys.exit(f"error: {fault}")
     wanted = args.components.split(",") if args.components else list(_CLASSES)
     sizes = {name: SIZES[args.size][name] for name in _CLASSES if name in wanted}
     if args.t5_layers and "text_encoder_3" in sizes:
         sizes["text_encoder_3"] = sizes["text_encoder_3"] | {"num_layers": args.t5_layers}
-    make_pipeline(args.dst, sizes, getattr(torch, args.dtype))
+    make_pipeline(dst, sizes, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from fopd_jax.conditioning.encoder import Conditioning, TextEncoder, TextEncoders, Tokenize
 from fopd_jax.conditioning.lengths import Reader, review
 from fopd_jax.interop.files.converted import TOKENIZERS, Manifest, load_sharded
+from fopd_jax.interop.files.tokenizers import open_tokenizer
 from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.t5 import T5Encoder
 
@@ -69,34 +70,33 @@ class ConvertedText:
 
     def review(self, prompts: Iterable[str]) -> list[str]:
         """What the encoders do not read of prompts, a line each, see `lengths.review`; loads no weights."""
-        names = [name for name in (*CLIP_TOWERS, T5) if name in self.manifest.components]
-        folders = {name: self.folder / TOKENIZERS[name] for name in names}
-        lengths = {name: self.t5_length if name == T5 else self._clip_length(name) for name in names}
-        return review([Reader(name, lengths[name], partial(load_tokenizer, folders[name])) for name in names], prompts)
-
-    def _clip_length(self, name: str) -> int:
-        return self.manifest.component(name).config.max_length
+        readers = [Reader(name, length, partial(self._tokenizer, name)) for name, length in self._lengths().items()]
+        return review(readers, prompts)
 
     def load(self, mesh: Mesh) -> TextEncoders:
-        """The encoders, born in their shards on `mesh`.
+        """The encoders, born in their shards on `mesh`; all tokenizers come first, since they take seconds.
 
         Raises:
-          ValueError: weights or tokenizers are missing or damaged; names the folder.
+          ValueError: weights or tokenizers are missing, damaged or another encoder's; names the folder.
         """
-        clip = []
-        for name in CLIP_TOWERS:
+        tokenizers = {name: self._tokenizer(name, length) for name, length in self._lengths().items()}
+        dtype, encoders = jnp.dtype(self.dtype), {}
+        for name, tokenize in tokenizers.items():
             config = self.manifest.component(name).config
-            clip.append(self._load(name, CLIPText(config, dtype=jnp.dtype(self.dtype)), config.max_length, mesh))
-        t5 = None
-        if T5 in self.manifest.components:
-            network = T5Encoder(self.manifest.component(T5).config, dtype=jnp.dtype(self.dtype))
-            t5 = self._load(T5, network, self.t5_length, mesh)
-        return TextEncoders(clip, t5, self.t5_length, self.context_dim)
+            network = T5Encoder(config, dtype=dtype) if name == T5 else CLIPText(config, dtype=dtype)
+            params = load_sharded(self.folder, name, boxed_params(network), dtype, mesh)
+            encoders[name] = TextEncoder(apply_of(network), params, tokenize)
+        clip = [encoders[name] for name in CLIP_TOWERS]
+        return TextEncoders(clip, encoders.get(T5), self.t5_length, self.context_dim)
 
-    def _load(self, name: str, network: nn.Module, length: int, mesh: Mesh) -> TextEncoder:
-        params = load_sharded(self.folder, name, boxed_params(network), jnp.dtype(self.dtype), mesh)
-        tokenize = load_tokenizer(self.folder / TOKENIZERS[name], length)
-        return TextEncoder(apply_of(network), params, tokenize)
+    def _lengths(self) -> dict[str, int]:
+        """Tokens that each encoder of the folder reads, in their order."""
+        names = [name for name in (*CLIP_TOWERS, T5) if name in self.manifest.components]
+        clip = {name: self.manifest.component(name).config.max_length for name in names if name != T5}
+        return {name: clip.get(name, self.t5_length) for name in names}
+
+    def _tokenizer(self, name: str, length: int) -> Tokenize:
+        return load_tokenizer(self.folder / TOKENIZERS[name], self.manifest.components[name].config, length)
 
 
 def boxed_params(network: nn.Module) -> Any:
@@ -109,18 +109,15 @@ def apply_of(network: nn.Module) -> Any:
     return lambda params, ids: network.apply({"params": params}, ids)
 
 
-def load_tokenizer(folder: Path, length: int) -> Tokenize:
+def load_tokenizer(folder: Path, config: Mapping[str, Any], length: int) -> Tokenize:
     """A tokenizer by its local folder, padding and truncating to `length`; several threads may use it.
 
-    Raises:
-      ValueError: the folder holds no tokenizer; names it.
-    """
-    from transformers import AutoTokenizer  # imports much, which the miniature does without
+    `config`: its encoder's `config.json`.
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: no tokenizer that can be read ({' '.join(str(error).split())[:200]})") from error
+    Raises:
+      ValueError: as `open_tokenizer`.
+    """
+    tokenizer = open_tokenizer(folder, config)
     using = threading.Lock()  # it keeps its padding as state, and refuses a second user meanwhile
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:

@@ -99,6 +99,27 @@ def empty_tokenizer(src: Path) -> None:
     (src / "tokenizer_2").mkdir()
 
 
+def foreign_tokenizer(name: str, other: str) -> Callable[[Path], None]:
+    """Another encoder's tokenizer in the place of one's own."""
+
+    def apply(src: Path) -> None:
+        shutil.rmtree(src / name)
+        shutil.copytree(src / other, src / name)
+
+    return apply
+
+
+def truncated_vocabulary(name: str, count: int) -> Callable[[Path], None]:
+    """Only a T5 tokenizer's first tokens."""
+
+    def apply(src: Path) -> None:
+        fields = json.loads((src / name / "tokenizer.json").read_text())
+        fields["model"]["vocab"] = fields["model"]["vocab"][:count]
+        (src / name / "tokenizer.json").write_text(json.dumps(fields))
+
+    return apply
+
+
 def set_first(value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[QUERY] = tensors[QUERY].to(dtype)

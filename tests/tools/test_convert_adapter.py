@@ -132,3 +132,32 @@ def test_exit_status(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         assert "error: " in done.stderr.splitlines()[-1]
         assert not list(tmp_path.iterdir())
+
+
+def test_the_source_is_never_the_destination(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, link = tmp_path / "ours.safetensors", tmp_path / "link.safetensors"
+    save_adapter(ours, make_adapter(), {"preset": "miniature"})
+    link.symlink_to(ours)
+    held = tmp_path / "held"
+    tool.main(["--src", str(ours), "--dst", str(held), "--to", "diffusers"])
+    file = held / "pytorch_lora_weights.safetensors"
+    monkeypatch.chdir(held)
+    before = ours.read_bytes(), file.read_bytes()
+    for src, dst in (
+        (ours, ours), (ours, link), (link, ours), (ours, "../ours.safetensors"), ("../held", held), (file, held),
+        (held, file), (file, "../held/pytorch_lora_weights.safetensors"),
+    ):  # fmt: skip
+        said = run(tool, "--src", src, "--dst", dst, "--to", "diffusers", "--preset", "miniature")
+        assert said == f"error: dst: {dst} is the source itself; choose another"
+    assert (ours.read_bytes(), file.read_bytes()) == before
+    tool.main(["--src", str(ours), "--dst", str(tmp_path), "--to", "diffusers"])  # beside it is another file
+
+
+@pytest.mark.parametrize("field", ["src", "dst", "model"])
+@pytest.mark.parametrize("scheme", ["gs", "s3", "hf"])
+def test_paths_with_a_scheme_are_refused(tool: ModuleType, scheme: str, field: str, tmp_path: Path) -> None:
+    there = f"{scheme}://bucket/x"
+    paths = {"src": tmp_path / "a", "dst": tmp_path / "b", "model": tmp_path / "c"} | {field: there}
+    said = run(tool, *(each for name, path in paths.items() for each in (f"--{name}", path)), "--to", "peft")
+    assert said == f"error: {field}: found {there!r}, expected a path on this machine: others are not supported"
+    assert not list(tmp_path.iterdir())

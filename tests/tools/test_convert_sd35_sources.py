@@ -26,11 +26,13 @@ from tests.tools.damage import (
     edit_map,
     edit_tensors,
     empty_tokenizer,
+    foreign_tokenizer,
     pickle_only,
     remove,
     set_first,
     shard,
     shift_offsets,
+    truncated_vocabulary,
     twice,
     void,
 )
@@ -50,6 +52,29 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {  # kind → compone
     "missing folder": ("vae", remove("vae"), "vae/config.json: no such file"),
     "missing tokenizer": ("text_encoder_3", remove("tokenizer_3"), "tokenizer_3: missing or empty, expected"),
     "empty tokenizer": ("text_encoder_2", empty_tokenizer, "tokenizer_2: missing or empty, expected"),
+    "tokenizer without words": (
+        "text_encoder_3", remove("tokenizer_3/tokenizer.json"), "tokenizer_3: not the tokenizer of its text enc"
+    ),
+    "damaged tokenizer": (
+        "text_encoder_3", edit_bytes("tokenizer_3/tokenizer.json", lambda data: data[:100]), "tokenizer_3: no tokenizer"
+    ),
+    "T5's vocabulary cut": ("text_encoder_3", truncated_vocabulary("tokenizer_3", 40), "tokenizer_3: .* unknown to it"),
+    "T5's letters cut": (
+        "text_encoder_3", edit_bytes("tokenizer_3/tokenizer.json", lambda data: data.replace(b'"q"', b'"q2"')),
+        "tokenizer_3: .* 1 of .* tokens of an English sentence unknown",
+    ),
+    "CLIP's tokenizer for T5": (
+        "text_encoder_3", foreign_tokenizer("tokenizer_3", "tokenizer"), "tokenizer_3: .* a vocabulary of 514 ids"
+    ),
+    "T5's tokenizer for CLIP": (
+        "text_encoder_2", foreign_tokenizer("tokenizer_2", "tokenizer_3"), "tokenizer_2: .* a vocabulary of 256 ids"
+    ),
+    "another end of texts": (
+        "text_encoder", edit_json("text_encoder/config.json", eos_token_id=7), "tokenizer: .* eos_token_id 513, exp"
+    ),
+    "another padding": (
+        "text_encoder_3", edit_json("text_encoder_3/config.json", pad_token_id=9), "tokenizer_3: .*pad_token_id 0, exp"
+    ),
     # the configuration
     "no configuration": ("transformer", remove(CONFIG), "transformer/config.json: no such file"),
     "truncated configuration": ("transformer", edit_bytes(CONFIG, lambda data: data[:100]), "json: damaged JSON"),

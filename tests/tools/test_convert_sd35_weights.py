@@ -49,6 +49,12 @@ def test_destination_that_cannot_be(call: Caller, pipeline: Path, tmp_path: Path
         call.fails(["--src", pipeline, "--dst", dst, "--components", "text_encoder"], message)
 
 
+@pytest.mark.parametrize("more", [[], ["--reverse"]])
+def test_paths_with_a_scheme_are_refused(more: list[str], call: Caller, tmp_path: Path) -> None:
+    for src, dst, field in (("hf://a/b", "x", "src"), ("s3://a/b", "x", "src"), (str(tmp_path), "gs://a/b", "dst")):
+        call.fails([*more, "--src", src, "--dst", dst], f"{field}: found '..://a/b', expected a path on this machine")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

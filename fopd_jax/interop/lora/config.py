@@ -5,6 +5,7 @@ and their meaning are those of peft 0.21, `peft/tuners/lora/config.py` and `laye
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ _HARMLESS = frozenset(
         "target_modules", "task_type",
     )
 )  # fmt: skip
+_MOST_WAYS = 2**18  # see `_ways`: four repetitions and four alternatives; a fraction of a second for each module
 _READ = frozenset(("alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora"))
 # Fields that must be off, and why. A field that stands nowhere here must be off, too.
 _REFUSED = {
@@ -66,10 +68,15 @@ def _look_up(field: str, pattern: Mapping[str, Any], module: str, default: Any) 
 
     PEFT takes the first key that matches, but sorts the keys whenever it saves them; hence two answers are refused.
     """
-    matches = {key: value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)}
+    matches = {key: value for key, value in pattern.items() if _compiled(key).match(module)}
     if len(set(matches.values())) > 1:
         raise ValueError(f"{field}: found {matches} for module {module!r}, expected one value")
     return next(iter(matches.values()), default)
+
+
+@functools.lru_cache(maxsize=2**14)  # every module may have a key of its own, which is more than `re` remembers
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def parse_settings(fields: Mapping[str, Any]) -> LoRASettings:
@@ -121,11 +128,32 @@ def _check_pattern(field: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, dict | None):
         raise ValueError(f"{field}: found {value!r}, expected an object of regular expressions")
     for key in value or {}:
+        if _ways(key) > _MOST_WAYS:
+            found = repr(key) if len(key) < 80 else f"{key[:80]!r}..."
+            raise ValueError(
+                f"{field}: found {found}, which may take for ever to match; expected at most four repetitions, none of "
+                "what holds another repetition or alternatives"
+            )
         try:
             re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{field}: found {key!r}, expected a regular expression ({error})") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{field}: found {key[:80]!r}, expected a regular expression ({error})") from error
     return {key: check(f"{field}[{key!r}]", entry) for key, entry in (value or {}).items()}
+
+
+def _ways(key: str) -> float:
+    """About how often matching may turn back: 16 per repetition, for each of the alternatives; repeated ones, ∞."""
+    text = re.sub(r"\\.", "x", key, flags=re.DOTALL)
+    text = re.sub(r"\[\^?\]?[^\]]*\]", "x", text)
+    text = re.sub(r"\(\?(?:[:=!>]|<[=!]|P<\w+>|[aiLmsux-]+:?)", "(", text)
+    ways = 2.0 ** min(text.count("?"), 64) * 16 ** min(len(re.findall(r"[*+{]", text)), 16)
+    while group := re.search(r"\(([^()]*)\)([*+{]?)", text):
+        varies = re.search(r"[*+{?|]", group[1]) is not None
+        if varies and group[2]:
+            return math.inf
+        ways *= 1 + group[1].count("|")
+        text = text[: group.start()] + "?" * varies + group[2] + text[group.end() :]  # "?": seen by the group around
+    return ways * (1 + text.count("|"))
 
 
 def make_fields(rank: int, scale: float, target_modules: Sequence[str]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class LoRAFile:
     """What one file holds: factors (a [R, in], b [out, R], float32) and alphas by module, its prefix and metadata.
 
     `ranks` are those that the file's alphas are divided by: of what holds q, k and v, the rank of the whole.
+    `renamed` is a module that the file calls otherwise than diffusers does, where it has any.
     """
 
     prefix: str
@@ -65,11 +66,13 @@ class LoRAFile:
     alphas: Mapping[str, float]
     ranks: Mapping[str, int]
     metadata: Mapping[str, str]
+    renamed: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
     prefix: str
+    module: str  # as the file calls it
     parts: tuple[str, ...]  # modules that the tensor holds along its outputs
     role: str
     adapter: str | None
@@ -122,6 +125,7 @@ def read_lora_file(path: Path, config: MMDiTConfig) -> LoRAFile:
         alphas={module: float(value.item()) for (module, role), value in tensors.items() if role == "alpha"},
         ranks={module: len(a) for module, (a, _) in pairs.items()},
         metadata=metadata,
+        renamed=next((name.module for name in names.values() if name.parts != (name.module,)), None),
     )
 
 
@@ -194,7 +198,7 @@ def _parse_name(key: str, config: MMDiTConfig) -> _Name:
         module = module.removeprefix(layout)
     prefix = match["module"].removesuffix(module)
     parts = _parts(config).get(module, (module,))
-    return _Name(prefix, parts, _ROLES[match["factor"] or match["alpha"]], match["adapter"])
+    return _Name(prefix, module, parts, _ROLES[match["factor"] or match["alpha"]], match["adapter"])
 
 
 @functools.lru_cache(maxsize=8)

@@ -42,6 +42,9 @@ PEFT_TENSORS = "adapter_model.safetensors"
 DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
 _HEADER_ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # one number for all modules
+_HEADER_UNREAD = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")  # would change what that number means
+_OFF = ("", "None", "null", "{}", "False", "false", "0")
+_ROUNDING = 2**-8  # of an alpha that is stored in bfloat16
 _FORMAT = {"format": "pt"}  # without which transformers and diffusers refuse a file
 
 
@@ -99,7 +102,7 @@ def _parse_json(text: str | bytes) -> Mapping[str, Any]:
 
 
 def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
-    """Scale of every module, from the one source that a layout has for it."""
+    """Scale of every module, from the one source that a layout has for it; a header's alpha may repeat what it says."""
     if settings is not None and not file.prefix.startswith(PEFT_PREFIX):
         raise ValueError(f"found tensor names that begin with {file.prefix!r}, expected {PEFT_PREFIX!r}")
     sources = {PEFT_SETTINGS: settings, _METADATA: file.metadata.get(_METADATA), "alpha tensors": file.alphas}
@@ -111,10 +114,20 @@ def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
     if file.metadata.get(_METADATA):
         with naming(_METADATA):
             settings = _settings_in_metadata(file)
+    if settings is not None and file.renamed and (settings.alpha_pattern or settings.rank_pattern):
+        field = "alpha_pattern" if settings.alpha_pattern else "rank_pattern"
+        raise ValueError(
+            f"{field}: found patterns of names beside module {file.renamed!r}, which is not diffusers' name for it, so "
+            "that they would match nothing; expected diffusers' names, or alpha tensors without patterns"
+        )
     ranks = {module: file.ranks[module] for module in file.factors}
     if settings is None:
-        alphas = file.alphas or dict.fromkeys(ranks, header or 0)
-        return {module: (alphas.get(module) or rank) / rank for module, rank in ranks.items()}
+        given = file.alphas or dict.fromkeys(ranks, header or 0)
+        alphas = {module: given.get(module) or float(rank) for module, rank in ranks.items()}
+        for module, alpha in alphas.items():
+            _check_header(header, f"module {module!r}", alpha)
+        return {module: alphas[module] / rank for module, rank in ranks.items()}
+    _check_header(header, PEFT_SETTINGS if _METADATA not in present else _METADATA, settings.lora_alpha)
     for module, rank in ranks.items():
         if settings.rank(module) != rank:
             raise ValueError(f"module {module!r}: found rank {rank}, but its settings say r = {settings.rank(module)}")
@@ -122,7 +135,11 @@ def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
 
 
 def _header_alpha(metadata: Mapping[str, str]) -> float | None:
-    """The alpha of all modules that a file's header tells, as trainers write it; tensors go before it."""
+    """The alpha of all modules that a file's header tells, as trainers write it."""
+    for field in _HEADER_UNREAD:
+        if (text := metadata.get(field, "").strip()) not in _OFF:
+            where = f"it in {_METADATA}, or alpha tensors"
+            raise ValueError(f"metadata {field}: found {text!r}, which is not read there; expected {where}")
     found = {field: metadata[field] for field in _HEADER_ALPHAS if metadata.get(field, "None") not in ("None", "")}
     values = set()
     for field, text in found.items():
@@ -133,6 +150,11 @@ def _header_alpha(metadata: Mapping[str, str]) -> float | None:
     if len(values) > 1 or not all(math.isfinite(value) and value for value in values):
         raise ValueError(f"metadata: found {found}, expected one finite number other than 0")
     return next(iter(values), None)
+
+
+def _check_header(header: float | None, source: str, alpha: float) -> None:
+    if header is not None and not math.isclose(header, alpha, rel_tol=_ROUNDING):
+        raise ValueError(f"metadata: found alpha {header:g}, but {source} has alpha {alpha:g}; expected them equal")
 
 
 def _settings_in_metadata(file: LoRAFile) -> LoRASettings:

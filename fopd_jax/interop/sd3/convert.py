@@ -50,6 +50,7 @@ from fopd_jax.interop.files.tensor_files import (
     read_json,
     write_tensor_file,
 )
+from fopd_jax.interop.files.tokenizers import open_tokenizer
 from fopd_jax.interop.sd3 import original
 from fopd_jax.interop.sd3.diffusers import TABLE
 
@@ -194,6 +195,7 @@ def _open_folder(src: Path, name: str, bare: Path | None = None) -> Source:
     hashed = {f"{name}/{file.name}": file for file in (folder / "config.json", *tensors.files)}
     if name in TOKENIZERS:
         hashed |= _tokenizer_files(src / TOKENIZERS[name])
+        open_tokenizer(src / TOKENIZERS[name], config)
     return Source(name, config, component, tensors, lambda tensor, array: iter([(tensor, array)]), hashed)
 
 

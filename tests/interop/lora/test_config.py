@@ -1,5 +1,6 @@
 """A LoRA's settings: what is read, what is written, what is refused."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,40 @@ def test_settings_that_the_tensors_contradict(tmp_path: Path) -> None:
     edit(tmp_path, rank_pattern={}, alpha_pattern={"to_q": 2, "attn.to_q": 4, "attn2.*": 2})
     message = "alpha_pattern: found {'to_q': 2.0, 'attn.to_q': 4.0} for module 'transformer_blocks.0.attn.to_q'"
     refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "(.+)+x", "(a*)*x", "((a|b.)?c)+", "(?:[^x]+)*y", r"(\w+\.?)+!", "(.*){9}x", "(to|t.)+x", ".*.*.*.*.*x",
+        "(|)" * 40 + "x", "a?" * 40 + "a" * 40, "((((.)+)?))+x", "(?P<a>.+)+x",
+    ],
+)  # fmt: skip
+def test_patterns_that_could_match_for_ever_are_refused(field: str, key: str) -> None:
+    fields = LoraConfig(r=5, lora_alpha=7).to_dict() | {field: {key: 3}}
+    with pytest.raises(ValueError, match=rf"^{field}: found .*, which may take for ever to match; expected at most"):
+        parse_settings(fields)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "to_q", "attn.to_q", r"transformer_blocks\.\d+\.attn\.to_(q|k|v)", ".*attn.*",
+        r"(.*\.)?blocks\.(1?\d|2[0-3])\..*",
+        ".*blocks.*attn.*to_q.*", r"^transformer_blocks\.(?:0|1|23)\.ff\.net\.2", "[(+*]+", r"\(\+\+\)",
+        "|".join(f"transformer_blocks.{i}.attn.to_q" for i in range(700)),
+    ],
+    ids=lambda key: key[:24],
+)  # fmt: skip
+def test_ordinary_patterns_are_read(key: str) -> None:
+    settings = parse_settings(LoraConfig(r=5, lora_alpha=7).to_dict() | {"alpha_pattern": {key: 3}})
+    assert dict(settings.alpha_pattern) == {key: 3.0}
+
+
+def test_a_key_for_every_module_is_quick() -> None:
+    names = [f"transformer_blocks.{i}.attn.to_q" for i in range(700)]
+    settings = parse_settings(LoraConfig(r=5, lora_alpha=7).to_dict() | {"rank_pattern": dict.fromkeys(names, 3)})
+    began = time.monotonic()
+    assert all(settings.rank(name) == 3 for name in names)
+    assert time.monotonic() - began < 20  # minutes, where each was compiled anew

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_sd_scripts
+from fopd_jax.interop.lora.peft import read_lora, write_comfyui, write_diffusers, write_sd_scripts
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.interop.sd3.original import module_parts
 from tests.interop.lora.peft_oracle import CONFIG, check_equal, random_adapter
@@ -95,3 +96,53 @@ def test_shared_inputs(name: str) -> None:
     read, plain = (read_lora(folder / f"{each}.safetensors", config) for each in (name, "lora_plain"))
     if name == "lora_down_up":
         check_equal(read, plain)
+
+
+SETTINGS = {"peft_type": "LORA", "r": 6, "lora_alpha": 3, "use_rslora": False}
+
+
+def fused_file(path: Path, prefix: str, **settings: object) -> None:
+    """q, k and v of the first block in one module of rank 6, with settings in the header."""
+    random, name = np.random.default_rng(0), "joint_blocks.0.x_block.attn.qkv"
+    place = prefix + (name.replace(".", "_") if prefix == "lora_unet_" else name)
+    factors = {"down": (6, CONFIG.width), "up": (3 * CONFIG.width, 6)}
+    tensors = {f"{place}.lora_{k}.weight": random.normal(size=v).astype(np.float32) for k, v in factors.items()}
+    fields = {prefix + field: value for field, value in (SETTINGS | settings).items()}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(fields)})
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", ""])
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_patterns_of_names_that_are_split_are_refused(field: str, prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "fused.safetensors"
+    fused_file(path, prefix)
+    assert read_lora(path, CONFIG).scale == 0.5
+    fused_file(path, prefix, **{field: {"joint_blocks.0.x_block.attn.qkv": 12}})
+    with pytest.raises(ValueError, match=f"{field}: found patterns of names beside module 'joint_blocks.0.x_block"):
+        read_lora(path, CONFIG)
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern", "use_rslora"])
+def test_fields_that_a_header_is_not_read_for(field: str, tmp_path: Path) -> None:
+    adapter, path = random_adapter(1.0), tmp_path / "header.safetensors"
+    tensors = plain_tensors(adapter, tmp_path)
+    save_file(tensors, path, metadata={field: "{}" if "pattern" in field else "False"})
+    check_equal(read_lora(path, CONFIG), adapter)
+    save_file(tensors, path, metadata={field: '{"to_q": 8}' if "pattern" in field else "True"})
+    with pytest.raises(ValueError, match=f"metadata {field}: found .*, which is not read there; expected it in"):
+        read_lora(path, CONFIG)
+
+
+@pytest.mark.parametrize("beside", ["alpha tensors", "settings"])
+def test_an_alpha_of_the_header_that_contradicts(beside: str, tmp_path: Path) -> None:
+    adapter, path = random_adapter(2.0), tmp_path / "twice.safetensors"
+    (write_comfyui if beside == "alpha tensors" else write_diffusers)(path, adapter, CONFIG)
+    tensors, rank = load_file(path), jax.tree.leaves(adapter.weights)[0].shape[-1]
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata | {"ss_network_alpha": str(2 * rank)})
+    check_equal(read_lora(path, CONFIG), adapter)
+    save_file(tensors, path, metadata=metadata | {"ss_network_alpha": "1"})
+    source = "module 'transformer_blocks.*'" if beside == "alpha tensors" else "lora_adapter_metadata"
+    with pytest.raises(ValueError, match=rf"metadata: found alpha 1, but {source} has alpha {2 * rank}; expected them"):
+        read_lora(path, CONFIG)

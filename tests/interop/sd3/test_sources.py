@@ -35,3 +35,11 @@ def test_shared_sources(name: str) -> None:
     source = open_sources(SHARED / name, None)[0]
     found = dict(part for each in source.tensors.stream() for part in source.split(*each))
     assert found.keys() == source.component.tensor_shapes().keys()
+
+
+def test_shared_tokenizer_without_words() -> None:
+    if not SHARED.is_dir():
+        pytest.skip("no folder of bug inputs")
+    open_sources(SHARED / "tiny", None)
+    with pytest.raises(ValueError, match="tokenizer_3: not the tokenizer of its text encoder: found 19 of 38 tokens"):
+        open_sources(SHARED / "t5_tokenizer_without_words", None)
