@@ -163,9 +163,10 @@ def prepare(config: Config, folder: Path) -> Stage:
     """Check everything and build the stage, then claim the workdir; nothing is written before all is well.
 
     Raises:
-      ValueError: names the field, file or key that is wrong.
+      ValueError: names the field, file or key that is wrong, or the run that holds the workdir.
     """
     check_run(config, folder)
+    lock.check(folder)  # building takes minutes
     stage = find_stage(config).make(config, folder)
     workdir.claim(folder, identity(config))
     return stage
