@@ -6,6 +6,9 @@ or 130. On several hosts the same command runs on each: clusters are detected, o
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.exits import tell_interrupts
+
+    tell_interrupts()
     from fopd_jax.config.help import answer_help
 
     answer_help(__file__)
