@@ -15,6 +15,9 @@ On 2 CPU cores: `--config=configs/miniature.py`, two minutes.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.exits import tell_interrupts
+
+    tell_interrupts()
     from fopd_jax.config.help import answer_help
 
     answer_help(__file__)

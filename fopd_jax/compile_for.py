@@ -10,6 +10,9 @@ Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.exits import tell_interrupts
+
+    tell_interrupts()
     from fopd_jax.config.help import answer_help
 
     answer_help(__file__)

@@ -9,6 +9,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
@@ -72,6 +73,19 @@ def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Ite
         if fault is None:
             raise
         leave(*(fault if speaks() else ("", fault.status)))
+
+
+def tell_interrupts() -> None:
+    """Ctrl-C where nothing catches it yet, as during imports, ends the program with one line and status 130 as well."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        fault = explain(error) if isinstance(error, KeyboardInterrupt) else None
+        if fault is None:
+            shown(kind, error, trace)
+        else:
+            leave(*fault)
+
+    shown, sys.excepthook = sys.excepthook, hook
 
 
 def refuse(message: str) -> NoReturn:

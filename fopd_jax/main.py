@@ -6,6 +6,9 @@ or 130. On several hosts the same command runs on each: clusters are detected, o
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.exits import tell_interrupts
+
+    tell_interrupts()
     from fopd_jax.config.help import answer_help
 
     answer_help(__file__)
@@ -163,9 +166,10 @@ def prepare(config: Config, folder: Path) -> Stage:
     """Check everything and build the stage, then claim the workdir; nothing is written before all is well.
 
     Raises:
-      ValueError: names the field, file or key that is wrong.
+      ValueError: names the field, file or key that is wrong, or the run that holds the workdir.
     """
     check_run(config, folder)
+    lock.check(folder)  # building takes minutes
     stage = find_stage(config).make(config, folder)
     workdir.claim(folder, identity(config))
     return stage

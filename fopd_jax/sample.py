@@ -12,6 +12,9 @@ the config's tasks are drawn.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    from fopd_jax.exits import tell_interrupts
+
+    tell_interrupts()
     from fopd_jax.config.help import answer_help
 
     answer_help(__file__)

@@ -116,3 +116,15 @@ def test_a_program_without_its_backend_says_so_in_one_line(program: str, tmp_pat
     assert (done.returncode, done.stderr.count("\n")) == (BAD_INPUT, 1), done.stderr
     assert done.stderr.startswith("error: JAX_PLATFORMS: found 'cuda', but no such device")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["main", "sample", "benchmark", "compile_for"])
+def test_an_interrupt_during_the_imports_is_one_line(program: str, tmp_path: Path):
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", f"fopd_jax.{program}"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

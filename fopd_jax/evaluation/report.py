@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fopd_jax import files
 from fopd_jax.config.schema import Evaluation
 from fopd_jax.evaluation.grid import draw_grid
-from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.evaluation.sampler import Sampler, check_finite
 from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
 from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main
@@ -53,6 +54,10 @@ def write_report(
     `about`: what else to write into `results.json`. All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
     scores, there is no table.
+
+    Raises:
+      FloatingPointError: a score is not finite; names model and skill, and nothing is written.
+      ValueError: an image of the samples is not; names model and prompt.
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
@@ -62,6 +67,7 @@ def write_report(
     with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total or not is_main()) as bar:
         for model in models:
             scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
+            files.check_finite(f"scores of {model.name}", scores[model.name])
     if is_main():
         _write_scores(workdir, about, scores, models[-1].name)
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
@@ -117,7 +123,11 @@ def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, 
 
 
 def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> Image.Image:
-    """Rows are models, columns the same pairs, spread evenly over each task's first batch so that all kinds show."""
+    """Rows are models, columns the same pairs, spread evenly over each task's first batch so that all kinds show.
+
+    Raises:
+      ValueError: an image is not finite; names its model and prompt.
+    """
     count = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
     columns = np.arange(count) * eval_set.batch_size // count
     batches = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
@@ -128,6 +138,8 @@ def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Seque
             sampler(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
             for name, (prompts, index) in batches.items()
         ]
-        return np.concatenate(images)
+        whole = np.concatenate(images)
+        check_finite(whole, [f"{model.name}, prompt {prompt!r}" for prompt in labels])
+        return whole
 
     return draw_grid(np.stack([row(model) for model in models]), [model.name for model in models], labels)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from fopd_jax.files import write_json
+from fopd_jax.running.guards import in_one_line, warn
 
 PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
 REPEATED = ("step", "data", "eval", "checkpoint")
@@ -31,6 +32,7 @@ class Goodput:
         self._phase, self._since = "init", clock()
         self._written = -float("inf")
         self.seconds: Seconds = dict.fromkeys(PHASES, 0.0)
+        self._told = False  # that it cannot be written
         self.runs = 0  # this one included, once it is known
         self._saved: dict[int, Seconds] = {}
 
@@ -91,15 +93,24 @@ class Goodput:
         self.write()
 
     def write(self, least: float = 0.0) -> None:
-        """Write the file unless that was less than `least` seconds ago. A record only: a full disk does not stop it."""
+        """Write the file unless that was less than `least` seconds ago.
+
+        A record only: what stops it is told, once, and stops nothing else.
+        """
         if self._path is None or not self.runs or self._clock() - self._written < least:
             return
         self._switch(self._phase)
         self._written = self._clock()
         saved = {str(step): seconds for step, seconds in self._saved.items()}
         content = {"runs": self.runs, "seconds": self.seconds, "shares": self.shares(), "saved": saved}
-        with contextlib.suppress(OSError):
+        try:
             write_json(self._path, content)
+        except OSError as error:
+            if not self._told:
+                warn(f"{self._path}: cannot be written ({in_one_line(error)}); the run goes on")
+            self._told = True
+        else:
+            self._told = False
 
     # ---- looking at it
 

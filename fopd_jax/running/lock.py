@@ -47,6 +47,18 @@ def holding(workdir: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def check(workdir: Path) -> None:
+    """Look whether another run holds a workdir, before anything long is done for it. Process 0 does; writes nothing.
+
+    It looks for a few signs of life only: `holding` decides.
+
+    Raises:
+      ValueError: as `holding`.
+    """
+    if is_main():
+        _dead(workdir / FILE, 3 * HEARTBEAT_S)
+
+
 def _take(path: Path, text: str) -> None:
     while True:
         try:
@@ -57,17 +69,27 @@ def _take(path: Path, text: str) -> None:
             _clear(path)
 
 
+def _dead(path: Path, seconds: float) -> str | None:
+    """What a run that is dead left in its lock; None where there is none.
+
+    Raises:
+      ValueError: it is alive.
+    """
+    there = _read(path)
+    if there is not None and _may_be_alive(there) and _moves(path, seconds):
+        raise ValueError(f"{path.parent}: {_name(there)} is running in it; stop that, or choose another --workdir")
+    return there
+
+
 def _clear(path: Path) -> None:
     """Remove a lock whose run is dead.
 
     Raises:
       ValueError: it is alive.
     """
-    there = _read(path)
+    there = _dead(path, SILENCE_S)
     if there is None:
         return
-    if _may_be_alive(there) and _moves(path):
-        raise ValueError(f"{path.parent}: {_name(there)} is running in it; stop that, or choose another --workdir")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.rename(aside)
@@ -96,10 +118,10 @@ def _may_be_alive(text: str) -> bool:
     return True
 
 
-def _moves(path: Path) -> bool:
-    """Whether a lock shows a sign of life before the silence is too long."""
+def _moves(path: Path, seconds: float) -> bool:
+    """Whether a lock shows a sign of life within so many seconds."""
     with contextlib.suppress(FileNotFoundError):
-        first, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE_S
+        first, until = path.stat().st_mtime_ns, time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(HEARTBEAT_S / 10)
             if path.stat().st_mtime_ns != first:
@@ -117,7 +139,7 @@ def _beat(path: Path, text: str, done: threading.Event) -> None:
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

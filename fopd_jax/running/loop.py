@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
+from fopd_jax.files import check_finite
 from fopd_jax.parallel.distributed import fetch, is_main, largest
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
@@ -48,7 +49,7 @@ def run(
         Nothing later is saved.
       Preempted: a signal asked to stop; it says whether the state is saved.
       ValueError: the run is already beyond `run.steps`, or an alarm watches a metric that does not exist.
-      OSError: too many checkpoints in a row could not be saved.
+      OSError: too many checkpoints in a row could not be saved, or metrics written; the latter after saving.
     """
     return _Run(stage, settings, checkpoints, writer, supervision or Supervision()).run()
 
@@ -184,6 +185,7 @@ class _Run:
 
         def score() -> None:
             scores.update(self.stage.evaluate(self.state, progress))
+            check_finite("scores", {name: np.asarray(value) for name, value in scores.items()})
             images.update(self.stage.draw(self.state))
 
         scores: dict[str, float] = {}
@@ -210,11 +212,7 @@ class _Run:
         """
         last, space = step == self.settings.steps, self.watch.space
         with self.watch.goodput.measure("checkpoint"):
-            if problem := self.agreed(self.checkpoints.wait):  # of the save before, which ran beside training
-                space.missed(self.begun, f"saving failed ({problem})")
-            elif self.begun:
-                space.saved()
-            self.begun = 0
+            self.saved()
             if space.allows(step, self.state, last):
                 if problem := self.store(step) if last else self.agreed(lambda: self.begin(step)):
                     space.missed(step, f"saving failed ({problem})", last)
@@ -222,6 +220,23 @@ class _Run:
                     self.begun = step
                     self.watch.goodput.mark(step)
         self.watch.watchdog.beat(f"the checkpoint of step {step}")
+        self.end_in_trouble()
+
+    def end_in_trouble(self) -> None:
+        """Metrics that cannot be written end a run only here, where its state is safe: training repeats nothing."""
+        if not largest(int(bool(self.writer.trouble))):
+            return
+        if self.saved():
+            raise OSError(self.writer.trouble or "the metrics cannot be written")
+
+    def saved(self) -> bool:
+        """Wait for the save that runs beside training; whether there was one, and it is in place."""
+        step, self.begun = self.begun, 0
+        if problem := self.agreed(self.checkpoints.wait):
+            self.watch.space.missed(step, f"saving failed ({problem})")
+        elif step:
+            self.watch.space.saved()
+        return step > 0 and not problem
 
     def begin(self, step: int) -> None:
         self.checkpoints.save(step, self.state, {MEANS: self.means.notes()})  # the line that is not complete yet

@@ -1,72 +1,134 @@
 """One metric writer, with clu's method names, over TensorBoard and `metrics.jsonl`."""
 
 import json
+import os
+import socket
+import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
 
 from fopd_jax.files import write_text
 from fopd_jax.parallel.distributed import is_main
+from fopd_jax.running.guards import in_one_line, warn
+from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
 
 
 class MetricWriter:
-    """Writes scalars and images to TensorBoard event files and one JSON line per step to `metrics.jsonl`.
+    """Writes scalars and images to a TensorBoard event file and one JSON line per step to `metrics.jsonl`.
 
     On resuming, lines beyond `resume_step` belong to updates that were lost and are dropped. Only process 0 writes:
     on the others nothing here does anything. `tracker`: where all of it is written to as well.
+
+    What cannot be written is told, kept in memory and tried again with what comes next.
     """
 
     def __init__(self, workdir: Path, resume_step: int, tracker: Tracker | None = None) -> None:
+        self._misses = Misses("metrics written", "line")
         self._writes = is_main()
         if not self._writes:
             return
-        self._tracker = tracker
-        path = workdir / "metrics.jsonl"
+        self._tracker, self._step = tracker, resume_step
+        path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
         if path.exists():
             _drop_after(path, resume_step)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = _Tail(path)
+        self._board = _Tail(board / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}")
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))  # hides what it repeats
+        self._flush(resume_step)
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can be written, once that has failed too often in a row; empty otherwise."""
+        return self._misses.told
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         if not scalars or not self._writes:
             return
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n")
-        self._lines.flush()
-        if self._tracker:
-            self._tracker.write_scalars(step, scalars)
+        line = json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n"
+        self._lines.add(line.encode())
+        self._show(step, scalars)
 
     def write_shares(self, step: int, shares: Mapping[str, float]) -> None:
         """Where the time went; not into `metrics.jsonl`, which does not depend on the clock."""
-        if not self._writes:
-            return
-        named = {f"goodput/{name}": share for name, share in shares.items()}
-        for name, share in named.items():
-            self._board.add_scalar(name, share, step)
+        if self._writes:
+            self._show(step, {f"goodput/{name}": share for name, share in shares.items()})
+
+    def _show(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._add(Event(step=step, summary=summary.scalar(name, value)))
+        self._flush(step)
         if self._tracker:
-            self._tracker.write_scalars(step, named)
+            self._tracker.write_scalars(step, scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images are uint8 `[H, W, 3]`."""
         if not self._writes:
             return
         for name, image in images.items():
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._add(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
+        self._flush(step)
         if self._tracker:
             self._tracker.write_images(step, images)
+
+    def _add(self, event: Event) -> None:
+        """A record of TensorBoard's: length, its checksum, the event, its checksum."""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+        self._board.add(length + next(checks) + data + next(checks))
+
+    def _flush(self, step: int) -> None:
+        self._step = step
+        try:
+            self._board.path.parent.mkdir(exist_ok=True)
+            self._lines.flush()
+            self._board.flush()
+        except OSError as error:
+            self._misses.missed(step, in_one_line(error))
+        else:
+            self._misses.worked()
 
     def close(self, status: int = 0) -> None:
         """Write what is left; `status`: how the program ends."""
         if not self._writes:
             return
-        self._board.close()
-        self._lines.close()
+        if self._lines.waiting or self._board.waiting:
+            self._flush(self._step)
+        if lost := self._lines.waiting.count(b"\n"):
+            warn(f"{self._lines.path}: the last {lost} lines could not be written")
         if self._tracker:
             self._tracker.close(status)
+
+
+class _Tail:
+    """Appends to a file, opened anew each time: its disk may have been away. `waiting`: bytes not written yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, b""
+
+    def add(self, data: bytes) -> None:
+        self.waiting += data
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+          OSError: some of it could not be written, and still waits.
+        """
+        if not self.waiting:
+            return
+        with self.path.open("ab", buffering=0) as file:
+            while self.waiting:
+                self.waiting = self.waiting[file.write(self.waiting) or 0 :]
 
 
 def is_logged(workdir: Path, step: int, prefix: str) -> bool:

@@ -12,14 +12,38 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.guards import warn
 
 MARGIN, SPARE = 1.25, 64 << 20  # of the state's bytes; and bytes beside it
-PATIENCE = 3  # checkpoints in a row that may fail to be saved
+PATIENCE = 3  # times in a row that writing may fail
+
+
+class Misses:
+    """Counts how often in a row something could not be written; `what`, in words, and `again`: when it is tried next.
+
+    `told` is the last line while that is too often, and empty otherwise.
+    """
+
+    def __init__(self, what: str, again: str) -> None:
+        self._what, self._again, self._count = what, again, 0
+        self.told = ""
+
+    def worked(self) -> None:
+        """It was written: the count begins anew."""
+        self._count, self.told = 0, ""
+
+    def missed(self, step: int, problem: str, last: bool = False) -> None:
+        """Note that it failed, with a line on stderr unless it is once too often, or the `last` time."""
+        self._count += 1
+        message = f"step {step}: no {self._what}: {problem}"
+        if last or self._count >= PATIENCE:
+            self.told = f"{message}; {self._count} in a row; the ones before are intact"
+        else:
+            warn(f"{message}; trying again at the next {self._again}, stopping if {PATIENCE} in a row fail")
 
 
 class Space:
     """Lets a checkpoint be saved only where memory and disk will hold it; `folder` None asks nothing."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder, self._missed = folder, 0
+        self._folder, self._misses = folder, Misses("checkpoint saved", "one")
 
     def allows(self, step: int, state: Tree, last: bool = False) -> bool:
         """Whether there is room on every process; tells on stderr if not.
@@ -35,7 +59,7 @@ class Space:
 
     def saved(self) -> None:
         """A save has begun."""
-        self._missed = 0
+        self._misses.worked()
 
     def missed(self, step: int, problem: str, last: bool = False) -> None:
         """Note a checkpoint that could not be saved.
@@ -43,11 +67,9 @@ class Space:
         Raises:
           OSError: it is one too many in a row, or the run's last; what was saved before is intact.
         """
-        self._missed += 1
-        message = f"step {step}: no checkpoint saved: {problem}"
-        if last or self._missed >= PATIENCE:
-            raise OSError(f"{message}; {self._missed} in a row; the ones before are intact")
-        warn(f"{message}; trying again at the next one, stopping if {PATIENCE} in a row fail")
+        self._misses.missed(step, problem, last)
+        if self._misses.told:
+            raise OSError(self._misses.told)
 
 
 def room_for(folder: Path, state: Tree) -> None:

@@ -155,3 +155,19 @@ def test_the_picture_is_written(tmp_path: Path):
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > 12 * 96
+
+
+def test_a_score_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path):
+    def score(images: np.ndarray, prompts: Any) -> dict[str, np.ndarray]:
+        return {"level": np.where(np.arange(len(images)) == 1, np.nan, 0.5)}
+
+    with pytest.raises(FloatingPointError, match=r"scores of base: level: 4 of 20 numbers are not finite"):
+        _write(tmp_path, world=_world(score))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_images_that_are_not_finite_is_not_drawn(tmp_path: Path):
+    models = [Model("fine", {}, jnp.float32(0)), Model("broken", {}, jnp.float32(jnp.inf))]
+    with pytest.raises(ValueError, match="images: 12 of 12 are not finite, the first of broken, prompt 'text one'"):
+        write_report(tmp_path, SETTINGS, ABOUT, SAMPLER, _world(None), models)
+    assert not (tmp_path / "samples.png").exists()

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fopd_jax import main
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, override, resolve
 from fopd_jax.policy.panel import RoutingTable
-from fopd_jax.running import workdir
+from fopd_jax.running import lock, workdir
 from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.world import make_world
 from fopd_jax.worlds.prompt_stream import PromptStream
@@ -130,3 +131,16 @@ def test_what_is_drawn_is_what_the_version_before_drew():
     images = Renderings(world.tasks, world.encode, teacher.tasks, size, empty, 0).batch(7, np.arange(size))["x0"]
     expected = [-0.8188242316246033, 0.8185185194015503, -0.7666667103767395, -0.7851852178573608]
     np.testing.assert_allclose(images.mean((1, 2, 3))[:4], expected, rtol=1e-5)
+
+
+def test_a_workdir_in_which_a_run_lives_is_refused_before_the_stage_is_built(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    workdir.claim(folder, identity(resolve(config)))
+    monkeypatch.setattr(main, "find_stage", lambda config: pytest.fail("built"))
+    with lock.holding(folder):
+        monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+        monkeypatch.setattr(lock, "_may_be_alive", lambda text: True)  # as another process would find it
+        monkeypatch.setattr(lock, "_moves", lambda path, seconds: True)
+        assert_refused(config, folder, f"{folder}: process ", "is running in it")

@@ -97,13 +97,17 @@ def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path, content: str):
     assert json.loads(path.read_text())["runs"] == 1
 
 
-def test_nothing_is_written_before_the_run_is_known_to_go_on_nor_where_there_is_no_room(tmp_path: Path):
+def test_nothing_is_written_before_the_run_is_known_to_go_on_nor_where_there_is_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     watch = Goodput(tmp_path / "goodput.json")
     watch.write()
     assert not any(tmp_path.iterdir())
     lost = Goodput(tmp_path / "nowhere" / "goodput.json")
     lost.resume(0)
     lost.mark(1)  # the folder is not there; a full disk looks the same
+    lost.mark(2)
+    assert capsys.readouterr().err.count("cannot be written") == 1  # told once
 
 
 def test_the_record_stays_small(tmp_path: Path):

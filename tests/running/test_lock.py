@@ -36,7 +36,7 @@ def test_a_dead_process_of_this_host_is_noticed_at_once(
 ):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    monkeypatch.setattr(lock, "_moves", lambda path: pytest.fail("not to be waited for"))
+    monkeypatch.setattr(lock, "_moves", lambda path, seconds: pytest.fail("not to be waited for"))
     _left(tmp_path, lock.socket.gethostname(), child.pid)
     with holding(tmp_path):
         assert f"process {child.pid} on " in capsys.readouterr().err
@@ -50,3 +50,16 @@ def test_one_that_shows_no_life_is_taken_over(tmp_path: Path, content: str | Non
     with holding(tmp_path):
         assert capsys.readouterr().err.count("taken over") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_looking_refuses_what_taking_would_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lock.check(tmp_path / "nowhere")
+    with holding(tmp_path):
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as another process
+        with pytest.raises(ValueError, match="is running in it"):
+            lock.check(tmp_path)
+        monkeypatch.undo()
+    _left(tmp_path, "elsewhere", 1)
+    monkeypatch.setattr(lock, "_moves", lambda path, seconds: False)
+    lock.check(tmp_path)  # dead: left for the one that takes it over
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]

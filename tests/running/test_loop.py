@@ -428,3 +428,19 @@ def test_the_watchdog_hears_of_every_step_checkpoint_and_part_of_an_evaluation(m
 
     loop.run(Toy(score=evaluate), cadence(2, 1, 2, 2), recorder, recorder, Supervision(watchdog=dog))
     assert heard == ["step 1", "step 2", "the checkpoint of step 2", "part of the evaluation at step 2"]
+
+
+def test_metrics_that_cannot_be_written_end_the_run_once_its_state_is_saved():
+    recorder = Recorder()
+    recorder.told = "step 1: no metrics written"
+    with pytest.raises(OSError, match="step 1: no metrics written"):
+        run(recorder, cadence(6, log_every=1, checkpoint_every=2, eval_every=0))
+    assert [step for kind, step in recorder.events if kind == "save"] == [2]
+
+
+def test_scores_that_are_not_finite_are_named_and_not_written(capsys: pytest.CaptureFixture[str]):
+    recorder = Recorder()
+    stage = Toy(score=lambda state, progress: {"fine": 1.0, "broken": np.nan})
+    loop.run(stage, cadence(2, log_every=1, checkpoint_every=2, eval_every=2), recorder, recorder)
+    assert "the evaluation failed (FloatingPointError: scores: broken: " in capsys.readouterr().err
+    assert not any(name == "eval/fine" for _, scalars in recorder.scalars for name in scalars)

@@ -1,9 +1,12 @@
 """Metrics on disk: one JSON line a step, TensorBoard beside it, and what resuming drops."""
 
+import errno
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,3 +103,54 @@ def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     writer.write_images(1, {"samples": np.zeros((2, 2, 3), np.uint8)})
     writer.close()
     assert not (tmp_path / "run").exists()
+
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("suffix", ["metrics.jsonl", "tensorboard"])
+def test_what_cannot_be_written_waits_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: int, suffix: str
+):
+    opens = Path.open
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if suffix in str(path.relative_to(tmp_path)):
+            raise OSError(fault, os.strerror(fault), str(path))
+        return opens(path, *args, **kwargs)
+
+    writer = MetricWriter(tmp_path, 0)
+    for _ in range(2):  # it works in between, and the count begins anew
+        monkeypatch.setattr(Path, "open", fail)
+        for step in (1, 2):
+            writer.write_scalars(step, {"train/loss": 0.5})
+            told = capsys.readouterr().err
+            assert told.startswith(f"warning: step {step}: no metrics written: ")
+            assert os.strerror(fault) in told
+            assert told.count("\n") == 1
+        assert not writer.trouble
+        monkeypatch.setattr(Path, "open", opens)
+        writer.write_images(3, {"samples": np.zeros((2, 2, 3), np.uint8)})
+    monkeypatch.setattr(Path, "open", fail)
+    for step in (4, 5, 6):
+        writer.write_scalars(step, {"train/loss": 0.5})
+    assert "3 in a row" in writer.trouble
+    monkeypatch.setattr(Path, "open", opens)
+    writer.close()
+    assert not writer.trouble
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 1, 2, 4, 5, 6]
+    assert [event.step for event in _events(tmp_path)] == [0, 1, 1, 2, 3, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_that_vanished_is_told_and_lines_that_are_lost_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = MetricWriter(folder, 0)
+    folder.rename(tmp_path / "away")
+    writer.write_scalars(1, {"train/loss": 0.5})
+    writer.close()
+    assert "metrics.jsonl: the last 1 lines could not be written" in capsys.readouterr().err
+    assert not folder.exists()

@@ -40,6 +40,11 @@ class Recorder(Checkpoints, MetricWriter):
         self.images: list[tuple[int, dict[str, np.ndarray]]] = []
         self.scores: dict[int, dict[str, float]] = {}
         self.saved = saved
+        self.told = ""
+
+    @property
+    def trouble(self) -> str:
+        return self.told
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         kind = next(iter(scalars)).partition("/")[0]
