@@ -259,7 +259,7 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
 
     # The student's PEFT folder, read by PEFT, samples what ours samples.
     moved, _ = load_adapter(workdir / "student.safetensors")
-    start = stage.teaching.start
+    start = stage.teaching.start()
     assert any(
         not np.array_equal(np.asarray(a), np.asarray(b))
         for a, b in zip(jax.tree.leaves(moved.weights), jax.tree.leaves(start.weights), strict=True)

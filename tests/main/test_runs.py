@@ -68,7 +68,7 @@ def test_the_results_compare_base_teachers_merge_and_student(whole: Path):
 
 def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Path, config: Any, tmp_path: Path):
     student, metadata = load_adapter(whole / "student.safetensors")
-    start = prepare(config, tmp_path / "run").teaching.start
+    start = prepare(config, tmp_path / "run").teaching.start()
     assert metadata["preset"] == "miniature"
     assert student.scale == start.scale
     before, after = (flatten_dict(tree, sep="/") for tree in (start.weights, student.weights))

@@ -67,7 +67,7 @@ def test_teachers_of_other_ranks_and_fewer_layers_teach_what_they_taught(config:
     stage = prepare(config, tmp_path / "run")
     bank = flatten_dict(stage.frozen.bank, sep="/")
     assert {leaf.shape[-1] for path, leaf in bank.items() if path.endswith("/a")} == {RANK + 2}
-    trained = flatten_dict(stage.teaching.start.weights)
+    trained = flatten_dict(stage.teaching.start().weights)
     assert {leaf.shape[-1] for path, leaf in trained.items() if path[-1] == "a"} == {RANK}
     # Nobody adapts the feed-forwards, and yet the student can.
     assert all(leaf.any() for path, leaf in trained.items() if path[-1] == "a")
