@@ -192,7 +192,7 @@ def test_program_on_a_broken_source(pipeline: Path, tmp_path: Path) -> None:
 
 def test_program_that_may_not_write_large_files(pipeline: Path, tmp_path: Path) -> None:
     """A real failure of the system, inside the library that writes: its own tracebacks are kept from the user."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     before = snapshot(tmp_path)
     process = start(limit, ["--src", pipeline, "--dst", tmp_path / "dst", "--components", "transformer,text_encoder"])
     output, errors = process.communicate()
