@@ -33,7 +33,7 @@ from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
 from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.exits import RETRY, explain, leave
-from fopd_jax.files import write_json
+from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
 from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        folder = Path(_WORKDIR.value or f"runs/{config.name}")
+        folder = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
         check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)

@@ -12,7 +12,6 @@ time.
 import argparse
 import json
 import string
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from fopd_jax.exits import explained
 from fopd_jax.files import local_path
 
 Fields = dict[str, Any]
@@ -178,11 +178,10 @@ def make_pipeline(dst: Path, sizes: dict[str, Fields], dtype: torch.dtype, shard
             save_clip_tokenizer(dst / TOKENIZERS[name], fields["vocab_size"], pad)
 
 
-def destination_fault(dst: Path) -> str | None:
-    """Why nothing is written to a path: random weights must not replace anybody's."""
+def check_destination(dst: Path) -> None:
+    """Raises ValueError where something is there: random weights must not replace anybody's."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        return f"dst: {dst} exists and is not an empty folder; choose another, or give --force"
-    return None
+        raise ValueError(f"dst: {dst} exists and is not an empty folder; choose another, or give --force")
 
 
 def main() -> None:
@@ -194,12 +193,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--t5-layers", type=int, help="fewer than T5-XXL's 24, where disk or memory is short")
     args = parser.parse_args()
-    try:
-        dst = local_path("dst", args.dst)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if (fault := destination_fault(dst)) and not args.force:
-        sys.exit(f"error: {fault}")
+    with explained(args.dst):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the destination, then make the pipeline."""
+    dst = local_path("dst", args.dst)
+    if not args.force:
+        check_destination(dst)
     wanted = args.components.split(",") if args.components else list(_CLASSES)
     sizes = {name: SIZES[args.size][name] for name in _CLASSES if name in wanted}
     if args.t5_layers and "text_encoder_3" in sizes:

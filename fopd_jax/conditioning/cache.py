@@ -16,7 +16,6 @@ import itertools
 import json
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.files import check_writable, replacing
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.distributed import warn
 
 Encode = Callable[[Sequence[str]], Conditioning]
 Encoded = Iterable[tuple[Sequence[str], Conditioning]]
@@ -171,9 +170,8 @@ class ConditioningCache:
         """Encoding anew takes minutes, and finding files of one prompt each on a bucket takes longer."""
         paths = self._root.iterdir() if self._root.is_dir() else ()
         old = sorted(path.name for path in paths if re.fullmatch("[0-9a-f]{2}", path.name))
-        if old and is_main():
-            told = f"{self._root}: encodings of an older format ({old[0]} … {old[-1]}) are not used; delete them"
-            print(f"warning: {told}", file=sys.stderr, flush=True)
+        if old:
+            warn(f"{self._root}: encodings of an older format ({old[0]} … {old[-1]}) are not used; delete them")
 
     def _sweep(self) -> None:
         """Remove what killed writers left behind a day ago or longer."""

@@ -148,6 +148,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def warn(message: str) -> None:
+    """A line on stderr, by process 0 alone."""
+    if is_main():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def is_alone() -> bool:
     """Whether no other process has been joined; asks no device, so that it also answers where there is none."""
     return global_state.num_processes in (None, 1)

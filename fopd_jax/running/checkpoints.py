@@ -20,8 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from fopd_jax.files import write_json
-from fopd_jax.parallel.distributed import barrier, failing_together, is_main
-from fopd_jax.running.guards import warn
+from fopd_jax.parallel.distributed import barrier, failing_together, is_main, warn
 from fopd_jax.running.integrity import SealedPath, find_damage, fingerprint
 from fopd_jax.steps.state import TrainState
 

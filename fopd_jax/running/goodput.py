@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 
 from fopd_jax.files import write_json
-from fopd_jax.running.guards import in_one_line, warn
+from fopd_jax.parallel.distributed import warn
+from fopd_jax.running.guards import in_one_line
 
 PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
 REPEATED = ("step", "data", "eval", "checkpoint")

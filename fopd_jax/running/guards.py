@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from fopd_jax.files import write_json, write_tensors
-from fopd_jax.parallel.distributed import is_main, largest
+from fopd_jax.parallel.distributed import is_main, largest, warn
 from fopd_jax.policy.velocity import Tree
 
 FOLDER = "nonfinite"
@@ -117,12 +116,6 @@ def named_arrays(tree: Tree) -> dict[str, np.ndarray]:
     """A tree's arrays by their paths, joined by "/"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf) for place, leaf in leaves}
-
-
-def warn(message: str) -> None:
-    """One line on stderr, of one process."""
-    if is_main():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -14,8 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from fopd_jax.parallel.distributed import is_main
-from fopd_jax.running.guards import warn
+from fopd_jax.parallel.distributed import is_main, warn
 
 FILE = "running.lock"
 HEARTBEAT_S, SILENCE_S = 5.0, 60.0  # between signs of life; without one for this long, its run is dead

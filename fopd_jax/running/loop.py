@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
-from fopd_jax.parallel.distributed import fetch, is_main, largest
+from fopd_jax.parallel.distributed import fetch, is_main, largest, warn
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.means import SKIPPED, Means, split
@@ -198,7 +198,7 @@ class _Run:
         self.unscored = bool(problem)
         if self.unscored:
             self.failed += 1
-            guards.warn(f"step {step}: the evaluation failed ({problem}); training goes on")
+            warn(f"step {step}: the evaluation failed ({problem}); training goes on")
             self.writer.write_scalars(step, {FAILED: float(self.failed)})
             return
         self.writer.write_scalars(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})

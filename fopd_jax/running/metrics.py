@@ -14,8 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.record_writer import masked_crc32c
 
 from fopd_jax.files import write_text
-from fopd_jax.parallel.distributed import is_main
-from fopd_jax.running.guards import in_one_line, warn
+from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
 
@@ -36,8 +36,8 @@ class MetricWriter:
             return
         self._tracker, self._step = tracker, resume_step
         path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
-        if path.exists():
-            _drop_after(path, resume_step)
+        path.touch()  # there from the beginning, before its first line
+        _drop_after(path, resume_step)
         self._lines = _Tail(path)
         self._board = _Tail(board / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}")
         self._add(Event(file_version="brain.Event:2"))

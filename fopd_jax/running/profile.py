@@ -6,9 +6,8 @@ import jax
 from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.guards import warn
 
 FOLDER = "profile"
 Window = tuple[int, int]

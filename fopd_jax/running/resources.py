@@ -6,10 +6,9 @@ from pathlib import Path
 
 import jax
 
-from fopd_jax.parallel.distributed import largest
+from fopd_jax.parallel.distributed import largest, warn
 from fopd_jax.performance.host import available_memory
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.guards import warn
 
 MARGIN, SPARE = 1.25, 64 << 20  # of the state's bytes; and bytes beside it
 PATIENCE = 3  # times in a row that writing may fail
@@ -78,20 +77,26 @@ def room_for(folder: Path, state: Tree) -> None:
     Raises:
       ValueError: the disk of the folder has no room; names folder, need and what is free.
     """
-    needed = MARGIN * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) + SPARE
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise ValueError(f"--workdir: disk of {folder}: {_gib(free)} free, {_gib(needed)} needed for a checkpoint")
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if lack := _disk_shortage(folder, MARGIN * size):
+        raise ValueError(f"--workdir: {lack} for a checkpoint")
 
 
 def shortage(folder: Path, state: Tree) -> str:
     """What is lacking to save `state` under `folder`, empty if nothing is."""
     whole, here = (MARGIN * size for size in state_bytes(state))
-    disk, memory = shutil.disk_usage(folder).free, available_memory()
-    if disk < whole + SPARE:
-        return f"disk of {folder}: {_gib(disk)} free, {_gib(whole + SPARE)} needed"
+    memory = available_memory()
+    if lack := _disk_shortage(folder, whole):
+        return lack
     if memory is not None and memory < here:
         return f"host memory: {_gib(memory)} available, {_gib(here)} needed"
     return ""
+
+
+def _disk_shortage(folder: Path, size: float) -> str:
+    """What a folder's disk lacks to hold so many bytes and to spare, empty if nothing."""
+    free = shutil.disk_usage(folder).free
+    return "" if free >= size + SPARE else f"disk of {folder}: {_gib(free)} free, {_gib(size + SPARE)} needed"
 
 
 def state_bytes(state: Tree) -> tuple[int, int]:

@@ -11,8 +11,7 @@ import numpy as np
 
 from fopd_jax.config.identity import Fields
 from fopd_jax.files import write_json
-from fopd_jax.parallel.distributed import is_main
-from fopd_jax.running.guards import warn
+from fopd_jax.parallel.distributed import is_main, warn
 
 FILE = "wandb.json"
 FINISH_S = 15  # to upload what is left at the end: less than the notice of a preemption; `wandb sync` does the rest

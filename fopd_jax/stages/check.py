@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.parallel.sharding import batch_ways
@@ -59,7 +60,11 @@ def _network(plan: Plan, config: Config) -> str:
 
 def _trains(plan: Plan, config: Config) -> str:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.trained.state.trained))
-    what = "all of the network" if config.trained == "params" else f"an adapter of rank {config.adapter.rank}"
+    what = (
+        "all of the network"
+        if config.trained == "params"
+        else f"an adapter of rank {rank_of(plan.trained.state.trained)}"
+    )
     start = ""
     if isinstance(config, OPD):
         merged = config.cold_start.method == "merge"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,27 +60,27 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size),
     )  # fmt: skip
-    found, rank = teachers.sources(config), config.adapter.rank
+    found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
     if config.whole_teachers:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)
     else:
         adapters = teachers.load_adapters(config, pipeline, found)
-        teachers.check_merge_ranks(config, pipeline, adapters)
-        teach, rank = (
-            partial(teachers.teach_by_adapters, config, pipeline, adapters),
-            max(map(rank_of, adapters.values())),
-        )
+        start = teachers.start_shapes(config, pipeline, adapters)
+        if config.trained == "adapter":
+            trained = trained.sized(start, setup.optimizer, config.seed)
+        teach = partial(teachers.teach_by_adapters, config, pipeline, adapters)
+        rank = max(map(rank_of, adapters.values()))
 
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
         bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
-        return {"base": base, "bank": bank, **trained_parts(update.state)}
+        return {"base": base, "bank": bank, **trained_parts(trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     return OPDPlan(
-        setup, update.trained, lambda: stream.upto(config.run.steps), metric_names(spec.teachers), held,
+        setup, trained, lambda: stream.upto(config.run.steps), metric_names(spec.teachers), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
     )  # fmt: skip
 
@@ -94,6 +93,7 @@ class OPD:
         check_plan(plan, config, workdir)
         self.config, self.workdir = config, workdir
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
+        self.trained = plan.trained
         plan.prepare()  # before the base: text encoders and network need not be in memory together
         self.teaching = plan.teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
@@ -114,14 +114,11 @@ class OPD:
     @property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; an adapter's rank is its start's."""
-        trained = self.update.trained
-        if self.whole:
-            return trained.state
-        return trained.sized(jax.eval_shape(self.teaching.start), self.setup.optimizer, self.config.seed).state
+        return self.trained.state
 
     def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
-        return self.update.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
+        return self.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
         """Print what trains and what does not."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from fopd_jax.config.schema import Config, Run
 from fopd_jax.files import check_writable
-from fopd_jax.parallel.distributed import barrier, is_main
+from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.performance.flops import Update
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.resources import room_for
@@ -21,7 +21,7 @@ from fopd_jax.stages.pipeline import check_base
 from fopd_jax.stages.setup import Setup
 from fopd_jax.stages.trained import Trained
 from fopd_jax.steps.state import TrainState
-from fopd_jax.tasks.prompts import check_overlaps, tell
+from fopd_jax.tasks.prompts import check_overlaps
 from fopd_jax.worlds.world import World
 
 
@@ -64,7 +64,7 @@ def check_plan(plan: Plan, config: Config, workdir: Path) -> None:
     barrier("the workdir can be written")
     check_overlaps(world.tasks)
     for line in world.review(_known(world)) if is_main() else ():
-        tell(f"prompts: {line}")
+        warn(f"prompts: {line}")
 
 
 def check_best(run: Run, setup: Setup) -> None:

@@ -116,13 +116,20 @@ def conform_all(config: Config, pipeline: Pipeline, adapters: Mapping[str, Adapt
     return [conform(name, adapter, layers, rank) for name, adapter in adapters.items()]
 
 
-def check_merge_ranks(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> None:
-    """Refuse a start of another rank than the adapters can be merged to, by their shapes alone.
+def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Adapter:
+    """The student's initial adapter as shapes: merged ones may have another rank than `config.adapter`.
 
     Raises:
-      ValueError: as `truncate`.
+      ValueError: as `truncate`, or it is trained at another scale than `config.adapter` has.
     """
-    jax.eval_shape(lambda: start_adapter(config, adapters, pipeline).weights)
+    start, lora = jax.eval_shape(partial(start_adapter, config, adapters, pipeline)), config.adapter
+    merge = config.cold_start.merge
+    if config.trained == "adapter" and start.scale != lora.scale:
+        raise ValueError(
+            f"adapter.alpha: found {lora.alpha:g}, a scale of {lora.scale:g}, but cold_start.merge {merge!r} keeps "
+            f"the teachers' scale {start.scale:g}: expected {start.scale * lora.rank:g}"
+        )
+    return start
 
 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:

@@ -1,13 +1,12 @@
 """Prompt files: UTF-8 text, one prompt a line."""
 
-import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.exits import GUIDE
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.content import other_format, other_syntax
 from fopd_jax.tasks.task import Task
 
@@ -54,7 +53,7 @@ def _check_lines(lines: Sequence[str], place: str) -> None:
         if "\0" in lines[number - 1]:
             raise ValueError(f"{place}, line {number} holds a NUL character, expected text")
     if control:
-        tell(f"{place}: {len(control)} of {len(lines)} prompts hold control characters, the first in line {control[0]}")
+        warn(f"{place}: {len(control)} of {len(lines)} prompts hold control characters, the first in line {control[0]}")
 
 
 def _is_control(character: str) -> bool:
@@ -78,13 +77,7 @@ def check_overlaps(tasks: Mapping[str, Task]) -> None:
                 "expected held-out ones"
             )
         if both:
-            tell(f"tasks.{name}.test: {len(both)} of {count} prompts are training prompts, too, such as {both[0]!r}")
-
-
-def tell(message: str) -> None:
-    """A line on stderr, by process 0 alone."""
-    if is_main():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+            warn(f"tasks.{name}.test: {len(both)} of {count} prompts are training prompts, too, such as {both[0]!r}")
 
 
 def _plain(prompt: str) -> str:

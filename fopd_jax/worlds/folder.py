@@ -12,6 +12,7 @@ from fopd_jax.conditioning.kept import KeptPrompts, MemoryEncodings
 from fopd_jax.conditioning.resident import ResidentPrompts
 from fopd_jax.config.schema import Encoding, Model, Pairs
 from fopd_jax.config.sizes import check_size
+from fopd_jax.files import local_path
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, filled
@@ -71,5 +72,5 @@ def kept_prompts(text: ConvertedText, encoding: Encoding, mesh: Mesh) -> KeptPro
     batch_size = filled(encoding.batch_size, batch_ways(mesh))
     kept = MemoryEncodings()
     if encoding.cache:
-        kept = ConditioningCache(Path(encoding.cache), text.fingerprint(), text.shapes())
+        kept = ConditioningCache(local_path("run.encoding.cache", encoding.cache), text.fingerprint(), text.shapes())
     return KeptPrompts(kept, lambda: PromptEncoder(text.load(mesh), batch_size, batch_sharding(mesh)), batch_size)

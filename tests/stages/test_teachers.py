@@ -151,6 +151,7 @@ def test_networks_teach_as_routed(weights: Path, tmp_path: Path):
         ("network", "params", {"tasks.text.teacher": "nowhere"}, "tasks.text.teacher: nowhere: no such file"),
         ("adapter", "everything", {}, "trained: found 'everything', expected one of"),
         ("adapter", "params", {"reduce_once": ("fsdp",)}, r"reduce_once: found \('fsdp',\), expected one of"),
+        ("adapter", "adapter", {"adapter.alpha": 18.0}, "adapter.alpha: found 18, a scale of 3, but .* expected 12"),
         ("adapter", "params", {"cold_start.merge": "mean"}, "cold_start.merge: found 'mean', expected one of"),
     ],
 )
