@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from tests.quick import FLAGS
+
 # Tolerances are those of a CPU, also in programs that tests start. JAX_PLATFORMS=cuda runs what needs a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes far longer than running here; up to rounding the programs compute the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax
 import pytest

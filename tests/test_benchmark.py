@@ -1,12 +1,13 @@
 """The command line, and a second start on a warm cache; both in processes of their own, on a tiny network."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.quick import environment
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -23,12 +24,11 @@ run = runpy.run_path if name.endswith(".py") else runpy.run_module
 run(name, run_name="__main__")
 """
 FIELDS = ("--config=configs/miniature.py", "--config.sampler.num_steps=3", "--config.adapter.rank=2")
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **others: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, env=os.environ | QUICK | environment,
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, env=environment(**others),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_one_command_measures_prints_and_writes(tmp_path: Path):
     assert found["versions"]["jax"]
     assert found["device"]["platform"] == "cpu"
     assert f"--json={out}" in found["flags"]
-    assert found["environment"] == {"XLA_FLAGS": QUICK["XLA_FLAGS"]}
+    assert found["environment"] == {"XLA_FLAGS": environment()["XLA_FLAGS"]}
     assert "samples/s/chip" in done.stdout
     traces = list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert len(traces) == 1

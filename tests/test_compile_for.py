@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from fopd_jax.config.schema import Config
 from fopd_jax.models.mmdit import PRESETS
 from fopd_jax.stages.abstract import world_shapes
 from tests.configs import load
+from tests.quick import environment
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--config.sampler.num_steps=3", "--per-chip-batch=2")
@@ -31,8 +31,7 @@ def _config() -> Config:
 def _program(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command on a tiny network (this file, run as a program), compiled fast rather than well."""
     command = [sys.executable, __file__, f"--config={ROOT}/configs/miniature.py", *arguments]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ The mesh and the compilation for eight devices each run in a process of their ow
 
 import concurrent.futures
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import random_arguments
 from fopd_jax.stages.problem import make_problem
 from tests.backbones.rope_family import PRESET, PRESETS, ROPE, TARGETS, TEXT, RopeDiT, encode, install, make_world
+from tests.quick import environment
 
 ROOT = Path(__file__).parents[2]
 STEPS, BETA, GUIDANCE = 4, 0.3, 2.0
@@ -296,10 +296,8 @@ def _program(name: str, weights: Path) -> Path:
     out = weights / name
     out.mkdir()
     count = PROGRAMS[name][1]
-    flags = "--xla_backend_optimization_level=0" + (f" --xla_force_host_platform_device_count={count}" if count else "")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, name, str(weights), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=TIMEOUT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(count), check=False, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -9,7 +9,6 @@ The file is also the program of the many: `python test_resident.py WEIGHTS FOLDE
 
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from fopd_jax.parallel.mesh import fold_data, make_mesh
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.worlds.folder import kept_prompts
 from fopd_jax.worlds.world import World, embed_empty, embed_prompts
+from tests.quick import environment
 
 T5_LENGTH, SHARE, STEP = 24, 1e-3, 2.0**-7
 PROMPTS = ['a sign that says "Hello"', "", "a photo of a cat " * 20, "two red squares", "x", "ÄΩ", "a b c", "two red"]
@@ -151,11 +151,9 @@ def _run(weights: Path, folder: Path, count: int) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, __file__, str(weights), str(folder), str(count)]
     running = [
-        subprocess.Popen([*command, str(k), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(k), str(port)], env=environment(8 // count), stderr=subprocess.PIPE, text=True)
         for k in range(count)
     ]
     for process in running:

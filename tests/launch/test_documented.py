@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.launch.test_dry_run import commands
+from tests.quick import environment
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/running-at-scale.md")
@@ -64,14 +65,9 @@ def test_pages_give_commands_for_every_launcher():
 
 def test_every_command_runs_on_many_devices(runs: list[Run], converted_pipeline: Path, tmp_path: Path):
     assert len(runs) >= 6
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0",
-    }
     done = subprocess.run(
         [sys.executable, __file__, json.dumps(runs), str(converted_pipeline), str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, env=environment(DEVICES), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{len(runs)} accepted"

@@ -1,6 +1,5 @@
 """What tests of the program share: random weights, and one place for compiled programs."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.steps.opd import step as opd_step
 from fopd_jax.worlds.miniature.world import make_world
+from tests import quick
 from tests.configs import load
 from tests.main.experiment import RANK, Program, experts, noisy, tiny_overrides
 
@@ -40,9 +40,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dic
     folder = tmp_path_factory.getbasetemp()
     cache = (folder if worker_id == "master" else folder.parent) / "compiled"
     return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+        **quick.environment(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

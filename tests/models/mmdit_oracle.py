@@ -24,7 +24,6 @@ FULL = MMDiTConfig(
     depth=4, num_heads=3, head_dim=16, dual_layers=1, qk_norm=True, patch_size=2, channels=3,
     context_dim=20, pooled_dim=12, table_size=8, base_size=4,
 )  # fmt: skip
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # compiling takes far longer than running here
 
 
 def torch_arguments(config: MMDiTConfig) -> dict[str, Any]:

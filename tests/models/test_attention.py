@@ -7,7 +7,6 @@ roundings of 2⁻⁸ each, through one softmax).
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from fopd_jax.models.attention import attention, resolve_attention, save_attenti
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
+from tests.quick import environment
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-2
 HEADS, HEAD_DIM = 2, 16
@@ -166,9 +166,7 @@ def _grouped(once: tuple[str, ...]) -> dict[str, float]:
 
 
 def _child(what: str) -> Any:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, what], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -40,7 +40,6 @@ NETWORK_TOLERANCE = 1e-4
 BATCH, ROWS, COLUMNS = 2, 5, 3  # of the latents: not square, odd
 SMALL = dataclasses.replace(SD3_VAE, channels=(8, 16, 24, 24), latent_channels=5, groups=4)
 TINY = dataclasses.replace(SD3_VAE, channels=(4, 6), layers_per_block=1, latent_channels=2, groups=2)
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # compiling takes far longer than running here
 
 
 def torch_arguments(config: AutoencoderConfig) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def check(found: Any, expected: Any, tolerance: float, label: str) -> None:
 
 @functools.cache
 def compiled(config: AutoencoderConfig, method: str) -> Callable[..., Any]:
-    return jax.jit(functools.partial(Autoencoder(config).apply, method=method), compiler_options=QUICK_COMPILE)
+    return jax.jit(functools.partial(Autoencoder(config).apply, method=method))
 
 
 def run(config: AutoencoderConfig, method: str, params: Any, x: Any) -> Any:
@@ -204,7 +203,7 @@ def test_module_matches_diffusers(label: str) -> None:
         assert isinstance(y, jax.Array)
         return jnp.square(y).sum(), y
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK_COMPILE)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (d_params, d_x), y = gradient(pick(our_params(SMALL), path), jnp.asarray(x))
     check(y, channels_last(expected), MODULE_TOLERANCE, label)
     assert torch_x.grad is not None
@@ -298,7 +297,7 @@ def test_gradient_through_decode_matches_diffusers() -> None:
         return jnp.square(image).sum()
 
     z = latents(SMALL)
-    found = jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(jnp.asarray(z))
+    found = jax.jit(jax.grad(loss))(jnp.asarray(z))
     assert jnp.isfinite(found).all()
     torch_z = channels_first(z).requires_grad_()
     oracle(SMALL).decode(torch_z / SMALL.scaling_factor + SMALL.shift_factor).sample.square().sum().backward()

@@ -18,7 +18,6 @@ from tests.models.mmdit_oracle import (
     FULL,
     MODULE_TOLERANCE,
     NETWORK_TOLERANCE,
-    QUICK_COMPILE,
     channels_last,
     check,
     check_gradients,
@@ -71,7 +70,7 @@ def our_network(config: MMDiTConfig, scan: bool, remat: str = "none") -> tuple[A
         out = model.apply({"params": params, "constants": variables["constants"]}, x, *rest)
         return jnp.square(out).sum(), out
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK_COMPILE)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (d_params, d_x), out = gradient(params, x)
     return out, convert_layers(d_params, scan=False), d_x
 
@@ -91,7 +90,7 @@ def test_a_table_larger_than_the_grid_is_cropped_by_the_network() -> None:
     whole = oracle(FULL).pos_embed.pos_embed.numpy().reshape(FULL.table_size, FULL.table_size, FULL.width)
     variables = our_variables(FULL) | {"constants": {"pos_embed": jnp.asarray(whole)}}
     params = convert_layers(variables["params"], scan=True)
-    apply = jax.jit(MMDiT(FULL).apply, compiler_options=QUICK_COMPILE)
+    apply = jax.jit(MMDiT(FULL).apply)
     found = apply({**variables, "params": params}, *our_inputs(FULL))
     check(found, torch_network(FULL)[0], NETWORK_TOLERANCE, "network with the whole table")
 
@@ -127,7 +126,7 @@ def test_bfloat16_compute_stays_near_float32() -> None:
     variables = our_variables(config)
     params = convert_layers(variables["params"], scan=True)
     model = MMDiT(config, dtype=jnp.bfloat16)
-    apply = jax.jit(model.apply, compiler_options=QUICK_COMPILE)
+    apply = jax.jit(model.apply)
     found = apply({"params": params, "constants": variables["constants"]}, *our_inputs(config))
     assert found.dtype == jnp.float32
     error = relative_error(found, torch_network(config)[0])

@@ -32,7 +32,6 @@ from tests.models.mmdit_oracle import (
     COLUMNS,
     FULL,
     MODULE_TOLERANCE,
-    QUICK_COMPILE,
     ROWS,
     TEXT,
     check,
@@ -72,7 +71,7 @@ def compare_module(
     pick = functools.partial(functools.reduce, lambda tree, name: tree[name], path)
     arguments = (pick(our_variables(config)["params"]), *map(jnp.asarray, inputs))
     gradient = jax.grad(loss, argnums=tuple(range(len(arguments))), has_aux=True)
-    (d_params, *d_inputs), out = jax.jit(gradient, compiler_options=QUICK_COMPILE)(*arguments)
+    (d_params, *d_inputs), out = jax.jit(gradient)(*arguments)
     check(out, [y.detach().numpy() for y in expected], MODULE_TOLERANCE, prefix)
     for i, (found, tensor) in enumerate(zip(d_inputs, tensors, strict=True)):
         check(found, tensor.grad.numpy(), MODULE_TOLERANCE, f"{prefix}, d/d input {i}")

@@ -1,9 +1,10 @@
 """Programs in processes of their own."""
 
-import os
 import socket
 import subprocess
 import sys
+
+from tests.quick import environment
 
 
 def free_port() -> int:
@@ -13,10 +14,9 @@ def free_port() -> int:
 
 
 def start(arguments: list[str], devices: int) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles fast
     return subprocess.Popen(
         [sys.executable, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=environment(devices),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

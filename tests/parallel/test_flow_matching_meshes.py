@@ -1,7 +1,6 @@
 """Flow matching does not depend on the mesh: eight simulated devices compute what one does, each holding its shards."""
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from fopd_jax.stages.abstract import abstract_model
 from fopd_jax.stages.flow_matching_update import flow_matching_programs, frozen_part, make_update, update_cost
 from fopd_jax.stages.trained import float32
 from fopd_jax.steps.state import make_optimizer
+from tests.quick import environment
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=1, qk_norm=True, patch_size=2, channels=3,
@@ -109,10 +109,8 @@ def _program() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     """This file, run as a program on eight simulated devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False, timeout=900
+        [sys.executable, __file__], capture_output=True, text=True, env=environment(8), check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,6 @@
 """Results do not depend on the mesh: eight simulated devices, arranged in every way, compute what one does."""
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import init_state, make_optimizer
 from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import World
+from tests.quick import environment
 
 TINY = MMDiTConfig(
     depth=2, num_heads=2, head_dim=8, dual_layers=1, qk_norm=True, patch_size=2, channels=3,
@@ -168,10 +168,8 @@ def _images(mesh: Mesh, placed: Any, state: Any) -> list[Any]:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     """This file, run as a program on eight simulated devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter compiles fast
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False, timeout=900
+        [sys.executable, __file__], capture_output=True, text=True, env=environment(8), check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

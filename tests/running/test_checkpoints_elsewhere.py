@@ -1,6 +1,5 @@
 """Checkpoints between meshes and processes, and under `kill -9`."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.steps.state import TrainState
+from tests.quick import environment
 
 COMMON = """
 import os, sys
@@ -107,11 +107,9 @@ checkpoints.close()
 
 
 def _start(script: str, *arguments: str, devices: int) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from fopd_jax.interop.files.converted import (
 )
 from fopd_jax.interop.files.tables import aligned_empty
 from tests.folders import load
+from tests.quick import environment
 
 ROOT = Path(__file__).parents[3]
 
@@ -119,7 +119,6 @@ print("same")
 
 
 def test_shards_on_eight_devices(converted_pipeline: Path) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SHARDED, str(converted_pipeline)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True, check=False)
     assert done.stdout == "same\n", done.stderr

@@ -36,7 +36,6 @@ SIGMAS = flow_match_sigmas(STEPS)
 TEACHERS = ("ocr", "counting")
 GUIDED, PLAIN = (4.5, (4.5, 1.0, 2.0)), (1.0, (1.0, 1.0, 1.0))
 ALWAYS, WINDOW = np.ones(STEPS, bool), noise_window(STEPS, 1, 3)
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # compiling takes far longer than running here
 SGD = optax.sgd(0.1)
 DIRECT, CLIPPED = Objective("direct", mar_beta=0.3), Objective(mar_beta=0.3)
 
@@ -124,7 +123,7 @@ def make_state(student: Adapter = STUDENT, seed: int = 5) -> TrainState:
 
 def quick(function: Any, *bound: Any) -> Any:
     """Jitted, its first arguments given."""
-    return jax.jit(partial(function, *bound), compiler_options=QUICK_COMPILE)
+    return jax.jit(partial(function, *bound))
 
 
 @functools.cache

@@ -45,7 +45,6 @@ BATCH, SHAPE, TEXT, STEPS, A = 3, (8, 8, 3), 4, 4, 0.7
 SIGMAS = flow_match_sigmas(STEPS)
 TEACHERS, ROUTE = ("ocr", "counting"), np.array([1, 0, 1])
 GUIDANCE, TEACHER_GUIDANCE = 4.5, (4.5, 1.0, 3.0)  # the last is the anchor's
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 Names = dict[str, torch.Tensor]
 
 
@@ -293,7 +292,7 @@ def our_gradients(pieces: Pieces, forms: tuple[str, ...], moved: Adapter) -> dic
     frozen, state, batch = our_inputs()
 
     def quick(function: Any) -> Any:
-        return jax.jit(functools.partial(function, pieces), compiler_options=QUICK_COMPILE)
+        return jax.jit(functools.partial(function, pieces))
 
     found = {}
     if "fused" in forms:
