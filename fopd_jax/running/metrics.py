@@ -1,23 +1,41 @@
 """One metric writer, with clu's method names, over TensorBoard and `metrics.jsonl`."""
 
+import contextlib
 import json
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.record_writer import masked_crc32c
 
 from fopd_jax.files import write_text
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Importing it fails, unless it has been imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # as Python marks what is not to be found
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+with _absent("torch"):  # tensorboardX imports it where it is installed: half of a program's start, for nothing here
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class MetricWriter:

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fopd_jax.running import metrics
 from fopd_jax.running.metrics import MetricWriter
+from tests.quick import environment
 
 
 def _lines(folder: Path) -> list[dict[str, float]]:
@@ -154,3 +157,10 @@ def test_a_folder_that_vanished_is_told_and_lines_that_are_lost_are_counted(
     writer.close()
     assert "metrics.jsonl: the last 1 lines could not be written" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_program_starts_without_pytorch():
+    """tensorboardX imports it where it is installed, which takes seconds."""
+    code = "import sys, fopd_jax.main; print(sorted({'torch', 'tensorboardX'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['tensorboardX']"
