@@ -14,6 +14,8 @@ from tests.quick import FLAGS
 # Tolerances are those of a CPU, also in programs that tests start. JAX_PLATFORMS=cuda runs what needs a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+# PyTorch's threads: as many workers as cores run at once, and threads that wait for each other spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -276,6 +276,7 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
     assert _worst(expected, _theirs(torch_pipeline, PROMPTS[:2], noise)) > 10 * PIXEL_LIMIT  # the adapter shows
 
 
+@pytest.mark.slow
 def test_resident_encoders_train_the_same_student_and_keep_nothing(config: Any, tmp_path: Path, encoded: list[str]):
     """Encodings that are rounded from other sums differ by a step of bfloat16 in one number of a thousand."""
     assign(config, {"run.steps": 2, "run.eval_every": 0})
@@ -296,6 +297,7 @@ def test_resident_encoders_train_the_same_student_and_keep_nothing(config: Any, 
     assert found[0]["train/loss"] != found[1]["train/loss"]
 
 
+@pytest.mark.slow
 def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     config: Any, torch_pipeline: StableDiffusion3Pipeline, tmp_path: Path
 ):

@@ -86,14 +86,8 @@ EQUAL = {  # by its names, with values that change no number
 }  # fmt: skip
 
 
-def test_a_command_line_of_the_version_before_runs_what_it_ran(program: Program, whole: Path):
-    overrides = earlier.renamed(program.overrides) | EQUAL
-    assert "steps" in overrides
-    assert_same_outcome(program.finish("earlier", command(program.folder / "earlier", overrides)), whole)
-
-
 def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: Path):
-    """Its checkpoints bear the hash of all of its fields; the outcome is that of a workdir of today."""
+    """Its checkpoints bear the hash of all of its fields; finished and extended it ends as a workdir of today."""
     fields, folder = earlier.tiny_identity(program.overrides), program.folder / "continued"
     earlier.write(folder, fields)
     config = (folder / "config.json").read_bytes()
@@ -101,6 +95,7 @@ def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: P
         program.run("continued", steps=steps)
         (about,) = (folder / "checkpoints" / str(steps)).glob("about/*.json")
         assert json.loads(about.read_text())["config_hash"] == earlier.hash_of(fields)
+        assert json.loads((folder / "results.json").read_text())["steps"] == steps
     assert (folder / "config.json").read_bytes() == config
     assert_same_outcome(folder, whole, apart=frozenset({"config.json"}))
 
@@ -109,9 +104,12 @@ def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: P
 
 
 def test_a_killed_run_ends_like_one_that_nothing_interrupted(program: Program, whole: Path):
+    """Also where it is continued by a command line of the version before."""
     assert program.kill("killed", lambda workdir: len(logged(workdir)) >= 2)
     assert not (program.folder / "killed" / "results.json").exists()
-    assert_same_outcome(program.run("killed"), whole)
+    overrides = earlier.renamed(program.overrides) | EQUAL
+    assert "steps" in overrides
+    assert_same_outcome(program.finish("killed", command(program.folder / "killed", overrides)), whole)
 
 
 @pytest.mark.slow
@@ -194,12 +192,6 @@ def test_ten_kills_of_one_of_two_processes_change_nothing(program: Program):
     expected, victims = to_the_end("pair"), itertools.cycle((1, 0))
     _kill_often(10, program.folder / "ten", lambda when: program.kill_one_of_two("ten", when, next(victims), **LONG))
     assert_same_outcome(to_the_end("ten"), expected)
-
-
-def test_a_finished_run_can_be_extended(program: Program, whole: Path):
-    short = program.run("extended", steps=2)
-    assert json.loads((short / "results.json").read_text())["steps"] == 2
-    assert_same_outcome(program.run("extended"), whole)
 
 
 @pytest.mark.slow
