@@ -1,10 +1,12 @@
 """Strict numerics for every test: no implicit broadcasting between ranks, no implicit dtype promotion."""
 
+import atexit
 import contextlib
 import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,10 @@ from types import ModuleType
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes far longer than running here; up to rounding the programs compute the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Programs that tests start share what they compile among themselves, and leave the user's folder alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["FOPD_JAX_CACHE"] = tempfile.mkdtemp(prefix="fopd_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["FOPD_JAX_CACHE"], ignore_errors=True)
 
 import jax
 import pytest
