@@ -3,8 +3,8 @@
     python benchmarks/startup.py --config=configs/miniature.py --json=benchmarks/results/startup_cpu.json
     python benchmarks/startup.py --config=configs/sd35m_opd.py --config.model.path=weights/sd35m
 
-Two processes after each other keep their programs, as all do, in a folder that is empty at first. Each imports, finds its
-devices, loads the base into its shards (`model.path`: a converted folder or a file of this project's own; random
+Two processes after each other keep their programs, as all do, in a folder that is empty at first. Each imports, finds
+its devices, loads the base into its shards (`model.path`: a converted folder or a file of this project's own; random
 weights where it is empty), makes the rest at random, traces and compiles the update, and runs it once. Printed are the
 seconds of each part, and how many programs were compiled: none by the second process.
 """

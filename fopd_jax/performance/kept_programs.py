@@ -29,7 +29,7 @@ from fopd_jax.performance.compiling import KEEP_ALL, cache_settings
 SCHEME = "fopd-jax-kept://"
 AUTO, FOLDER, BESIDE = "auto", "compiled", ".compiled"
 LIMIT = 4 << 30
-"""Bytes, where JAX_COMPILATION_CACHE_MAX_SIZE sets no other: hundreds of starts of a large network, thousands of small."""
+"""Bytes, where JAX_COMPILATION_CACHE_MAX_SIZE sets no other; all programs of the miniature take 2 MB."""
 USED_AGAIN_S = 3600.0  # an entry's time moves at most this often
 # A frame that decompressors skip: JAX reads an entry with its seal as it reads its own.
 SEAL = b"\x50\x2a\x4d\x18" + hashlib.sha256().digest_size.to_bytes(4, "little")
@@ -48,7 +48,7 @@ def keeping(setting: str, workdir: Path | None = None) -> Iterator[Path | None]:
     Raises:
       ValueError: `setting` is no path on this machine.
     """
-    named: str | None = jax.config.jax_compilation_cache_dir
+    named: str | None = getattr(jax.config, _DIRECTORY)
     if setting == AUTO and named and "://" in named:  # storage that JAX reaches by itself
         yield None
         return

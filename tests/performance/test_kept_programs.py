@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -259,6 +260,30 @@ def test_a_scheme_is_refused_in_the_field_and_left_to_jax_in_its_variable():
     with cache_settings({DIRECTORY: "gs://bucket"}), keeping(AUTO) as folder:
         assert folder is None
         assert getattr(jax.config, DIRECTORY) == "gs://bucket"
+
+
+_FEATURES = """
+import jax
+from jax._src.lib import xla_client
+print(xla_client.get_topology_for_devices(jax.devices()).fingerprint())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is of this architecture")
+def test_keys_tell_processors_apart():
+    """JAX's keys hold this fingerprint: hosts with other features may share a folder, for example a home."""
+
+    def fingerprint(*flags: str) -> str:
+        # Flags in the environment are part of a key by themselves; not of the fingerprint.
+        done = subprocess.run(
+            [sys.executable, "-c", _FEATURES], env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    assert fingerprint() == fingerprint("--xla_backend_optimization_level=0")
+    assert fingerprint() != fingerprint("--xla_cpu_max_isa=SSE4_2")
 
 
 def test_the_folder_is_its_users_alone(tmp_path: Path):
