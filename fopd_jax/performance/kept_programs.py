@@ -42,8 +42,8 @@ _thread = threading.local()
 def keeping(setting: str, workdir: Path | None = None) -> Iterator[Path | None]:
     """Keep what is compiled, and find what is kept, in the folder that is yielded; None where nothing is kept.
 
-    `setting`: the field `run.compiled`. `workdir`: of several processes' run, on storage that all of them see. A
-    folder that cannot be made is told in a line.
+    `setting`: the field `run.compiled`. `workdir`: the run's, which all processes see where there are several. A folder
+    that cannot be made is told in a line.
 
     Raises:
       ValueError: `setting` is no path on this machine.
@@ -52,7 +52,9 @@ def keeping(setting: str, workdir: Path | None = None) -> Iterator[Path | None]:
     if setting == AUTO and named and "://" in named:  # storage that JAX reaches by itself
         yield None
         return
-    folder = find_folder(setting, named, os.environ, None if is_alone() else workdir, alone=is_alone())
+    if setting == AUTO and not named and not is_alone() and jax.default_backend() == "cpu":
+        setting = ""  # JAX's keys differ by process there: process 0 would wait for the others, which compile
+    folder = find_folder(setting, named, os.environ, workdir, alone=is_alone())
     if folder is not None and not _make(folder):
         folder = None
     most = getattr(jax.config, _SIZE)

@@ -245,13 +245,25 @@ def test_the_nearest_word_decides_where(
     expected: str | None,
 ):
     monkeypatch.setenv("HOME", "/home/she")
-    found = find_folder(setting, named, environment, None if alone else Path("/mnt/runs/one"), alone=alone)
+    found = find_folder(setting, named, environment, Path("/mnt/runs/one"), alone=alone)
     assert found == (None if expected is None else Path(expected))
 
 
 def test_several_processes_without_a_workdir_keep_nothing():
     """Process 0 alone would find what it has written."""
     assert find_folder(AUTO, None, {}, None, alone=False) is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_several_processes_keep_programs_beside_the_workdir_where_all_of_them_find_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+):
+    """On CPUs the keys of process 0 are its own."""
+    monkeypatch.delenv("FOPD_JAX_CACHE", raising=False)
+    monkeypatch.setattr(kept_programs, "is_alone", lambda: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with cache_settings({DIRECTORY: None}), keeping(AUTO, tmp_path / "run") as folder:
+        assert folder == (None if backend == "cpu" else tmp_path / ".compiled")
 
 
 def test_a_scheme_is_refused_in_the_field_and_left_to_jax_in_its_variable():
