@@ -3,8 +3,8 @@
     python benchmarks/startup.py --config=configs/miniature.py --json=benchmarks/results/startup_cpu.json
     python benchmarks/startup.py --config=configs/sd35m_opd.py --config.model.path=weights/sd35m
 
-Two processes after each other share a folder of compiled programs that is empty at first. Each imports, finds its
-devices, loads the base into its shards (`model.path`: a converted folder or a file of this project's own; random
+Two processes after each other keep their programs, as all do, in a folder that is empty at first. Each imports, finds
+its devices, loads the base into its shards (`model.path`: a converted folder or a file of this project's own; random
 weights where it is empty), makes the rest at random, traces and compiles the update, and runs it once. Printed are the
 seconds of each part, and how many programs were compiled: none by the second process.
 """
@@ -29,6 +29,7 @@ from fopd_jax.interop.files.safetensors import load_tree
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.compiling import cache_use
 from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.weights import random_arguments
 from fopd_jax.stages.abstract import abstract_update
@@ -40,7 +41,6 @@ PARTS = (
     "imports", "devices", "shapes", "load base", "random rest", "trace", "compile", "first step", "total",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
-KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 Fields = dict[str, Any]
 
 
@@ -51,7 +51,7 @@ def start(config: OPD, began: float) -> Fields:
     """Seconds of each part, the whole of them, and what was asked of the cache; `began`: when the process did."""
     clock = Clock(began)
     clock.lap("imports")  # and what starts Python itself
-    with cache_use() as use:
+    with keeping(config.run.compiled), cache_use() as use:
         mesh = make_mesh(config.run.mesh)
         clock.lap("devices")
         update = abstract_update(config, mesh)
@@ -118,7 +118,7 @@ def measure(config_flags: list[str]) -> Fields:
 def run(config_flags: list[str], folder: Path) -> Fields:
     """One process on a folder of compiled programs."""
     out = folder / "out.json"
-    environment = os.environ | KEEP_ALL | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     command = [sys.executable, __file__, *config_flags, f"--json={out}", f"--began={time.time()}"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, text=True,

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
@@ -39,6 +39,7 @@ from fopd_jax.exits import RETRY, explained, leave
 from fopd_jax.files import write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.performance.measure import Options, measure
 from fopd_jax.performance.problem import Fields
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
@@ -61,9 +62,13 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
 def main(_: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     with explained():
         _check_folder(_JSON.value)
-        fields = run(_sized(read_config()), Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
+        config = _sized(read_config())
+        with keeping(config.run.compiled):
+            fields = run(config, Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
     if not fields["update"]["fits"]:
         leave("error: the update does not fit into the device's memory", RETRY)
 

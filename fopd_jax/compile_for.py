@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from jax.sharding import Mesh
 
@@ -62,6 +63,7 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 def main(_: list[str]) -> None:
     with explained():
         out = None if _JSON.value is None else _writable(Path(_JSON.value))
+        jax.config.update("jax_enable_compilation_cache", False)  # what is read from one takes no time to compile
         fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
         if out is not None:
             write_json(out, fields)

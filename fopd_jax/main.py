@@ -22,7 +22,6 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
@@ -35,6 +34,7 @@ from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
+from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
@@ -57,8 +57,6 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check all that a run would be refused for, say what it would do, and stop; nothing is written."
 )
-
-COMPILED = "compiled"
 
 
 def main(_: list[str]) -> None:
@@ -110,11 +108,10 @@ def run(config: Config, folder: Path) -> None:
     began = time.monotonic()
     with distributed.failing_together():
         watch = make_supervision(config.run, folder, {"seed": config.seed, "config_hash": config_hash(config)})
-        with watch.goodput, contextlib.ExitStack() as held:
+        with watch.goodput, keeping(config.run.compiled, folder), contextlib.ExitStack() as held:
             stage = prepare(config, folder)
             held.enter_context(lock.holding(folder))
             distributed.barrier("the stage is ready")
-            keep_compiled(folder)
             ready = time.monotonic()
             state, writer = train(config, folder, stage, watch)
             trained = time.monotonic()
@@ -154,12 +151,6 @@ def report(folder: Path, stage: Stage, state: TrainState, writer: MetricWriter) 
     if distributed.is_main():
         with Image.open(folder / SAMPLES_FILE) as samples:
             writer.write_images(int(state.step), {"samples": np.asarray(samples)})
-
-
-def keep_compiled(folder: Path) -> None:
-    """Keep compiled programs in the workdir for the runs that continue this one, unless a place is already named."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).resolve()))
 
 
 def prepare(config: Config, folder: Path) -> Stage:

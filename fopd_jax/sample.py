@@ -53,6 +53,7 @@ from fopd_jax.exits import explained
 from fopd_jax.files import local_path
 from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.parallel.distributed import initialize, is_main, speaks
+from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.setup import eval_sampler
@@ -92,7 +93,8 @@ def main(_: list[str]) -> None:
     with explained(speaks=speaks):
         config = read_config()
         initialize(*membership())
-        run(config, local_path("out", _OUT.value or f"samples/{config.name}"))
+        with keeping(config.run.compiled):
+            run(config, local_path("out", _OUT.value or f"samples/{config.name}"))
 
 
 def run(config: OPD | FlowMatching, out: Path) -> None:

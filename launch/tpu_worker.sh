@@ -63,7 +63,7 @@ start() {
   xla=$(xla_flags "$XLA_FLAGS_FILE")
   stop
   run sudo systemd-run --unit="$UNIT" --uid="$(id -un)" --working-directory="$MOUNT" --remain-after-exit \
-    --setenv=PYTHONUNBUFFERED=1 --setenv="LIBTPU_INIT_ARGS=$xla" \
+    --setenv=PYTHONUNBUFFERED=1 --setenv="FOPD_JAX_CACHE=$MOUNT/cache" --setenv="LIBTPU_INIT_ARGS=$xla" \
     --property=KillMode=mixed --property=TimeoutStopSec="$GRACE_SECONDS" \
     --property=Restart=on-failure --property=RestartForceExitStatus=SIGTERM --property=RestartSec=15 \
     --property=RestartPreventExitStatus=2 \

@@ -44,7 +44,7 @@ create() {
   xpk_workload create --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="$NUM_SLICES" \
     --docker-image="$DOCKER_IMAGE" --storage="$STORAGE" --priority="$PRIORITY" \
     --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,75 --termination-grace-period-seconds="$GRACE_SECONDS" \
-    --env=PYTHONUNBUFFERED=1 --env="LIBTPU_INIT_ARGS=$xla" \
+    --env=PYTHONUNBUFFERED=1 --env="FOPD_JAX_CACHE=$MOUNT/cache" --env="LIBTPU_INIT_ARGS=$xla" \
     --command="cd $(quoted "$MOUNT") && exec $(quoted "${program[@]}")"
 }
 

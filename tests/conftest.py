@@ -1,10 +1,12 @@
 """Strict numerics for every test: no implicit broadcasting between ranks, no implicit dtype promotion."""
 
+import atexit
 import contextlib
 import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 # PyTorch's threads: as many workers as cores run at once, and threads that wait for each other spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs that tests start share what they compile among themselves, and leave the user's folder alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["FOPD_JAX_CACHE"] = tempfile.mkdtemp(prefix="fopd_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["FOPD_JAX_CACHE"], ignore_errors=True)
 
 import jax
 import pytest

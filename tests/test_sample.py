@@ -29,6 +29,7 @@ from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
+from fopd_jax.performance.kept_programs import SCHEME
 from fopd_jax.worlds.miniature.world import make_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -118,6 +119,15 @@ def whole(run: Run, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("whole") / "images"
     adapter = f"--adapter={weights}/adapter.safetensors"
     return run(out, *_flags(*PROMPTS), "--images-per-prompt=2", "--seed=5", adapter)
+
+
+def test_programs_are_kept_where_all_programs_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    places: list[str | None] = []
+    monkeypatch.setattr(sample, "run", lambda *_: places.append(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setenv("FOPD_JAX_CACHE", str(tmp_path))
+    _call()
+    _call("--config.run.compiled=")
+    assert places == [f"{SCHEME}{tmp_path}/compiled", None]
 
 
 def test_every_image_of_every_prompt_is_written_and_nothing_else(whole: list[Path]):

@@ -203,6 +203,10 @@ class Run(Section):
     )
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
+    compiled: str = setting(
+        "auto", "Folder of compiled programs, shared by runs; 'auto': $JAX_COMPILATION_CACHE_DIR, else `compiled` in "
+        "$FOPD_JAX_CACHE, else the user's cache (several processes: `.compiled` beside the workdir); empty: none.",
+    )  # fmt: skip
     max_skipped_steps: int = setting(
         0, "Updates that are not finite to leave out before stopping.", at_least(0, MOST_STEPS)
     )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from fopd_jax.performance.problem import AbstractUpdate
 
 _REQUESTS, _HITS = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
-_KEEP_ALL = {
-    "jax_enable_compilation_cache": True,
+KEEP_ALL: dict[str, Any] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+"""Thresholds of JAX's persistent cache, below which nothing is left out."""
 
 
 @dataclasses.dataclass
@@ -51,16 +51,23 @@ def cache_use() -> Iterator[CacheUse]:
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
     """A persistent cache of its own, empty at first, that keeps every program, instead of the configured one."""
-    before = {name: getattr(jax.config, name) for name in (*_KEEP_ALL, "jax_compilation_cache_dir")}
-    with tempfile.TemporaryDirectory() as folder:
-        _configure(_KEEP_ALL | {"jax_compilation_cache_dir": folder})
-        try:
-            yield
-        finally:
-            _configure(before)
+    own = KEEP_ALL | {"jax_enable_compilation_cache": True}
+    with tempfile.TemporaryDirectory() as folder, cache_settings(own | {"jax_compilation_cache_dir": folder}):
+        yield
 
 
-def _configure(values: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def cache_settings(values: Mapping[str, Any]) -> Iterator[None]:
+    """JAX's settings of its persistent cache, which begins anew with them; those of before come back."""
+    before = {name: getattr(jax.config, name) for name in values}
+    _configure(values)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # else the folder of the first compilation stays

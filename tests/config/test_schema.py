@@ -187,8 +187,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 }  # fmt: skip
 FREE = {  # of any value of their type: paths, names that are looked up where they are used, switches
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
-    "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images", "whole_teachers",
-    "anchor.adapter", "one_timestep", "objective.window_only",
+    "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
+    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only",
 }  # fmt: skip
 
 

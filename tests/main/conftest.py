@@ -1,4 +1,4 @@
-"""What tests of the program share: random weights, and one place for compiled programs."""
+"""What tests of the program share: random weights, and programs that run."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.steps.opd import step as opd_step
 from fopd_jax.worlds.miniature.world import make_world
-from tests import quick
 from tests.configs import load
 from tests.main.experiment import RANK, Program, experts, noisy, tiny_overrides
+from tests.quick import environment
 
 
 @pytest.fixture(scope="session")
@@ -35,21 +35,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
-    """One CPU device; every process of a session finds the compiled programs of those before it."""
-    folder = tmp_path_factory.getbasetemp()
-    cache = (folder if worker_id == "master" else folder.parent) / "compiled"
-    return {
-        **quick.environment(),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-
-@pytest.fixture(scope="session")
-def program(weights: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return Program(tmp_path_factory.mktemp("runs"), environment, tiny_overrides(weights))
+def program(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program(tmp_path_factory.mktemp("runs"), environment(), tiny_overrides(weights))
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from fopd_jax import main
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, override, resolve
+from fopd_jax.performance.compiling import cache_use
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.running import lock, workdir
 from fopd_jax.worlds.miniature.pairs import Renderings
@@ -49,6 +51,33 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(config: Any, tmp_path: 
     assert_refused(config, folder, "run.steps: found 2", str(folder), "step 3")
     config.run.steps = 3
     prepare(config, folder)
+
+
+def test_what_is_compiled_in_preparation_is_found_by_the_next_workdir(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Prepared(Exception):
+        pass
+
+    def train(*_: Any) -> None:
+        raise Prepared
+
+    def start(name: str) -> tuple[int, int]:
+        """Of the run's first part: programs asked for, and how many of them were compiled."""
+        jax.clear_caches()  # as a fresh process
+        with cache_use() as use, pytest.raises(Prepared):
+            main.run(resolve(config), tmp_path / name)
+        return use.requests, use.compiled
+
+    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setenv("FOPD_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    asked, compiled = start("one")
+    assert asked == compiled > 0
+    assert len(list((tmp_path / "cache" / "compiled").glob("*-cache"))) == compiled
+    asked, compiled = start("two")
+    assert asked > 0
+    assert compiled == 0
 
 
 # ---- of the version before
