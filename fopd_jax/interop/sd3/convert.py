@@ -168,7 +168,8 @@ def _bare_transformer(src: Path) -> Path | None:
         return None
     if (src / "config.json").is_file():
         return src
-    return src / "transformer" if [path.name for path in src.iterdir()] == ["transformer"] else None
+    networks = [path.parent for path in src.glob("*/config.json")]  # beside it may stand a licence, or a scheduler
+    return networks[0] if [path.name for path in networks] == ["transformer"] else None
 
 
 def _pipeline_components(path: Path) -> list[str]:
@@ -209,9 +210,8 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 def _open_original(path: Path) -> Source:
     with _located(path):
         tensors = open_tensor_file(path)
-        if not any(name.startswith(original.PREFIX) for name in tensors.entries):
-            entries = {original.with_prefix(name): entry for name, entry in tensors.entries.items()}
-            tensors = dataclasses.replace(tensors, entries=entries)
+        names = original.names(tensors.entries)
+        tensors = dataclasses.replace(tensors, entries={names[name]: each for name, each in tensors.entries.items()})
         tensors = tensors.select(lambda name: not original.belongs_to_another_network(name))
         config = original.infer_config({name: entry.shape for name, entry in tensors.entries.items()})
         component = COMPONENTS["transformer"](config)
