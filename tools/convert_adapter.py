@@ -20,10 +20,12 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.exits import explained
+from fopd_jax.exits import GUIDE, explained
 from fopd_jax.files import check_apart, local_path
 from fopd_jax.interop.files.converted import CUSTOM, is_converted, preset_of, read_manifest
 from fopd_jax.interop.files.safetensors import is_own_file, load_adapter, save_adapter
+from fopd_jax.interop.lora.files import naming
+from fopd_jax.interop.lora.modules import modules_from_adapter
 from fopd_jax.interop.lora.peft import (
     DIFFUSERS_TENSORS,
     PEFT_TENSORS,
@@ -76,6 +78,10 @@ def read(source: Path, preset: str | None, model: Path | None) -> tuple[Adapter,
       ValueError: the source cannot be read, or its network is not known or another one than that given.
     """
     given = config_of_model(model) if model else PRESETS[preset] if preset else None
+    if not source.exists():
+        raise ValueError(
+            f"{source}: no such file or folder; {GUIDE} says where to get teachers, and runs make students"
+        )
     if not is_own_file(source):
         if given is None:
             raise ValueError(f"{source}: does not tell its network; give --preset or --model")
@@ -88,7 +94,10 @@ def read(source: Path, preset: str | None, model: Path | None) -> tuple[Adapter,
         raise ValueError(f"{source}: found preset {name!r}, expected one of {', '.join((*PRESETS, CUSTOM))}")
     if given is not None and preset_of(given) != name:
         raise ValueError(f"{source}: its preset {name!r} is another network than {preset or model}")
-    return adapter, given or PRESETS[name]
+    config = given or PRESETS[name]
+    with naming(source):
+        modules_from_adapter(adapter, config)  # refuses what is no adapter of this network, before anything is written
+    return adapter, config
 
 
 def config_of_model(model: Path) -> MMDiTConfig:

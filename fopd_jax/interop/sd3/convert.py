@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import (
     COMPONENTS,
     TABLE_FILE,
@@ -173,6 +174,10 @@ def _bare_transformer(src: Path) -> Path | None:
 
 
 def _pipeline_components(path: Path) -> list[str]:
+    if is_converted(path.parent):
+        raise ValueError(f"src: {path.parent} is converted already; expected what diffusers or the authors publish")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a whole pipeline's folder (see {GUIDE}) or a transformer's")
     index = read_json(path)
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         found = index.get("_class_name")
@@ -203,7 +208,7 @@ def _open_folder(src: Path, name: str, bare: Path | None = None) -> Source:
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"{folder}: missing or empty, expected a tokenizer's files")
+        raise ValueError(f"{folder}: missing or empty, expected a tokenizer's files; {GUIDE} says where to get them")
     return {f"{folder.name}/{file.name}": file for file in files}
 
 
@@ -247,7 +252,7 @@ def _hashes(source: Source, progress: Display) -> dict[str, str]:
 
 def _check_destination(src: Path, dst: Path) -> None:
     if not src.exists():
-        raise ValueError(f"src: {src} does not exist")
+        raise ValueError(f"src: {src} does not exist; {GUIDE} says where to get weights")
     if dst.exists() and not dst.is_dir():
         raise ValueError(f"dst: {dst} is a file, expected a folder")
     if dst.exists() and not is_converted(dst) and {path.name for path in dst.iterdir()} - {_STAGE}:
