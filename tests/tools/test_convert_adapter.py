@@ -142,6 +142,7 @@ def test_a_network_that_is_another_than_the_files(tool: ModuleType, tiny: dict[s
         said = run(tool, "--src", tmp_path / "ours.safetensors", *arguments)
         assert re.match(rf"error: {tmp_path / 'ours.safetensors'}: {message}", said), said
     manifest = Manifest("custom", {"vae": Converted({}, "bfloat16", 1, 1, {}, {})})
+    (tmp_path / "vae").mkdir()
     write_manifest(tmp_path / "vae", manifest)
     said = run(tool, "--src", tmp_path / "ours.safetensors", "--model", tmp_path / "vae", *arguments[2:])
     assert said == f"error: {tmp_path / 'vae'}: holds no transformer, only vae"
