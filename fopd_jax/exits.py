@@ -15,6 +15,8 @@ from typing import NamedTuple, NoReturn
 RETRY, BAD_INPUT = 1, 2
 GUIDE = "docs/weights-and-prompts.md"
 """Where to get what is not there, for messages."""
+CONVERTER = "tools/convert_sd35_weights.py"
+"""What makes the folders of `model.path`."""
 _STAYS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP,

@@ -1,8 +1,12 @@
 """A converted Stable Diffusion 3 folder end to end, against diffusers' pipeline and PEFT, on tiny random weights."""
 
+import contextlib
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -21,8 +25,9 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.parse import assign, resolve
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler
-from fopd_jax.interop.files.converted import read_manifest, write_manifest
+from fopd_jax.interop.files.converted import abstract_params, load_params, read_manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.interop.sd3.convert import convert
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.metrics import MetricWriter
@@ -235,9 +240,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
     config: Any,
     tiny_pipeline: Path,
+    converted_pipeline: Path,
     torch_pipeline: StableDiffusion3Pipeline,
     tmp_path: Path,
     encoded: list[str],
+    load_script: Callable[[str], ModuleType],
 ):
     workdir = tmp_path / "run"
     stage = _train(config, workdir)
@@ -257,8 +264,16 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
     _train(config, workdir)
     assert len(encoded) == len(set(encoded)) <= first + 4
 
-    # The student's PEFT folder, read by PEFT, samples what ours samples.
+    # Either form of the student goes into every layout, and is the same adapter when it comes back.
     moved, _ = load_adapter(workdir / "student.safetensors")
+    tool, model = load_script("tools/convert_adapter.py"), f"--model={converted_pipeline}"
+    for source, layout in itertools.product(("student.safetensors", "student_peft"), tool.WRITERS):
+        there, back = tmp_path / f"{source}.{layout}.safetensors", tmp_path / "back.safetensors"
+        tool.main([f"--src={workdir / source}", f"--dst={there}", f"--to={layout}", model])
+        tool.main([f"--src={there}", f"--dst={back}", "--to=fopd_jax", model])
+        assert back.read_bytes() == (workdir / "student.safetensors").read_bytes(), (source, layout)
+
+    # The student's PEFT folder, read by PEFT, samples what ours samples.
     start = stage.teaching.start()
     assert any(
         not np.array_equal(np.asarray(a), np.asarray(b))
@@ -323,6 +338,12 @@ def test_all_of_the_network_trains_and_goes_back_to_diffusers(
     ours = checkpoints.restore(stage.start()).trained["dual_blocks"]["ff"]["up"]["kernel"][0]
     checkpoints.close()
     np.testing.assert_array_equal(theirs, np.asarray(ours).T)
+    again, silent = tmp_path / "again", lambda title, total: contextlib.nullcontext(lambda count: None)
+    assert convert(workdir / "student_diffusers", again, dtype="float32", progress=silent) == ["transformer"]
+    found_again = load_params(
+        again, "transformer", abstract_params(read_manifest(again).component("transformer"), "f4")
+    )
+    np.testing.assert_array_equal(found_again["dual_blocks"]["ff"]["up"]["kernel"][0], np.asarray(ours))
     base = dict(bare.named_parameters())["transformer_blocks.0.ff.net.0.proj.weight"].detach().numpy()
     assert np.abs(theirs - base).max() > 0
     assert after.shape == before.shape

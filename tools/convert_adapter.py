@@ -3,9 +3,10 @@
     python tools/convert_adapter.py --src student.safetensors --dst student_peft --to peft
     python tools/convert_adapter.py --src Flow-GRPO-folder --dst teacher.safetensors --to fopd_jax --preset sd35_medium
 
-The source's kind is detected. Its network is the preset that a fopd_jax file names, else --preset, else the
-configuration of --model. PEFT folders are never overwritten; files are replaced. Takes seconds and, for SD3.5-Medium at
-rank 32, some 450 MB of memory; no accelerator and no PyTorch.
+The source's kind is detected. Its network is the preset that a fopd_jax file names, else --preset, else that of
+--model: a converted folder, or a diffusers one. An adapter of a network that is no preset, as that of
+tools/random_pipeline.py, always needs --model. PEFT folders are never overwritten; files are replaced. Takes seconds
+and, for SD3.5-Medium at rank 32, some 450 MB of memory; no accelerator and no PyTorch.
 
 Exit status: 0 done; 2 bad input, 1 any other error, with one line that says what is wrong; 130 interrupted.
 """
@@ -18,12 +19,13 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
-from safetensors import SafetensorError, safe_open
-
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.exits import explained
+from fopd_jax.exits import GUIDE, explained
 from fopd_jax.files import check_apart, local_path
-from fopd_jax.interop.files.safetensors import FORMAT, load_adapter, save_adapter
+from fopd_jax.interop.files.converted import CUSTOM, is_converted, preset_of, read_manifest
+from fopd_jax.interop.files.safetensors import is_own_file, load_adapter, save_adapter
+from fopd_jax.interop.lora.files import naming
+from fopd_jax.interop.lora.modules import modules_from_adapter
 from fopd_jax.interop.lora.peft import (
     DIFFUSERS_TENSORS,
     PEFT_TENSORS,
@@ -63,7 +65,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=WRITERS, required=True, help="layout to write")
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--preset", choices=PRESETS, help="the network that the adapter is for")
-    network.add_argument("--model", help="diffusers pipeline, or the transformer's folder in it, instead")
+    network.add_argument(
+        "--model", help="instead: a converted folder, a diffusers pipeline, or its transformer's folder"
+    )
     return parser.parse_args(arguments)
 
 
@@ -74,38 +78,42 @@ def read(source: Path, preset: str | None, model: Path | None) -> tuple[Adapter,
       ValueError: the source cannot be read, or its network is not known or another one than that given.
     """
     given = config_of_model(model) if model else PRESETS[preset] if preset else None
-    if not is_ours(source):
+    if not source.exists():
+        raise ValueError(
+            f"{source}: no such file or folder; {GUIDE} says where to get teachers, and runs make students"
+        )
+    if not is_own_file(source):
         if given is None:
             raise ValueError(f"{source}: does not tell its network; give --preset or --model")
         return read_lora(source, given), given
     adapter, metadata = load_adapter(source)
-    if (name := metadata.get("preset")) not in PRESETS:
-        raise ValueError(f"{source}: found preset {name!r}, expected one of {', '.join(PRESETS)}")
-    if given not in (None, PRESETS[name]):
+    name = metadata.get("preset")
+    if name == CUSTOM and given is None:
+        raise ValueError(f"{source}: is for a network that is no preset; give --model, the folder of its base")
+    if name not in (*PRESETS, CUSTOM):
+        raise ValueError(f"{source}: found preset {name!r}, expected one of {', '.join((*PRESETS, CUSTOM))}")
+    if given is not None and preset_of(given) != name:
         raise ValueError(f"{source}: its preset {name!r} is another network than {preset or model}")
-    return adapter, PRESETS[name]
-
-
-def is_ours(source: Path) -> bool:
-    """Whether fopd_jax wrote the file. Files that cannot be read are left to the reader, which says why."""
-    if not source.is_file():
-        return False
-    try:
-        with safe_open(source, framework="numpy") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except SafetensorError:
-        return False
+    config = given or PRESETS[name]
+    with naming(source):
+        modules_from_adapter(adapter, config)  # refuses what is no adapter of this network, before anything is written
+    return adapter, config
 
 
 def config_of_model(model: Path) -> MMDiTConfig:
-    """The network of a diffusers pipeline folder, or of its transformer's folder.
+    """The network of a converted folder, of a diffusers pipeline's, or of its transformer's.
 
     Raises:
-      ValueError: no transformer's `config.json` there, or it describes another network; names the file.
+      ValueError: no manifest and no transformer's `config.json` there, or it describes another network; names the file.
     """
+    if is_converted(model):
+        manifest = read_manifest(model)
+        if "transformer" not in manifest.components:
+            raise ValueError(f"{model}: holds no transformer, only {', '.join(manifest.components)}")
+        return manifest.transformer
     file = next((path for path in (model / "transformer/config.json", model / "config.json") if path.is_file()), None)
     if file is None:
-        raise ValueError(f"{model}: found neither transformer/config.json nor config.json")
+        raise ValueError(f"{model}: found neither manifest.json nor transformer/config.json nor config.json")
     try:
         fields = json.loads(file.read_bytes())
         if not isinstance(fields, dict):
@@ -113,14 +121,6 @@ def config_of_model(model: Path) -> MMDiTConfig:
         return config_from_diffusers(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def preset_of(config: MMDiTConfig) -> str:
-    """Name of a network, which fopd_jax's files carry."""
-    for name, preset in PRESETS.items():
-        if preset == config:
-            return name
-    raise ValueError(f"this network is none of the presets ({', '.join(PRESETS)}), which fopd_jax's files name")
 
 
 if __name__ == "__main__":

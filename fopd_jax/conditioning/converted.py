@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from fopd_jax.conditioning.encoder import Conditioning, TextEncoder, TextEncoders, Tokenize
 from fopd_jax.conditioning.lengths import Reader, review
+from fopd_jax.exits import CONVERTER
 from fopd_jax.interop.files.converted import TOKENIZERS, Manifest, load_sharded
 from fopd_jax.interop.files.tokenizers import open_tokenizer
 from fopd_jax.models.clip import CLIPText
@@ -42,7 +43,8 @@ class ConvertedText:
     def __post_init__(self) -> None:
         for name in CLIP_TOWERS:
             if name not in self.manifest.components:
-                raise ValueError(f"model.path: {self.folder} holds no {name}; convert it too")
+                adds = f"{CONVERTER} adds it, from a pipeline that has one"
+                raise ValueError(f"model.path: {self.folder} holds no {name}; {adds}")
         if self.t5_length < 1:
             raise ValueError(f"t5_length: found {self.t5_length}, expected at least 1")
 

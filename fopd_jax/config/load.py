@@ -21,7 +21,7 @@ def load_config(path: str | Path, variant: str = "") -> OPD | FlowMatching:
     if Path(path).is_dir():
         raise ValueError(f"config: {path}: is a folder, expected a Python file")
     if not Path(path).is_file():
-        raise ValueError(f"config: {path}: no such file")
+        raise ValueError(f"config: {path}: no such file; configs/ of a clone holds those of the project")
     make = None
     try:
         make = runpy.run_path(str(path)).get("get_config")

@@ -28,7 +28,7 @@ from fopd_jax.backbones.weights import (
     read_file,
 )
 from fopd_jax.config.schema import Model, Run
-from fopd_jax.exits import GUIDE
+from fopd_jax.exits import CONVERTER, GUIDE
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
 from fopd_jax.parallel.mesh import make_mesh
@@ -186,5 +186,6 @@ def _check_there(source: str, preset: str, field: str = "", *, adapter: bool = F
     if preset in EMBEDDED:
         maker = f"configs/miniature_{'teacher' if adapter else 'pretrain'}.py makes one"
     else:
-        maker = f"{'' if adapter else 'tools/convert_sd35_weights.py makes one; '}{GUIDE} says where to get it"
+        maker = f"{'' if adapter else f'{CONVERTER} makes one; '}{GUIDE} says where to get it"
+    maker += "; a student's stands in its run's folder, once the run has ended" * adapter
     raise ValueError(f"{field}{path}: no such file or folder; {maker}")

@@ -40,7 +40,9 @@ def read_captions(folder: str, field: str) -> dict[Path, str]:
     """
     path = Path(folder)
     if not folder or not path.is_dir():
-        raise ValueError(f"{field}: found {folder!r}, expected a folder of images and their captions")
+        raise ValueError(
+            f"{field}: found {folder!r}, expected a folder of images and their captions, as configs/sd35m_sft.py says"
+        )
     images = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
     metadata = path / METADATA
     captions = _from_lines(metadata, field) if metadata.is_file() else _from_texts(images, field)

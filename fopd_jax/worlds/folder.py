@@ -12,6 +12,7 @@ from fopd_jax.conditioning.kept import KeptPrompts, MemoryEncodings
 from fopd_jax.conditioning.resident import ResidentPrompts
 from fopd_jax.config.schema import Encoding, Model, Pairs
 from fopd_jax.config.sizes import check_size
+from fopd_jax.exits import CONVERTER
 from fopd_jax.files import local_path
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
@@ -40,7 +41,7 @@ class FolderWorld:
     ) -> None:
         self._folder, self._manifest, self._mesh, self._tasks = folder, manifest, local_mesh(mesh), tasks
         if "vae" not in manifest.components:
-            raise ValueError(f"model.path: {folder} holds no vae; convert it too")
+            raise ValueError(f"model.path: {folder} holds no vae; {CONVERTER} adds it, from a pipeline that has one")
         self._text = text = ConvertedText(folder, manifest, model.dtype, model.t5_length)
         if encoding.resident:
             self._prompts = ResidentPrompts(text.load, mesh)

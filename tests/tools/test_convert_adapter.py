@@ -3,20 +3,24 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.interop.files.converted import Converted, Manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter, save_adapter
 from fopd_jax.interop.lora.modules import places
-from fopd_jax.models.mmdit import PRESETS
+from fopd_jax.interop.sd3.diffusers import config_from_diffusers
+from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_adapter.py"
 MINIATURE = {  # the transformer of PRESETS["miniature"], as diffusers describes it
@@ -32,10 +36,10 @@ def tool(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("tools/convert_adapter.py")
 
 
-def make_adapter() -> Adapter:
+def make_adapter(config: MMDiTConfig = PRESETS["miniature"]) -> Adapter:
     random = np.random.default_rng(0)
     weights: dict[str, dict[str, dict[str, dict[str, np.ndarray]]]] = {}
-    for place in places(PRESETS["miniature"]).values():
+    for place in places(config).values():
         stack, attention, layer = place.path
         leaves = {
             leaf: random.standard_normal(shape, dtype=np.float32) for leaf, shape in place.factor_shapes(2).items()
@@ -54,7 +58,7 @@ def run(tool: ModuleType, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("model", ["preset", "transformer", "."])
-@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui"])
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui", "sd_scripts"])
 def test_there_and_back(tool: ModuleType, layout: str, model: str, tmp_path: Path) -> None:
     ours, theirs, back = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", tmp_path / "back.safetensors"
     save_adapter(ours, make_adapter(), {"preset": "miniature"})
@@ -86,7 +90,7 @@ def test_networks_that_are_not_known(tool: ModuleType, tmp_path: Path) -> None:
 
 def test_models_that_are_not_understood(tool: ModuleType, tmp_path: Path) -> None:
     arguments = ["--src", tmp_path / "theirs", "--dst", tmp_path / "x", "--to", "fopd_jax", "--model", tmp_path]
-    assert "found neither transformer/config.json nor config.json" in run(tool, *arguments)
+    assert "found neither manifest.json nor transformer/config.json nor config.json" in run(tool, *arguments)
     file = tmp_path / "config.json"
     for text, message in (("{", "Expecting property name"), ("[]", "found JSON of type list, expected an object")):
         file.write_text(text)
@@ -97,21 +101,57 @@ def test_models_that_are_not_understood(tool: ModuleType, tmp_path: Path) -> Non
     )
 
 
-def test_a_network_without_a_preset_has_no_file_of_ours(tool: ModuleType, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "ours.safetensors", make_adapter(), {"preset": "miniature"})
-    tool.main(["--src", str(tmp_path / "ours.safetensors"), "--dst", str(tmp_path / "theirs"), "--to", "peft"])
-    (tmp_path / "config.json").write_text(json.dumps(MINIATURE | {"pos_embed_max_size": 9}))
-    given = ["--src", tmp_path / "theirs", "--model", tmp_path]
-    tool.main([str(each) for each in (*given, "--dst", tmp_path / "a.safetensors", "--to", "diffusers")])
-    message = run(tool, *given, "--dst", tmp_path / "b.safetensors", "--to", "fopd_jax")
-    assert message.startswith("error: this network is none of the presets (sd35_medium, ")
-    assert not (tmp_path / "b.safetensors").exists()
+@pytest.fixture(scope="module")
+def tiny(load_script: Callable[[str], ModuleType]) -> dict[str, Any]:
+    """The transformer of `tools/random_pipeline.py --size tiny`, as diffusers describes it; it is no preset."""
+    return json.loads(json.dumps(load_script("tools/random_pipeline.py").SIZES["tiny"]["transformer"]))
+
+
+@pytest.mark.parametrize("model", ["converted", "pipeline"])
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui", "sd_scripts", "fopd_jax"])
+def test_a_student_of_the_tiny_pipeline(
+    tool: ModuleType, tiny: dict[str, Any], layout: str, model: str, tmp_path: Path
+) -> None:
+    """In every layout and back, its network told by what it was trained on: a converted folder, or its source."""
+    names = ("ours.safetensors", "theirs.safetensors", "back.safetensors", model)
+    ours, theirs, back, folder = (tmp_path / name for name in names)
+    save_adapter(ours, make_adapter(config_from_diffusers(tiny)), {"preset": "custom"})
+    (folder / "transformer").mkdir(parents=True)
+    if model == "converted":
+        manifest = Manifest("custom", {"transformer": Converted(tiny, "bfloat16", 1, 1, {}, {})})
+        write_manifest(folder, manifest)
+    else:
+        (folder / "transformer" / "config.json").write_text(json.dumps(tiny))
+    for src, dst, to in ((ours, theirs, layout), (theirs, back, "fopd_jax")):
+        tool.main([f"--src={src}", f"--dst={dst}", f"--to={to}", f"--model={folder}"])
+    assert back.read_bytes() == ours.read_bytes()
+    said = run(tool, "--src", ours, "--dst", theirs, "--to", layout)
+    assert said == f"error: {ours}: is for a network that is no preset; give --model, the folder of its base"
+    said = run(tool, "--src", ours, "--dst", theirs, "--to", layout, "--preset", "miniature")
+    assert said == f"error: {ours}: its preset 'custom' is another network than miniature"
+
+
+def test_a_network_that_is_another_than_the_files(tool: ModuleType, tiny: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(tmp_path / "ours.safetensors", make_adapter(config_from_diffusers(tiny)), {"preset": "custom"})
+    for change, message in (
+        ({"num_layers": 5}, r"adapter leaf 'blocks/attn/\w+/a': found \(1, 48, 2\), expected \(2, 48, 2\)"),
+        ({"dual_attention_layers": []}, r"adapter leaf 'blocks/attn/\w+/a': found \(1, 48, 2\), expected \(3, 48, 2\)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(tiny | change))
+        arguments = ["--model", tmp_path, "--dst", tmp_path / "a.safetensors", "--to", "comfyui"]
+        said = run(tool, "--src", tmp_path / "ours.safetensors", *arguments)
+        assert re.match(rf"error: {tmp_path / 'ours.safetensors'}: {message}", said), said
+    manifest = Manifest("custom", {"vae": Converted({}, "bfloat16", 1, 1, {}, {})})
+    (tmp_path / "vae").mkdir()
+    write_manifest(tmp_path / "vae", manifest)
+    said = run(tool, "--src", tmp_path / "ours.safetensors", "--model", tmp_path / "vae", *arguments[2:])
+    assert said == f"error: {tmp_path / 'vae'}: holds no transformer, only vae"
 
 
 def test_files_that_are_refused(tool: ModuleType, tmp_path: Path) -> None:
     arguments = ["--dst", tmp_path / "out", "--preset", "miniature"]
     absent = run(tool, "--src", tmp_path / "absent", "--to", "peft", *arguments)
-    assert absent == f"error: {tmp_path / 'absent'}: no such file or folder"
+    assert absent.startswith(f"error: {tmp_path / 'absent'}: no such file or folder; docs/weights-and-prompts.md says")
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     damaged = run(tool, "--src", tmp_path / "damaged.safetensors", "--to", "peft", *arguments)
     assert damaged.startswith(f"error: {tmp_path / 'damaged.safetensors'}: damaged or no safetensors file")

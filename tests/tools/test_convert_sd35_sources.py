@@ -198,7 +198,12 @@ def test_broken_source(case: str, call: Caller, pipeline: Path, tmp_path: Path, 
 def test_broken_single_file(call: Caller, pipeline: Path, tmp_path: Path) -> None:
     call.fails(["--src", pipeline / CONFIG, "--dst", tmp_path / "dst"], "config.json: truncated or no safetensors file")
     call.fails(
-        ["--src", pipeline / WEIGHTS, "--dst", tmp_path / "dst"], "x_embedder.proj.weight': missing, expected one"
+        ["--src", pipeline / "vae/diffusion_pytorch_model.safetensors", "--dst", tmp_path / "dst"],
+        "x_embedder.proj.weight': missing, expected one",
+    )
+    call.fails(
+        ["--src", pipeline / WEIGHTS, "--dst", tmp_path / "dst"],
+        f"found diffusers' names .'{QUERY}'.; give the folder that also holds config.json",
     )
     arguments = ["--src", pipeline / WEIGHTS, "--dst", tmp_path / "dst", "--components", "transformer,vae"]
     call.fails(arguments, "components: found transformer, vae; of a single file: transformer")

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from fopd_jax.exits import CONVERTER
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.tables import Component, Shape, check_names
 from fopd_jax.interop.files.tensor_files import open_tensor_file, read_json, write_tensor_file
@@ -148,7 +149,7 @@ def parse_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST_FILE}; expected a folder that tools/convert_sd35_weights.py wrote")
+        raise ValueError(f"{folder}: no {MANIFEST_FILE}; expected a folder that {CONVERTER} wrote")
     fields = read_json(path)
     if fields.get("format") != FORMAT:
         raise ValueError(
@@ -300,7 +301,7 @@ def load_table(folder: Path, crop: tuple[int, int, int] | None = None) -> np.nda
     """
     path = folder / TABLE_FILE
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; convert transformer again ({CONVERTER})")
     entry = open_tensor_file(path).entries[TABLE]
     table = np.memmap(path, entry.dtype, "r", entry.begin, entry.shape)
     if crop is None:

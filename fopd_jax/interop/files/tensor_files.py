@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -93,11 +94,13 @@ class TensorFiles:
 
 
 def open_tensor_files(folder: Path, stem: str) -> TensorFiles:
-    """`folder/stem.safetensors`, or the shards that its index lists; where neither is there, those of the fp16 variant.
+    """`folder/stem.safetensors`, or the shards that its index lists; where neither is there, those of the one variant.
+
+    A variant, as fp16, stands in diffusers' names before or after "safetensors.index".
 
     Raises:
-      ValueError: no such file, a damaged header, a truncated or overlong file, or a tensor that is missing from its
-        shard, in two of them or not in the index.
+      ValueError: no such file, several variants, a damaged header, a truncated or overlong file, or a tensor that is
+        missing from its shard, in two of them or not in the index.
     """
     single, index = _weights(folder, stem)
     if single.is_file() and index.is_file():
@@ -105,21 +108,29 @@ def open_tensor_files(folder: Path, stem: str) -> TensorFiles:
     if single.is_file():
         return open_tensor_file(single)
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob(f"*{stem}*.bin"))
-        also = f" (found {pickled[0]}, a pickle, which is not read)" if pickled else ""
-        raise ValueError(f"{folder}: found neither {single.name} nor {index.name}{also}")
+        raise ValueError(f"{folder}: found neither {single.name} nor {index.name}{_instead(folder, stem)}")
     return _open_shards(folder, index)
 
 
 def _weights(folder: Path, stem: str) -> tuple[Path, Path]:
-    """The names of a network's single file and of its index: the fp16 variant's where only that is there."""
-    names = [
-        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
-        (f"{stem}.fp16.safetensors", f"{stem}.fp16.safetensors.index.json"),
-    ]
-    pairs = [(folder / single, folder / index) for single, index in names]
-    return next((pair for pair in pairs if any(path.is_file() for path in pair)), pairs[0])
+    """The names of a network's single file and of its index: a variant's where only that is there."""
+    plain = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if any(path.is_file() for path in plain):
+        return plain
+    name = re.compile(re.escape(stem) + r"\.(?:(\w+)\.safetensors(?:\.index\.json)?|safetensors\.index\.(\w+)\.json)")
+    found = {path.name: match[1] or match[2] for path in folder.glob("*") if (match := name.fullmatch(path.name))}
+    if len(variants := sorted(set(found.values()))) > 1:
+        raise ValueError(f"{folder}: found variants {', '.join(variants)} of {plain[0].name}, expected one of them")
+    index = next((each for each in sorted(found) if each.endswith(".json")), plain[1].name)
+    return next((folder / each for each in found if not each.endswith(".json")), plain[0]), folder / index
+
+
+def _instead(folder: Path, stem: str) -> str:
+    """What stands there that is not read."""
+    if pickled := sorted(path.name for path in folder.glob(f"*{stem}*.bin")):
+        return f" (found {pickled[0]}, a pickle, which is not read)"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f" (found {others[0]}, which is neither)" if others else ""
 
 
 def open_tensor_file(path: Path) -> TensorFiles:

@@ -26,7 +26,7 @@ def open_tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids = tokenizer.get_vocab().values()
-        words = tokenizer(_ENGLISH, add_special_tokens=False)["input_ids"]
+        words = tokenizer(_ENGLISH, add_special_tokens=False, verbose=False)["input_ids"]  # may be over its length
     except Exception as error:  # the libraries below have their own kinds, and plain ones of every sort
         raise ValueError(f"{folder}: no tokenizer that can be read ({' '.join(str(error).split())[:200]})") from error
     if fault := _misfit(tokenizer, max(ids, default=-1), words, config):

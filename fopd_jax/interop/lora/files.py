@@ -1,11 +1,13 @@
 """LoRA factors in safetensors files: tensor names of PEFT, diffusers and ComfyUI, and reading them.
 
 A tensor's name is layout prefix + module + role. Prefixes: `base_model.model.` (PEFT), `transformer.` (a diffusers
-pipeline, ComfyUI), none (diffusers' `save_lora_adapter`), and `lora_transformer_` with "_" for every "." (OneTrainer,
-ComfyUI); they may be nested. Behind `diffusion_model.` (ComfyUI) and, with "_" for every ".", `lora_unet_` (sd-scripts)
-stand the original network's modules, of which one may hold q, k and v. Roles: `lora_A.weight`, `lora_down.weight` or
-`lora.down.weight` [R, in], `lora_B.weight`, `lora_up.weight` or `lora.up.weight` [out, R], and the scalar `alpha`. An
-adapter's name may stand before `.weight`. Tensors of text encoders are left out, and counted in one warning.
+pipeline, ComfyUI), none (diffusers' `save_lora_adapter`), and with "_" for every "." `lora_transformer_` (OneTrainer,
+ComfyUI) and `lycoris_` (SimpleTuner, ComfyUI); they may be nested. Behind `diffusion_model.` (ComfyUI) and, with "_"
+for every ".", `lora_unet_` (sd-scripts) stand the original network's modules, of which one may hold q, k and v. Roles:
+`lora_A.weight`, `lora_down.weight` or `lora.down.weight` [R, in], `lora_B.weight`, `lora_up.weight` or `lora.up.weight`
+[out, R], and the scalar `alpha`. An adapter's name may stand before `.weight`. diffusers' first layout,
+`attn.processor.to_q_lora.down.weight`, is read as diffusers does. Tensors of text encoders are left out, and counted in
+one warning.
 """
 
 import dataclasses
@@ -29,12 +31,16 @@ from fopd_jax.models.mmdit import MMDiTConfig
 PEFT_PREFIX = "base_model.model."
 PIPELINE_PREFIX = "transformer."
 _UNDERSCORED_PREFIX = "lora_transformer_"
+_LYCORIS_PREFIX = "lycoris_"
 SD_SCRIPTS_PREFIX = "lora_unet_"
 _ORIGINAL_PREFIX = "diffusion_model."
 _LAYOUTS = (
-    PEFT_PREFIX, PIPELINE_PREFIX, _UNDERSCORED_PREFIX, SD_SCRIPTS_PREFIX, "model." + _ORIGINAL_PREFIX, _ORIGINAL_PREFIX
+    PEFT_PREFIX, PIPELINE_PREFIX, _UNDERSCORED_PREFIX, _LYCORIS_PREFIX, SD_SCRIPTS_PREFIX, "model." + _ORIGINAL_PREFIX,
+    _ORIGINAL_PREFIX,
 )  # fmt: skip
-_TEXT_ENCODERS = ("text_encoder", "lora_te", "text_encoders.", "te1.", "te2.", "te3.")  # begin their tensors' names
+_TEXT_ENCODERS = (
+    "text_encoder", "lora_te", "te1.", "te2.", "te3.", "clip_l", "clip_g", "t5xxl", "bundle_emb.",
+)  # fmt: skip  # begin the names of their tensors, words trained for them among those
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")  # torch.compile and FSDP insert these
 _ROLES = {
     "lora_A": "a", "lora_down": "a", "lora.down": "a", "lora_linear_layer.down": "a",
@@ -42,14 +48,19 @@ _ROLES = {
 }  # fmt: skip
 _FACTORS = "|".join(re.escape(role) for role in _ROLES if role != "alpha")
 _NAME = re.compile(rf"(?P<module>.+?)\.(?:(?P<factor>{_FACTORS})(?:\.(?P<adapter>[^.]+))?\.weight|(?P<alpha>alpha))")
-_DTYPES = {"a": ("F32", "F16", "BF16"), "b": ("F32", "F16", "BF16"), "alpha": ("F64", "F32", "F16", "BF16")}
+_PROCESSOR = re.compile(r"(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)(?=\.weight$)")
+_DTYPES = {
+    "a": ("F32", "F16", "BF16"), "b": ("F32", "F16", "BF16"), "alpha": ("F64", "F32", "F16", "BF16", "I64", "I32")
+}  # fmt: skip
 _REFUSED = {
     "lora_magnitude_vector": "DoRA rescales the base weights, which is not supported",
     "dora_scale": "DoRA rescales the base weights, which is not supported",
     "lora_B.bias": "biases of the update (lora_bias) are not supported",
     "hada_": "LoHa is not supported, only LoRA is",
     "lokr_": "LoKr is not supported, only LoRA is",
+    "oft_": "OFT is not supported, only LoRA is",
     "lora_mid": "three-factor LoRA is not supported",
+    ".diff_b": "differences of biases are not supported, only LoRA is",
 }
 
 
@@ -144,7 +155,7 @@ def _of_transformer(keys: Sequence[str]) -> list[str]:
 def _split(key: str, name: _Name, tensor: np.ndarray) -> Sequence[np.ndarray]:
     """What each part of a module gets of its tensor: rows of the update's outputs, and all of the rest."""
     count = len(name.parts)
-    if name.role != "b":
+    if name.role != "b" or count == 1:
         return [tensor] * count
     if tensor.ndim != 2 or len(tensor) % count:
         raise ValueError(f"tensor {key!r}: found shape {tensor.shape}, expected {count} equal parts of outputs")
@@ -187,6 +198,7 @@ def _parse_names(keys: Sequence[str], config: MMDiTConfig) -> dict[str, _Name]:
 
 def _parse_name(key: str, config: MMDiTConfig) -> _Name:
     plain = functools.reduce(lambda text, wrapper: text.replace(wrapper, ""), _WRAPPERS, key)
+    plain = _PROCESSOR.sub(lambda match: f".{match[1]}{'.0' * (match[1] == 'to_out')}.lora.{match[2]}", plain)
     for mark, reason in _REFUSED.items():
         if mark in plain:
             raise ValueError(f"tensor {key!r}: {reason}")

@@ -42,6 +42,7 @@ PEFT_TENSORS = "adapter_model.safetensors"
 DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
 _HEADER_ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # one number for all modules
+_HEADER_RANKS = ("lora_rank", "ss_network_dim", "network_dim", "rank", "r")  # and the rank that it belongs to
 _HEADER_UNREAD = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")  # would change what that number means
 _OFF = ("", "None", "null", "{}", "False", "false", "0")
 _ROUNDING = 2**-8  # of an alpha that is stored in bfloat16
@@ -122,6 +123,8 @@ def _scales(file: LoRAFile, settings: LoRASettings | None) -> dict[str, float]:
         )
     ranks = {module: file.ranks[module] for module in file.factors}
     if settings is None:
+        if header is not None and not file.alphas:
+            _check_header_rank(file.metadata, max(ranks.values()))
         given = file.alphas or dict.fromkeys(ranks, header or 0)
         alphas = {module: given.get(module) or float(rank) for module, rank in ranks.items()}
         for module, alpha in alphas.items():
@@ -150,6 +153,14 @@ def _header_alpha(metadata: Mapping[str, str]) -> float | None:
     if len(values) > 1 or not all(math.isfinite(value) and value for value in values):
         raise ValueError(f"metadata: found {found}, expected one finite number other than 0")
     return next(iter(values), None)
+
+
+def _check_header_rank(metadata: Mapping[str, str], rank: int) -> None:
+    """A header's alpha that was told for another rank says nothing about these factors."""
+    for field in _HEADER_RANKS:
+        text = metadata.get(field, "").strip('"')
+        if text.isdecimal() and int(text) != rank:
+            raise ValueError(f"metadata {field}: found {text}, but the factors are of rank {rank}; expected them equal")
 
 
 def _check_header(header: float | None, source: str, alpha: float) -> None:

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import (
     COMPONENTS,
     TABLE_FILE,
@@ -168,10 +169,15 @@ def _bare_transformer(src: Path) -> Path | None:
         return None
     if (src / "config.json").is_file():
         return src
-    return src / "transformer" if [path.name for path in src.iterdir()] == ["transformer"] else None
+    networks = [path.parent for path in src.glob("*/config.json")]  # beside it may stand a licence, or a scheduler
+    return networks[0] if [path.name for path in networks] == ["transformer"] else None
 
 
 def _pipeline_components(path: Path) -> list[str]:
+    if is_converted(path.parent):
+        raise ValueError(f"src: {path.parent} is converted already; expected what diffusers or the authors publish")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a whole pipeline's folder (see {GUIDE}) or a transformer's")
     index = read_json(path)
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         found = index.get("_class_name")
@@ -202,16 +208,15 @@ def _open_folder(src: Path, name: str, bare: Path | None = None) -> Source:
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"{folder}: missing or empty, expected a tokenizer's files")
+        raise ValueError(f"{folder}: missing or empty, expected a tokenizer's files; {GUIDE} says where to get them")
     return {f"{folder.name}/{file.name}": file for file in files}
 
 
 def _open_original(path: Path) -> Source:
     with _located(path):
         tensors = open_tensor_file(path)
-        if not any(name.startswith(original.PREFIX) for name in tensors.entries):
-            entries = {original.with_prefix(name): entry for name, entry in tensors.entries.items()}
-            tensors = dataclasses.replace(tensors, entries=entries)
+        names = original.names(tensors.entries)
+        tensors = dataclasses.replace(tensors, entries={names[name]: each for name, each in tensors.entries.items()})
         tensors = tensors.select(lambda name: not original.belongs_to_another_network(name))
         config = original.infer_config({name: entry.shape for name, entry in tensors.entries.items()})
         component = COMPONENTS["transformer"](config)
@@ -247,7 +252,7 @@ def _hashes(source: Source, progress: Display) -> dict[str, str]:
 
 def _check_destination(src: Path, dst: Path) -> None:
     if not src.exists():
-        raise ValueError(f"src: {src} does not exist")
+        raise ValueError(f"src: {src} does not exist; {GUIDE} says where to get weights")
     if dst.exists() and not dst.is_dir():
         raise ValueError(f"dst: {dst} is a file, expected a folder")
     if dst.exists() and not is_converted(dst) and {path.name for path in dst.iterdir()} - {_STAGE}:

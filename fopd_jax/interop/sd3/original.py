@@ -6,7 +6,7 @@ Queries, keys and values are one fused tensor there, and the two norms that diff
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 from typing import Any
 
@@ -18,6 +18,8 @@ from fopd_jax.interop.sd3.diffusers import TABLE
 PREFIX = "model.diffusion_model."
 OTHER_NETWORKS = ("first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model.")
 _BLOCK_NAME = re.compile(re.escape(PREFIX) + r"joint_blocks\.(\d+)\.")
+_FIRST = "x_embedder.proj.weight"  # stands once in a file of one transformer
+_DIFFUSERS_ALONE = "transformer_blocks.0.attn.to_q.weight"
 _HEAD_DIM = 64  # of every published SD3; only the norms of q and k tell
 
 _NETWORK = {
@@ -105,9 +107,19 @@ def _joined(shapes: list[Shape]) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def with_prefix(name: str) -> str:
-    """A tensor's name in the original file, of one in a file that holds the transformer alone, where none has it."""
-    return name if name.startswith((PREFIX, *OTHER_NETWORKS)) else PREFIX + name
+def names(found: Iterable[str]) -> dict[str, str]:
+    """The published file's name of every tensor in a file, whose own prefix, or none, stands for `PREFIX`.
+
+    Raises:
+      ValueError: the names are diffusers'.
+    """
+    found = list(found)
+    if _DIFFUSERS_ALONE in found:
+        raise ValueError(f"found diffusers' names ({_DIFFUSERS_ALONE!r}); give the folder that also holds config.json")
+    prefixes = [name.removesuffix(_FIRST) for name in found if name.endswith(_FIRST)]
+    own = prefixes[0] if len(prefixes) == 1 else PREFIX
+    moved = [name for name in found if name.startswith(own) and not (own == "" and name.startswith(OTHER_NETWORKS))]
+    return {name: name for name in found} | {name: PREFIX + name[len(own) :] for name in moved}
 
 
 def belongs_to_another_network(name: str) -> bool:

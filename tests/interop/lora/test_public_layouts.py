@@ -70,6 +70,17 @@ def test_alpha_of_the_header(field: str, tmp_path: Path) -> None:
         read_lora(tmp_path / "wrong.safetensors", CONFIG)
 
 
+def test_an_alpha_of_the_header_for_another_rank(tmp_path: Path) -> None:
+    """As of a file whose ranks were reduced; with alphas of its own the header does not matter."""
+    adapter, path = random_adapter(2.0), tmp_path / "reduced.safetensors"
+    header = {"ss_network_alpha": "6", "ss_network_dim": "64"}
+    save_file(plain_tensors(adapter, tmp_path), path, metadata=header)
+    with pytest.raises(ValueError, match="metadata ss_network_dim: found 64, but the factors are of rank 3; expected"):
+        read_lora(path, CONFIG)
+    save_file(load_file(tmp_path / "plain.safetensors"), path, metadata=header)
+    check_equal(read_lora(path, CONFIG), adapter)
+
+
 @pytest.mark.parametrize("style", ["down and up", "nested", "text encoders"])
 def test_names(style: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapter, path = random_adapter(1.0), tmp_path / "named.safetensors"

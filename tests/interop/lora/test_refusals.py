@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from fopd_jax import files
 from fopd_jax.adapters.lora import Adapter
@@ -105,6 +107,11 @@ def test_tensors_that_are_refused(
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "not of a text encoder"),
         ("transformer.transformer_blocks.0.attn.to_q.dora_scale", "DoRA rescales the base weights"),
         ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr is not supported"),
+        ("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a", "LoHa is not supported"),
+        ("transformer.transformer_blocks.0.attn.to_q.oft_blocks", "OFT is not supported"),
+        ("diffusion_model.joint_blocks.0.x_block.attn.qkv.diff_b", "differences of biases are not supported"),
+        ("diffusion_model.x_embedder.proj.diff", "no LoRA factor, expected <module>.lora_A.weight"),
+        ("clip_l", "not of a text encoder"),
     ],
 )
 def test_other_layouts_are_refused(name: str, message: str, tmp_path: Path) -> None:
@@ -112,6 +119,27 @@ def test_other_layouts_are_refused(name: str, message: str, tmp_path: Path) -> N
     save_file({name: ONE}, path)
     refused(path, f"tensor '{name}': ")
     refused(path, message)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "module.", "transformer.module.", "model.", "lora_prior_unet_"])
+def test_prefixes_that_are_not_known(prefix: str, tmp_path: Path) -> None:
+    path, module = tmp_path / "other.safetensors", f"{prefix}transformer_blocks.0.attn.to_q"
+    save_file(
+        {f"{module}.lora_A.weight": np.ones((2, 16), "f"), f"{module}.lora_B.weight": np.ones((16, 2), "f")}, path
+    )
+    refused(path, f"module '{module.removeprefix('transformer.')}': no such module in a network of 5 blocks")
+
+
+def test_eight_bits_and_convolutions_are_refused(tmp_path: Path) -> None:
+    path, places = tmp_path / "other.safetensors", ("transformer_blocks.0.attn.to_q", "pos_embed.proj")
+    for place, shape, dtype, message in (
+        (places[0], (2, 16), torch.float8_e4m3fn, "found dtype F8_E4M3, expected one of F32, F16, BF16"),
+        (places[0], (2, 16, 1, 1), torch.float32, "found shape (2, 16, 1, 1), expected (R, 16)"),
+        (places[1], (2, 3, 2, 2), torch.float32, "module 'pos_embed.proj': found an adapter, but a bank can only"),
+    ):
+        factors = {"A": torch.zeros(shape, dtype=dtype), "B": torch.zeros((16, 2, 1, 1)[: len(shape)], dtype=dtype)}
+        save_torch({f"transformer.{place}.lora_{factor}.weight": tensor for factor, tensor in factors.items()}, path)
+        refused(path, message)
 
 
 def test_metadata_that_is_refused(tmp_path: Path) -> None:
