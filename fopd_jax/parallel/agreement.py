@@ -17,6 +17,8 @@ from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, name_of, said_under
 Result = TypeVar("Result")
 _FOLDER = "fopd_jax/told"
 _LONGEST_POLL_S = 0.2
+WORK_S = 1800.0
+"""How long `together` waits: until then, what processes do between two computations may take longer on one of them."""
 _rounds: collections.Counter[str] = collections.Counter()  # by what it is about: all tell the same, equally often
 
 
@@ -56,7 +58,7 @@ def agree(about: str, problem: str, timeout_s: float = BARRIER_TIMEOUT_S) -> str
     return problem or next((_named(process, word) for process, word in enumerate(words) if word), "")
 
 
-def together(about: str, act: Callable[[], Result], timeout_s: float) -> Result:
+def together(about: str, act: Callable[[], Result], timeout_s: float = WORK_S) -> Result:
     """What `act` returns here. If it raises on one process, all raise, before any waits for that one in a computation.
 
     Raises:

@@ -118,30 +118,30 @@ class Checkpoints:
           TimeoutError: some processes do not save; names them.
         """
         self.wait()
-        temporary = self._folder / f"{step}.tmp{next(self._saves)}"  # what hangs in an earlier one does no harm
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if not self._begin(step, temporary):
+        name = self._begin(step)
+        if not name:
             return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._best.forget(step)  # of a damaged one at the same step
         about = {"step": step, "config_hash": self._config_hash, "metrics": {}, "leaves": _describe(state)}
         about |= {"notes": dict(notes or {})}
         kept = self._kept([*_steps(self._folder), step])
-        self._save = Save(temporary, self._folder / str(step), patience(size))
+        self._save = Save(self._folder / name, self._folder / str(step), patience(size))
         self._save.start(jax.tree.leaves(state), about, lambda: self._remove_but(kept))
 
-    def _begin(self, step: int, temporary: Path) -> bool:
-        """Let process 0 make the folder, and tell the others whether there is anything to save."""
-        word = ""
+    def _begin(self, step: int) -> str:
+        """Let process 0 make the folder; its name on every process, empty if the step is there already."""
+        name, problem = "", ""
         if is_main() and step not in _steps(self._folder):
-            word = "new"
+            name = f"{step}.tmp{next(self._saves)}"  # its own: what hangs in an earlier save does no harm to this one
             try:
-                (temporary / STATE).mkdir(parents=True)
+                (self._folder / name / STATE).mkdir(parents=True)
             except OSError as error:
-                word = in_one_line(error)
-        word = share(f"save {step} begun", word, patience(0))[0]
-        if word not in ("", "new"):
-            raise OSError(word)
-        return bool(word)
+                problem = in_one_line(error)
+        name, problem = json.loads(share(f"save {step} begun", json.dumps([name, problem]), patience(0))[0])
+        if problem:
+            raise OSError(problem)
+        return name
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
         best = self._best.of(steps)
