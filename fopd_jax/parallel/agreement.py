@@ -16,6 +16,7 @@ from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, name_of, said_under
 
 Result = TypeVar("Result")
 _FOLDER = "fopd_jax/told"
+_LEFT = "left: "  # before the word of a process that has given up waiting
 _LONGEST_POLL_S = 0.2
 WORK_S = 1800.0
 """How long `together` waits: until then, what processes do between two computations may take longer on one of them."""
@@ -26,7 +27,7 @@ def share(about: str, word: str, timeout_s: float = BARRIER_TIMEOUT_S) -> list[s
     """Every process's word, by process; all have to call it, with the same `about` and equally often.
 
     Raises:
-      TimeoutError: some do not within `timeout_s`; names them.
+      TimeoutError: some do not within `timeout_s`, or have given up waiting for this one; names them.
     """
     if jax.process_count() == 1:
         return [word]
@@ -37,12 +38,15 @@ def share(about: str, word: str, timeout_s: float = BARRIER_TIMEOUT_S) -> list[s
     deadline, pause = time.monotonic() + timeout_s, 0.005
     while missing := sorted(set(range(jax.process_count())) - (found := said_under(_place(about, round_))).keys()):
         if time.monotonic() > deadline:
-            left = f"{word or name_of(index)} (it has waited for {timeout_s:.0f} s)"  # for those who come later
-            client.key_value_set(f"{_place(about, round_)}{index}", left, allow_overwrite=True)
+            left = f"{_LEFT}{word or 'nothing is wrong there'}, has waited for {timeout_s:.0f} s"
+            client.key_value_set(f"{_place(about, round_)}{index}", left, allow_overwrite=True)  # for the late
             names = ", ".join(map(name_of, missing))
             raise TimeoutError(f"{about}: {names} not there within {timeout_s:.0f} s")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_POLL_S)
+    for process, other in found.items():
+        if other.startswith(_LEFT):
+            raise TimeoutError(f"{about}: {_named(process, other)}")
     if round_:  # all have left the one before
         client.key_value_delete(f"{_place(about, round_ - 1)}{index}")
     return [found[process] for process in sorted(found)]
@@ -78,6 +82,13 @@ def together(about: str, act: Callable[[], Result], timeout_s: float = WORK_S) -
     return result
 
 
+def forget(about: str) -> None:
+    """Take back the last word about something that is over: every process has told something later since."""
+    if jax.process_count() > 1 and (rounds := _rounds.pop(about, 0)):
+        client: Any = global_state.client
+        client.key_value_delete(f"{_place(about, rounds - 1)}{jax.process_index()}")
+
+
 def overheard(about: str) -> str:
     """What another process, which is waiting for this one, has said of it already; empty if nothing."""
     if jax.process_count() == 1:
@@ -91,4 +102,4 @@ def _place(about: str, round_: int) -> str:
 
 
 def _named(process: int, word: str) -> str:
-    return f"{name_of(process)}: {word}"
+    return f"{name_of(process)}: {word.removeprefix(_LEFT)}"

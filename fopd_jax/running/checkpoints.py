@@ -21,11 +21,11 @@ from absl import logging
 from etils import epath
 
 from fopd_jax.files import write_json
-from fopd_jax.parallel.agreement import share
+from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import find_damage, fingerprint
-from fopd_jax.running.saving import ABOUT, ABOUT_FILE, STATE, Save, arrays_handler, patience
+from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
 from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
@@ -52,6 +52,7 @@ class Checkpoints:
         self._verified: dict[int, Any] = {}  # step → its files' fingerprint when their hashes were found right
         self._keep, self._saves = keep, itertools.count()
         self._save: Save | None = None
+        self._over = ""  # what all have told one another of the save before
         if is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
             _remove_temporaries(self._folder)
@@ -138,7 +139,8 @@ class Checkpoints:
                 (self._folder / name / STATE).mkdir(parents=True)
             except OSError as error:
                 problem = in_one_line(error)
-        name, problem = json.loads(share(f"save {step} begun", json.dumps([name, problem]), patience(0))[0])
+        name, problem = json.loads(share("a save begins", json.dumps([name, problem]), patience(0))[0])
+        forget(self._over)
         if problem:
             raise OSError(problem)
         return name
@@ -222,6 +224,7 @@ class Checkpoints:
         """
         save, self._save = self._save, None
         if save is not None:
+            self._over = save.about(IN_PLACE)
             save.wait()
 
     def close(self) -> None:

@@ -22,13 +22,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fopd_jax.files import write_json
-from fopd_jax.parallel.agreement import agree
+from fopd_jax.parallel.agreement import agree, forget
 from fopd_jax.parallel.distributed import is_main, name_of
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import seal, write_part
 
 STATE, ABOUT, ABOUT_FILE = "state", "about", "about.json"
 PATIENCE_S, SLOWEST = 120.0, 50e6  # of a save: seconds, and bytes a second beside them
+WRITTEN, IN_PLACE = "written", "in place"  # what processes tell one another of a save
 _STEPS = 10.0  # seconds from one process's end of patience to that of whoever waits for it
 
 
@@ -86,10 +87,11 @@ class Save:
 
     def _run(self) -> None:
         self._try(self._write)
-        self._agree("written", 1)
+        self._agree(WRITTEN, 1)
         if is_main():
             self._try(self._place)
-        self._agree("in place", 2)
+        self._agree(IN_PLACE, 2)
+        forget(self.about(WRITTEN))
         if is_main():
             if self._error is None:
                 self._after()
@@ -126,10 +128,13 @@ class Save:
         """A problem of one process is one of all; the `last` to lose patience is process 0, which places the folder."""
         problem = in_one_line(self._error) if self._error else ""
         try:
-            found = agree(f"save {self._final.name} {what}", problem, max(0.0, self._left(last)))
+            found = agree(self.about(what), problem, max(0.0, self._left(last)))
             self._error = self._error or (OSError(found) if found else None)
         except TimeoutError as error:
             self._error = self._error or error
+
+    def about(self, what: str) -> str:
+        return f"{self._temporary.name} {what}"
 
     def _left(self, after: int) -> float:
         """Seconds until a wait ends that depends on `after` others before it."""
