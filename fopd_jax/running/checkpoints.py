@@ -151,13 +151,13 @@ class Checkpoints:
 
     def _remove_but(self, kept: set[int]) -> None:
         """Remove the checkpoints that are not among these, each at once: its name goes first."""
-        for step in set(_steps(self._folder)) - kept:
-            gone = self._folder / f"{step}.old.tmp"
-            try:
+        try:
+            for step in set(_steps(self._folder)) - kept:
+                gone = _free_name(self._folder / f"{step}.old.tmp")
                 (self._folder / str(step)).rename(gone)
-            except OSError as error:
-                warn(f"an old checkpoint stays: {in_one_line(error)}")
-            shutil.rmtree(gone, ignore_errors=True)
+                shutil.rmtree(gone, ignore_errors=True)
+        except OSError as error:
+            warn(f"an old checkpoint stays: {in_one_line(error)}")
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note what an evaluation of a state found, which decides whether its checkpoint is kept as the best one.

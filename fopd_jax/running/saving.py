@@ -130,7 +130,7 @@ class Save:
         try:
             found = agree(self.about(what), problem, max(0.0, self._left(last)))
             self._error = self._error or (OSError(found) if found else None)
-        except TimeoutError as error:
+        except Exception as error:  # time is up, or the runtime has gone
             self._error = self._error or error
 
     def about(self, what: str) -> str:
