@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from fopd_jax.config.schema import MeshShape, Run
-from fopd_jax.main import _abandon, _leave
 from fopd_jax.parallel import distributed
 from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.mesh import make_mesh
@@ -107,10 +106,9 @@ def main(what: str, workdir: Path) -> None:
     watch = make_supervision(settings, workdir, {})
     try:
         loop.run(Shared(score=score), settings, checkpoints, writer, watch)
-    except preemption.Preempted as stop:
-        _leave(str(stop), stop.status)
-    except TimeoutError as error:
-        _abandon(f"error: {error}", 1)
+    except TimeoutError as error:  # as the main program does
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":
