@@ -215,6 +215,10 @@ class Run(Section):
     )
     watchdog_seconds: float = setting(1800.0, "Report a hang after as long without a step; 0: never.", at_least(0, 1e9))
     watchdog_abort: bool = setting(False, "And end the process, for a job manager to start it again.")
+    stop_seconds: float = setting(
+        30.0, "A signal to stop ends the run within so many seconds of a save, whatever hangs; large states need more.",
+        between(0.1, 1e6),
+    )  # fmt: skip
     profile: tuple[int, int] | None = setting(
         None, "(start, stop): steps to trace into workdir/profile, for xprof or TensorBoard.", rules.steps(MOST_STEPS)
     )

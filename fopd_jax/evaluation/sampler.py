@@ -13,6 +13,7 @@ from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.schedule import make_levels
 from fopd_jax.flow.transition import Transition, standard_normal
+from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
 from fopd_jax.parallel.sharding import activation_rules, batch_sharding, batch_ways, filled
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
@@ -45,7 +46,7 @@ class Sampler:
         self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
     ) -> Float[np.ndarray, "n height width 3"]:
         """Of the same images those that this process's devices make, in the order of `rows`."""
-        conditioning = embed_prompts(world, prompts, self.mesh)
+        conditioning = together("prompts of an evaluation", lambda: embed_prompts(world, prompts, self.mesh))
         null = embed_alone(world, self.negative, self.mesh) if self.guided else None
         keys = put_replicated(keys, batch_sharding(self.mesh))
         latents = self.draw(variables, adapter, conditioning, null, keys)

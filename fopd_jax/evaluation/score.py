@@ -1,6 +1,7 @@
 """Score the same held-out (prompt, noise) pairs of any policy."""
 
 import dataclasses
+import functools
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fopd_jax.evaluation.sampler import Sampler
+from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows
 from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
@@ -77,7 +79,8 @@ def evaluate(
         for prompts, index in eval_set.pairs(task):
             images = sampler.held(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
             rows, wanted = sampler.rows(len(prompts)), int((index < eval_set.samples).sum())
-            values = _score(score, images, [prompts[int(row)] for row in rows], int((rows < wanted).sum()))
+            mine = [prompts[int(row)] for row in rows], int((rows < wanted).sum())
+            values = together(f"scores of {task.name}", functools.partial(_score, score, images, *mine))
             gathered = gather_rows(values, batch_sharding(sampler.mesh), len(prompts))
             for skill in values:  # in the task's order, which gathering does not keep
                 scores.setdefault(skill, []).append(gathered[skill][:wanted])

@@ -185,8 +185,8 @@ def barrier(name: str, timeout_s: float = BARRIER_TIMEOUT_S) -> None:
     index, sequence = jax.process_index(), next(_barriers)
     here, deadline, pause = f"{_STORE}/barrier/{sequence}/", time.monotonic() + timeout_s, 0.01
     client.key_value_set(f"{here}{index}", name)
-    while missing := _missing(places := _keys(client, here), name):
-        for process, reason in _keys(client, f"{_STORE}/gave_up/").items():
+    while missing := _missing(places := said_under(here), name):
+        for process, reason in said_under(f"{_STORE}/gave_up/").items():
             raise ValueError(f"{name_of(process)}: {reason}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"barrier {name!r}: {_names(missing, places)} not there within {timeout_s:g} s")
@@ -196,8 +196,9 @@ def barrier(name: str, timeout_s: float = BARRIER_TIMEOUT_S) -> None:
         client.key_value_delete(f"{_STORE}/barrier/{sequence - 1}/{index}")
 
 
-def _keys(client: Any, folder: str) -> dict[int, str]:
-    """Values by process."""
+def said_under(folder: str) -> dict[int, str]:
+    """What the runtime's key-value store holds under `folder/`, by process, after which the keys are named."""
+    client: Any = global_state.client
     return {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(folder)}
 
 

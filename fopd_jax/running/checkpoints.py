@@ -1,34 +1,36 @@
-"""Orbax checkpoints of what trains, saved asynchronously and renamed into place when whole, verified when read.
+"""Orbax checkpoints of what trains, saved beside training and renamed into place when whole, verified when read.
 
-    checkpoints/<step>/   state/   about/about.json   manifest.json
+    checkpoints/<step>/   state/   about/about.json   manifest_<process>.json   manifest.json
 
-Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
+Nothing that is restored depends on the mesh or the number of processes that wrote it.
 """
 
 import contextlib
 import itertools
 import json
 import math
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
+from etils import epath
 
 from fopd_jax.files import write_json
-from fopd_jax.parallel.distributed import barrier, failing_together, is_main, warn
-from fopd_jax.running.integrity import SealedPath, find_damage, fingerprint
+from fopd_jax.parallel.agreement import forget, share
+from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.running.guards import in_one_line
+from fopd_jax.running.integrity import find_damage, fingerprint
+from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
 from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
-_ABOUT = "about"
-_ABOUT_FILE = "about.json"
 _SCORES = "scores.json"  # by metric and step
-_NONE = -1  # in place of a step
+_TEMPORARY = re.compile(r"\d+\..*tmp.*")  # what a kill has left of a save or a removal, of earlier versions' too
 
 
 class Checkpoints:
@@ -48,32 +50,30 @@ class Checkpoints:
         self._best = Best(keep_best)
         self._told: set[str] = set()  # damages that are in the log already
         self._verified: dict[int, Any] = {}  # step → its files' fingerprint when their hashes were found right
-        self._manager = _manager(self._folder, keep, self._best)
+        self._keep, self._saves = keep, itertools.count()
+        self._save: Save | None = None
+        self._over = ""  # what all have told one another of the save before
+        if is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_temporaries(self._folder)
+        barrier("checkpoints opened")
         self._best.read(self._folder)
 
     def latest_step(self) -> int | None:
         """Step of the newest intact checkpoint. Damaged ones are named in the log and passed over.
 
-        The main process reads every byte of it, the first time.
+        Every byte of it is read, the first time: each process reads its share.
 
         Raises:
           ValueError: there are checkpoints, and all are damaged; names what is wrong.
           TimeoutError: some processes do not ask; names them.
         """
-        with failing_together():
-            found = self._newest_intact() if is_main() else None
-        barrier("newest intact checkpoint")
-        found = int(multihost_utils.broadcast_one_to_all(np.int32(_NONE if found is None else found)))
-        return None if found == _NONE else found
-
-    def _newest_intact(self) -> int | None:
-        damages = []
-        for step in sorted(_steps(self._folder), reverse=True):
+        there = share("checkpoints there", json.dumps(sorted(_steps(self._folder), reverse=True)))[0]
+        damages: list[str] = []
+        for step in json.loads(there):
             damage = self._damage(step)
             if damage is None:
-                for each in (new for new in damages if new not in self._told):
-                    self._told.add(each)
-                    logging.warning("damaged checkpoint, using step %d instead: %s", step, each)
+                self._tell(damages, step)
                 return step
             damages.append(damage)
         if damages:
@@ -83,14 +83,25 @@ class Checkpoints:
             )
         return None
 
+    def _tell(self, damages: Sequence[str], step: int) -> None:
+        for each in (new for new in damages if new not in self._told):
+            self._told.add(each)
+            if is_main():
+                logging.warning("damaged checkpoint, using step %d instead: %s", step, each)
+
     def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, on every process the same."""
         folder = self._folder / str(step)
-        if step in self._verified and self._verified[step] == fingerprint(folder):
-            return None
-        reason = find_damage(folder)
-        if reason is None:
-            self._verified[step] = fingerprint(folder)
-        return reason
+        found = fingerprint(folder)
+        size = sum(bytes_ for _, bytes_, _ in found)
+        own = None
+        if self._verified.get(step) != found:
+            own = find_damage(folder, jax.process_index(), jax.process_count())
+        words = share(f"checkpoint {step} verified", own or "", patience(size))
+        damage = next((word for word in words if word), None)
+        if damage is None:
+            self._verified[step] = found
+        return damage
 
     def save(
         self,
@@ -104,14 +115,49 @@ class Checkpoints:
 
         Raises:
           Exception: whatever stopped the save before this one, which left no checkpoint.
+          OSError: process 0 cannot make the folder.
+          TimeoutError: some processes do not save; names them.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        name = self._begin(step)
+        if not name:
             return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._best.forget(step)  # of a damaged one at the same step
         about = {"step": step, "config_hash": self._config_hash, "metrics": {}, "leaves": _describe(state)}
         about |= {"notes": dict(notes or {})}
-        items = {"state": ocp.args.PyTreeSave(jax.tree.leaves(state)), _ABOUT: ocp.args.JsonSave(about)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        kept = self._kept([*_steps(self._folder), step])
+        self._save = Save(self._folder / name, self._folder / str(step), patience(size))
+        self._save.start(jax.tree.leaves(state), about, lambda: self._remove_but(kept))
+
+    def _begin(self, step: int) -> str:
+        """Let process 0 make the folder; its name on every process, empty if the step is there already."""
+        name, problem = "", ""
+        if is_main() and step not in _steps(self._folder):
+            name = f"{step}.tmp{next(self._saves)}"  # its own: what hangs in an earlier save does no harm to this one
+            try:
+                (self._folder / name / STATE).mkdir(parents=True)
+            except OSError as error:
+                problem = in_one_line(error)
+        name, problem = json.loads(share("a save begins", json.dumps([name, problem]), patience(0))[0])
+        forget(self._over)
+        if problem:
+            raise OSError(problem)
+        return name
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        best = self._best.of(steps)
+        return {*sorted(steps)[-self._keep :], *(() if best is None else (best,))}
+
+    def _remove_but(self, kept: set[int]) -> None:
+        """Remove the checkpoints that are not among these, each at once: its name goes first."""
+        try:
+            for step in set(_steps(self._folder)) - kept:
+                gone = _free_name(self._folder / f"{step}.old.tmp")
+                (self._folder / str(step)).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        except OSError as error:
+            warn(f"an old checkpoint stays: {in_one_line(error)}")
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note what an evaluation of a state found, which decides whether its checkpoint is kept as the best one.
@@ -138,9 +184,9 @@ class Checkpoints:
         self._check(step, state)
         abstract = [_abstract(leaf) for leaf in jax.tree.leaves(state)]
         args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-        restored: Any = self._manager.restore(step, args=ocp.args.Composite(state=args))
+        restored: Any = arrays_handler().restore(epath.Path(self._folder / str(step) / STATE), args=args)
         self._set_aside_after(step)
-        return jax.tree.unflatten(jax.tree.structure(state), restored["state"])
+        return jax.tree.unflatten(jax.tree.structure(state), restored)
 
     def notes(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of a step; nothing in checkpoints of earlier versions."""
@@ -169,7 +215,6 @@ class Checkpoints:
             for newer in (each for each in _steps(self._folder) if each > step):
                 (self._folder / str(newer)).rename(_free_name(self._folder / f"{newer}.damaged"))
         barrier("damaged checkpoints set aside")
-        self._manager.reload()
 
     def wait(self) -> None:
         """Until the save under way, if any, is in place.
@@ -177,15 +222,18 @@ class Checkpoints:
         Raises:
           Exception: whatever stopped it; it left no checkpoint.
         """
-        self._manager.wait_until_finished()
+        save, self._save = self._save, None
+        if save is not None:
+            self._over = save.about(IN_PLACE)
+            save.wait()
 
     def close(self) -> None:
-        """Wait for saves under way and let go of the folder."""
-        self._manager.close()
+        """Wait for saves under way."""
+        self.wait()
 
 
 class Best:
-    """An orbax preservation policy: the checkpoint with the best value of one metric; none where `spec` is empty."""
+    """The checkpoint with the best value of one metric; none where `spec` is empty."""
 
     def __init__(self, spec: str) -> None:
         direction, _, self._name = spec.partition(":")
@@ -231,12 +279,9 @@ class Best:
             for step, value in found.get(self._name, {}).items():
                 self._note(int(step), float(value))
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which of orbax's records of checkpoints, each with its `step`, are not to be removed."""
-        del context
-        steps = [each.step for each in checkpoints]
-        best = max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
-        return [step == best for step in steps]
+    def of(self, steps: Sequence[int]) -> int | None:
+        """The best of these; None if none has a score."""
+        return max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
 
 
 def newest_step(workdir: Path) -> int:
@@ -248,21 +293,10 @@ def _steps(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
-def _manager(folder: Path, keep: int, best: Best) -> ocp.CheckpointManager:
-    policies = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        cleanup_tmp_directories=True,  # of saves that a kill interrupted
-        lightweight_initialize=True,  # orbax's own reading of what is there stops at a damaged file
-        temporary_path_class=SealedPath,
-    )
-    arrays, about = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler(_ABOUT_FILE)
-    registry = ocp.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, arrays)
-    registry.add("state", ocp.args.PyTreeRestore, arrays)
-    registry.add(_ABOUT, ocp.args.JsonSave, about)
-    registry.add(_ABOUT, ocp.args.JsonRestore, about)
-    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _describe(state: TrainState) -> list[list[Any]]:
@@ -280,7 +314,7 @@ def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _read_about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / _ABOUT / _ABOUT_FILE).read_text(encoding="utf-8"))
+    return json.loads((folder / str(step) / ABOUT / ABOUT_FILE).read_text(encoding="utf-8"))
 
 
 def _free_name(path: Path) -> Path:

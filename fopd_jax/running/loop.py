@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
-from fopd_jax.parallel.distributed import fetch, is_main, largest, warn
+from fopd_jax.parallel.agreement import agree, overheard
+from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, fetch, is_main, largest, warn
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.means import SKIPPED, Means, split
 from fopd_jax.running.metrics import MetricWriter, is_logged
-from fopd_jax.running.preemption import Interrupted, Preempted
+from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
@@ -190,9 +191,10 @@ class _Run:
 
         scores: dict[str, float] = {}
         images: dict[str, np.ndarray] = {}
-        with self.watch.goodput.measure("eval"):
+        about = f"the evaluation at step {step}"
+        with self.watch.goodput.measure("eval"), left_where_it_hangs(about, lambda: overheard(about)):
             try:  # a missing file or a full memory in there is no reason to end days of training
-                problem = self.agreed(score)
+                problem = self.agreed(about, score, FAILURE_S + HEAD_START_S * is_main())
             except Interrupted:
                 self.stop(step)
         self.unscored = bool(problem)
@@ -211,10 +213,10 @@ class _Run:
         The last has no next one: it is waited for.
         """
         last, space = step == self.settings.steps, self.watch.space
-        with self.watch.goodput.measure("checkpoint"):
+        with self.watch.goodput.measure("checkpoint"), self.watch.preemption.bounded(f"the save at step {step}"):
             self.saved()
             if space.allows(step, self.state, last):
-                if problem := self.store(step) if last else self.agreed(lambda: self.begin(step)):
+                if problem := self.store(step) if last else self.agreed("saving", lambda: self.begin(step)):
                     space.missed(step, f"saving failed ({problem})", last)
                 else:
                     self.begun = step
@@ -232,7 +234,7 @@ class _Run:
     def saved(self) -> bool:
         """Wait for the save that runs beside training; whether there was one, and it is in place."""
         step, self.begun = self.begun, 0
-        if problem := self.agreed(self.checkpoints.wait):
+        if problem := self.agreed("saving", self.checkpoints.wait):
             self.watch.space.missed(step, f"saving failed ({problem})")
         elif step:
             self.watch.space.saved()
@@ -243,10 +245,14 @@ class _Run:
 
     def store(self, step: int) -> str:
         """Save and wait; returns what went wrong."""
-        return self.agreed(lambda: self.begin(step)) or self.agreed(self.checkpoints.wait)
+        return self.agreed("saving", lambda: self.begin(step)) or self.agreed("saving", self.checkpoints.wait)
 
-    def agreed(self, act: Callable[[], None]) -> str:
-        """What went wrong, here or on another process, so that all of them go on in the same way; empty if nothing."""
+    def agreed(self, about: str, act: Callable[[], None], failure_s: float = BARRIER_TIMEOUT_S) -> str:
+        """What went wrong, here or on another process, so that all of them go on in the same way; empty if nothing.
+
+        Raises:
+          TimeoutError: another process does not come out of it, `failure_s` after it went wrong here.
+        """
         try:
             act()
             problem = ""
@@ -254,15 +260,20 @@ class _Run:
             raise
         except Exception as error:  # what storage and metrics raise has no common type
             problem = guards.in_one_line(error)
-        return (problem or "on another process") if largest(int(bool(problem))) else ""
+        try:
+            return agree(about, problem, failure_s if problem else BARRIER_TIMEOUT_S)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{error}; here: {problem or 'nothing is wrong'}; the last checkpoint is intact"
+            ) from error
 
     def stop(self, step: int) -> NoReturn:
         """Save the state after `step` updates, however long ago the last checkpoint was, and leave."""
         began = time.monotonic()
         self.stage.drain()
         self.report()
-        with self.watch.goodput.measure("checkpoint"):
-            self.agreed(self.checkpoints.wait)  # if the save before failed, this one is all the more needed
+        with self.watch.goodput.measure("checkpoint"), self.watch.preemption.bounded(f"the save after step {step}"):
+            self.agreed("saving", self.checkpoints.wait)  # if the save before failed, this one is all the more needed
             problem = self.store(step)
         if not problem:
             self.watch.goodput.mark(step)

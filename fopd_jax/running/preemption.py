@@ -3,12 +3,18 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import jax
 from jax._src.distributed import global_state
+
+from fopd_jax.exits import RETRY
+from fopd_jax.parallel.distributed import is_main, said_under
 
 SIGNALS = tuple(
     getattr(signal, name)
@@ -20,7 +26,14 @@ LAG = 2
 """Questions from one process's notice to the stop of all. Metrics are fetched one update late, so whoever asks for the
 (n + 2)th time holds a result that the notifying process took part in after it had asked, and told, for the nth time."""
 
-_FOLDER = "fopd_jax/stop"
+STOP_S = 30.0
+"""Seconds in which a stop is obeyed whatever the storage does."""
+FAILURE_S = 120.0
+"""Seconds that a process has to come out of what has failed on another one, which waits for it."""
+HEAD_START_S = 3.0
+"""Process 0, on which the runtime of all depends, is the last to leave."""
+
+_FOLDER, _NOTED = "fopd_jax/stop", "fopd_jax/noted/"
 
 
 class Interrupted(Exception):
@@ -75,11 +88,12 @@ class Preemption:
     """Notes the signals that ask to stop, from `listen` until the end of the context.
 
     Until then they end the process at once: there is nothing to save before the first update, and a compiler cannot be
-    interrupted. Signals after the first change nothing, so they do not break the save.
+    interrupted. Signals after the first change nothing, so they do not break the save. `seconds`: see `bounded`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = STOP_S) -> None:
         self.number: int | None = None
+        self._seconds = seconds
         self._questions = 0
         self._stop: int | None = None
         self._previous: dict[int, Any] = {}
@@ -127,3 +141,68 @@ class Preemption:
         """
         if self.asked():
             raise Interrupted
+
+    @contextlib.contextmanager
+    def bounded(self, what: str) -> Iterator[None]:
+        """End this process with one line where the block, which `what` names, does not end in time for a signal.
+
+        That is some `seconds` after a process has noted one, or after the block began. Nothing else interrupts a write.
+        """
+        head = min(HEAD_START_S, self._seconds / 10)
+        seconds = self._seconds - head * (1 if is_main() else 2)
+
+        def end(noted: str) -> None:
+            line = f"{noted}: {what} has not ended within {seconds:.0f} s"
+            number = self.number or signal.SIGTERM
+            _end(f"{line}; left it, the same command continues from the checkpoint before", 128 + number)
+
+        with _watched(seconds, self._noted_by_any, end):
+            yield
+
+    def _noted_by_any(self) -> str:
+        """The signal that this process or another one has noted, by name; empty without one."""
+        if jax.process_count() > 1:
+            client: Any = global_state.client
+            if self.number is not None:
+                client.key_value_set(f"{_NOTED}{jax.process_index()}", str(int(self.number)), allow_overwrite=True)
+            self.number = self.number or next((int(number) for number in said_under(_NOTED).values()), None)
+        return "" if self.number is None else signal.Signals(self.number).name
+
+
+@contextlib.contextmanager
+def left_where_it_hangs(what: str, failed: Callable[[], str]) -> Iterator[None]:
+    """End this process with one line if the block goes on for `FAILURE_S` after it has failed on another process.
+
+    That one waits for this one, which may wait for it on the devices. `failed` tells the other and what went wrong.
+    """
+    with _watched(
+        FAILURE_S + HEAD_START_S * is_main(),
+        failed,
+        lambda why: _end(f"error: {what} has failed on {why}; left it here, the same command continues", RETRY),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _watched(seconds: float, cause: Callable[[], str], end: Callable[[str], None]) -> Iterator[None]:
+    """`end` with the cause, if the block goes on for so many seconds after there is one."""
+    done = threading.Event()
+
+    def watch() -> None:
+        since = None
+        while not done.wait(min(0.5, seconds / 20)):
+            why, now = cause(), time.monotonic()
+            since = (since or now) if why else None
+            if since is not None and now - since > seconds and not done.is_set():
+                end(why)
+
+    threading.Thread(target=watch, name="watched", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _end(line: str, status: int) -> None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)

@@ -42,6 +42,7 @@ def make_supervision(run: Run, workdir: Path, origin: Mapping[str, Any]) -> Supe
         alarms=Alarms(run.alarms),
         goodput=Goodput(workdir / goodput.FILE if is_main() else None),
         watchdog=Watchdog(workdir, run.watchdog_seconds, run.watchdog_abort, jax.process_index()),
+        preemption=Preemption(run.stop_seconds),
         space=Space(workdir),
         profile=Profile(workdir, run.profile),
         workdir=workdir,

@@ -176,7 +176,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "reduce_once": ([("fsdp",), ("fsdp", "data"), ("tensor",)], [(), ("data",), ("data", "fsdp")]),
     "attention": choice("auto", "xla", "cudnn", "splash"), "remat": choice("full", "attention", "dots", "none"),
     "max_skipped_steps": INDEX, "alarms": ([{"x": (1.0, 0.0)}], [{}, {"x": (1.0, 1.0), "y": (-1e300, 1e300)}]),
-    "watchdog_seconds": NON_NEGATIVE, "profile": STEPS,
+    "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),
     "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
     "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice("kl", "kl_no_dt", "ode", "uniform"),

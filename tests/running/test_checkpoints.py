@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import EMA, Optimizer
-from fopd_jax.running import integrity
+from fopd_jax.running import integrity, saving
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
@@ -216,6 +217,24 @@ def test_a_save_that_failed_beside_training_is_told_once_and_can_be_made_again(
     checkpoints.wait()
     assert checkpoints.latest_step() == 1
     checkpoints.close()
+
+
+def test_a_save_that_hangs_is_given_up_and_the_next_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hangs, right = threading.Event(), saving.write_part
+    checkpoints = _open(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_part", lambda *part: (hangs.wait(60), right(*part)))
+        patch.setattr(saving, "PATIENCE_S", 0.2)
+        patch.setattr(saving, "_STEPS", 0.1)
+        checkpoints.save(1, _trained(1))
+        with pytest.raises(TimeoutError, match=r"checkpoints/1: not written within 1 s"):
+            checkpoints.wait()
+    checkpoints.save(1, _trained(1))
+    checkpoints.wait()
+    hangs.set()
+    _same(checkpoints.restore(_trained(0)), _trained(1))
+    checkpoints.close()
+    assert newest_step(tmp_path) == 1
 
 
 # ---- what does not belong here

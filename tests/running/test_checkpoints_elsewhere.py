@@ -14,7 +14,7 @@ from fopd_jax.steps.state import TrainState
 from tests.quick import environment
 
 COMMON = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
@@ -73,16 +73,27 @@ checkpoints.close()
 
 PROCESSES = """
 from jax.experimental import multihost_utils
+from fopd_jax.parallel.agreement import share
 from fopd_jax.parallel.distributed import barrier
+from fopd_jax.running import integrity
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+read, right = [], integrity._entry
+integrity._entry = lambda path: (read.append(str(path.relative_to(workdir))), right(path))[1]
 where = shardings(make_mesh(MeshShape(1, 4, 2)))
 checkpoints = open_checkpoints()
 assert checkpoints.latest_step() is None
 for step in (1, 2):
     checkpoints.save(step, put(arrays(step), where))
 checkpoints.wait()
+other = f"/ocdbt.process_{1 - jax.process_index()}/"
+assert read and not any(other in name for name in read), "hashed what the other process wrote"
+read.clear()
 assert checkpoints.latest_step() == 2
+everything = {str(path.relative_to(workdir)) for path in (workdir / "checkpoints/2").rglob("*") if path.is_file()}
+verified = [json.loads(names) for names in share("what was verified", json.dumps(read))]
+assert sorted(sum(verified, [])) == sorted(everything - {"checkpoints/2/manifest.json"}), verified
+assert all(verified), "one process has read everything"
 if jax.process_index() == 1:  # seen by the other one
     (workdir / "checkpoints/2/about/about.json").write_text("")
 barrier("damage done")

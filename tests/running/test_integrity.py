@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.running.checkpoints import Checkpoints
-from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, write_manifest
+from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, share_of, write_manifest, write_part
 from fopd_jax.steps.state import TrainState
 
 CORRUPTIONS = 50
@@ -197,7 +197,20 @@ def test_a_checkpoint_without_a_manifest_is_not_trusted(pristine: Path, tmp_path
     assert find_damage(folder) == f"{folder / MANIFEST_FILE}: No such file or directory"
 
 
-# ---- the manifest
+def test_a_checkpoint_of_one_manifest_for_all_files_is_read(pristine: Path, tmp_path: Path):
+    """Earlier versions wrote them."""
+    workdir = tmp_path / "run"
+    shutil.copytree(pristine, workdir)
+    folder = workdir / "checkpoints/2"
+    (folder / "manifest_0.json").unlink()
+    write_manifest(folder)
+    assert "/ocdbt.process_0/" in (folder / MANIFEST_FILE).read_text()
+    checkpoints = _open(workdir)
+    _assert_is(checkpoints.restore(_state(0)), 2)
+    checkpoints.close()
+
+
+# ---- the manifests
 
 
 def test_a_bit_of_any_byte_of_a_manifest_and_its_file_counts(tmp_path: Path):
@@ -215,6 +228,50 @@ def test_a_bit_of_any_byte_of_a_manifest_and_its_file_counts(tmp_path: Path):
         assert find_damage(tmp_path) is not None
         path.write_bytes(whole)
     assert find_damage(tmp_path) is None
+
+
+def test_every_process_finds_what_is_wrong_with_its_share_and_all_with_the_manifests(tmp_path: Path):
+    """Two processes have written a folder, three verify it."""
+    for process in range(2):
+        part = tmp_path / f"part_{process}"
+        part.mkdir()
+        for size in (3000, 2000, 100):
+            (part / str(size)).write_bytes(bytes(size))
+        write_part(tmp_path, part, process)
+    (tmp_path / "rest").write_bytes(b"rest")
+    write_manifest(tmp_path)
+    assert "part_" not in (tmp_path / MANIFEST_FILE).read_text()
+    assert [find_damage(tmp_path, process, 3) for process in range(3)] == [None] * 3
+    for path in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"?")
+        found = [find_damage(tmp_path, process, 3) for process in range(3)]
+        assert any(found)
+        assert all(str(path) in each for each in found if each)
+        assert not path.name.startswith("manifest") or all(found)
+        path.write_bytes(whole)
+        path.unlink()
+        assert [find_damage(tmp_path, process, 3) for process in range(3)] != [None] * 3
+        path.write_bytes(whole)
+
+
+def test_a_manifest_of_a_process_cannot_stand_for_another(tmp_path: Path):
+    for process in range(2):
+        (tmp_path / str(process)).mkdir()
+        (tmp_path / str(process) / "file").touch()
+        write_part(tmp_path, tmp_path / str(process), process)
+    write_manifest(tmp_path)
+    shutil.copy(tmp_path / "manifest_0.json", tmp_path / "manifest_1.json")
+    assert find_damage(tmp_path) == f"{tmp_path / '1/file'}: no part of this checkpoint"
+
+
+def test_shares_are_about_as_large_and_leave_nothing_out():
+    files = {f"file {size}": {"bytes": size, "sha256": ""} for size in (70, 50, 40, 30, 20, 10, 5, 0)}
+    shares = [share_of(files, process, 3) for process in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(files)
+    loads = [sum(files[name]["bytes"] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= 10
+    assert share_of(files, 0, 1) == sorted(files)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"files": 3}', '{"files": {"a": null}, "sha256": ""}'])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -96,3 +97,42 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_process_with_one_line(na
     assert (ended.returncode, ended.stderr.splitlines()) == (
         status, [f"{name}: stopped; what was saved is intact, the same command continues"],
     )  # fmt: skip
+
+
+# ---- what hangs
+
+
+def test_what_hangs_is_left_some_time_after_a_signal_and_not_before(monkeypatch: pytest.MonkeyPatch):
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(preemption, "_end", lambda *end: ended.append(end))
+    watch = Preemption(1.0)
+    with watch.bounded("the save at step 4"):
+        time.sleep(1.5)
+        assert not ended
+        watch.number = signal.SIGHUP
+        began = time.monotonic()
+        while not ended:
+            assert time.monotonic() - began < 30
+            time.sleep(0.01)
+    assert time.monotonic() - began > 0.8
+    line = "SIGHUP: the save at step 4 has not ended within 1 s; left it, the same command continues from "
+    assert ended[0] == (f"{line}the checkpoint before", 129)
+    with watch.bounded("a save that ends"):
+        time.sleep(0.2)
+    count = len(ended)
+    time.sleep(1.2)
+    assert len(ended) == count
+
+
+def test_what_failed_elsewhere_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch):
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(preemption, "_end", lambda *end: ended.append(end))
+    monkeypatch.setattr(preemption, "FAILURE_S", 0.2)
+    monkeypatch.setattr(preemption, "HEAD_START_S", 0.1)
+    with preemption.left_where_it_hangs("the evaluation at step 3", lambda: ""):
+        time.sleep(0.6)
+    assert not ended
+    with preemption.left_where_it_hangs("the evaluation at step 3", lambda: "process 1: no such file"):
+        time.sleep(0.6)
+    line = "error: the evaluation at step 3 has failed on process 1: no such file; left it here, "
+    assert ended[0] == (f"{line}the same command continues", 1)
