@@ -1,7 +1,7 @@
 """`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--check] [--config.field=value …]`.
 
-The same command continues a run that ended early; after SIGTERM or Ctrl-C, which save first, the exit status is 143
-or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
+The same command continues a run that ended early; so does `--workdir=DIR` without --config, by the config that the
+folder holds. After SIGTERM or Ctrl-C, which save first, the exit status is 143 or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
 --num-processes and --process-id.
 """
 
@@ -35,13 +35,14 @@ from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
-from fopd_jax.running import lock, loop, profile, tracking, workdir
+from fopd_jax.running import inputs, lock, loop, profile, records, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
 from fopd_jax.stages.check import describe_plan
+from fopd_jax.stages.files import input_files
 from fopd_jax.stages.plan import check_plan
 from fopd_jax.stages.registry import find_stage
 from fopd_jax.steps.state import TrainState
@@ -113,6 +114,7 @@ def run(config: Config, folder: Path) -> None:
         with watch.goodput, contextlib.ExitStack() as held:
             stage = prepare(config, folder)
             held.enter_context(lock.holding(folder))
+            held.enter_context(records.keeping(folder, config))
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()
@@ -168,10 +170,11 @@ def prepare(config: Config, folder: Path) -> Stage:
     Raises:
       ValueError: names the field, file or key that is wrong, or the run that holds the workdir.
     """
-    check_run(config, folder)
+    found = check_run(config, folder)
     lock.check(folder)  # building takes minutes
     stage = find_stage(config).make(config, folder)
     workdir.claim(folder, identity(config))
+    inputs.keep(folder, found)
     return stage
 
 
@@ -190,20 +193,20 @@ def check(config: Config, folder: Path) -> None:
             print(text)
 
 
-def check_run(config: Config, folder: Path) -> None:
-    """What is known of a run without its stage.
+def check_run(config: Config, folder: Path) -> inputs.Noted:
+    """What is known of a run without its stage; returns what its input files hold.
 
     Raises:
-      ValueError: names the field or folder that is wrong.
+      ValueError: names the field, file or folder that is wrong.
     """
     tracking.check(config.run.wandb)
     profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
     if config.run.steps < newest_step(folder):
         raise ValueError(f"run.steps: found {config.run.steps}, but {folder} is already at step {newest_step(folder)}")
+    return inputs.check(folder, input_files(config), begun=workdir.has_saved(folder))
 
 
 if __name__ == "__main__":
     flags.declare_key_flag("config")  # for --help
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -10,10 +11,12 @@ from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
+from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.exits import refuse
+from fopd_jax.files import local_path
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
@@ -22,6 +25,8 @@ _PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the n
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ("auto", "off"), "Whether to look for a cluster that this process is in."
 )
+WORKDIR = "workdir"
+"""The flag of programs that know a run by its folder."""
 _FIELD = re.compile(r"(--?(?:no)?config\.)([^=]*)(.*)", re.DOTALL)
 
 
@@ -29,7 +34,7 @@ class _FileParser(flags.ArgumentParser):
     """In place of ml_collections' own: what is wrong with a file or with the names of fields is one line."""
 
     def parse(self, argument: str) -> OPD | FlowMatching:
-        path, _, variant = argument.partition(":")
+        path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
             for field in filter(None, map(_FIELD.fullmatch, sys.argv)):
@@ -58,16 +63,35 @@ config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a bad flag, config file, name of a field or word that is no flag is one line and status 2.
 
-    Fields may go by the names that they had in earlier versions.
+    Fields may go by the names that they had in earlier versions. Without --config a --workdir stands for the config of
+    the run in it.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
-        program, *rest = flags.FLAGS(argv)
-    except flags.Error as error:
+        program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
+        if CONFIG.value is None:
+            also = ", or --workdir=DIR of a run" if WORKDIR in flags.FLAGS else ""
+            refuse(f"--config: missing, expected --config=FILE.py{also}")
+    except (flags.Error, ValueError) as error:
         refuse(" ".join(str(error).split()))
     if rest:
         refuse(f"unexpected arguments {rest}")
     return [program]
+
+
+def _recorded(arguments: list[str]) -> list[str]:
+    """The flag --config that a --workdir alone stands for.
+
+    Raises:
+      ValueError: as `local_path`.
+    """
+    if WORKDIR not in flags.FLAGS or any(re.fullmatch(r"--?config(=.*)?", each, re.DOTALL) for each in arguments):
+        return []
+    spelled = re.compile(rf"--?{WORKDIR}(?:=(.*))?", re.DOTALL)
+    found = [(match[1], after) for each, after in zip(arguments, [*arguments[1:], ""], strict=True)
+             if (match := spelled.fullmatch(each))]  # fmt: skip
+    folder = next((after if given is None else given for given, after in reversed(found)), "")
+    return [f"--config={local_path('--workdir', folder) / RECORD_FILE}"] if folder else []
 
 
 def read_config() -> OPD | FlowMatching:

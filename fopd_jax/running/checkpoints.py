@@ -6,6 +6,8 @@ Nothing in a checkpoint depends on the mesh or the number of processes that wrot
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -21,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import barrier, failing_together, is_main, warn
-from fopd_jax.running.integrity import SealedPath, find_damage, fingerprint
+from fopd_jax.running.integrity import MANIFEST_FILE, SealedPath, find_damage, fingerprint
 from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
@@ -153,15 +155,7 @@ class Checkpoints:
                 f"{folder}: written under config {about['config_hash']}, this run's is {self._config_hash}; "
                 "choose another workdir"
             )
-        there = {name: rest for name, *rest in about["leaves"]}
-        here = {name: rest for name, *rest in _describe(state)}
-        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if differing:
-            name, absent = differing[0], "no such array"
-            raise ValueError(
-                f"{folder}: {name}: found {there.get(name, absent)}, expected {here.get(name, absent)}; "
-                f"{len(differing)} of {len(here)} arrays differ"
-            )
+        check_arrays(folder, about["leaves"], state)
 
     def _set_aside_after(self, step: int) -> None:
         """All that is newer than the newest intact checkpoint is damaged."""
@@ -287,3 +281,61 @@ def _free_name(path: Path) -> Path:
     """The path, or where something is there already, with a number behind it."""
     names = itertools.chain([path.name], (f"{path.name}{count}" for count in itertools.count(2)))
     return next(free for name in names if not (free := path.with_name(name)).exists())
+
+
+# ---- reading one without running on
+
+
+def kept_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that are there, the newest last."""
+    return sorted(_steps(workdir / FOLDER))
+
+
+def seal_of(workdir: Path, step: int) -> str:
+    """One hash for all that a checkpoint holds: that of its manifest."""
+    return hashlib.sha256((workdir / FOLDER / str(step) / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
+def stored_shape(workdir: Path, step: int, ending: str) -> list[int] | None:
+    """The shape of the first array whose path ends so; None where there is no such array."""
+    leaves = _read_about(workdir / FOLDER, step)["leaves"]
+    return next((shape for name, shape, _ in leaves if name.endswith(ending)), None)
+
+
+def read_kept(workdir: Path, step: int, state: TrainState) -> TrainState:
+    """A checkpoint onto the shapes, dtypes and shardings of `state`, without the optimizer; changes nothing there.
+
+    All processes call it; process 0 reads every byte once more, to verify it.
+
+    Raises:
+      ValueError: it is damaged, or of other shapes; names which.
+    """
+    folder = (workdir / FOLDER).resolve()
+    with failing_together():
+        if is_main() and (damage := find_damage(folder / str(step))):
+            raise ValueError(f"damaged checkpoint: {damage}")
+    barrier("the checkpoint is verified")
+    check_arrays(folder / str(step), _read_about(folder, step)["leaves"], state)
+    wanted = dataclasses.replace(state, opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, state.opt_state))
+    abstract = [leaf if leaf is ocp.PLACEHOLDER else _abstract(leaf) for leaf in jax.tree.leaves(wanted)]
+    args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored: Any = checkpointer.restore(folder / str(step) / "state", args=args)
+    return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(state), restored), opt_state=())
+
+
+def check_arrays(folder: Path, leaves: Sequence[Sequence[Any]], state: TrainState) -> None:
+    """Whether a checkpoint holds a state's arrays; `leaves`: as it describes them.
+
+    Raises:
+      ValueError: a path, shape or dtype differs; names the first.
+    """
+    there = {name: rest for name, *rest in leaves}
+    here = {name: rest for name, *rest in _describe(state)}
+    differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    if differing:
+        name, absent = differing[0], "no such array"
+        raise ValueError(
+            f"{folder}: {name}: found {there.get(name, absent)}, expected {here.get(name, absent)}; "
+            f"{len(differing)} of {len(here)} arrays differ"
+        )

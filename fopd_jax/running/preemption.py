@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,8 @@ LAG = 2
 (n + 2)th time holds a result that the notifying process took part in after it had asked, and told, for the nth time."""
 
 _FOLDER = "fopd_jax/stop"
+_LAST_WORDS_S = 5.0  # a disk that hangs keeps nobody from leaving
+_last_words: list[Callable[[str], None]] = []
 
 
 class Interrupted(Exception):
@@ -66,9 +69,28 @@ def _leave_when_told(told: int) -> None:
     while True:
         for number in os.read(told, 1):
             if signal.getsignal(number) is _at_once:
+                _say_last_words(signal.Signals(number).name)
                 line = f"{signal.Signals(number).name}: stopped; what was saved is intact, the same command continues\n"
                 os.write(2, line.encode())
                 os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def last_words(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within the context, `tell` hears the name of the signal that ends the process at once, in a thread."""
+    _last_words.append(tell)
+    try:
+        yield
+    finally:
+        _last_words.remove(tell)
+
+
+def _say_last_words(name: str) -> None:
+    speaker = threading.Thread(
+        target=lambda: [tell(name) for tell in list(_last_words)], name="last words", daemon=True
+    )
+    speaker.start()
+    speaker.join(_LAST_WORDS_S)
 
 
 class Preemption:
