@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 from fopd_jax.config.flags import membership, parse_flags, read_config
 from fopd_jax.config.identity import config_hash, identity
-from fopd_jax.config.parse import override, resolve
+from fopd_jax.config.parse import flatten, override, resolve
 from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.exits import explained
@@ -79,7 +79,7 @@ def run(
     if weights_only:
         pipeline = make_pipeline(idle.model, idle.run, dict)
         _make(out)
-        with records.keeping(out, config, about):
+        with records.keeping(out, flatten(config), about):
             export_stored(idle, pipeline, folder, step, out)
     else:
         inputs.check(folder, input_files(idle))
@@ -87,7 +87,7 @@ def run(
         with contextlib.closing(stage):
             state = read_kept(folder, step, stage.state)
             _make(out)
-            with records.keeping(out, config, about):
+            with records.keeping(out, flatten(config), about):
                 stage.finish(state)
     if is_main():
         print(f"step {step} of {folder}: written to {out}", file=sys.stderr)

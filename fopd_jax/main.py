@@ -1,8 +1,8 @@
 """`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--check] [--config.field=value …]`.
 
 The same command continues a run that ended early; so does `--workdir=DIR` without --config, by the config that the
-folder holds. After SIGTERM or Ctrl-C, which save first, the exit status is 143 or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
---num-processes and --process-id.
+folder holds. After SIGTERM or Ctrl-C, which save first, the exit status is 143 or 130. On several hosts the same
+command runs on each: clusters are detected, or named by --coordinator, --num-processes and --process-id.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -114,7 +114,7 @@ def run(config: Config, folder: Path) -> None:
         with watch.goodput, contextlib.ExitStack() as held:
             stage = prepare(config, folder)
             held.enter_context(lock.holding(folder))
-            held.enter_context(records.keeping(folder, config))
+            held.enter_context(records.keeping(folder, flatten(config)))
             distributed.barrier("the stage is ready")
             keep_compiled(folder)
             ready = time.monotonic()

@@ -87,7 +87,7 @@ DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Who draws; `read(base)`: variables and effective adapter; `about`: the source of what is not the base, its hash."""
+    """Who draws; `read(base)`: variables and effective adapter; `about`: source and hash of what is not the base."""
 
     name: str
     read: Callable[[Tree], tuple[Tree, Tree]]

@@ -1,6 +1,7 @@
 """Command lines: the flags that programs share, and absl's parser with every mistake told in one line."""
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.exits import refuse
-from fopd_jax.files import local_path
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
@@ -72,7 +72,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if CONFIG.value is None:
             also = ", or --workdir=DIR of a run" if WORKDIR in flags.FLAGS else ""
             refuse(f"--config: missing, expected --config=FILE.py{also}")
-    except (flags.Error, ValueError) as error:
+    except flags.Error as error:
         refuse(" ".join(str(error).split()))
     if rest:
         refuse(f"unexpected arguments {rest}")
@@ -80,18 +80,14 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _recorded(arguments: list[str]) -> list[str]:
-    """The flag --config that a --workdir alone stands for.
-
-    Raises:
-      ValueError: as `local_path`.
-    """
+    """The flag --config that a --workdir alone stands for."""
     if WORKDIR not in flags.FLAGS or any(re.fullmatch(r"--?config(=.*)?", each, re.DOTALL) for each in arguments):
         return []
     spelled = re.compile(rf"--?{WORKDIR}(?:=(.*))?", re.DOTALL)
-    found = [(match[1], after) for each, after in zip(arguments, [*arguments[1:], ""], strict=True)
-             if (match := spelled.fullmatch(each))]  # fmt: skip
+    pairs = itertools.pairwise([*arguments, ""])
+    found = [(match[1], after) for each, after in pairs if (match := spelled.fullmatch(each))]
     folder = next((after if given is None else given for given, after in reversed(found)), "")
-    return [f"--config={local_path('--workdir', folder) / RECORD_FILE}"] if folder else []
+    return [f"--config={Path(folder) / RECORD_FILE}"] if folder else []
 
 
 def read_config() -> OPD | FlowMatching:

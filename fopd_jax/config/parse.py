@@ -258,9 +258,10 @@ def unflatten(fields: Mapping[str, Any]) -> OPD | FlowMatching:
 def _emptied(section: Any) -> Any:
     """A section without the entries that its dicts have by default: those that are meant are named."""
     for name, value in fields_of(section):
-        setattr(
-            section, name, {} if isinstance(value, dict) else _emptied(value) if isinstance(value, Section) else value
-        )
+        if isinstance(value, Section):
+            _emptied(value)
+        elif isinstance(value, dict):
+            setattr(section, name, {})
     return section
 
 

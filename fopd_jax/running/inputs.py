@@ -1,14 +1,13 @@
 """`inputs.json` of a workdir: hashes of the files that a run depends on, so that it goes on with what it began with.
 
-A file is hashed when a run first meets it, and again only where its size or times differ from those that are noted. Of a
-converted folder the hashes of its sources count, which its manifest holds: a base of many gigabytes is not read.
+A file is hashed when a run first meets it, and again only where its size or times differ from those that are noted.
+Of a converted folder the hashes of its sources count, which its manifest holds: a base of many gigabytes is not read.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import is_converted, parse_manifest

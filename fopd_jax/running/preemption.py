@@ -86,9 +86,11 @@ def last_words(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _say_last_words(name: str) -> None:
-    speaker = threading.Thread(
-        target=lambda: [tell(name) for tell in list(_last_words)], name="last words", daemon=True
-    )
+    def speak() -> None:
+        for tell in _last_words:
+            tell(name)
+
+    speaker = threading.Thread(target=speak, name="last words", daemon=True)
     speaker.start()
     speaker.join(_LAST_WORDS_S)
 

@@ -1,4 +1,4 @@
-"""`run.json` of a workdir: what was started in it, when, where, with which code and config, and how each start ended."""
+"""`run.json` of a workdir: what was started in it, when, where, with which code and config, and how that ended."""
 
 import contextlib
 import os
@@ -15,10 +15,8 @@ from typing import Any
 
 import jax
 
-from fopd_jax.config.identity import config_hash
-from fopd_jax.config.parse import flatten
+from fopd_jax.config.identity import Fields, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE, read_starts
-from fopd_jax.config.schema import Config
 from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.performance.host import commit, versions
@@ -32,10 +30,10 @@ GONE = "gone: killed, or its host was lost"
 
 
 @contextlib.contextmanager
-def keeping(folder: Path, config: Config, about: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+def keeping(folder: Path, config: Fields, about: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
     """Note a start in a folder that this program holds, and at the end of the context how it ended. Process 0 does.
 
-    `about`: what else to say of it. A record that cannot be written is told and ends nothing.
+    `config`: the whole, flat; `about`: what else to say of it. A record that cannot be written ends nothing.
     """
     if not is_main():
         yield
@@ -63,7 +61,7 @@ def keeping(folder: Path, config: Config, about: Mapping[str, Any] = MappingProx
         end(FINISHED)
 
 
-def describe_start(folder: Path, config: Config) -> dict[str, Any]:
+def describe_start(folder: Path, config: Fields) -> dict[str, Any]:
     """This process's start, in JSON types; `commit` is empty where the code is in no checkout, + after it: changed."""
     return {
         "status": RUNNING,
@@ -79,8 +77,8 @@ def describe_start(folder: Path, config: Config) -> dict[str, Any]:
         "processes": jax.process_count(),
         "backend": jax.default_backend(),
         "devices": dict(Counter(device.device_kind for device in jax.devices())),
-        "config_hash": config_hash(config),
-        "config": flatten(config),
+        "config_hash": fields_hash(normalise(config)),
+        "config": dict(config),
     }
 
 

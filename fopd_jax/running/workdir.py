@@ -81,10 +81,8 @@ def check_evaluates(workdir: Path, identity: Fields) -> None:
 
 def has_saved(workdir: Path) -> bool:
     """Whether a run has left a checkpoint there, if a damaged one, or its results."""
-    there = (workdir / FOLDER).glob("*")
-    return any(_CHECKPOINT.fullmatch(each.name) for each in there) or any(
-        (workdir / name).exists() for name in _REPORTED
-    )
+    checkpoints = [each for each in (workdir / FOLDER).glob("*") if _CHECKPOINT.fullmatch(each.name)]
+    return bool(checkpoints) or any((workdir / name).exists() for name in _REPORTED)
 
 
 def _value(fields: Fields, name: str) -> str:
