@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
+from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
@@ -46,10 +46,6 @@ from fopd_jax.stages.files import input_files
 from fopd_jax.stages.plan import check_plan
 from fopd_jax.stages.registry import find_stage
 from fopd_jax.steps.state import TrainState
-
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."
-)
 
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print-config", False, "Print every field with its value, where that comes from and what it means, and stop."
@@ -72,7 +68,7 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        folder = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
+        folder = local_path("--workdir", read_workdir() or f"runs/{config.name}")
         check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)

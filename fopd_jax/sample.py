@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import membership, parse_flags, read_config
+from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
@@ -74,8 +74,7 @@ _ADAPTER = flags.DEFINE_multi_string(
     "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME; empty: the "
     "base. May be given several times; then the base is drawn, too.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder: what it trained is drawn, like an adapter.")
-_STEP = flags.DEFINE_integer("step", None, "Which of its checkpoints; default the newest.", lower_bound=0)
+_STEP = flags.DEFINE_integer("step", None, "Which of the workdir's checkpoints; default the newest.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Folder for the images; default samples/<config.name>.")
 _FORCE = flags.DEFINE_bool("force", False, "Write into a folder that holds other things than samples.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image.", lower_bound=0, upper_bound=2**31)
@@ -112,7 +111,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
       OSError: `out` cannot be written.
     """
     check_folder(out, _FORCE.value)
-    if _STEP.value is not None and not _WORKDIR.value:
+    if _STEP.value is not None and read_workdir() is None:
         raise ValueError(f"step: found {_STEP.value}, but no --workdir whose checkpoint it is")
     if _NEGATIVE.value and config.eval.guidance == 1:
         raise ValueError("negative-prompt: eval.guidance is 1, which leads away from nothing; expected another scale")
@@ -205,9 +204,9 @@ def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Polic
 
 def _stored_source(config: OPD | FlowMatching) -> dict[str, tuple[Path, int]]:
     """The workdir and step that are to be drawn, if they are, by a path that names them."""
-    if not _WORKDIR.value:
+    if (given := read_workdir()) is None:
         return {}
-    folder = local_path("--workdir", _WORKDIR.value)
+    folder = local_path("--workdir", given)
     step = find_step(folder, _STEP.value)
     return {f"{folder}/{export_name(config)}_step_{step}": (folder, step)}
 

@@ -19,14 +19,17 @@ from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.exits import refuse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "A run's folder, of fopd_jax.main by default runs/<config.name>; without --config its own is taken.",
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("num-processes", None, "Of several processes: how many there are.")
 _PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the number of this one, from 0.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ("auto", "off"), "Whether to look for a cluster that this process is in."
 )
-WORKDIR = "workdir"
-"""The flag of programs that know a run by its folder."""
 _FIELD = re.compile(r"(--?(?:no)?config\.)([^=]*)(.*)", re.DOTALL)
 
 
@@ -70,8 +73,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
         if CONFIG.value is None:
-            also = ", or --workdir=DIR of a run" if WORKDIR in flags.FLAGS else ""
-            refuse(f"--config: missing, expected --config=FILE.py{also}")
+            refuse("--config: missing, expected --config=FILE.py, or --workdir=DIR of a run")
     except flags.Error as error:
         refuse(" ".join(str(error).split()))
     if rest:
@@ -81,9 +83,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _recorded(arguments: list[str]) -> list[str]:
     """The flag --config that a --workdir alone stands for."""
-    if WORKDIR not in flags.FLAGS or any(re.fullmatch(r"--?config(=.*)?", each, re.DOTALL) for each in arguments):
+    if any(re.fullmatch(r"--?config(=.*)?", each, re.DOTALL) for each in arguments):
         return []
-    spelled = re.compile(rf"--?{WORKDIR}(?:=(.*))?", re.DOTALL)
+    spelled = re.compile(r"--?workdir(?:=(.*))?", re.DOTALL)
     pairs = itertools.pairwise([*arguments, ""])
     found = [(match[1], after) for each, after in pairs if (match := spelled.fullmatch(each))]
     folder = next((after if given is None else given for given, after in reversed(found)), "")
@@ -97,6 +99,11 @@ def read_config() -> OPD | FlowMatching:
       ValueError: as `resolve`.
     """
     return resolve(CONFIG.value)
+
+
+def read_workdir() -> str | None:
+    """The run's folder as it was given, if it was."""
+    return _WORKDIR.value or None
 
 
 def describe_config(config: Config) -> str:

@@ -12,7 +12,7 @@ from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import flatten, override, resolve, unflatten
 from fopd_jax.config.recorded import RECORD_FILE, read_starts
 from tests.config.fields import STAGES, valid
-from tests.config.test_flags import MINIATURE, call, error_of, values
+from tests.config.test_flags import MINIATURE, error_of, values
 from tests.configs import EVERY, load
 
 
@@ -62,22 +62,14 @@ def workdir(tmp_path: Path) -> Path:
     return folder
 
 
-def _program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program of `call` knows a --workdir."""
-    define = "from absl import flags; flags.DEFINE_string('workdir', None, '')"
-    monkeypatch.setattr("tests.config.test_flags.PROGRAM", f"{define}\n{call.__globals__['PROGRAM']}")
-
-
-def test_a_workdir_alone_stands_for_the_config_of_its_last_start(workdir: Path, monkeypatch: pytest.MonkeyPatch):
-    _program(monkeypatch)
+def test_a_workdir_alone_stands_for_the_config_of_its_last_start(workdir: Path):
     found = values("--config.eval.num_steps=3", "--workdir", str(workdir), "--config.tasks.text.weight=2")
     assert (found["seed"], found["run.steps"], found["eval.num_steps"], found["tasks.text.weight"]) == (5, 9, 3, 2.0)
     # A config that is given is the one that counts.
     assert values(MINIATURE, f"--workdir={workdir}")["seed"] == 0
 
 
-def test_what_is_no_runs_folder_is_one_line(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _program(monkeypatch)
+def test_what_is_no_runs_folder_is_one_line(workdir: Path, tmp_path: Path):
     assert error_of() == "--config: missing, expected --config=FILE.py, or --workdir=DIR of a run"
     expected = "no such file, which every run writes into its --workdir; give --config"
     assert error_of(f"--workdir={tmp_path}") == f"{tmp_path}/run.json: {expected}"
