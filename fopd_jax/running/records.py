@@ -27,6 +27,8 @@ from fopd_jax.running.preemption import Preempted, last_words
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 RUNNING, FINISHED = "running", "finished"
 GONE = "gone: killed, or its host was lost"
+MOST_STARTS = 1000
+"""That are kept, the newest: a job that is restarted every minute fills no disk."""
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def keeping(folder: Path, config: Fields, about: Mapping[str, Any] = MappingProx
         yield
         return
     path, start = folder / RECORD_FILE, {**describe_start(folder, config), **about}
-    starts = [*_earlier(path), start]
+    starts = [*_earlier(path), start][-MOST_STARTS:]
 
     def end(status: str) -> None:
         start.update(status=status, ended=_now(), at_step=newest_step(folder))

@@ -221,25 +221,29 @@ def test_a_finished_run_can_be_extended_by_its_workdir_alone(program: Program, w
     assert second["config"] == first["config"] | {"run.steps": STEPS}
 
 
-def test_the_newest_checkpoint_evaluated_anew_gives_what_the_run_gave(whole: Path, config: Any, tmp_path: Path):
-    """Alone by its folder; what the run left stays as it was, and other settings of evaluation go elsewhere."""
-    before = snapshot(whole)
-    recorded = resolve(load_config(whole / RECORD_FILE))
-    evaluate(recorded, whole, None, tmp_path / "same")
-    for name in ("results.json", "table.txt", "samples.png", "student.safetensors"):
-        assert (tmp_path / "same" / name).read_bytes() == (whole / name).read_bytes(), name
-    (start,) = read_starts(tmp_path / "same" / RECORD_FILE)
-    assert (start["status"], start["of"]) == ("finished", {"workdir": str(whole), "step": STEPS})
-    other = resolve(override(recorded, {"eval.final_samples": 2}))
-    evaluate(other, whole, 3, tmp_path / "other")
+def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(whole: Path, tmp_path: Path):
+    """Alone by the run's folder, in which what the run left stays as it was."""
+    before, recorded = snapshot(whole), resolve(load_config(whole / RECORD_FILE))
+    evaluate(resolve(override(recorded, {"eval.final_samples": 2})), whole, 3, tmp_path / "other")
     results = json.loads((tmp_path / "other" / "results.json").read_text())
     assert (results["steps"], results["samples"]["text"]) == (3, 2)
-    evaluate(recorded, whole, 3, tmp_path / "weights", weights_only=True)
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"run.json", "student.safetensors"}
-    exported = (tmp_path / "weights" / "student.safetensors").read_bytes()
-    assert exported == (tmp_path / "other" / "student.safetensors").read_bytes()
-    assert exported != (whole / "student.safetensors").read_bytes()
+    assert results["models"].keys() == json.loads((whole / "results.json").read_text())["models"].keys()
+    (start,) = read_starts(tmp_path / "other" / RECORD_FILE)
+    assert (start["status"], start["of"]) == ("finished", {"workdir": str(whole), "step": 3})
+    students = [(tmp_path / "other" / "student.safetensors").read_bytes()]
+    for step in (3, None):  # None: the newest
+        evaluate(recorded, whole, step, tmp_path / f"weights{step}", weights_only=True)
+        assert {path.name for path in (tmp_path / f"weights{step}").iterdir()} == {RECORD_FILE, "student.safetensors"}
+        students.append((tmp_path / f"weights{step}" / "student.safetensors").read_bytes())
+    assert students[0] == students[1] != students[2] == (whole / "student.safetensors").read_bytes()
     assert snapshot(whole) == before
+
+
+@pytest.mark.slow
+def test_the_newest_checkpoint_evaluated_anew_gives_what_the_run_gave(whole: Path, tmp_path: Path):
+    evaluate(resolve(load_config(whole / RECORD_FILE)), whole, None, tmp_path / "same")
+    for name in ("results.json", "table.txt", "samples.png", "student.safetensors"):
+        assert (tmp_path / "same" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

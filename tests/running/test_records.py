@@ -80,6 +80,14 @@ def test_a_later_start_is_added_and_tells_who_went_without_a_word(tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
 
 
+def test_the_newest_starts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(records, "MOST_STARTS", 2)
+    for number in range(3):
+        with records.keeping(tmp_path, FIELDS, {"number": number}):
+            pass
+    assert [start["number"] for start in _starts(tmp_path)] == [1, 2]
+
+
 def test_a_record_that_cannot_be_read_or_written_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
