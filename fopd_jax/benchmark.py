@@ -150,5 +150,4 @@ def _check_folder(path: str | None) -> None:
 
 if __name__ == "__main__":
     flags.declare_key_flag("config")  # for --help
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -1,8 +1,8 @@
 """`python -m fopd_jax.main --config=configs/miniature.py [--workdir=DIR] [--check] [--config.field=value …]`.
 
-The same command continues a run that ended early; after SIGTERM or Ctrl-C, which save first, the exit status is 143
-or 130. On several hosts the same command runs on each: clusters are detected, or named by --coordinator,
---num-processes and --process-id.
+The same command continues a run that ended early; so does `--workdir=DIR` without --config, by the config that the
+folder holds. After SIGTERM or Ctrl-C, which save first, the exit status is 143 or 130. On several hosts the same
+command runs on each: clusters are detected, or named by --coordinator, --num-processes and --process-id.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
+from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
@@ -35,20 +35,17 @@ from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
 from fopd_jax.performance.kept_programs import keeping
-from fopd_jax.running import lock, loop, profile, tracking, workdir
+from fopd_jax.running import inputs, lock, loop, profile, records, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
 from fopd_jax.stages.check import describe_plan
+from fopd_jax.stages.files import input_files
 from fopd_jax.stages.plan import check_plan
 from fopd_jax.stages.registry import find_stage
 from fopd_jax.steps.state import TrainState
-
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and results go; default runs/<config.name>."
-)
 
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print-config", False, "Print every field with its value, where that comes from and what it means, and stop."
@@ -69,7 +66,7 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        folder = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
+        folder = local_path("--workdir", read_workdir() or f"runs/{config.name}")
         check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)
@@ -111,6 +108,7 @@ def run(config: Config, folder: Path) -> None:
         with watch.goodput, keeping(config.run.compiled, folder), contextlib.ExitStack() as held:
             stage = prepare(config, folder)
             held.enter_context(lock.holding(folder))
+            held.enter_context(records.keeping(folder, flatten(config)))
             distributed.barrier("the stage is ready")
             ready = time.monotonic()
             state, writer = train(config, folder, stage, watch)
@@ -159,10 +157,11 @@ def prepare(config: Config, folder: Path) -> Stage:
     Raises:
       ValueError: names the field, file or key that is wrong, or the run that holds the workdir.
     """
-    check_run(config, folder)
+    found = check_run(config, folder)
     lock.check(folder)  # building takes minutes
     stage = find_stage(config).make(config, folder)
     workdir.claim(folder, identity(config))
+    inputs.keep(folder, found)
     return stage
 
 
@@ -181,20 +180,20 @@ def check(config: Config, folder: Path) -> None:
             print(text)
 
 
-def check_run(config: Config, folder: Path) -> None:
-    """What is known of a run without its stage.
+def check_run(config: Config, folder: Path) -> inputs.Noted:
+    """What is known of a run without its stage; returns what its input files hold.
 
     Raises:
-      ValueError: names the field or folder that is wrong.
+      ValueError: names the field, file or folder that is wrong.
     """
     tracking.check(config.run.wandb)
     profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
     if config.run.steps < newest_step(folder):
         raise ValueError(f"run.steps: found {config.run.steps}, but {folder} is already at step {newest_step(folder)}")
+    return inputs.check(folder, input_files(config), begun=workdir.has_saved(folder))
 
 
 if __name__ == "__main__":
     flags.declare_key_flag("config")  # for --help
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

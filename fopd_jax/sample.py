@@ -9,6 +9,9 @@ Every image has a seed of its own: those of all prompts in turn have `--seed`, `
 those of each prompt do. An image is a function of prompt, seed and settings alone, whatever else is sampled beside it.
 Several `--adapter`s draw the same, and so does the base: rows of the grid. Without prompts the first held-out ones of
 the config's tasks are drawn.
+
+`--workdir=DIR` draws what a run trained, at its newest checkpoint or at `--step=N`; the config is the run's own, if
+there is no `--config`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -23,6 +26,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,7 @@ from tqdm import tqdm
 
 from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import membership, parse_flags, read_config
+from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
@@ -55,8 +59,10 @@ from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.parallel.distributed import initialize, is_main, speaks
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.export import export_name
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.setup import eval_sampler
+from fopd_jax.stages.stored import find_step, load_stored
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
 from fopd_jax.worlds.world import World
 
@@ -69,6 +75,7 @@ _ADAPTER = flags.DEFINE_multi_string(
     "Adapter on the base: this project's file, a PEFT folder, a diffusers or ComfyUI file, packaged:NAME; empty: the "
     "base. May be given several times; then the base is drawn, too.",
 )
+_STEP = flags.DEFINE_integer("step", None, "Which of the workdir's checkpoints; default the newest.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Folder for the images; default samples/<config.name>.")
 _FORCE = flags.DEFINE_bool("force", False, "Write into a folder that holds other things than samples.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image.", lower_bound=0, upper_bound=2**31)
@@ -80,11 +87,11 @@ DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The base with an adapter or without; `about`: the adapter's source and hash."""
+    """Who draws; `read(base)`: variables and effective adapter; `about`: source and hash of what is not the base."""
 
     name: str
-    adapter: Tree
-    about: dict[str, str]
+    read: Callable[[Tree], tuple[Tree, Tree]]
+    about: dict[str, Any]
 
 
 def main(_: list[str]) -> None:
@@ -106,6 +113,8 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
       OSError: `out` cannot be written.
     """
     check_folder(out, _FORCE.value)
+    if _STEP.value is not None and read_workdir() is None:
+        raise ValueError(f"step: found {_STEP.value}, but no --workdir whose checkpoint it is")
     if _NEGATIVE.value and config.eval.guidance == 1:
         raise ValueError("negative-prompt: eval.guidance is 1, which leads away from nothing; expected another scale")
     prompts = _given_prompts()
@@ -120,7 +129,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     )
     if (last := asked.seeds(len(asked.prompts) - 1)[-1]) > LARGEST_SEED:
         raise ValueError(f"seed: the last image would have {last}, expected at most {LARGEST_SEED}")
-    policies = _load_policies(pipeline)
+    policies = _load_policies(config, pipeline)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     # Before the base: text encoders need not be in memory with it.
@@ -148,7 +157,7 @@ def _draw(
     with tqdm(total=len(policies) * len(requests), unit="image", dynamic_ncols=True, disable=not is_main()) as bar:
         for policy in policies:
             kept: list[np.ndarray] = []
-            made = generate(sampler, pipeline.world, variables, policy.adapter, requests, config.eval.batch_size)
+            made = generate(sampler, pipeline.world, *policy.read(variables), requests, config.eval.batch_size)
             for index, (request, image) in enumerate(made):
                 settings = settings or _settings(config, pipeline, image.shape)
                 if is_main():
@@ -176,18 +185,32 @@ def _held_out_prompts(world: World) -> list[str]:
     return [prompt for task in world.tasks.values() for prompt in task.test[:share]]
 
 
-def _load_policies(pipeline: Pipeline) -> list[Policy]:
-    """The base alone, the one adapter that is given, or several, the base among them."""
-    given = list(dict.fromkeys(_ADAPTER.value))
+def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Policy]:
+    """The base alone, what alone is given beside it, or several, the base among them."""
+    trained = _stored_source(config)
+    given = list(dict.fromkeys([*trained, *_ADAPTER.value]))
     sources = given if len(given) == 1 else list(dict.fromkeys(["", *given]))
 
     def load(name: str, source: str) -> Policy:
         if not source:
-            return Policy(name, {}, {})
+            return Policy(name, lambda base: (base, {}), {})
+        if source in trained:
+            stored = load_stored(config, pipeline, *trained[source])
+            return Policy(name, lambda base: stored.student.policy(base, stored.weights), stored.about)
         adapter = effective(load_policy(str(local_path("adapter", source)), pipeline))
-        return Policy(name, adapter, {"source": source, "sha256": _content_hash(weight_path(source))})
+        about = {"source": source, "sha256": _content_hash(weight_path(source))}
+        return Policy(name, lambda base: (base, adapter), about)
 
     return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]
+
+
+def _stored_source(config: OPD | FlowMatching) -> dict[str, tuple[Path, int]]:
+    """The workdir and step that are to be drawn, if they are, by a path that names them."""
+    if (given := read_workdir()) is None:
+        return {}
+    folder = local_path("--workdir", given)
+    step = find_step(folder, _STEP.value)
+    return {f"{folder}/{export_name(config)}_step_{step}": (folder, step)}
 
 
 def _settings(config: OPD | FlowMatching, pipeline: Pipeline, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -259,5 +282,4 @@ def _hint(config: OPD | FlowMatching) -> str:
 
 if __name__ == "__main__":
     flags.declare_key_flag("config")  # for --help
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "fopd_jax"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("main", "sample", "benchmark", "compile_for", "notebook"),
+    ("main", "sample", "evaluate", "benchmark", "compile_for", "notebook"),
     ("stages",),
     ("evaluation",),
     ("running",),
@@ -52,6 +52,7 @@ RENAMES = {
     "fopd_jax/running/integrity.py": "a checkpoint's folder, which orbax wrote, once it has its manifest",
     "fopd_jax/running/checkpoints.py": "sets damaged checkpoints aside",
     "fopd_jax/running/lock.py": "sets the lock of a dead run aside",
+    "fopd_jax/running/workdir.py": "sets aside what a run left that saved nothing",
     "fopd_jax/interop/sd3/convert.py": "folders of several components, from its locked staging folder",
     "benchmarks/true_size.py": "a folder that another program wrote",
 }

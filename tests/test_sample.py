@@ -66,9 +66,9 @@ def weights(small_network: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def _call(*arguments: str) -> None:
+def _call(*arguments: str, config: Path | None = CONFIG) -> None:
     """What `python -m fopd_jax.sample` does, in this process."""
-    argv = ["fopd_jax.sample", f"--config={CONFIG}", *arguments]
+    argv = ["fopd_jax.sample", *([] if config is None else [f"--config={config}"]), *arguments]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)  # where ml_collections looks for the config's fields
         sample.main(parse_flags(argv)[:1])

@@ -1,8 +1,10 @@
 """Command lines: the flags that programs share, and absl's parser with every mistake told in one line."""
 
 import ast
+import itertools
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -10,12 +12,18 @@ from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
+from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.exits import refuse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "A run's folder, of fopd_jax.main by default runs/<config.name>; without --config its own is taken.",
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("num-processes", None, "Of several processes: how many there are.")
 _PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the number of this one, from 0.")
@@ -29,7 +37,7 @@ class _FileParser(flags.ArgumentParser):
     """In place of ml_collections' own: what is wrong with a file or with the names of fields is one line."""
 
     def parse(self, argument: str) -> OPD | FlowMatching:
-        path, _, variant = argument.partition(":")
+        path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
             for field in filter(None, map(_FIELD.fullmatch, sys.argv)):
@@ -58,16 +66,30 @@ config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a bad flag, config file, name of a field or word that is no flag is one line and status 2.
 
-    Fields may go by the names that they had in earlier versions.
+    Fields may go by the names that they had in earlier versions. Without --config a --workdir stands for the config of
+    the run in it.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
-        program, *rest = flags.FLAGS(argv)
+        program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
+        if CONFIG.value is None:
+            refuse("--config: missing, expected --config=FILE.py, or --workdir=DIR of a run")
     except flags.Error as error:
         refuse(" ".join(str(error).split()))
     if rest:
         refuse(f"unexpected arguments {rest}")
     return [program]
+
+
+def _recorded(arguments: list[str]) -> list[str]:
+    """The flag --config that a --workdir alone stands for."""
+    if any(re.fullmatch(r"--?config(=.*)?", each, re.DOTALL) for each in arguments):
+        return []
+    spelled = re.compile(r"--?workdir(?:=(.*))?", re.DOTALL)
+    pairs = itertools.pairwise([*arguments, ""])
+    found = [(match[1], after) for each, after in pairs if (match := spelled.fullmatch(each))]
+    folder = next((after if given is None else given for given, after in reversed(found)), "")
+    return [f"--config={Path(folder) / RECORD_FILE}"] if folder else []
 
 
 def read_config() -> OPD | FlowMatching:
@@ -77,6 +99,11 @@ def read_config() -> OPD | FlowMatching:
       ValueError: as `resolve`.
     """
     return resolve(CONFIG.value)
+
+
+def read_workdir() -> str | None:
+    """The run's folder as it was given, if it was."""
+    return _WORKDIR.value or None
 
 
 def describe_config(config: Config) -> str:

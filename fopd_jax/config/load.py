@@ -1,4 +1,4 @@
-"""Config files: Python whose `get_config()`, or `get_config(variant)`, returns a stage's settings."""
+"""Config files: Python whose `get_config()`, or `get_config(variant)`, returns a stage's settings; records of runs."""
 
 import dataclasses
 import difflib
@@ -9,15 +9,18 @@ from pathlib import Path
 
 from fopd_jax.config import schema
 from fopd_jax.config.parse import STAGES
+from fopd_jax.config.recorded import RECORD_FILE, recorded_config
 from fopd_jax.config.schema import OPD, FlowMatching
 
 
 def load_config(path: str | Path, variant: str = "") -> OPD | FlowMatching:
-    """What the file's `get_config` returns, neither checked nor frozen.
+    """What the file's `get_config` returns, or what a workdir's record holds; neither checked nor frozen.
 
     Raises:
       ValueError: there is no such file, it is no Python, raises, or returns something else; names it and the line.
     """
+    if Path(path).name == RECORD_FILE:
+        return recorded_config(Path(path))
     if Path(path).is_dir():
         raise ValueError(f"config: {path}: is a folder, expected a Python file")
     if not Path(path).is_file():

@@ -229,3 +229,45 @@ def flatten(config: Config) -> dict[str, Any]:
 
     visit("", config)
     return flat
+
+
+def unflatten(fields: Mapping[str, Any]) -> OPD | FlowMatching:
+    """The config that `flatten` made flat, by today's or earlier names, neither checked nor frozen.
+
+    Fields that are not there have their defaults.
+
+    Raises:
+      ValueError: there is no such stage, or no such field; names it.
+    """
+    kind = STAGES.get(str(fields.get("stage")))
+    if kind is None:
+        raise ValueError(f"stage: found {fields.get('stage')!r}, expected {' or '.join(STAGES)}")
+    config = _emptied(kind())
+    for name, value in fields.items():
+        *groups, last = (today := current_name(name)).split(".")
+        node, hint = config, kind
+        try:
+            for part in groups:
+                node, hint = _below(node, hint, part)
+            node.__setitem__(last, value) if isinstance(node, dict) else setattr(node, last, value)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{today}: no such field") from error
+    return config
+
+
+def _emptied(section: Any) -> Any:
+    """A section without the entries that its dicts have by default: those that are meant are named."""
+    for name, value in fields_of(section):
+        if isinstance(value, Section):
+            _emptied(value)
+        elif isinstance(value, dict):
+            setattr(section, name, {})
+    return section
+
+
+def _below(node: Any, hint: Any, part: str) -> tuple[Any, Any]:
+    """A section's field or a dict's entry, made if it is not there, and its type."""
+    if isinstance(node, Section):
+        return getattr(node, part), typing.get_type_hints(type(node))[part]
+    kind = typing.get_args(hint)[1]
+    return node.setdefault(part, _emptied(kind())), kind

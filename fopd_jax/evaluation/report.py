@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
 from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main
 from fopd_jax.parallel.sharding import batch_ways
+from fopd_jax.performance.host import versions
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.records import PACKAGES
 from fopd_jax.worlds.world import World, select_tasks
 
 Scores = Mapping[str, np.ndarray]
-PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 GRID_COLUMNS = 12
 SAMPLES_FILE = "samples.png"
 
@@ -82,7 +82,7 @@ def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, 
             },
             "samples": {skill: len(values) for skill, values in scores[student].items()},
             **about,
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": versions(PACKAGES),
         },
     )
     if scores[student]:

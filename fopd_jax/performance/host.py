@@ -68,7 +68,9 @@ def gpu() -> str:
 
 
 def commit() -> str:
-    """The commit, with a + where the tree differs from it; empty outside of a repository."""
+    """The commit, with a + where the tree differs from it; empty where the code is in no repository, or not its own."""
+    if not _output(["git", "ls-files", __file__]):  # an environment inside of somebody's project
+        return ""
     return _output(["git", "rev-parse", "HEAD"]) + ("+" if _output(["git", "status", "--porcelain"]) else "")
 
 

@@ -6,6 +6,8 @@ Nothing that is restored depends on the mesh or the number of processes that wro
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -24,7 +26,7 @@ from fopd_jax.files import write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running.guards import in_one_line
-from fopd_jax.running.integrity import find_damage, fingerprint
+from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, fingerprint
 from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
 from fopd_jax.steps.state import TrainState
 
@@ -93,12 +95,7 @@ class Checkpoints:
         """What is wrong with a checkpoint, on every process the same."""
         folder = self._folder / str(step)
         found = fingerprint(folder)
-        size = sum(bytes_ for _, bytes_, _ in found)
-        own = None
-        if self._verified.get(step) != found:
-            own = find_damage(folder, jax.process_index(), jax.process_count())
-        words = share(f"checkpoint {step} verified", own or "", patience(size))
-        damage = next((word for word in words if word), None)
+        damage = _verify(folder, sum(size for _, size, _ in found), self._verified.get(step) == found)
         if damage is None:
             self._verified[step] = found
         return damage
@@ -199,15 +196,7 @@ class Checkpoints:
                 f"{folder}: written under config {about['config_hash']}, this run's is {self._config_hash}; "
                 "choose another workdir"
             )
-        there = {name: rest for name, *rest in about["leaves"]}
-        here = {name: rest for name, *rest in _describe(state)}
-        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if differing:
-            name, absent = differing[0], "no such array"
-            raise ValueError(
-                f"{folder}: {name}: found {there.get(name, absent)}, expected {here.get(name, absent)}; "
-                f"{len(differing)} of {len(here)} arrays differ"
-            )
+        check_arrays(folder, about["leaves"], state)
 
     def _set_aside_after(self, step: int) -> None:
         """All that is newer than the newest intact checkpoint is damaged."""
@@ -299,6 +288,16 @@ def _remove_temporaries(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _verify(folder: Path, size: int, verified: bool = False) -> str | None:
+    """What is wrong with a checkpoint of `size` bytes, on every process the same; `verified`: here it is known already.
+
+    Each process reads its share.
+    """
+    own = None if verified else find_damage(folder, jax.process_index(), jax.process_count())
+    words = share(f"checkpoint {folder.name} verified", own or "", patience(size))
+    return next((word for word in words if word), None)
+
+
 def _describe(state: TrainState) -> list[list[Any]]:
     """`[path, shape, dtype]` of every array, in the order in which they are saved."""
     paths, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -321,3 +320,59 @@ def _free_name(path: Path) -> Path:
     """The path, or where something is there already, with a number behind it."""
     names = itertools.chain([path.name], (f"{path.name}{count}" for count in itertools.count(2)))
     return next(free for name in names if not (free := path.with_name(name)).exists())
+
+
+# ---- reading one without running on
+
+
+def kept_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that are there, the newest last."""
+    return sorted(_steps(workdir / FOLDER))
+
+
+def seal_of(workdir: Path, step: int) -> str:
+    """One hash for all that a checkpoint holds: that of its manifest."""
+    return hashlib.sha256((workdir / FOLDER / str(step) / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
+def stored_shape(workdir: Path, step: int, ending: str) -> list[int] | None:
+    """The shape of the first array whose path ends so; None where there is no such array."""
+    leaves = _read_about(workdir / FOLDER, step)["leaves"]
+    return next((shape for name, shape, _ in leaves if name.endswith(ending)), None)
+
+
+def read_kept(workdir: Path, step: int, state: TrainState) -> TrainState:
+    """A checkpoint onto the shapes, dtypes and shardings of `state`, without the optimizer; changes nothing there.
+
+    All processes call it; together they read every byte once more, to verify it.
+
+    Raises:
+      ValueError: it is damaged, or of other shapes; names which.
+    """
+    folder = (workdir / FOLDER).resolve()
+    size = sum(size for _, size, _ in fingerprint(folder / str(step)))
+    if damage := _verify(folder / str(step), size):
+        raise ValueError(f"damaged checkpoint: {damage}")
+    check_arrays(folder / str(step), _read_about(folder, step)["leaves"], state)
+    wanted = dataclasses.replace(state, opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, state.opt_state))
+    abstract = [leaf if leaf is ocp.PLACEHOLDER else _abstract(leaf) for leaf in jax.tree.leaves(wanted)]
+    args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    restored: Any = arrays_handler().restore(epath.Path(folder / str(step) / STATE), args=args)
+    return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(state), restored), opt_state=())
+
+
+def check_arrays(folder: Path, leaves: Sequence[Sequence[Any]], state: TrainState) -> None:
+    """Whether a checkpoint holds a state's arrays; `leaves`: as it describes them.
+
+    Raises:
+      ValueError: a path, shape or dtype differs; names the first.
+    """
+    there = {name: rest for name, *rest in leaves}
+    here = {name: rest for name, *rest in _describe(state)}
+    differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    if differing:
+        name, absent = differing[0], "no such array"
+        raise ValueError(
+            f"{folder}: {name}: found {there.get(name, absent)}, expected {here.get(name, absent)}; "
+            f"{len(differing)} of {len(here)} arrays differ"
+        )

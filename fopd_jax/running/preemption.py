@@ -34,6 +34,8 @@ HEAD_START_S = 3.0
 """Process 0, on which the runtime of all depends, is the last to leave."""
 
 _FOLDER, _NOTED = "fopd_jax/stop", "fopd_jax/noted/"
+_LAST_WORDS_S = 5.0  # a disk that hangs keeps nobody from leaving
+_last_words: list[Callable[[str], None]] = []
 
 
 class Interrupted(Exception):
@@ -79,9 +81,30 @@ def _leave_when_told(told: int) -> None:
     while True:
         for number in os.read(told, 1):
             if signal.getsignal(number) is _at_once:
+                _say_last_words(signal.Signals(number).name)
                 line = f"{signal.Signals(number).name}: stopped; what was saved is intact, the same command continues\n"
                 os.write(2, line.encode())
                 os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def last_words(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within the context, `tell` hears the name of the signal that ends the process at once, in a thread."""
+    _last_words.append(tell)
+    try:
+        yield
+    finally:
+        _last_words.remove(tell)
+
+
+def _say_last_words(name: str) -> None:
+    def speak() -> None:
+        for tell in _last_words:
+            tell(name)
+
+    speaker = threading.Thread(target=speak, name="last words", daemon=True)
+    speaker.start()
+    speaker.join(_LAST_WORDS_S)
 
 
 class Preemption:

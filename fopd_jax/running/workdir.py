@@ -1,18 +1,33 @@
-"""A workdir belongs to one config; some fields may change between runs in it."""
+"""A workdir belongs to one config; some fields may change between runs in it.
 
+Until something is saved there it may still become another's: a run that failed before that blocks no folder.
+"""
+
+import itertools
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
+from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.files import write_json
-from fopd_jax.parallel.distributed import barrier, is_main
+from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.running import lock
+from fopd_jax.running.checkpoints import FOLDER
 
 CONFIG_FILE = "config.json"
+_CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
+_REPORTED = ("results.json", "samples.png")
+_OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
+"""What may stay when a folder changes hands, beside its lock and its record."""
 
 
 def check(workdir: Path, identity: Fields) -> None:
-    """Make sure that a workdir is new, empty or this identity's own. Writes nothing. Process 0 looks, the others wait.
+    """Make sure that a workdir is new, empty, this identity's own, or holds nothing that a run has saved.
+
+    Writes nothing. Process 0 looks, the others wait.
 
     Raises:
       ValueError: it belongs to another config (names every differing field with both values), or to something else.
@@ -26,15 +41,48 @@ def _check(workdir: Path, here: Fields) -> None:
     path = workdir / CONFIG_FILE
     if path.exists():
         there = normalise(_read(path))
-        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-        if differing:
-            lines = [f"  {name}: {_value(there, name)} there, {_value(here, name)} here" for name in differing]
+        differing = _differing(there, here)
+        if differing and has_saved(workdir):
             raise ValueError(
                 f"{workdir} belongs to another config; choose another --workdir. "
-                "Only the fields of `run` may change; these differ:\n" + "\n".join(lines)
+                "Only the fields of `run` may change; these differ:\n" + _differences(there, here, differing)
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or not all(map(_stays, workdir.iterdir()))):
         raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def _differing(there: Fields, here: Fields) -> list[str]:
+    return [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+
+
+def _differences(there: Fields, here: Fields, names: Sequence[str]) -> str:
+    return "\n".join(f"  {name}: {_value(there, name)} there, {_value(here, name)} here" for name in names)
+
+
+def check_evaluates(workdir: Path, identity: Fields) -> None:
+    """Make sure that a workdir is a run's of this identity, but for how it is evaluated. Process 0 looks.
+
+    Raises:
+      ValueError: it is none, or another config's; names every differing field with both values.
+    """
+    if is_main():
+        path = workdir / CONFIG_FILE
+        if not path.is_file():
+            raise ValueError(f"--workdir: {workdir} is no run's folder (no {CONFIG_FILE})")
+        there = normalise(_read(path))
+        differing = [name for name in _differing(there, identity) if not name.startswith("eval.")]
+        if differing:
+            raise ValueError(
+                f"{workdir} belongs to another config; only the fields of `run` and `eval` may be others here; "
+                "these differ:\n" + _differences(there, identity, differing)
+            )
+    barrier("the workdir is checked")
+
+
+def has_saved(workdir: Path) -> bool:
+    """Whether a run has left a checkpoint there, if a damaged one, or its results."""
+    checkpoints = [each for each in (workdir / FOLDER).glob("*") if _CHECKPOINT.fullmatch(each.name)]
+    return bool(checkpoints) or any((workdir / name).exists() for name in _REPORTED)
 
 
 def _value(fields: Fields, name: str) -> str:
@@ -52,12 +100,39 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def claim(workdir: Path, identity: Fields) -> None:
-    """Make a checked workdir this identity's own. Process 0 does, the others wait."""
+    """Make a checked workdir this identity's own. Process 0 does, the others wait.
+
+    What another config's run left that saved nothing is set aside, with a line.
+
+    Raises:
+      ValueError: another run has claimed it since, or lives in it.
+    """
     if is_main():
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / CONFIG_FILE).exists():
-            write_json(workdir / CONFIG_FILE, identity)
+        _check(workdir, identity)
+        path = workdir / CONFIG_FILE
+        if path.exists() and _differing(normalise(_read(path)), identity):
+            with lock.holding(workdir):
+                _set_aside(workdir)
+        if not path.exists():
+            write_json(path, identity)
     barrier("the workdir is claimed")
+
+
+def _set_aside(workdir: Path) -> None:
+    """Move what a run left into a folder named by its config's hash."""
+    name = f"failed_{claimed_hash(workdir)}"
+    names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+    aside = next(free for each in names if not (free := workdir / each).exists())
+    aside.mkdir()
+    left = [each for each in workdir.iterdir() if not _stays(each)]
+    for each in sorted(left, key=lambda each: each.name == CONFIG_FILE):  # last: a kill in between repeats the rest
+        each.rename(aside / each.name)
+    warn(f"{workdir}: the run of another config that was here saved nothing; what it left is in {aside.name}/")
+
+
+def _stays(path: Path) -> bool:
+    return path.name in (lock.FILE, RECORD_FILE) or bool(_OURS.fullmatch(path.name))
 
 
 def claimed_hash(workdir: Path) -> str:

@@ -10,12 +10,25 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Files
-from fopd_jax.config.schema import Model
+from fopd_jax.config.schema import OPD, Config, Model
 from fopd_jax.files import check_finite
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
 from fopd_jax.parallel.distributed import fetch, is_main
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, weight_path
+from fopd_jax.steps.state import TrainState
+
+
+def export_name(config: Config) -> str:
+    """Under which name a run leaves what trained."""
+    if isinstance(config, OPD):
+        return "student"
+    return "base" if config.trained == "params" else "adapter"
+
+
+def exported_weights(config: Config, state: TrainState) -> Tree:
+    """What of a state is exported, reported and drawn: the average, or the last weights on request."""
+    return state.trained if isinstance(config, OPD) and config.export == "raw" else state.ema
 
 
 def exports(name: str, what: str, whole: bool, pipeline: Pipeline) -> dict[str, str]:

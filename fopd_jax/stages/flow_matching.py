@@ -20,7 +20,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
-from fopd_jax.stages.export import export, exports
+from fopd_jax.stages.export import export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
@@ -86,12 +86,8 @@ class FlowMatching:
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        trained = exports(self.export_name, "the averaged weights", self.whole, self.pipeline)
+        trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
         return trained | {SAMPLES_FILE: "what they draw"}
-
-    @property
-    def export_name(self) -> str:
-        return "base" if self.whole else "adapter"
 
     def load(self) -> tuple[Tree, Tree]:
         """What is frozen, and what training starts from, in float32: what trains is never rounded."""
@@ -155,7 +151,7 @@ class FlowMatching:
         """Write the averaged weights, and what they draw."""
         pipeline, setup = self.pipeline, self.setup
         constants = self.frozen["constants"]
-        export(self.workdir, self.export_name, state.ema, constants, pipeline, self.config.model)
+        export(self.workdir, export_name(self.config), state.ema, constants, pipeline, self.config.model)
         model = self.model(state.ema)
         draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, pipeline.world, setup.eval_set, [model])
 

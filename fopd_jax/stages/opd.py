@@ -23,7 +23,7 @@ from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics, Progress
 from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
-from fopd_jax.stages.export import export, exports
+from fopd_jax.stages.export import export, export_name, exported_weights, exports
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.setup import describe_weights, make_setup, null_conditioning
@@ -103,7 +103,7 @@ class OPD:
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        student = exports("student", f"the student: {self.config.export}", self.whole, self.pipeline)
+        student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
         return student | {SAMPLES_FILE: "every model on the same prompts", "results.json": "scores of every model"}
 
     @property
@@ -162,8 +162,9 @@ class OPD:
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge."""
-        student = state.trained if self.config.export == "raw" else state.ema
-        export(self.workdir, "student", student, self.frozen.variables["constants"], self.pipeline, self.config.model)
+        student = exported_weights(self.config, state)
+        name, constants = export_name(self.config), self.frozen.variables["constants"]
+        export(self.workdir, name, student, constants, self.pipeline, self.config.model)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         write_report(self.workdir, self.config.eval, about, self.setup.sampler, self.pipeline.world, models)

@@ -263,5 +263,4 @@ def test_an_unknown_variant_is_one_line_with_its_place():
 
 
 def test_no_config_is_one_line():
-    assert error_of() == "get_config: found NoneType, expected fopd_jax.config.schema.OPD or " \
-        "fopd_jax.config.schema.FlowMatching"  # fmt: skip
+    assert error_of() == "--config: missing, expected --config=FILE.py, or --workdir=DIR of a run"

@@ -11,15 +11,18 @@ from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import OPD, FlowMatching
 
 ROOT = Path(__file__).parents[2]
-OWN = {"main": "--workdir", "sample": "--images-per-prompt=1", "compile_for": "--topology", "benchmark": "--steps=10"}
+OWN = {
+    "main": "--check=false", "sample": "--images-per-prompt=1", "compile_for": "--topology", "benchmark": "--steps=10",
+    "evaluate": "--weights-only=false",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("program", OWN)
 def test_a_program_tells_its_usage_its_flags_and_the_fields(program: str):
     text = describe_program(ROOT / "fopd_jax" / f"{program}.py")
-    assert text.startswith(f"`python -m fopd_jax.{program} --config=")
-    for line in (OWN[program], "--config ", "--distributed=auto", "run.mesh.data=-1", "tasks.NAME.teacher=",
-                 "tasks.NAME.share=1.0", "cold_start.weights={}"):  # fmt: skip
+    assert text.startswith(f"`python -m fopd_jax.{program} --")
+    for line in (OWN[program], "--config ", "--workdir ", "--distributed=auto", "run.mesh.data=-1",
+                 "tasks.NAME.teacher=", "tasks.NAME.share=1.0", "cold_start.weights={}"):  # fmt: skip
         assert f"\n  {line}" in text
     told = {line.split("=")[0].strip() for line in text.partition("\nFields")[2].splitlines()}
     for config in (OPD(), FlowMatching()):

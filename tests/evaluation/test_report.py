@@ -15,10 +15,11 @@ from PIL import Image
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Evaluation, MeshShape
 from fopd_jax.evaluation import report
-from fopd_jax.evaluation.report import PACKAGES, Model, format_table, write_report
+from fopd_jax.evaluation.report import Model, format_table, write_report
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.running.records import PACKAGES
 from fopd_jax.tasks.task import Scores, Task
 from fopd_jax.worlds.world import World
 

@@ -31,10 +31,10 @@ TINY: Overrides = {
     "eval.samples": 4, "eval.batch_size": 4, "eval.num_steps": 2, "eval.guidance": 1.0, "guidance": 1.0,
 }  # fmt: skip
 OUTPUTS = {
-    "config.json", "goodput.json", "metrics.jsonl", "parameters.txt", "results.json", "samples.png",
-    "student.safetensors", "table.txt", "timing.json",
+    "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "results.json", "run.json",
+    "samples.png", "student.safetensors", "table.txt", "timing.json",
 }  # fmt: skip
-CLOCKED = {"goodput.json", "timing.json"}
+CLOCKED = {"goodput.json", "run.json", "timing.json"}
 
 
 def noisy(seed: int, tree: Any, std: float) -> Any:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +16,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+from fopd_jax import main
+from fopd_jax.config.identity import identity
+from fopd_jax.config.load import load_config
+from fopd_jax.config.parse import override, resolve
+from fopd_jax.config.recorded import RECORD_FILE, read_starts
+from fopd_jax.files import write_json
 from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import newest_step
-from tests.configs import prepare
+from fopd_jax.stages.again import evaluate
+from tests.configs import load, prepare
 from tests.main import earlier
 from tests.main.experiment import (
     CLOCKED,
@@ -27,6 +38,8 @@ from tests.main.experiment import (
     command,
     experts,
     logged,
+    snapshot,
+    tiny_overrides,
     wait_for,
 )
 
@@ -87,15 +100,23 @@ EQUAL = {  # by its names, with values that change no number
 
 
 def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: Path):
-    """Its checkpoints bear the hash of all of its fields; finished and extended it ends as a workdir of today."""
+    """Its checkpoints bear the hash of all of its fields; finished and extended by the
+    folder alone it ends as a workdir of today.
+    """
     fields, folder = earlier.tiny_identity(program.overrides), program.folder / "continued"
     earlier.write(folder, fields)
     config = (folder / "config.json").read_bytes()
-    for steps in (2, STEPS):
-        program.run("continued", steps=steps)
+    alone = [sys.executable, "-m", "fopd_jax.main", f"--workdir={folder}", f"--config.run.steps={STEPS}"]
+    for steps, line in ((2, program.command("continued", {"steps": 2})), (STEPS, alone)):
+        program.finish("continued", line)
         (about,) = (folder / "checkpoints" / str(steps)).glob("about/*.json")
         assert json.loads(about.read_text())["config_hash"] == earlier.hash_of(fields)
         assert json.loads((folder / "results.json").read_text())["steps"] == steps
+    first, second = read_starts(folder / RECORD_FILE)
+    assert (first["from_step"], first["at_step"], second["from_step"], second["at_step"]) == (0, 2, 2, STEPS)
+    assert first["status"] == second["status"] == "finished"
+    assert second["command"] == [sys.executable, *alone[1:]]
+    assert second["config"] == first["config"] | {"run.steps": STEPS}
     assert (folder / "config.json").read_bytes() == config
     assert_same_outcome(folder, whole, apart=frozenset({"config.json"}))
 
@@ -192,6 +213,74 @@ def test_ten_kills_of_one_of_two_processes_change_nothing(program: Program):
     expected, victims = to_the_end("pair"), itertools.cycle((1, 0))
     _kill_often(10, program.folder / "ten", lambda when: program.kill_one_of_two("ten", when, next(victims), **LONG))
     assert_same_outcome(to_the_end("ten"), expected)
+
+
+def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(whole: Path, tmp_path: Path):
+    """Alone by the run's folder, in which what the run left stays as it was."""
+    before, recorded = snapshot(whole), resolve(load_config(whole / RECORD_FILE))
+    evaluate(resolve(override(recorded, {"eval.final_samples": 2})), whole, 3, tmp_path / "other")
+    results = json.loads((tmp_path / "other" / "results.json").read_text())
+    assert (results["steps"], results["samples"]["text"]) == (3, 2)
+    assert results["models"].keys() == json.loads((whole / "results.json").read_text())["models"].keys()
+    (start,) = read_starts(tmp_path / "other" / RECORD_FILE)
+    assert (start["status"], start["of"]) == ("finished", {"workdir": str(whole), "step": 3})
+    students = [(tmp_path / "other" / "student.safetensors").read_bytes()]
+    for step in (3, None):  # None: the newest
+        evaluate(recorded, whole, step, tmp_path / f"weights{step}", weights_only=True)
+        assert {path.name for path in (tmp_path / f"weights{step}").iterdir()} == {RECORD_FILE, "student.safetensors"}
+        students.append((tmp_path / f"weights{step}" / "student.safetensors").read_bytes())
+    assert students[0] == students[1] != students[2] == (whole / "student.safetensors").read_bytes()
+    assert snapshot(whole) == before
+
+
+@pytest.mark.slow
+def test_the_newest_checkpoint_evaluated_anew_gives_what_the_run_gave(whole: Path, tmp_path: Path):
+    evaluate(resolve(load_config(whole / RECORD_FILE)), whole, None, tmp_path / "same")
+    for name in ("results.json", "table.txt", "samples.png", "student.safetensors"):
+        assert (tmp_path / "same" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "out", "expected"),
+    [
+        ({}, 1, "out", f"--step: found 1, expected one that WHOLE holds: 3, {STEPS}"),
+        ({"seed": 4}, None, "out", "WHOLE belongs to another config; only the fields of `run` and `eval` may be"),
+        ({}, None, "mine", "--out: TMP/mine holds what no evaluation has made; name another"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], step: int | None, out: str, expected: str
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    config = resolve(override(load_config(whole / RECORD_FILE), changes))
+    expected = expected.replace("WHOLE", str(whole)).replace("TMP", str(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        evaluate(config, whole, step, tmp_path / out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_continued_with_other_weights_under_the_same_name(program: Program, whole: Path, tmp_path: Path):
+    """Neither continued nor evaluated nor, if it is the base, drawn."""
+    weights = Path(shutil.copytree(Path(program.overrides["model.path"]).parent, tmp_path / "weights"))
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    config = resolve(override(load(), tiny_overrides(weights)))
+    (folder / "config.json").unlink()
+    (folder / "inputs.json").unlink()
+    write_json(folder / "config.json", identity(config))
+    inputs.keep(folder, main.check_run(config, folder))
+    for field, name in (("model.path", "base"), ("tasks.text.teacher", "text"), ("anchor.adapter", "quality")):
+        path = weights / f"{name}.safetensors"
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        for act in (
+            lambda: main.check_run(config, folder),
+            lambda: evaluate(config, folder, None, tmp_path / "out"),
+        ):
+            with pytest.raises(ValueError, match=rf"^{field}: {path} holds other content than the run in {folder} "):
+                act()
+        path.write_bytes(kept)
+    main.check_run(config, folder)
 
 
 @pytest.mark.slow

@@ -21,10 +21,15 @@ from tests.main import earlier
 from tests.main.experiment import Overrides, assert_refused, snapshot
 
 
+def saved(folder: Path) -> None:
+    """As if a run had made a checkpoint."""
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
 def test_a_workdir_of_another_config_is_left_alone(config: Any, tmp_path: Path):
     folder = tmp_path / "run"
     prepare(config, folder)
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    saved(folder)
     before = snapshot(folder)
     assign(config, {"seed": 4, "optimizer.learning_rate": 0.5})
     with pytest.raises(ValueError, match="belongs to another config") as error:
@@ -126,6 +131,7 @@ def test_another_experiment_is_refused_with_both_values(
 ):
     folder = tmp_path / "run"
     earlier.write(folder, FIELDS[name] | there)
+    saved(folder)
     before = snapshot(folder)
     with pytest.raises(ValueError, match="belongs to another config") as error:
         workdir.check(folder, identity(resolve(override(load(*CONFIGS[name]), here))))
@@ -137,6 +143,7 @@ def test_another_experiment_is_refused_with_both_values(
 def test_a_task_less_is_another_experiment(tmp_path: Path):
     fields = {name: value for name, value in earlier.MINIATURE.items() if not name.startswith("tasks.text.")}
     earlier.write(tmp_path / "run", fields)
+    saved(tmp_path / "run")
     with pytest.raises(ValueError, match=r"tasks: \['composition'\] there, \['composition', 'text'\] here"):
         workdir.check(tmp_path / "run", identity(resolve(load())))
 

@@ -29,9 +29,15 @@ def test_without_a_gpu_or_a_repository_the_fields_are_empty(failure: Exception, 
     assert (host.gpu(), host.commit()) == ("", "")
 
 
-@pytest.mark.parametrize(("status", "expected"), [("", "abc"), (" M file", "abc+")])
-def test_the_commit_tells_of_uncommitted_changes(status: str, expected: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(host, "_output", lambda command: "abc" if "rev-parse" in command else status)
+@pytest.mark.parametrize(
+    ("tracked", "status", "expected"),
+    [("host.py", "", "abc"), ("host.py", " M file", "abc+"), ("", "", "")],  # the last: installed in another's checkout
+)
+def test_the_commit_tells_of_uncommitted_changes(
+    tracked: str, status: str, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    said = {"ls-files": tracked, "rev-parse": "abc", "status": status}
+    monkeypatch.setattr(host, "_output", lambda command: said[command[1]])
     assert host.commit() == expected
 
 

@@ -15,7 +15,7 @@ import pytest
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import EMA, Optimizer
 from fopd_jax.running import integrity, saving
-from fopd_jax.running.checkpoints import Checkpoints, newest_step
+from fopd_jax.running.checkpoints import Checkpoints, kept_steps, newest_step, read_kept, seal_of, stored_shape
 from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer
 
 OPTIMIZER = make_optimizer(Optimizer(1e-3, 2, (0.9, 0.999), 1e-4, 1.0))
@@ -288,3 +288,33 @@ def test_nothing_to_restore_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match="checkpoints: no checkpoint"):
         checkpoints.restore(_trained(0))
     checkpoints.close()
+
+
+# ---- reading one without running on
+
+
+def test_any_kept_checkpoint_is_read_and_nothing_is_changed(tmp_path: Path):
+    states = {step: _trained(step) for step in (1, 2)}
+    checkpoints = _open(tmp_path)
+    for step, state in states.items():
+        checkpoints.save(step, state)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # of a run that lives
+    names = _names(tmp_path)
+    assert kept_steps(tmp_path) == [1, 2]
+    shapes = jax.eval_shape(lambda: states[1])
+    for step, state in states.items():
+        found = read_kept(tmp_path, step, shapes)
+        _same((found.step, found.seed, found.trained, found.ema), (state.step, state.seed, state.trained, state.ema))
+        assert found.opt_state == ()
+    assert seal_of(tmp_path, 1) != seal_of(tmp_path, 2)
+    assert stored_shape(tmp_path, 1, "/a") == [2, 3, 4]
+    assert stored_shape(tmp_path, 1, "/kernel") is None
+    other = jax.eval_shape(lambda: init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0))
+    with pytest.raises(ValueError, match=r"checkpoints/1: .*: found .*no such array"):
+        read_kept(tmp_path, 1, other)
+    path = next(path for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=re.escape(f"damaged checkpoint: {path}: ")):
+        read_kept(tmp_path, 1, shapes)
+    assert _names(tmp_path) == names

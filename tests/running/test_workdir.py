@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from fopd_jax.config.identity import identity
+from fopd_jax.config.identity import fields_hash, identity
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, RoutedTask
 from fopd_jax.files import write_json
-from fopd_jax.running import workdir
-from fopd_jax.running.workdir import check, claim
+from fopd_jax.running import lock, workdir
+from fopd_jax.running.workdir import check, check_evaluates, claim
 
 
 def _config(**changes: Any) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def test_fields_that_change_no_step_may_change(tmp_path: Path, field: str, value
 def test_another_config_is_refused_with_every_difference_and_both_values(tmp_path: Path):
     claim(tmp_path, _config())
     (tmp_path / "metrics.jsonl").write_text("mine\n")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     before = _snapshot(tmp_path)
     other = _config(**{"optimizer.learning_rate": 3e-4, "optimizer.betas": (0.8, 0.9), "sampler.window": (0, 2)})
     with pytest.raises(ValueError, match="belongs to another config") as error:
@@ -78,6 +79,7 @@ def test_another_config_is_refused_with_every_difference_and_both_values(tmp_pat
 
 def test_a_field_that_is_gone_counts_as_a_difference(tmp_path: Path):
     write_json(tmp_path / "config.json", _config() | {"optimizer.momentum": 0.5})
+    write_json(tmp_path / "results.json", {})
     with pytest.raises(ValueError, match=r"optimizer.momentum: 0.5 there, nothing here"):
         check(tmp_path, _config())
 
@@ -117,3 +119,83 @@ def test_only_process_0_looks_and_writes_and_all_wait(tmp_path: Path, monkeypatc
     check(tmp_path / "new", _config())
     claim(tmp_path / "new", _config())
     assert len(waited) == 4
+
+
+# ---- until something is saved
+
+
+LEFT = {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints", "goodput.json", "wandb.json"}
+
+
+def _fail(folder: Path, config: dict[str, Any]) -> None:
+    """What a run leaves that failed before its first checkpoint: one of its saves was under way."""
+    claim(folder, config)
+    for name in LEFT - {"config.json", "tensorboard", "checkpoints"}:
+        (folder / name).write_text("{}\n")
+    (folder / "tensorboard").mkdir()
+    (folder / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    (folder / "run.json").write_text('{"starts": []}')
+
+
+def test_a_run_that_saved_nothing_does_not_block_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _fail(tmp_path, _config())
+    (tmp_path / "compiled").mkdir()
+    before, other = _snapshot(tmp_path), _config(**{"optimizer.learning_rate": 3e-4})
+    check(tmp_path, other)
+    assert _snapshot(tmp_path) == before
+    claim(tmp_path, other)
+    (line,) = capsys.readouterr().err.splitlines()
+    aside = f"failed_{fields_hash(_config())}"
+    assert line == (
+        f"warning: {tmp_path}: the run of another config that was here saved nothing; what it left is in {aside}/"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "run.json", "compiled", aside}
+    assert {path.name for path in (tmp_path / aside).iterdir()} == LEFT
+    assert json.loads((tmp_path / "config.json").read_text()) == other
+    check(tmp_path, other)
+    # Again and again, also under a config that was there before.
+    claim(tmp_path, _config())
+    claim(tmp_path, other)
+    assert {path.name for path in tmp_path.glob("failed_*")} == {
+        aside, f"failed_{fields_hash(other)}", f"{aside}_2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["checkpoints/20", "checkpoints/20.damaged", "results.json", "samples.png"])
+def test_what_a_run_saved_blocks_its_folder(tmp_path: Path, name: str):
+    _fail(tmp_path, _config())
+    (tmp_path / name).mkdir()
+    before = _snapshot(tmp_path)
+    with pytest.raises(ValueError, match="belongs to another config"):
+        check(tmp_path, _config(seed=1))
+    with pytest.raises(ValueError, match="belongs to another config"):  # saved since it was checked
+        claim(tmp_path, _config(seed=1))
+    assert _snapshot(tmp_path) == before
+
+
+def test_a_run_that_lives_keeps_its_folder_although_it_has_saved_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _fail(tmp_path, _config())
+    with lock.holding(tmp_path):
+        monkeypatch.setattr(lock, "_may_be_alive", lambda text: True)  # as another process would find it
+        monkeypatch.setattr(lock, "_moves", lambda path, seconds: True)
+        before = _snapshot(tmp_path)
+        with pytest.raises(ValueError, match="is running in it"):
+            claim(tmp_path, _config(seed=1))
+        assert _snapshot(tmp_path) == before
+
+
+def test_a_write_that_was_killed_does_not_block_a_folder(tmp_path: Path):
+    (tmp_path / ".config.json.0123.tmp").touch()
+    check(tmp_path, _config())
+
+
+def test_evaluations_may_differ_in_how_they_evaluate_alone(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no run's folder \(no config.json\)"):
+        check_evaluates(tmp_path, _config())
+    claim(tmp_path, _config())
+    check_evaluates(tmp_path, _config(**{"eval.num_steps": 7, "run.steps": 3}))
+    with pytest.raises(ValueError, match=r"(?s)only the fields of `run` and `eval` .* seed: 0 there, 1 here") as error:
+        check_evaluates(tmp_path, _config(**{"eval.num_steps": 7, "seed": 1}))
+    assert "num_steps" not in str(error.value)

@@ -1,0 +1,35 @@
+"""Which files a run depends on, by the fields that name them."""
+
+from pathlib import Path
+
+from fopd_jax.config.schema import OPD, Config, FlowMatching
+from fopd_jax.interop.files.converted import is_converted
+from fopd_jax.stages.pipeline import weight_path
+from fopd_jax.worlds.embedded import EMBEDDED
+
+
+def input_files(config: Config) -> dict[str, Path]:
+    """Base, teachers, anchor, and what the world's tasks are read from; fields that are empty name none.
+
+    A folder in place of a whole network that no conversion wrote is left out: it is refused, and may be large.
+    """
+    weights = {"model.path": config.model.path}
+    texts: dict[str, str] = {}
+    if isinstance(config, OPD):
+        weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
+        weights |= {"anchor.adapter": config.anchor.adapter}
+        texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
+        texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
+    elif isinstance(config, FlowMatching):
+        texts |= {f"tasks.{name}.images": task.images for name, task in config.tasks.items()}
+        texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
+    if config.model.preset in EMBEDDED:  # its tasks are its own
+        texts = {}
+    paths = {field: weight_path(name) for field, name in weights.items() if name}
+    found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
+    return found | {field: Path(name) for field, name in texts.items() if name}
+
+
+def _is_refused(config: Config, field: str, path: Path) -> bool:
+    whole = field == "model.path" or (isinstance(config, OPD) and config.whole_teachers)
+    return whole and path.is_dir() and not is_converted(path)
