@@ -76,7 +76,7 @@ def test_a_whole_line_without_its_newline_is_kept_apart_from_the_next(tmp_path: 
 def test_no_temporary_file_stays(tmp_path: Path):
     _write(tmp_path, 0, range(1, 3))
     _write(tmp_path, 1, range(2, 3))
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "performance.jsonl", "tensorboard"}
 
 
 def test_tensorboard_reads_scalars_and_images(tmp_path: Path):

@@ -79,7 +79,8 @@ def _train(config: Config, folder: Path, stage: Any = None) -> list[dict[str, fl
     workdir.check(folder, identity(config))
     workdir.claim(folder, identity(config))
     _, writer = main.train(config, folder, stage or Toy(), Supervision())
-    writer.write_shares(config.run.steps, {"step": 0.75})
+    writer.write_scalars(config.run.steps, {}, {"goodput/step": 0.75})
+    writer.write_texts(config.run.steps, {"final/table": "a < b\n"})
     writer.close()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
