@@ -5,6 +5,7 @@ whole lines now and then, never with carriage returns. Of several processes one 
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class _Bar:
     def __init__(self, title: str, total: int, done: int, sized: bool, at_once: bool) -> None:
         self._bar = tqdm(
             total=total, initial=done, desc=title, bar_format=_BAR, unit_scale=sized, unit_divisor=1024, leave=None,
-            delay=0.0 if at_once else _BAR_AFTER_S, dynamic_ncols=True,
+            delay=0.0 if at_once else _BAR_AFTER_S, **_screen(),
         )  # fmt: skip
 
     def to(self, done: int, words: str) -> None:
@@ -94,6 +95,15 @@ class _Bar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _screen() -> dict[str, Any]:
+    """Terminals of no size, as `script` and some job managers make them, would be shown nothing."""
+    try:
+        known = all(os.get_terminal_size(sys.stderr.fileno()))
+    except OSError:
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
 
 
 class _Lines:

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from logging import ERROR, LogRecord
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,6 +68,7 @@ COMPILED = "compiled"
 def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
+        logging.get_absl_logger().addFilter(_is_no_advice)
     try:
         config = read_config()
         if _PRINT_CONFIG.value:
@@ -87,6 +89,11 @@ def main(_: list[str]) -> None:
         if fault is None and distributed.is_alone():
             raise
         _abandon(*(fault or (traceback.format_exc(), RETRY)))
+
+
+def _is_no_advice(record: LogRecord) -> bool:
+    """Orbax also warns of every save that the one before has not ended yet; saves that fail are told by the loop."""
+    return record.levelno >= ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _leave(message: str, status: int) -> NoReturn:
