@@ -52,7 +52,7 @@ class Display:
     def _left(self, step: int) -> float:
         """Seconds until `run.steps`."""
         steps, every = self._run.steps, self._run.eval_every
-        evaluations = -(-steps // every) - step // every if every else 0
+        evaluations = -(-steps // every) - step // every if every and step < steps else 0
         return (self._pace.step_seconds or 0.0) * (steps - step) + self._evaluation * evaluations
 
     def measured(self) -> dict[str, float]:

@@ -14,8 +14,8 @@ from tests.configs import EVERY, FOLDER, load, smoke_variant
 from tests.main.experiment import Program, command, logged
 
 ALWAYS = {
-    "config.json", "goodput.json", "metrics.jsonl", "parameters.txt", "timing.json", "samples.png", "checkpoints",
-    "tensorboard",
+    "config.json", "goodput.json", "metrics.jsonl", "parameters.txt", "performance.jsonl", "timing.json",
+    "samples.png", "checkpoints", "tensorboard",
 }  # fmt: skip
 
 
