@@ -77,6 +77,7 @@ class FlowMatching:
         sharding = batch_sharding(self.pipeline.mesh)
         rows = rows_of(sharding, config.batch_size)
         plan.prepare()  # captions before the base: text encoders and network need not be in memory together
+        say("loading the base")
         self.frozen, self._start = self.load()
         self.feed = Feed(lambda step: pairs.batch(step, rows), sharding, config.batch_size, config.run.steps)
 

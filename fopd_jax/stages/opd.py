@@ -97,6 +97,7 @@ class OPD:
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
         self.trained = plan.trained
         plan.prepare()  # before the base: text encoders and network need not be in memory together
+        say("loading base and teachers")
         self.teaching = plan.teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
         sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
@@ -128,6 +129,8 @@ class OPD:
 
     def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
+        if self.config.cold_start.method == "merge":
+            say("merging the teachers into the student's start")
         return self.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
