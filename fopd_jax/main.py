@@ -26,10 +26,9 @@ from typing import NoReturn
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from PIL import Image
 
-from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config
+from fopd_jax.config.flags import config_source, describe_config, membership, parse_flags, read_config
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
@@ -177,9 +176,8 @@ def tell_end(folder: Path, stage: Stage, step: int, watch: Supervision) -> None:
         scores = (folder / TABLE_FILE).read_text(encoding="utf-8").rstrip()
     else:
         scores = spell_scores(logged(folder, step, loop.EVALUATION))
-    source = config_flags.get_config_filename(flags.FLAGS["config"])
     outputs = {**stage.outputs, "metrics.jsonl, tensorboard/": "training curves"}
-    say(describe_end(folder, f"done: {step} updates", scores, outputs, stage.advise(source)))
+    say(describe_end(folder, f"done: {step} updates", scores, outputs, stage.advise(config_source())))
     say(watch.goodput.summary())
 
 

@@ -29,11 +29,10 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import membership, parse_flags, read_config
+from fopd_jax.config.flags import config_source, membership, parse_flags, read_config
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
@@ -248,9 +247,8 @@ def _hint(config: OPD | FlowMatching) -> str:
     file = student.with_suffix(".safetensors")
     if file.exists():
         return f"note: this is the base alone; what was trained is drawn with --adapter={file}"
-    source = config_flags.get_config_filename(flags.FLAGS["config"])
     return (
-        f"note: this is the base alone; `python -m fopd_jax.main --config={source}` trains {file}, "
+        f"note: this is the base alone; `python -m fopd_jax.main --config={config_source()}` trains {file}, "
         "which --adapter draws"
     )
 
