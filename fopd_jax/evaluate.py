@@ -19,9 +19,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir
+from fopd_jax.console import say, speaks
+from fopd_jax.evaluation.report import TABLE_FILE
 from fopd_jax.exits import explained
 from fopd_jax.files import local_path
-from fopd_jax.parallel.distributed import failing_together, initialize, is_main, speaks
+from fopd_jax.parallel.distributed import failing_together, initialize
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.stages.again import evaluate
 from fopd_jax.stages.stored import find_step
@@ -44,8 +46,9 @@ def main(_: list[str]) -> None:
         with failing_together(), keeping(config.run.compiled, folder):
             step = find_step(folder, _STEP.value)
             written = evaluate(config, folder, step, out, weights_only=_WEIGHTS_ONLY.value)
-        if is_main():
-            print(f"step {step} of {folder}: see {written}")
+        if (written / TABLE_FILE).exists():
+            say((written / TABLE_FILE).read_text(encoding="utf-8").rstrip())
+        say(f"step {step} of {folder}: see {written}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from logging import ERROR, LogRecord
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,18 +27,20 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from fopd_jax.config.flags import describe_config, membership, parse_flags, read_config, read_workdir
+from fopd_jax.config.flags import config_source, describe_config, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.schema import Config
-from fopd_jax.evaluation.report import SAMPLES_FILE
+from fopd_jax.console import say, speaks
+from fopd_jax.evaluation.report import SAMPLES_FILE, TABLE_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.running import inputs, lock, loop, profile, records, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
-from fopd_jax.running.metrics import MetricWriter
+from fopd_jax.running.display import describe_end, spell_scores
+from fopd_jax.running.metrics import MetricWriter, logged
 from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
@@ -59,6 +62,7 @@ _CHECK = flags.DEFINE_bool(
 def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each save at length
+        logging.get_absl_logger().addFilter(_is_no_advice)
     try:
         config = read_config()
         if _PRINT_CONFIG.value:
@@ -81,9 +85,14 @@ def main(_: list[str]) -> None:
         _abandon(*(fault or (traceback.format_exc(), RETRY)))
 
 
+def _is_no_advice(record: LogRecord) -> bool:
+    """Orbax also warns of every save that the one before has not ended yet; saves that fail are told by the loop."""
+    return record.levelno >= ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def _leave(message: str, status: int) -> NoReturn:
     """Exit together with the other processes, of which one tells why."""
-    leave(message if distributed.speaks() else "", status)
+    leave(message if speaks() else "", status)
 
 
 def _abandon(message: str, status: int) -> NoReturn:
@@ -116,10 +125,11 @@ def run(config: Config, folder: Path) -> None:
             with watch.goodput.measure("eval"):
                 report(folder, stage, state, writer)
             watch.goodput.mark(int(state.step))
-            writer.write_shares(int(state.step), watch.goodput.shares())
+            shares = {f"goodput/{name}": share for name, share in watch.goodput.shares().items()}
+            writer.write_scalars(int(state.step), {}, shares)
     writer.close()
     if distributed.is_main():
-        print(watch.goodput.summary())
+        tell_end(folder, stage, int(state.step), watch)
         seconds = {"setup": ready - began, "train": trained - ready, "report": time.monotonic() - trained}
         rounded = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
         write_json(folder / "timing.json", rounded)
@@ -145,10 +155,25 @@ def train(config: Config, folder: Path, stage: Stage, watch: Supervision) -> tup
 
 def report(folder: Path, stage: Stage, state: TrainState, writer: MetricWriter) -> None:
     """What the stage leaves at its end."""
+    say(f"step {int(state.step)}: the report")
     stage.finish(state)
-    if distributed.is_main():
-        with Image.open(folder / SAMPLES_FILE) as samples:
-            writer.write_images(int(state.step), {"samples": np.asarray(samples)})
+    if not distributed.is_main():
+        return
+    with Image.open(folder / SAMPLES_FILE) as samples:
+        writer.write_images(int(state.step), {"final/samples": np.asarray(samples)})
+    if TABLE_FILE in stage.outputs:
+        writer.write_texts(int(state.step), {"final/table": (folder / TABLE_FILE).read_text(encoding="utf-8")})
+
+
+def tell_end(folder: Path, stage: Stage, step: int, watch: Supervision) -> None:
+    """The last lines of a run: scores, what is where, what to do next."""
+    if TABLE_FILE in stage.outputs:
+        scores = (folder / TABLE_FILE).read_text(encoding="utf-8").rstrip()
+    else:
+        scores = spell_scores(logged(folder, step, loop.EVALUATION))
+    outputs = {**stage.outputs, "metrics.jsonl, tensorboard/": "training curves"}
+    say(describe_end(folder, f"done: {step} updates", scores, outputs, stage.advise(config_source())))
+    say(watch.goodput.summary())
 
 
 def prepare(config: Config, folder: Path) -> Stage:

@@ -33,15 +33,14 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
-from tqdm import tqdm
 
 from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir
+from fopd_jax.config.flags import config_source, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.console import progress, say, speaks
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.samples import (
     GRID_FILE,
@@ -56,7 +55,7 @@ from fopd_jax.evaluation.samples import (
 from fopd_jax.exits import explained
 from fopd_jax.files import local_path
 from fopd_jax.interop.files.tensor_files import hash_file
-from fopd_jax.parallel.distributed import initialize, is_main, speaks
+from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.export import export_name
@@ -154,7 +153,7 @@ def _draw(
     requests, (columns, rows) = asked.requests(), shown(asked, len(policies))
     cells: list[list[np.ndarray]] = []
     settings: dict[str, Any] = {}
-    with tqdm(total=len(policies) * len(requests), unit="image", dynamic_ncols=True, disable=not is_main()) as bar:
+    with progress("images", len(policies) * len(requests), "images") as count:
         for policy in policies:
             kept: list[np.ndarray] = []
             made = generate(sampler, pipeline.world, *policy.read(variables), requests, config.eval.batch_size)
@@ -165,7 +164,7 @@ def _draw(
                     write_image(path, image, request, asked, settings, policy.about)
                 if index < columns * asked.per_prompt and index % asked.per_prompt < rows:
                     kept.append(image)
-                bar.update()
+                count(1)
             cells += [kept[r::rows] for r in range(rows)]
     if is_main():
         names, adapters = [policy.name for policy in policies], [policy.about for policy in policies]
@@ -255,12 +254,12 @@ def _tell(
 ) -> None:
     columns, rows = shown(asked, len(policies))
     total, size = len(policies) * len(asked.requests()), describe_size((settings["height"], settings["width"]))
-    print(
+    say(
         f"{total} images of {size} pixels in {out} ({seconds:.1f} s); "
         f"{GRID_FILE} shows {columns} of {len(asked.prompts)} prompts, {rows} of {asked.per_prompt} seeds"
     )
     if not any(policy.about for policy in policies):
-        print(_hint(config))
+        say(_hint(config))
 
 
 def _hint(config: OPD | FlowMatching) -> str:
@@ -273,9 +272,8 @@ def _hint(config: OPD | FlowMatching) -> str:
     file = student.with_suffix(".safetensors")
     if file.exists():
         return f"note: this is the base alone; what was trained is drawn with --adapter={file}"
-    source = config_flags.get_config_filename(flags.FLAGS["config"])
     return (
-        f"note: this is the base alone; `python -m fopd_jax.main --config={source}` trains {file}, "
+        f"note: this is the base alone; `python -m fopd_jax.main --config={config_source()}` trains {file}, "
         "which --adapter draws"
     )
 

@@ -248,9 +248,11 @@ def test_the_recipe_runs_and_its_student_goes_back_to_diffusers(
 ):
     workdir = tmp_path / "run"
     stage = _train(config, workdir)
-    assert {path.name for path in workdir.iterdir()} >= {
-        "student.safetensors", "student_peft", "samples.png", "results.json", "metrics.jsonl", "checkpoints",
-    }  # fmt: skip
+    left = {path.name for path in workdir.iterdir()}
+    assert left >= {"student.safetensors", "student_peft", "samples.png", "metrics.jsonl", "checkpoints"}
+    assert not left & {"results.json", "table.txt"}  # nothing scores these tasks
+    assert stage.outputs.keys() <= left
+    assert [line.split()[1] for line in stage.advise("FILE")] == ["-m", "tools/convert_adapter.py"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["train/grad_norm"] > 0 and line["train/teacher_gap"] > 0 for line in lines)

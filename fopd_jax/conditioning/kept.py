@@ -7,11 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from fopd_jax.conditioning.cache import Encode, Encoded
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.parallel.distributed import barrier, is_main
+from fopd_jax.console import progress
+from fopd_jax.parallel.distributed import barrier
 
 ENCODING_TIMEOUT_S = 7200.0  # a host that has its prompts waits while another one encodes them all
 
@@ -93,9 +93,9 @@ class KeptPrompts:
                 self._encodings.write(self._encoded(missing, load()))
 
     def _encoded(self, prompts: Sequence[str], encode: Encode) -> Iterator[tuple[Sequence[str], Conditioning]]:
-        title, size = "encode prompts", self._batch_size
-        with tqdm(total=len(prompts), desc=title, unit="prompt", dynamic_ncols=True, disable=not is_main()) as bar:
+        size = self._batch_size
+        with progress("encode prompts", len(prompts), "prompts") as count:
             for start in range(0, len(prompts), size):
                 batch = prompts[start : start + size]
                 yield batch, encode(batch)
-                bar.update(len(batch))
+                count(len(batch))

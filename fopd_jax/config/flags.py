@@ -111,6 +111,12 @@ def describe_config(config: Config) -> str:
     return describe(config, config_flags.get_override_values(flags.FLAGS["config"]))
 
 
+def config_source() -> str:
+    """`--config` as it was given, for commands that are told; "FILE" where there was none."""
+    flag = flags.FLAGS["config"]
+    return config_flags.get_config_filename(flag) if flag.present else "FILE"
+
+
 def membership() -> tuple[str | None, int | None, int | None, str]:
     """Coordinator, number of processes, number of this one and mode, for `distributed.initialize`."""
     return _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value

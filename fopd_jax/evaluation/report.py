@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from fopd_jax import files
 from fopd_jax.config.schema import Evaluation
+from fopd_jax.console import progress
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Sampler, check_finite
 from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
@@ -24,7 +24,7 @@ from fopd_jax.worlds.world import World, select_tasks
 
 Scores = Mapping[str, np.ndarray]
 GRID_COLUMNS = 12
-SAMPLES_FILE = "samples.png"
+SAMPLES_FILE, RESULTS_FILE, TABLE_FILE = "samples.png", "results.json", "table.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ def write_report(
     world: World,
     models: Sequence[Model],
 ) -> None:
-    """Evaluate every model on the same pairs, print the table and write the files; the last model is the student.
+    """Evaluate every model on the same pairs and write the files; the last model is the student.
 
     `about`: what else to write into `results.json`. All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
-    scores, there is no table.
+    scores, there is neither it nor a table.
 
     Raises:
       FloatingPointError: a score is not finite; names model and skill, and nothing is written.
@@ -64,18 +64,18 @@ def write_report(
     eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways)
     scores: dict[str, Scores] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
-    with tqdm(total=total, unit="image", desc="report", dynamic_ncols=True, disable=not total or not is_main()) as bar:
+    with progress("report", total, "images") as count:
         for model in models:
-            scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, bar.update)
+            scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, count)
             files.check_finite(f"scores of {model.name}", scores[model.name])
-    if is_main():
+    if is_main() and total:
         _write_scores(workdir, about, scores, models[-1].name)
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
 def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, Scores], student: str) -> None:
     write_json(
-        workdir / "results.json",
+        workdir / RESULTS_FILE,
         {
             "models": {
                 name: {skill: round(value, 6) for skill, value in means(each).items()} for name, each in scores.items()
@@ -85,10 +85,7 @@ def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, 
             "versions": versions(PACKAGES),
         },
     )
-    if scores[student]:
-        table = format_table(scores, student)
-        write_text(workdir / "table.txt", table + "\n")
-        print(table)
+    write_text(workdir / TABLE_FILE, format_table(scores, student) + "\n")
 
 
 def format_table(scores: Mapping[str, Scores], student: str) -> str:

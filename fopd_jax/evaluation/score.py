@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fopd_jax.console import Progress
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows
 from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.running.stage import Progress
 from fopd_jax.tasks.task import Scores, Task
 from fopd_jax.worlds.world import World
 

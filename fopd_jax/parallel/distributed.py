@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, Sharding
 from jaxtyping import Int
 
+from fopd_jax.console import note
 from fopd_jax.parallel.environment import chosen_devices, coordinates, surroundings
 from fopd_jax.parallel.mesh import AXES, visible_devices
 from fopd_jax.parallel.rollcall import roll_call
@@ -123,7 +123,7 @@ def _detect(timeout_s: float) -> tuple[Membership | None, str]:
     around = surroundings(os.environ)
     member = _found_by_jax(around.devices, timeout_s) if around.look else None
     if around.told and (member is None or member.process == 0):
-        print(f"found {around.told}", file=sys.stderr, flush=True)
+        note(f"found {around.told}")
     return member, around.told
 
 
@@ -151,17 +151,12 @@ def is_main() -> bool:
 def warn(message: str) -> None:
     """A line on stderr, by process 0 alone."""
     if is_main():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        note(f"warning: {message}")
 
 
 def is_alone() -> bool:
     """Whether no other process has been joined; asks no device, so that it also answers where there is none."""
     return global_state.num_processes in (None, 1)
-
-
-def speaks() -> bool:
-    """Whether this is the process to tell what all of them meet; asks no device either."""
-    return not global_state.process_id
 
 
 def name_of(process: int) -> str:

@@ -115,6 +115,11 @@ class Goodput:
 
     # ---- looking at it
 
+    def spent(self, *phases: str) -> float:
+        """Seconds on some phases until now, those of earlier runs included."""
+        self._switch(self._phase)
+        return sum(self.seconds[phase] for phase in phases)
+
     def shares(self) -> Seconds:
         """Each phase's part of the whole."""
         total = sum(self.seconds.values())

@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
@@ -18,8 +17,9 @@ from fopd_jax.parallel.agreement import agree, overheard
 from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, fetch, is_main, largest, warn
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
+from fopd_jax.running.display import Display
 from fopd_jax.running.means import SKIPPED, Means, split
-from fopd_jax.running.metrics import MetricWriter, is_logged
+from fopd_jax.running.metrics import MetricWriter, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
@@ -75,16 +75,16 @@ class _Run:
     def run(self) -> TrainState:
         first = self.resume()
         steps, measure = self.settings.steps, self.watch.goodput.measure
-        hidden = first >= steps or not is_main()
-        self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=hidden)
-        with self.bar, measure("step"), self.watch.preemption, self.watch.watchdog, contextlib.ExitStack() as at_end:
-            at_end.callback(self.stage.close)
-            at_end.callback(self.watch.profile.close)
+        self.display = Display(self.settings, first, self.stage.samples, self.watch.goodput)
+        with measure("step"), self.watch.preemption, self.watch.watchdog, contextlib.ExitStack() as at_end:
+            for each in (self.display, self.stage, self.watch.profile):
+                at_end.callback(each.close)
             self.catch_up(first)
             for i in range(first, steps):
                 if self.watch.preemption.asked():
                     self.stop(i)
-                self.update(i)
+                with self.display.compiling() if i == first else contextlib.nullcontext():
+                    self.update(i)
                 self.settle(i + 1)
             if self.unscored:
                 self.evaluate(steps)
@@ -112,7 +112,7 @@ class _Run:
         workdir = self.watch.workdir
         if workdir is None or first == 0 or not self.due(self.settings.eval_every, first):
             return
-        if largest(int(is_main() and not is_logged(workdir, first, EVALUATION))):
+        if largest(int(is_main() and not logged(workdir, first, EVALUATION))):
             self.evaluate(first)
 
     def update(self, i: int) -> None:
@@ -137,7 +137,6 @@ class _Run:
             self.save(step)
         if evaluates:  # after saving: a kill repeats no update, and `catch_up` finds that the scores are missing
             self.evaluate(step)
-        self.bar.update()
         self.watch.goodput.write(goodput.WRITE_EVERY)
 
     # ---- metrics
@@ -152,11 +151,11 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         self.watch.watchdog.beat(f"step {step}")
         alarms = self.skip(step, values, metrics) if values.get(SKIPPED, 0.0) else self.add(step, values)
+        self.display.step(step, values)
         if self.due(self.settings.log_every, step) or any(alarms.values()):
             means = self.means.take()
-            self.writer.write_scalars(step, {f"train/{name}": value for name, value in means.items()} | alarms)
-            if "loss" in means:
-                self.bar.set_postfix({"loss": f"{means['loss']:.4g}"})
+            scalars = {f"train/{name}": value for name, value in means.items()} | alarms
+            self.writer.write_scalars(step, scalars, self.display.measured())
 
     def add(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
         """An update that landed; returns its alarms."""
@@ -194,6 +193,7 @@ class _Run:
         about = f"the evaluation at step {step}"
         with self.watch.goodput.measure("eval"), left_where_it_hangs(about, lambda: overheard(about)):
             try:  # a missing file or a full memory in there is no reason to end days of training
+                self.display.evaluating(step)
                 problem = self.agreed(about, score, FAILURE_S + HEAD_START_S * is_main())
             except Interrupted:
                 self.stop(step)
@@ -203,6 +203,7 @@ class _Run:
             warn(f"step {step}: the evaluation failed ({problem}); training goes on")
             self.writer.write_scalars(step, {FAILED: float(self.failed)})
             return
+        self.display.scored(step, scores)
         self.writer.write_scalars(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})
         self.writer.write_images(step, images)
         self.checkpoints.score(step, scores)

@@ -1,4 +1,4 @@
-"""One metric writer, with clu's method names, over TensorBoard and `metrics.jsonl`."""
+"""One metric writer, with clu's method names, over TensorBoard, `metrics.jsonl` and `performance.jsonl`."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
+
+SCALARS, CLOCKED = "metrics.jsonl", "performance.jsonl"
 
 
 @contextlib.contextmanager
@@ -39,10 +42,12 @@ with _absent("torch"):  # tensorboardX imports it where it is installed: half of
 
 
 class MetricWriter:
-    """Writes scalars and images to a TensorBoard event file and one JSON line per step to `metrics.jsonl`.
+    """Writes scalars, images and texts to a TensorBoard event file; scalars also as one JSON line per step.
 
-    On resuming, lines beyond `resume_step` belong to updates that were lost and are dropped. Only process 0 writes:
-    on the others nothing here does anything. `tracker`: where all of it is written to as well.
+    `metrics.jsonl` holds what is the same however often a run is interrupted; what depends on the clock and on the
+    machine is in `performance.jsonl`. On resuming, lines beyond `resume_step` belong to updates that were lost and are
+    dropped. Only process 0 writes: on the others nothing here does anything. `tracker`: where all of it is written to
+    as well.
 
     What cannot be written is told, kept in memory and tried again with what comes next.
     """
@@ -53,38 +58,36 @@ class MetricWriter:
         if not self._writes:
             return
         self._tracker, self._step = tracker, resume_step
-        path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
-        path.touch()  # there from the beginning, before its first line
-        _drop_after(path, resume_step)
-        self._lines = _Tail(path)
+        board = workdir / "tensorboard"
+        self._lines, self._clocked = (_resumed(workdir / name, resume_step) for name in (SCALARS, CLOCKED))
         self._board = _Tail(board / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}")
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))  # hides what it repeats
         self._flush(resume_step)
 
     @property
+    def _files(self) -> tuple["_Tail", ...]:
+        return self._lines, self._clocked, self._board
+
+    @property
     def trouble(self) -> str:
         """Why nothing can be written, once that has failed too often in a row; empty otherwise."""
         return self._misses.told
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        if not scalars or not self._writes:
+    def write_scalars(
+        self, step: int, scalars: Mapping[str, float], clocked: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """`clocked`: those that depend on the clock or the machine."""
+        if not self._writes or not (scalars or clocked):
             return
-        line = json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n"
-        self._lines.add(line.encode())
-        self._show(step, scalars)
-
-    def write_shares(self, step: int, shares: Mapping[str, float]) -> None:
-        """Where the time went; not into `metrics.jsonl`, which does not depend on the clock."""
-        if self._writes:
-            self._show(step, {f"goodput/{name}": share for name, share in shares.items()})
-
-    def _show(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
+        for lines, values in ((self._lines, scalars), (self._clocked, clocked)):
+            if values:
+                lines.add((json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n").encode())
+        for name, value in {**scalars, **clocked}.items():
             self._add(Event(step=step, summary=summary.scalar(name, value)))
         self._flush(step)
         if self._tracker:
-            self._tracker.write_scalars(step, scalars)
+            self._tracker.write_scalars(step, {**scalars, **clocked})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images are uint8 `[H, W, 3]`."""
@@ -95,6 +98,16 @@ class MetricWriter:
         self._flush(step)
         if self._tracker:
             self._tracker.write_images(step, images)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts are shown as they are, in letters of one width."""
+        if not self._writes:
+            return
+        for name, text in texts.items():
+            self._add(Event(step=step, summary=summary.text(name, f"```\n{text.rstrip()}\n```")))
+        self._flush(step)
+        if self._tracker:
+            self._tracker.write_texts(step, texts)
 
     def _add(self, event: Event) -> None:
         """A record of TensorBoard's: length, its checksum, the event, its checksum."""
@@ -108,8 +121,8 @@ class MetricWriter:
         self._step = step
         try:
             self._board.path.parent.mkdir(exist_ok=True)
-            self._lines.flush()
-            self._board.flush()
+            for each in self._files:
+                each.flush()
         except OSError as error:
             self._misses.missed(step, in_one_line(error))
         else:
@@ -119,7 +132,7 @@ class MetricWriter:
         """Write what is left; `status`: how the program ends."""
         if not self._writes:
             return
-        if self._lines.waiting or self._board.waiting:
+        if any(each.waiting for each in self._files):
             self._flush(self._step)
         if lost := self._lines.waiting.count(b"\n"):
             warn(f"{self._lines.path}: the last {lost} lines could not be written")
@@ -149,11 +162,21 @@ class _Tail:
                 self.waiting = self.waiting[file.write(self.waiting) or 0 :]
 
 
-def is_logged(workdir: Path, step: int, prefix: str) -> bool:
-    """Whether a scalar of that step whose name has that prefix has been written."""
-    path = workdir / "metrics.jsonl"
+def logged(workdir: Path, step: int, prefix: str) -> dict[str, float]:
+    """Scalars of that step that have been written under names with that prefix, without it."""
+    path = workdir / SCALARS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any(name.startswith(prefix) for line in lines if _step_of(line) == step for name in json.loads(line))
+    found = (json.loads(line) for line in lines if _step_of(line) == step)
+    return {
+        name.removeprefix(prefix): value for line in found for name, value in line.items() if name.startswith(prefix)
+    }
+
+
+def _resumed(path: Path, step: int) -> _Tail:
+    """A file that is there from the beginning, before its first line, and up to that step."""
+    path.touch()
+    _drop_after(path, step)
+    return _Tail(path)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
+from fopd_jax.console import say
 from fopd_jax.files import write_text
 from fopd_jax.policy.velocity import Tree
 
@@ -27,7 +28,7 @@ class Part:
 
 def write_overview(workdir: Path, title: str, parts: Sequence[Part]) -> None:
     """Print the overview, and write every array of every part to `parameters.txt` unless that is there."""
-    print(overview(title, parts))
+    say(overview(title, parts))
     path = workdir / FILE
     if path.exists():
         return

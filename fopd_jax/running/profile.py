@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from fopd_jax.config.schema import Run
+from fopd_jax.console import say
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.policy.velocity import Tree
 
@@ -78,4 +78,4 @@ class Profile:
         except (OSError, RuntimeError) as error:
             warn(f"run.profile: no trace ({error})")
         else:
-            tqdm.write(f"profile: updates {first} to {self._last} are in {self._folder}")
+            say(f"profile: updates {first} to {self._last} are in {self._folder}")

@@ -1,17 +1,16 @@
 """What the loop runs: a stage, from its first state to what it leaves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from fopd_jax.console import Progress
 from fopd_jax.steps.state import TrainState
 
 Tree = Any
 Metrics = Mapping[str, jax.Array]
-Progress = Callable[[int], Any]
-"""Told how much of what was asked for is done."""
 
 
 @runtime_checkable
@@ -30,6 +29,11 @@ class Stage(Protocol):
     @property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: a resumed run has it from these, not from `start`."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Of one update."""
         ...
 
     def start(self) -> TrainState:
@@ -73,4 +77,8 @@ class Stage(Protocol):
 
     def finish(self, state: TrainState) -> None:
         """Write `outputs`."""
+        ...
+
+    def advise(self, source: str) -> Sequence[str]:
+        """What to do with them, a line each; `source`: the config's file, as on the command line."""
         ...

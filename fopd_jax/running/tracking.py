@@ -1,5 +1,6 @@
 """Weights & Biases, beside what the workdir keeps: optional, and nothing depends on it."""
 
+import html
 import importlib
 import json
 import uuid
@@ -54,7 +55,7 @@ def start(project: str, name: str, fields: Fields, workdir: Path) -> "Tracker | 
             dir=str(workdir),
             settings=_SETTINGS,
         )
-        return Tracker(run, wandb.Image)
+        return Tracker(run, wandb.Image, wandb.Html)
     except Exception as error:  # whatever it is, of a service that a run does not need
         _give_up(error)
         return None
@@ -77,8 +78,8 @@ class Tracker:
     What a resumed run repeats is there already: it is the same to the bit, and histories only grow.
     """
 
-    def __init__(self, run: Any, image: Callable[[np.ndarray], Any]) -> None:
-        self._run, self._image = run, image
+    def __init__(self, run: Any, image: Callable[[np.ndarray], Any], page: Callable[[str], Any]) -> None:
+        self._run, self._image, self._page = run, image, page
         self._first = int(run.starting_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -87,6 +88,10 @@ class Tracker:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images are uint8 `[H, W, 3]`."""
         self._call(step, lambda: {name: self._image(image) for name, image in images.items()})
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts are shown as they are, in letters of one width."""
+        self._call(step, lambda: {name: self._page(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()})
 
     def _call(self, step: int, values: Callable[[], Mapping[str, Any]]) -> None:
         if self._run is None or step < self._first:

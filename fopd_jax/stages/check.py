@@ -1,6 +1,7 @@
-"""`--check`: all that a run would be refused for, and in words what it would do. Nothing is written or trained."""
+"""What a run does, in words: the lines that it starts with, and those of `--check`, which then stops."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -21,20 +22,35 @@ _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 def describe_plan(plan: Plan, config: Config, workdir: Path) -> str:
     """What a run of a plan would do, a subject a line."""
     rows = [
-        ("run", f"{config.name}, stage {config.stage}, config {config_hash(config)}"),
-        ("workdir", f"{workdir}, {_where(config, workdir)}"),
-        ("devices", _devices(plan)),
-        ("network", _network(plan, config)),
-        ("trains", _trains(plan, config)),
-        *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *_what(plan, config, workdir),
         ("prompts", _prompts(plan)),
         ("to encode", _encoding(plan)),
         ("updates", _updates(plan, config)),
         ("memory", _memory(plan)),
         ("evaluation", _evaluation(plan, config)),
     ]
+    return "\n".join([_aligned(rows), "all is well: nothing was written"])
+
+
+def describe_run(plan: Plan, config: Config, workdir: Path) -> str:
+    """Of the same what a run starts with: what is known at once."""
+    return _aligned([*_what(plan, config, workdir), ("updates", _updates(plan, config))])
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
-    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows), "all is well: nothing was written"])
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
+    return [
+        ("run", f"{config.name}, stage {config.stage}, config {config_hash(config)}"),
+        ("workdir", f"{workdir}, {_where(config, workdir)}"),
+        ("devices", _devices(plan)),
+        ("network", _network(plan, config)),
+        ("trains", _trains(plan, config)),
+        *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+    ]
 
 
 def _where(config: Config, workdir: Path) -> str:
@@ -65,11 +81,10 @@ def _trains(plan: Plan, config: Config) -> str:
         if config.trained == "params"
         else f"an adapter of rank {rank_of(plan.trained.state.trained)}"
     )
-    start = ""
-    if isinstance(config, OPD):
-        merged = config.cold_start.method == "merge"
-        start = f", from the teachers' merge ({config.cold_start.merge})" if merged else ", from the base"
-    return f"{what}, {count:,} numbers{start}"
+    start = "the base" if config.model.path else "random weights"
+    if isinstance(config, OPD) and config.cold_start.method == "merge":
+        start = f"the teachers' merge ({config.cold_start.merge})"
+    return f"{what}, {count:,} numbers, from {start}"
 
 
 def _teachers(config: OPD) -> str:

@@ -40,6 +40,21 @@ def exports(name: str, what: str, whole: bool, pipeline: Pipeline) -> dict[str, 
     return {f"{name}.safetensors": what, f"{name}_peft": "the same for PEFT and diffusers"}
 
 
+def advise(folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str) -> list[str]:
+    """Commands that draw with what `export` wrote, or take it elsewhere; `source`: the config's file."""
+    sample = f"python -m fopd_jax.sample --config={source}"
+    if not whole:
+        draw = [f"{sample} --adapter={folder}/{name}.safetensors"]
+        convert = f"python tools/convert_adapter.py --src {folder}/{name}.safetensors --dst FILE --to comfyui"
+        return draw if _published(pipeline) is None else [*draw, convert]
+    if _published(pipeline) is None:
+        return [f"{sample} --config.model.path={folder}/{name}.safetensors"]
+    return [
+        f"python tools/convert_sd35_weights.py --src {folder}/{name}_diffusers --dst FOLDER",
+        f"{sample} --config.model.path=FOLDER",
+    ]
+
+
 def export(folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model) -> None:
     """Write a trained adapter, or a whole network's parameters; all processes call it, process 0 writes.
 

@@ -12,19 +12,20 @@ import numpy as np
 from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
+from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
-from fopd_jax.evaluation.score import evaluate, means
 from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
-from fopd_jax.running.stage import Metrics, Progress
+from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
-from fopd_jax.stages.export import export, export_name, exports
+from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.setup import describe_weights, make_setup
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup
 from fopd_jax.steps.flow_matching import METRICS
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
@@ -58,7 +59,7 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     return FlowMatchingPlan(
-        setup, update.trained, lambda: pairs.upto(config.run.steps), METRICS, held,
+        setup, update.trained, lambda: pairs.upto(config.run.steps), (*METRICS, RATE), held,
         lambda: update_cost(config, latent_shape, tokens(), model), update, pairs,
     )  # fmt: skip
 
@@ -69,12 +70,14 @@ class FlowMatching:
     def __init__(self, config: settings.FlowMatching, workdir: Path) -> None:
         plan = plan_flow_matching(config)
         check_plan(plan, config, workdir)
+        say(describe_run(plan, config, workdir))
         self.config, self.workdir = config, workdir
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
         self.pairs = pairs = plan.pairs
         sharding = batch_sharding(self.pipeline.mesh)
         rows = rows_of(sharding, config.batch_size)
         plan.prepare()  # captions before the base: text encoders and network need not be in memory together
+        say("loading the base")
         self.frozen, self._start = self.load()
         self.feed = Feed(lambda step: pairs.batch(step, rows), sharding, config.batch_size, config.run.steps)
 
@@ -99,6 +102,11 @@ class FlowMatching:
         return variables, init_adapter(key, variables["params"], config.adapter, pipeline.family.targets)
 
     @property
+    def samples(self) -> int:
+        """Of one update."""
+        return self.config.batch_size
+
+    @property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         return self.update.trained.state
@@ -115,9 +123,10 @@ class FlowMatching:
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
         self._start = None  # a resumed run has not asked for it
-        batch = self.feed(step)
+        batch, measured = self.feed(step), self.setup.measured(state)
         conditioning = self.pipeline.world.embed(batch["conditioning"])
-        return self.update.step(self.frozen, state, {**batch, "conditioning": conditioning})
+        state, metrics = self.update.step(self.frozen, state, {**batch, "conditioning": conditioning})
+        return state, {**metrics, **measured}
 
     def drain(self) -> None:
         """Nothing is ever in flight but the update itself."""
@@ -140,12 +149,20 @@ class FlowMatching:
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged weights on the periodic evaluation's pairs, where something measures them."""
-        setup, model = self.setup, self.model(state.ema)
-        return means(evaluate(setup.sampler, self.pipeline.world, setup.eval_set, *model.policy, progress))
+        return self.setup.evaluate(self.model(state.ema), progress)
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
         """What the averaged weights draw."""
         return self.setup.draw(self.model(state.ema))
+
+    def advise(self, source: str) -> list[str]:
+        """What to do with the weights."""
+        taught = "in a config of stage `opd`, this teaches a task"
+        as_teacher = [f"--config.tasks.TASK.teacher={self.workdir}/adapter.safetensors   # {taught}"]
+        return [
+            *advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source),
+            *([] if self.whole else as_teacher),
+        ]
 
     def finish(self, state: TrainState) -> None:
         """Write the averaged weights, and what they draw."""

@@ -12,21 +12,22 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
-from fopd_jax.evaluation.report import SAMPLES_FILE, Model, write_report
-from fopd_jax.evaluation.score import evaluate, means
+from fopd_jax.console import Progress, say
+from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.overview import Part
-from fopd_jax.running.stage import Metrics, Progress
+from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
-from fopd_jax.stages.export import export, export_name, exported_weights, exports
+from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.setup import describe_weights, make_setup, null_conditioning
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
@@ -80,7 +81,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     return OPDPlan(
-        setup, trained, lambda: stream.upto(config.run.steps), metric_names(spec.teachers), held,
+        setup, trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.teachers), RATE), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
     )  # fmt: skip
 
@@ -91,10 +92,12 @@ class OPD:
     def __init__(self, config: settings.OPD, workdir: Path) -> None:
         plan = plan_opd(config)
         check_plan(plan, config, workdir)
+        say(describe_run(plan, config, workdir))
         self.config, self.workdir = config, workdir
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
         self.trained = plan.trained
         plan.prepare()  # before the base: text encoders and network need not be in memory together
+        say("loading base and teachers")
         self.teaching = plan.teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
         sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
@@ -104,12 +107,20 @@ class OPD:
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
         student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
-        return student | {SAMPLES_FILE: "every model on the same prompts", "results.json": "scores of every model"}
+        pictures = {SAMPLES_FILE: "every model on the same prompts"}
+        if not self.setup.eval_set.scored():
+            return student | pictures
+        return student | pictures | {RESULTS_FILE: "mean scores of every model", TABLE_FILE: "the same, as a table"}
 
     @property
     def whole(self) -> bool:
         """Whether all of the network trains."""
         return self.config.trained == "params"
+
+    @property
+    def samples(self) -> int:
+        """Of one update."""
+        return self.config.batch_size
 
     @property
     def state(self) -> TrainState:
@@ -118,6 +129,8 @@ class OPD:
 
     def start(self) -> TrainState:
         """The state of step 0, born in its shards."""
+        if self.config.cold_start.method == "merge":
+            say("merging the teachers into the student's start")
         return self.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
@@ -128,9 +141,10 @@ class OPD:
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One jitted program."""
-        batch = self.feed(step)
+        batch, measured = self.feed(step), self.setup.measured(state)
         conditioning = self.pipeline.world.embed(batch.conditioning)
-        return self.update.step(self.frozen, state, Batch(conditioning, batch.route))
+        state, metrics = self.update.step(self.frozen, state, Batch(conditioning, batch.route))
+        return state, {**metrics, **measured}
 
     def drain(self) -> None:
         """Nothing is ever in flight but the update itself."""
@@ -157,8 +171,11 @@ class OPD:
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
-        setup, world, model = self.setup, self.pipeline.world, self.model(state.ema)
-        return means(evaluate(setup.sampler, world, setup.eval_set, model.variables, model.adapter, progress))
+        return self.setup.evaluate(self.model(state.ema), progress)
+
+    def advise(self, source: str) -> list[str]:
+        """What to do with the student."""
+        return advise(self.workdir, "student", self.whole, self.pipeline, source)
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge."""

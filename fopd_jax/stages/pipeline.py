@@ -6,7 +6,6 @@ the encoders are dropped as soon as their prompts are encoded.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -28,6 +27,7 @@ from fopd_jax.backbones.weights import (
     read_file,
 )
 from fopd_jax.config.schema import Model, Run
+from fopd_jax.console import note
 from fopd_jax.exits import CONVERTER, GUIDE
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
@@ -88,7 +88,7 @@ def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> Att
     found = resolve_attention(name, dtype, head_dim, platform)
     if name == AUTO and jax.process_index() == 0:
         on = f"{platform}, {dtype}, head dimension {head_dim}"
-        print(f"attention: auto → {found} ({on})", file=sys.stderr, flush=True)
+        note(f"attention: auto → {found} ({on})")
     return found
 
 

@@ -2,36 +2,63 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Config, Evaluation
+from fopd_jax.console import Progress
+from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.score import EvalSet
+from fopd_jax.evaluation.score import EvalSet, evaluate, means
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
-from fopd_jax.steps.state import TrainState, make_optimizer
+from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import embed_empty, select_tasks
+
+RATE = "learning_rate"
+"""A metric of every stage: of the update's first step of the optimizer, where it has several."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The parts that do not depend on the stage."""
+    """The parts that do not depend on the stage.
+
+    `rate`: of the optimizer's state, the learning rate of its next update; a program of its own, so that the updates
+    of all stages have the same metric.
+    """
 
     pipeline: Pipeline
     sampler: Sampler
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
+    rate: Callable[[Tree], jax.Array]
+
+    def measured(self, state: TrainState) -> dict[str, jax.Array]:
+        """Metrics of the coming update that are known from the state before it."""
+        return {RATE: self.rate(state.opt_state)}
+
+    def evaluate(self, model: Model, progress: Progress) -> dict[str, float]:
+        """Mean scores on the periodic evaluation's pairs, of the tasks that something measures."""
+        pairs = self.eval_set
+        with show_progress("evaluation", len(pairs.scored()) * pairs.samples, "images") as count:
+
+            def both(done: int) -> None:
+                count(done)
+                progress(done)
+
+            return means(evaluate(self.sampler, self.pipeline.world, pairs, *model.policy, both))
 
     def draw(self, model: Model) -> dict[str, np.ndarray]:
         """One row of the evaluation's pictures, for the metrics."""
@@ -51,6 +78,7 @@ def make_setup(config: Config, tasks: Callable[[], Mapping[str, Task]]) -> Setup
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
         eval_set=EvalSet(chosen, evaluation.samples, evaluation.batch_size, evaluation.seed, batch_ways(pipeline.mesh)),
         optimizer=make_optimizer(config.optimizer),
+        rate=jax.jit(partial(learning_rate, config.optimizer)),
     )
 
 

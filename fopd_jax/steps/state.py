@@ -52,12 +52,24 @@ def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
 
     The schedule does not know the number of steps: a finished run can be extended.
     """
-    rate, warmup = settings.learning_rate, settings.warmup
-    schedule = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(schedule, b1=settings.betas[0], b2=settings.betas[1], weight_decay=settings.weight_decay),
+        optax.adamw(
+            _schedule(settings), b1=settings.betas[0], b2=settings.betas[1], weight_decay=settings.weight_decay
+        ),
     )
+
+
+def _schedule(settings: Optimizer) -> optax.Schedule:
+    rate, warmup = settings.learning_rate, settings.warmup
+    return optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
+
+
+def learning_rate(settings: Optimizer, opt_state: Tree) -> jax.Array:
+    """The rate of the next update of `make_optimizer(settings)`; updates that did not land have not moved it."""
+    scheduled = optax.ScaleByScheduleState.__name__
+    count = optax.tree.get(opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == scheduled)
+    return jnp.asarray(_schedule(settings)(count), jnp.float32)
 
 
 def init_state(trained: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

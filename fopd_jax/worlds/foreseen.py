@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from tqdm import tqdm
-
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.console import progress
 
 MOST_DRAWN = 4_000_000
 """Prompts; drawing them takes ten seconds."""
-_SHOWN_AFTER_S = 2.0
 
 
 def foresee(
@@ -20,10 +17,8 @@ def foresee(
     those that are left follow, which a longer run may never ask for.
     """
     left, drawn = dict.fromkeys(everything), 0
-    bar = tqdm(range(steps), "draw prompts", unit="step", dynamic_ncols=True, delay=_SHOWN_AFTER_S, leave=False,
-               disable=not is_main())  # fmt: skip
-    with bar:
-        for step in bar:
+    with progress("draw prompts", steps, "steps") as count:
+        for step in range(steps):
             if not left or drawn >= most:
                 break
             prompts = draw(step)
@@ -32,6 +27,7 @@ def foresee(
                     del left[prompt]
                     yield prompt
             drawn += len(prompts)
+            count(1)
         else:
             return
     yield from left

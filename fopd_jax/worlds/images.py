@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from fopd_jax.config.schema import Pairs
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.console import note, progress
 from fopd_jax.parallel.distributed import barrier, is_main, total
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.foreseen import foresee
@@ -150,9 +149,11 @@ def check_images(paths: Sequence[Path], size: tuple[int, int], field: str) -> No
       ValueError: one cannot be read; names field and file.
     """
     mine = paths[jax.process_index() :: jax.process_count()]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = threads.map(lambda path: _load(path, field).size, mine)
-        found = list(tqdm(sizes, "check images", len(mine), dynamic_ncols=True, disable=not is_main()))
+    found: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(_THREADS) as threads, progress("check images", len(mine), "images") as count:
+        for size_found in threads.map(lambda path: _load(path, field).size, mine):
+            found.append(size_found)
+            count(1)
     height, width = size
     small = [path for path, (w, h) in zip(mine, found, strict=True) if 2 * h < height or 2 * w < width]
     barrier(f"{field} are checked", CHECKING_TIMEOUT_S)
@@ -160,7 +161,7 @@ def check_images(paths: Sequence[Path], size: tuple[int, int], field: str) -> No
     if small and is_main():
         least = f"{height // 2} pixels a side" if height == width else describe_size((height // 2, width // 2))
         what = f"{count} of {len(paths)} images are below {least} and will be blurred"
-        print(f"{field}: {what}, such as {small[0]}", file=sys.stderr, flush=True)
+        note(f"{field}: {what}, such as {small[0]}")
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Float[np.ndarray, "height width 3"]:

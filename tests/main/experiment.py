@@ -31,10 +31,10 @@ TINY: Overrides = {
     "eval.samples": 4, "eval.batch_size": 4, "eval.num_steps": 2, "eval.guidance": 1.0, "guidance": 1.0,
 }  # fmt: skip
 OUTPUTS = {
-    "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "results.json", "run.json",
-    "samples.png", "student.safetensors", "table.txt", "timing.json",
+    "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "performance.jsonl",
+    "results.json", "run.json", "samples.png", "student.safetensors", "table.txt", "timing.json",
 }  # fmt: skip
-CLOCKED = {"goodput.json", "run.json", "timing.json"}
+CLOCKED = {"goodput.json", "performance.jsonl", "run.json", "timing.json"}
 
 
 def noisy(seed: int, tree: Any, std: float) -> Any:
@@ -89,6 +89,7 @@ class Program:
         done = self.call(line)
         assert done.returncode == 0, done.stderr
         (self.folder / f"{name}.out").write_text(done.stdout)
+        (self.folder / f"{name}.err").write_text(done.stderr)
         return self.folder / name
 
     def command(self, name: str, settings: Overrides) -> list[str]:
@@ -142,9 +143,9 @@ def wait_for(processes: list[subprocess.Popen[str]], condition: Callable[[], boo
     return True
 
 
-def logged(workdir: Path) -> list[dict[str, float]]:
+def logged(workdir: Path, file: str = "metrics.jsonl") -> list[dict[str, float]]:
     """Whole lines of the metrics."""
-    path = workdir / "metrics.jsonl"
+    path = workdir / file
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 

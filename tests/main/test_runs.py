@@ -62,12 +62,47 @@ def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program:
     assert json.loads((whole / "timing.json").read_text()).keys() == {
         "setup_seconds", "train_seconds", "report_seconds",
     }  # fmt: skip
-    assert (whole / "table.txt").read_text() in (program.folder / "whole.out").read_text()
     with Image.open(whole / "samples.png") as picture:
         assert picture.format == "PNG"
     assert newest_step(whole) == STEPS
     events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
     assert events.count(b"\x89PNG") == 3  # what each of the two evaluations drew, and the report
+    assert events.count(b"final/samples") == events.count(b"final/table") == 1
+    assert (whole / "table.txt").read_bytes().rstrip() in events
+
+
+def test_the_metrics_hold_the_learning_rate_and_beside_them_time_and_memory(whole: Path):
+    rates = [line["train/learning_rate"] for line in logged(whole) if "train/loss" in line]
+    np.testing.assert_allclose(rates, [5e-3, 1e-2, 1e-2, 1e-2])  # warmed up over two updates
+    *lines, last = logged(whole, "performance.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["memory/host_peak_gib"] > 0 for line in lines)
+    first, *later = ("time/step_seconds" in line for line in lines)
+    assert not first  # it waited for its program
+    assert all(later)
+    assert all(line["time/samples_per_second"] == 4 / line["time/step_seconds"] for line in lines[1:])
+    assert {"goodput/step", "goodput/compile"} < last.keys()
+
+
+def test_the_console_tells_the_run_from_its_header_to_what_comes_next(whole: Path, program: Program):
+    told, progress = ((program.folder / f"whole.{stream}").read_text() for stream in ("out", "err"))
+    said = [line for line in told.splitlines() if not line.startswith(" ")]
+    begins = (
+        "run ", f"workdir    *{whole}, from the beginning", "devices    *1 of kind 'cpu' in 1 process, mesh data 1 x",
+        "trains    *an adapter of rank 4, .*, from the teachers' merge", "compiling the update",
+        "compiled the update in ", "step 2: evaluating", r"step 2: .*text 0\.\d{4}.* \(\d+\.\d s",
+        "step 4: evaluating", "step 4: the report", "done: 4 updates", "student ", f"in {whole}:", "next:", "goodput ",
+    )  # fmt: skip
+    places = [next((i for i, line in enumerate(said) if re.match(begin, line)), -1) for begin in begins]
+    assert -1 not in places, told
+    assert places == sorted(places)
+    assert (whole / "table.txt").read_text() in told
+    assert f"--adapter={whole}/student.safetensors" in told
+    steps = re.findall(r"^step (\d)/4 loss \S+( samples/s \S+ ETA \d\d:\d\d)?$", progress, re.M)
+    assert [step for step, _ in steps][:: len(steps) - 1] == ["1", "4"]
+    assert not steps[0][1]
+    assert steps[-1][1]
+    assert "%|" not in progress  # no bar
 
 
 def test_the_results_compare_base_teachers_merge_and_student(whole: Path):

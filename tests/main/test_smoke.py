@@ -14,7 +14,8 @@ from tests.configs import EVERY, FOLDER, load, smoke_variant
 from tests.main.experiment import Program, command, logged
 
 ALWAYS = {
-    "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "run.json", "timing.json",
+    "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "performance.jsonl", "run.json",
+    "timing.json",
     "samples.png", "checkpoints", "tensorboard",
 }  # fmt: skip
 

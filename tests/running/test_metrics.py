@@ -47,6 +47,17 @@ def test_a_line_holds_its_step_and_all_values(tmp_path: Path):
     writer.close()
 
 
+def test_what_depends_on_the_clock_is_in_a_file_of_its_own(tmp_path: Path):
+    """`metrics.jsonl` is the same, byte by byte, however often a run is interrupted."""
+    writer = MetricWriter(tmp_path, 0)
+    writer.write_scalars(3, {"train/loss": 0.5}, {"time/step_seconds": 2.0})
+    writer.write_scalars(4, {}, {"goodput/step": 0.75})
+    writer.close()
+    MetricWriter(tmp_path, 3).close()  # resumed: what is repeated is measured anew
+    assert _lines(tmp_path) == [{"step": 3, "train/loss": 0.5}]
+    assert json.loads((tmp_path / "performance.jsonl").read_text()) == {"step": 3, "time/step_seconds": 2.0}
+
+
 def test_resuming_drops_lines_of_updates_that_were_lost(tmp_path: Path):
     _write(tmp_path, 0, range(1, 8))
     _write(tmp_path, 4, range(5, 7))
@@ -79,16 +90,20 @@ def test_a_whole_line_without_its_newline_is_kept_apart_from_the_next(tmp_path: 
 def test_no_temporary_file_stays(tmp_path: Path):
     _write(tmp_path, 0, range(1, 3))
     _write(tmp_path, 1, range(2, 3))
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "performance.jsonl", "tensorboard"}
 
 
-def test_tensorboard_reads_scalars_and_images(tmp_path: Path):
+def test_tensorboard_reads_scalars_images_and_texts(tmp_path: Path):
     writer = MetricWriter(tmp_path, 0)
-    writer.write_scalars(2, {"train/loss": 0.5})
+    writer.write_scalars(2, {"train/loss": 0.5}, {"time/step_seconds": 2.0})
     writer.write_images(2, {"samples": np.zeros((4, 5, 3), np.uint8)})
+    writer.write_texts(2, {"final/table": "      text\nbase  0.5\n"})
     writer.close()
     values = {value.tag: value for event in _events(tmp_path) if event.step == 2 for value in event.summary.value}
     assert values["train/loss"].simple_value == 0.5
+    assert values["time/step_seconds"].simple_value == 2.0
+    (table,) = values["final/table/text_summary"].tensor.string_val
+    assert table == b"```\n      text\nbase  0.5\n```"
     assert (values["samples"].image.height, values["samples"].image.width) == (4, 5)
 
 

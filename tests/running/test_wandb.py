@@ -51,6 +51,9 @@ class Service(ModuleType):
         self._may("finish")
         self.finished.append(exit_code)
 
+    def Html(self, page: str) -> tuple[str, str]:
+        return "page", page
+
     def Image(self, picture: np.ndarray) -> tuple[str, bytes]:
         return "image", picture.tobytes()
 
@@ -79,7 +82,8 @@ def _train(config: Config, folder: Path, stage: Any = None) -> list[dict[str, fl
     workdir.check(folder, identity(config))
     workdir.claim(folder, identity(config))
     _, writer = main.train(config, folder, stage or Toy(), Supervision())
-    writer.write_shares(config.run.steps, {"step": 0.75})
+    writer.write_scalars(config.run.steps, {}, {"goodput/step": 0.75})
+    writer.write_texts(config.run.steps, {"final/table": "a < b\n"})
     writer.close()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -88,8 +92,14 @@ def test_it_gets_every_scalar_and_picture_at_its_step(tmp_path: Path, install: I
     install(service := Service())
     config = _config(alarms={})
     lines = _train(config, tmp_path / "run")
-    scalars = [(step, values) for step, values in service.logged if "samples" not in values]
-    assert scalars == [(line.pop("step"), line) for line in lines] + [(4, {"goodput/step": 0.75})]
+    *scalars, goodput, table = [(step, values) for step, values in service.logged if "samples" not in values]
+    clocked = ("time/", "memory/")
+    assert [(step, {n: v for n, v in values.items() if not n.startswith(clocked)}) for step, values in scalars] == [
+        (line.pop("step"), line) for line in lines
+    ]
+    assert goodput == (4, {"goodput/step": 0.75})
+    assert table == (4, {"final/table": ("page", "<pre>a &lt; b\n</pre>")})
+    assert any("time/step_seconds" in values for _, values in scalars)
     assert [values for _, values in scalars if "eval/score" in values]
     pictures = {step: values["samples"] for step, values in service.logged if "samples" in values}
     assert pictures == {step: ("image", np.full((2, 2, 3), step, np.uint8).tobytes()) for step in (2, 4)}

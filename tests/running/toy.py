@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ class Recorder(Checkpoints, MetricWriter):
     def __init__(self, saved: TrainState | None = None) -> None:
         self.events: list[tuple[str, int]] = []
         self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.clocked: list[tuple[int, dict[str, float]]] = []
         self.images: list[tuple[int, dict[str, np.ndarray]]] = []
         self.scores: dict[int, dict[str, float]] = {}
         self.saved = saved
@@ -46,10 +48,13 @@ class Recorder(Checkpoints, MetricWriter):
     def trouble(self) -> str:
         return self.told
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(
+        self, step: int, scalars: Mapping[str, float], clocked: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         kind = next(iter(scalars)).partition("/")[0]
         self.events.append((kind, step))
         self.scalars.append((step, dict(scalars)))
+        self.clocked.append((step, dict(clocked)))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         self.events.append(("images", step))
@@ -101,6 +106,10 @@ class Toy:
     def state(self) -> TrainState:
         return jax.eval_shape(self.start)
 
+    @property
+    def samples(self) -> int:
+        return 3
+
     def start(self) -> TrainState:
         return init_state(jnp.zeros(3), OPTIMIZER, 0)
 
@@ -131,6 +140,9 @@ class Toy:
 
     def finish(self, state: TrainState) -> None:
         pass
+
+    def advise(self, source: str) -> Sequence[str]:
+        return []
 
 
 def cadence(steps: int, log_every: int, checkpoint_every: int, eval_every: int) -> Run:

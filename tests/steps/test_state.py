@@ -12,7 +12,15 @@ import pytest
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import EMA, Optimizer
-from fopd_jax.steps.state import TrainState, advance, apply_gradients, init_state, make_optimizer, move_average
+from fopd_jax.steps.state import (
+    TrainState,
+    advance,
+    apply_gradients,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    move_average,
+)
 
 RATE, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.999), 1e-1, 1.0
 
@@ -80,6 +88,15 @@ def test_average_rests_between_its_steps() -> None:
 
 
 # ---- the optimizer
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_the_learning_rate_that_is_told_is_that_of_the_coming_update(warmup: int) -> None:
+    settings, tx = Optimizer(RATE, warmup, BETAS, DECAY, CLIP), optimizer(warmup)
+    state, told = init_state(adapter(0), tx, seed=0), jax.jit(functools.partial(learning_rate, settings))
+    for n in range(1, 6):
+        np.testing.assert_allclose(told(state.opt_state), RATE * min(n / max(warmup, 1), 1.0), rtol=1e-6)
+        state, _ = apply_gradients(state, adapter(n), tx)
 
 
 def reference(x: np.ndarray, gradients: list[np.ndarray], warmup: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fopd_jax.console import Progress
 from fopd_jax.files import replacing
 from fopd_jax.interop.files.tables import Shape
 
@@ -29,7 +30,6 @@ _WIDTHS = {  # bytes an element, of what a file may hold besides
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 } | {name: dtype.itemsize for name, dtype in DTYPES.items()}  # fmt: skip
 _LONGEST_HEADER = 100_000_000
-Progress = Callable[[int], Any]
 
 
 @dataclasses.dataclass(frozen=True)

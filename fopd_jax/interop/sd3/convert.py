@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
+from fopd_jax.console import Progress
+from fopd_jax.console import progress as shown
 from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import (
     COMPONENTS,
@@ -43,7 +44,6 @@ from fopd_jax.interop.files.converted import (
 )
 from fopd_jax.interop.files.tables import Assembler, Component, Shape, check_names, stream_tensors
 from fopd_jax.interop.files.tensor_files import (
-    Progress,
     TensorFiles,
     hash_file,
     open_tensor_file,
@@ -64,11 +64,9 @@ Display = Callable[[str, int], contextlib.AbstractContextManager[Progress]]
 """Opens a display of a title and a total of bytes, and yields the function that counts them."""
 
 
-@contextlib.contextmanager
-def byte_bar(title: str, total: int) -> Iterator[Progress]:
-    """A `Display` on the terminal."""
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
-        yield bar.update
+def byte_bar(title: str, total: int) -> contextlib.AbstractContextManager[Progress]:
+    """A `Display` for people."""
+    return shown(title, total, sized=True)
 
 
 @dataclasses.dataclass(frozen=True)
