@@ -65,7 +65,8 @@ def test_commands_that_a_page_gives(page: str):
         flags = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
         assert not programs or {flag for flag in flags if not flag.startswith("config.")} <= known, words
         if fields := [word for word in words if word.startswith("--config.")]:
-            accept(next(word.removeprefix("--config=") for word in words if word.startswith("--config=")), fields)
+            given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+            accept(given.get("config") or given["workdir"], fields)  # a run's folder is named after its config
 
 
 def test_fields_that_sentences_name():

@@ -190,7 +190,7 @@ def test_images_equal_the_pytorch_pipelines(config: Any, torch_pipeline: StableD
     assert _worst(found[0], found[1]) > 10 * PIXEL_LIMIT
 
 
-@pytest.mark.parametrize("size", [(48, 80), (96, 32)])
+@pytest.mark.parametrize("size", [(48, 80), pytest.param((96, 32), marks=pytest.mark.slow)])
 def test_high_and_wide_images_equal_the_pytorch_pipelines(
     config: Any, torch_pipeline: StableDiffusion3Pipeline, size: tuple[int, int]
 ):

@@ -246,7 +246,10 @@ def test_a_variant_of_a_file_without_any_is_one_line(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("make", "problem"),
-    [(lambda path: None, "no such file"), (Path.mkdir, "is a folder, expected a Python file")],
+    [
+        (lambda path: None, "no such file; configs/ of a clone holds those of the project"),
+        (Path.mkdir, "is a folder, expected a Python file"),
+    ],
     ids=["missing", "a folder"],
 )
 def test_a_file_that_is_not_there_is_one_line(make: Callable[[Path], None], problem: str, tmp_path: Path):

@@ -105,6 +105,7 @@ def test_an_adapter_trains_on_images_and_goes_on_to_the_bit(config: Any, tmp_pat
         np.testing.assert_array_equal(np.asarray(leaf), weights[path])
 
 
+@pytest.mark.slow
 def test_all_of_a_network_trains_on_images(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assign(config, {"trained": "params", "run.steps": 1})
     written: list[Path] = []
