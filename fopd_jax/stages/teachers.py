@@ -101,7 +101,7 @@ def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, 
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
-    titles = {f"{name} ({source})": adapters[name] for name, source in found.names.items()}
+    titles = {f"{found.field(name)} ({source})": adapters[name] for name, source in found.names.items()}
     return dict(zip(adapters, conform_all(config, pipeline, titles), strict=True))
 
 
