@@ -145,9 +145,9 @@ def local_path(field: str, name: str) -> Path:
     """A path as it was given on a command line.
 
     Raises:
-      ValueError: as `is_local`; begins with `field`.
+      ValueError: it is empty or not local; begins with `field`.
     """
-    if not is_local(name):
+    if not name.strip() or not is_local(name):
         raise ValueError(f"{field}: found {name!r}, expected a path on this machine, written out")
     return Path(name)
 

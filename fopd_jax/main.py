@@ -34,6 +34,7 @@ from fopd_jax.evaluation.report import SAMPLES_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
+from fopd_jax.performance import kept_programs
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.running import lock, loop, profile, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
@@ -69,7 +70,7 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        folder = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
+        folder = local_path("--workdir", f"runs/{config.name}" if _WORKDIR.value is None else _WORKDIR.value)
         check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)
@@ -188,6 +189,7 @@ def check_run(config: Config, folder: Path) -> None:
       ValueError: names the field or folder that is wrong.
     """
     tracking.check(config.run.wandb)
+    kept_programs.check(config.run.compiled)
     profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
     if config.run.steps < newest_step(folder):

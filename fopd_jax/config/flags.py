@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
-from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
+from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, resolve, settle, thaw
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
@@ -63,11 +63,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
         program, *rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        refuse(f"{error}{_meant(error.flagname)}")
     except flags.Error as error:
         refuse(" ".join(str(error).split()))
     if rest:
         refuse(f"unexpected arguments {rest}")
     return [program]
+
+
+def _meant(flag: str) -> str:
+    """Fields of that name, which other programs have as flags."""
+    names = {name for kind in STAGES.values() for name in flatten(kind()) if f".{name}".endswith(f".{flag}")}
+    return f". Did you mean {' or '.join(f'--config.{name}' for name in sorted(names)[:3])} ?" if names else ""
 
 
 def read_config() -> OPD | FlowMatching:

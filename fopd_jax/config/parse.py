@@ -87,7 +87,7 @@ def find(config: Config, name: str) -> Any:
         if part not in known:
             close = difflib.get_close_matches(part, known, 1)
             there = f"did you mean {close[0]!r}?" if close else f"only {', '.join(known) or 'a value'}"
-            raise ValueError(f"{name}: no such field: {part!r}, {there}")
+            raise ValueError(f"{name or 'config'}: no such field: {part!r}, {there}")
         node = known[part]
     return node
 
@@ -126,7 +126,10 @@ def resolve(config: AnyConfig) -> AnyConfig:
 
 def settle(config: AnyConfig) -> tuple[AnyConfig, list[str]]:
     """A frozen copy with values in their fields' types as far as they have them, and what is wrong with the others."""
-    return _section("", thaw(config), type(config))
+    try:
+        return _section("", thaw(config), type(config))
+    except RecursionError as error:
+        raise ValueError("config: a dict or a section in it holds itself") from error
 
 
 Typed = tuple[Any, list[str]]
@@ -223,8 +226,8 @@ def _dict(name: str, value: Any, hint: Any) -> Typed:
 def _problem(name: str, found: Any, expected: str) -> str:
     try:
         text = " ".join(repr(found).split())
-    except ValueError:  # its limit is 4300 digits
-        text = "an int of more digits than Python spells"
+    except Exception as error:  # of an int, whose limit is 4300 digits, or of a user's own class
+        text = f"a value of type {type(found).__name__} that cannot be shown ({type(error).__name__})"
     return f"{name}: found {text if len(text) <= LONGEST else text[:LONGEST] + '…'}, expected {expected}"
 
 

@@ -79,6 +79,10 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
         world = FolderWorld(path, manifest, tasks(), model=model, encoding=run.encoding, mesh=mesh).world()
     elif model.preset in EMBEDDED:
         world = EMBEDDED[model.preset]()
+        if model.size not in (own := world.latent_shape[:2], Model().size):
+            raise ValueError(
+                f"model.resolution: found {model.resolution}, expected {own}: {model.preset} has that size"
+            )
     else:
         raise ValueError(f"model.path: found {model.path!r}; preset {model.preset!r} needs a converted folder")
     return Pipeline(mesh, model.preset, family, module, make_velocity(module), world, manifest)
@@ -211,4 +215,4 @@ def _check_there(source: str, preset: str, field: str = "", *, adapter: bool = F
     else:
         maker = f"{'' if adapter else f'{CONVERTER} makes one; '}{GUIDE} says where to get it"
     maker += "; a student's stands in its run's folder, once the run has ended" * adapter
-    raise ValueError(f"{field}{path}: no such file or folder; {maker}")
+    raise ValueError(f"{field}{source if source.startswith(PACKAGED) else path}: no such file or folder; {maker}")

@@ -76,6 +76,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     held = [name for name in (PEFT_SETTINGS, DIFFUSERS_TENSORS) if (path / name).is_file()]
+    if held == [DIFFUSERS_TENSORS] and (path / PEFT_TENSORS).is_file():
+        held.append(PEFT_TENSORS)
     if len(held) != 1:
         found = " and ".join(held) or f"neither {PEFT_SETTINGS} nor {DIFFUSERS_TENSORS}"
         raise ValueError(f"{path}: found {found}, expected one of them; or name the file itself")
