@@ -6,6 +6,7 @@ no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended 
 
 import contextlib
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -70,6 +71,11 @@ def _system(error: OSError, place: str) -> str:
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = " → ".join(files) or (place if error.errno else "")  # what we raise ourselves says it
     return f"{where}: {what}" if where else what
+
+
+def is_local(name: str) -> bool:
+    """Whether a path means what it says: gs:// and the like, ~ and $NAME would become folders of those names."""
+    return not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|~|\$", name)
 
 
 @contextlib.contextmanager

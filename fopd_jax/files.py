@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -20,6 +19,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
+
+from fopd_jax.exits import is_local
 
 
 @contextlib.contextmanager
@@ -152,11 +153,6 @@ def local_path(field: str, name: str) -> Path:
     return Path(name)
 
 
-def is_local(name: str) -> bool:
-    """Whether a path means what it says: gs:// and the like, ~ and $NAME would become folders of those names."""
-    return not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|~|\$", name)
-
-
 def check_apart(src: Path, dst: Path, within: Collection[str] = ()) -> None:
     """Whether what is written would not replace what is read, however either is spelled.
 
@@ -178,7 +174,7 @@ def check_writable(folder: Path, field: str) -> Path:
     """
     there = folder
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_symlink() or path.exists())
         if there.is_dir():
             with tempfile.TemporaryFile(dir=there):
                 return there

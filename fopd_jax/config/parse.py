@@ -87,7 +87,7 @@ def find(config: Config, name: str) -> Any:
         if part not in known:
             close = difflib.get_close_matches(part, known, 1)
             there = f"did you mean {close[0]!r}?" if close else f"only {', '.join(known) or 'a value'}"
-            raise ValueError(f"{name or 'config'}: no such field: {part!r}, {there}")
+            raise ValueError(f"{name}: no such field: {part!r}, {there}")
         node = known[part]
     return node
 
@@ -228,6 +228,7 @@ def _problem(name: str, found: Any, expected: str) -> str:
         text = " ".join(repr(found).split())
     except Exception as error:  # of an int, whose limit is 4300 digits, or of a user's own class
         text = f"a value of type {type(found).__name__} that cannot be shown ({type(error).__name__})"
+        text = "an int of more digits than Python spells" if isinstance(found, int) else text
     return f"{name}: found {text if len(text) <= LONGEST else text[:LONGEST] + '…'}, expected {expected}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fopd_jax.config.sizes import LARGEST_SIDE, height_width
-from fopd_jax.files import is_local
+from fopd_jax.exits import is_local
 
 MOST_STEPS = 10**9
 """Of updates, and of whatever is counted in them: years of any machine, and within int32."""

@@ -80,7 +80,9 @@ def _value(key: str, text: str, path: Path) -> Any:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is there and says that this project wrote it."""
+    """Whether a file is there and says that this project wrote it; no pipe is opened, which may never answer."""
+    if not path.is_file():
+        return False
     try:
         with safe_open(path, framework="numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT
