@@ -69,8 +69,6 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     path = weight_path(model.path)
     _check_there(model.path, model.preset, "model.path: ")
     manifest = _manifest("model.path", path) if model.path and path.is_dir() else None
-    if manifest is None and model.preset == CUSTOM:
-        raise ValueError(f"model.path: found {model.path!r}, expected a converted folder for preset {CUSTOM!r}")
     family, shape = _network(model.preset, path, manifest)
     check_width(shape.width, mesh)
     attention = choose_attention(run.attention, model.dtype, shape.head_dim, mesh)

@@ -137,7 +137,7 @@ PATHS = [field for field in TEXTS if field.metadata["rule"] is PATH]
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_text_is_seen_and_can_be_written(stage: str):
     mine = [field for field in TEXTS if field.stage == stage]
-    assert len(mine) > 20
+    assert len(mine) >= 18
     for text in ("a\0b", "a\nb", " a", "a ", " ", "\x7f", "\udc80"):
         changes = {each.name: (text,) if "tuple" in str(each.hint) else text for each in mine}
         _, problems = settle(override(valid(stage), changes))

@@ -37,8 +37,8 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
     """Read what `save_tree` wrote: a nested dict of float32 numpy arrays, and the metadata.
 
     Raises:
-      ValueError: the file is missing, damaged or of another format, or a tensor of it is no tree's, of no known dtype
-        or not finite; names the file.
+      ValueError: the file is missing, damaged or of another format, or a tensor of it is no tree's or of another dtype
+        than float32, float16 and bfloat16; names the file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file{' but a folder' * path.is_dir()}")
@@ -67,9 +67,7 @@ def _names(file: Any, path: Path) -> list[str]:
 def _read(file: Any, name: str, path: Path) -> np.ndarray:
     if (kind := file.get_slice(name).get_dtype()) not in DTYPES:
         raise ValueError(f"tensor {name!r} in {path}: found dtype {kind}, expected one of {', '.join(DTYPES)}")
-    tensor = file.get_tensor(name).astype(np.float32)
-    check_finite(name, tensor, path)
-    return tensor
+    return file.get_tensor(name).astype(np.float32)
 
 
 def _value(key: str, text: str, path: Path) -> Any:
@@ -77,6 +75,16 @@ def _value(key: str, text: str, path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata {key}: found {text[:80]!r}, expected JSON") from error
+
+
+def check_numbers(path: Path, tree: Tree) -> None:
+    """Refuse what a network cannot compute with.
+
+    Raises:
+      ValueError: a number of a file's tree is NaN or infinite; names the tensor.
+    """
+    for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+        check_finite(name, leaf, path)
 
 
 def is_own_file(path: Path) -> bool:
@@ -108,6 +116,7 @@ def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     if type(scale) not in (int, float) or not 0 < abs(scale) <= LARGEST_SCALE:
         expected = f"a number other than 0, at most {LARGEST_SCALE:g}"
         raise ValueError(f"{path}: metadata scale: found {json.dumps(scale)[:80]}, expected {expected}")
+    check_numbers(path, weights)
     _check_factors(weights, path)
     return Adapter(weights, float(scale)), metadata
 

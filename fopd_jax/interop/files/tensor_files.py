@@ -151,9 +151,7 @@ def other_format(path: Path) -> str:
     """What a file looks like that is no safetensors file, with what was expected; empty: nothing that is known."""
     with path.open("rb") as file:
         first = file.read(64)
-    return next(
-        (f"found {what}" for magic, what in _MAGIC.items() if first.startswith(magic)), "" if first else "is empty"
-    )
+    return next((f"found {what}" for magic, what in _MAGIC.items() if first.startswith(magic)), "")
 
 
 def open_tensor_file(path: Path) -> TensorFiles:
