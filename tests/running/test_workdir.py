@@ -117,3 +117,10 @@ def test_only_process_0_looks_and_writes_and_all_wait(tmp_path: Path, monkeypatc
     check(tmp_path / "new", _config())
     claim(tmp_path / "new", _config())
     assert len(waited) == 4
+
+
+@pytest.mark.parametrize("text", ['{"stage": []}', '{"stage": "opd", "eval.tasks": 3}', "[" * 100000])
+def test_values_that_no_config_has_are_damage(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged.*; choose another --workdir$"):
+        workdir.check(tmp_path, {"stage": "opd"})

@@ -83,7 +83,7 @@ def test_bfloat16_files_hold_rounded_values(tmp_path: Path):
 
 
 def test_adapters_come_back_with_their_scale(tmp_path: Path):
-    weights = {"blocks": {"a": np.ones((2, 3), np.float32), "b": np.nan_to_num(SPECIAL).reshape(2, 4)}}
+    weights = {"blocks": {"a": np.ones((3, 2), np.float32), "b": np.nan_to_num(SPECIAL).reshape(2, 4)}}
     save_adapter(tmp_path / "new" / "adapter.safetensors", Adapter(weights, 1 / 3), {"preset": "miniature"})
     adapter, metadata = load_adapter(tmp_path / "new" / "adapter.safetensors")
     _same(adapter.weights, weights)
