@@ -6,6 +6,7 @@ no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended 
 
 import contextlib
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
+LONGEST = 1000
+"""Characters of a message's line."""
 GUIDE = "docs/weights-and-prompts.md"
 """Where to get what is not there, for messages."""
 CONVERTER = "tools/convert_sd35_weights.py"
@@ -31,6 +34,14 @@ class Fault(NamedTuple):
     status: int
 
 
+def shorten(message: str) -> str:
+    """A message whose lines are no longer than a screen: what was found may be of any length."""
+    return "\n".join(
+        line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
+        for line in message.split("\n")
+    )
+
+
 def explain(error: BaseException, place: str = "") -> Fault | None:
     """What an error means to whoever started the program; None is a mistake of the program's own: show its traceback.
 
@@ -41,11 +52,11 @@ def explain(error: BaseException, place: str = "") -> Fault | None:
         case KeyboardInterrupt():
             return Fault("interrupted", 128 + signal.SIGINT)
         case ValueError():
-            return Fault(f"error: {error}", BAD_INPUT)
+            return Fault(shorten(f"error: {error}"), BAD_INPUT)
         case FloatingPointError():
             return Fault(f"error: {error}", RETRY)
         case OSError():
-            return Fault(f"error: {_system(error, place)}", BAD_INPUT if error.errno in _STAYS else RETRY)
+            return Fault(shorten(f"error: {_system(error, place)}"), BAD_INPUT if error.errno in _STAYS else RETRY)
         case MemoryError():
             return Fault("error: out of memory: this host has too little", RETRY)
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
@@ -60,6 +71,11 @@ def _system(error: OSError, place: str) -> str:
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = " → ".join(files) or (place if error.errno else "")  # what we raise ourselves says it
     return f"{where}: {what}" if where else what
+
+
+def is_local(name: str) -> bool:
+    """Whether a path means what it says: gs:// and the like, ~ and $NAME would become folders of those names."""
+    return not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|~|\$", name)
 
 
 @contextlib.contextmanager
@@ -92,7 +108,7 @@ def tell_interrupts() -> None:
 
 def refuse(message: str) -> NoReturn:
     """Exit for bad input."""
-    leave(f"error: {message}", BAD_INPUT)
+    leave(shorten(f"error: {message}"), BAD_INPUT)
 
 
 def leave(message: str, status: int) -> NoReturn:

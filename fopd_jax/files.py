@@ -4,9 +4,9 @@ Nothing else in this package renames what it writes. What a process that is kill
 """
 
 import contextlib
+import errno
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
+
+from fopd_jax.exits import is_local
 
 
 @contextlib.contextmanager
@@ -122,6 +124,21 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
+# ---- before anything is read
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file; of pipes and devices, which may never end, none is read.
+
+    Raises:
+      OSError: it cannot be read, or is no regular file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system says so itself
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a regular file", str(path))
+    return path.read_bytes()
+
+
 # ---- before anything is written
 
 
@@ -129,10 +146,10 @@ def local_path(field: str, name: str) -> Path:
     """A path as it was given on a command line.
 
     Raises:
-      ValueError: it has a scheme, such as gs://, which would become a folder of that name; begins with `field`.
+      ValueError: it is empty or not local; begins with `field`.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
-        raise ValueError(f"{field}: found {name!r}, expected a path on this machine: others are not supported")
+    if not name.strip() or not is_local(name):
+        raise ValueError(f"{field}: found {name!r}, expected a path on this machine, written out")
     return Path(name)
 
 
@@ -157,10 +174,10 @@ def check_writable(folder: Path, field: str) -> Path:
     """
     there = folder
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_symlink() or path.exists())
         if there.is_dir():
             with tempfile.TemporaryFile(dir=there):
                 return there
     except OSError as error:
         raise ValueError(f"{field}: {there} cannot be written ({error.strerror})") from error
-    raise ValueError(f"{field}: {there} is no folder")
+    raise ValueError(f"{field}: {there} is {'a link to nothing' if not there.exists() else 'no folder'}")

@@ -36,6 +36,7 @@ from fopd_jax.evaluation.report import SAMPLES_FILE, TABLE_FILE
 from fopd_jax.exits import RETRY, explain, leave
 from fopd_jax.files import local_path, write_json
 from fopd_jax.parallel import distributed
+from fopd_jax.performance import kept_programs
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.running import inputs, lock, loop, profile, records, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
@@ -70,7 +71,8 @@ def main(_: list[str]) -> None:
             return
         distributed.initialize(*membership())
         leave_at_once()  # after JAX's runtime, which takes SIGTERM
-        folder = local_path("--workdir", read_workdir() or f"runs/{config.name}")
+        given = read_workdir()
+        folder = local_path("--workdir", f"runs/{config.name}" if given is None else given)
         check(config, folder) if _CHECK.value else run(config, folder)
     except Preempted as stop:
         _leave(str(stop), stop.status)
@@ -212,6 +214,7 @@ def check_run(config: Config, folder: Path) -> inputs.Noted:
       ValueError: names the field, file or folder that is wrong.
     """
     tracking.check(config.run.wandb)
+    kept_programs.check(config.run.compiled)
     profile.check(config.run, folder, newest_step(folder))
     workdir.check(folder, identity(config))
     if config.run.steps < newest_step(folder):

@@ -53,13 +53,14 @@ from fopd_jax.evaluation.samples import (
     write_image,
 )
 from fopd_jax.exits import explained
-from fopd_jax.files import local_path
+from fopd_jax.files import check_writable, local_path
 from fopd_jax.interop.files.tensor_files import hash_file
+from fopd_jax.interop.lora.files import naming
 from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.export import export_name
-from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline, weight_path
+from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.stages.stored import find_step, load_stored
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
@@ -100,7 +101,7 @@ def main(_: list[str]) -> None:
         config = read_config()
         initialize(*membership())
         with keeping(config.run.compiled):
-            run(config, local_path("out", _OUT.value or f"samples/{config.name}"))
+            run(config, local_path("out", f"samples/{config.name}" if _OUT.value is None else _OUT.value))
 
 
 def run(config: OPD | FlowMatching, out: Path) -> None:
@@ -114,6 +115,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     check_folder(out, _FORCE.value)
     if _STEP.value is not None and read_workdir() is None:
         raise ValueError(f"step: found {_STEP.value}, but no --workdir whose checkpoint it is")
+    check_writable(out, "out")
     if _NEGATIVE.value and config.eval.guidance == 1:
         raise ValueError("negative-prompt: eval.guidance is 1, which leads away from nothing; expected another scale")
     prompts = _given_prompts()
@@ -129,6 +131,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     if (last := asked.seeds(len(asked.prompts) - 1)[-1]) > LARGEST_SEED:
         raise ValueError(f"seed: the last image would have {last}, expected at most {LARGEST_SEED}")
     policies = _load_policies(config, pipeline)
+    check_base(config.model, pipeline)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     # Before the base: text encoders need not be in memory with it.
@@ -196,7 +199,9 @@ def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Polic
         if source in trained:
             stored = load_stored(config, pipeline, *trained[source])
             return Policy(name, lambda base: stored.student.policy(base, stored.weights), stored.about)
-        adapter = effective(load_policy(str(local_path("adapter", source)), pipeline))
+        local_path("adapter", source)
+        with naming("adapter"):
+            adapter = effective(load_policy(source, pipeline))
         about = {"source": source, "sha256": _content_hash(weight_path(source))}
         return Policy(name, lambda base: (base, adapter), about)
 

@@ -34,7 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("parallel",),
     ("config",),
-    ("console", "exits", "files"),
+    ("files",),
+    ("console", "exits"),
 )
 """Rooms from top to bottom. A room imports itself and lower floors, so rooms of one floor do not know each other."""
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}

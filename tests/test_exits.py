@@ -128,3 +128,12 @@ def test_an_interrupt_during_the_imports_is_one_line(program: str, tmp_path: Pat
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_what_was_found_may_be_of_any_length():
+    fault = explain(ValueError(f"seed: found {'9' * 5000}\nname: expected less"))
+    assert fault is not None
+    first, second = fault.message.split("\n")
+    assert first.startswith("error: seed: found 999")
+    assert len(first) < 1000
+    assert second == "name: expected less"

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from fopd_jax.files import (
     check_finite,
     check_writable,
+    local_path,
     replacing,
     replacing_folder,
     write_json,
@@ -223,3 +224,18 @@ def test_what_cannot_be_written_is_named(below: str, tmp_path: Path):
         check_writable(Path("/proc") / below, "workdir")
     with pytest.raises(ValueError, match=r"^workdir: .* cannot be written \(File name too long\)$"):
         check_writable(tmp_path / ("a" * 300), "workdir")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("gone", "loop", "gone/below", "loop/below"):
+        with pytest.raises(ValueError, match=r"^workdir: .* is a link to nothing$"):
+            check_writable(tmp_path / name, "workdir")
+
+
+@pytest.mark.parametrize("name", ["", " ", "gs://bucket/x", "https://host/x", "~/x", "$HOME/x"])
+def test_a_path_that_does_not_mean_what_it_says_is_refused(name: str):
+    with pytest.raises(ValueError, match=r"^--workdir: found .*, expected a path on this machine"):
+        local_path("--workdir", name)
+    assert local_path("--workdir", "a ~b/$c") == Path("a ~b/$c")

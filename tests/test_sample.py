@@ -377,7 +377,7 @@ def test_a_place_that_cannot_be_written_is_one_line(weights: Path, tmp_path: Pat
     (tmp_path / "file").write_text("mine")
     base = f"--config.model.path={weights}/base.safetensors"
     assert f"out: {tmp_path}/file is a file" in _error(tmp_path / "file", base)
-    assert "Not a directory" in _error(tmp_path / "file" / "out", base)
+    assert f"out: {tmp_path}/file is no folder" in _error(tmp_path / "file" / "out", base)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -407,7 +407,7 @@ def test_the_base_alone_is_told_from_what_was_trained(
 
 def test_images_that_are_not_finite_are_named_and_not_written(run: Run, weights: Path, tmp_path: Path):
     variables, metadata = load_tree(weights / "base.safetensors")
-    variables["params"]["proj_out"]["bias"][:] = np.nan
+    variables["params"]["proj_out"]["bias"][:] = 3e38  # the sum over steps is beyond float32
     save_tree(tmp_path / "broken.safetensors", variables, metadata)
     broken = f"--config.model.path={tmp_path}/broken.safetensors"
     said = _said(lambda: run(tmp_path / "out", broken, *_flags(*PROMPTS[1:])))

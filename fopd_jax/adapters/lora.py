@@ -136,6 +136,13 @@ def revive(key: PRNGKeyArray, adapter: Adapter) -> Adapter:
     return Adapter(traverse_util.unflatten_dict(weights), adapter.scale)
 
 
+def is_zero(adapter: Adapter) -> bool:
+    """Whether every layer has a factor that is zero, so that the base stays as it is."""
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
+    live = {path: bool(np.any(leaf)) for path, leaf in leaves.items()}
+    return not any(live[*path[:-1], "a"] and live[*path[:-1], "b"] for path in live)
+
+
 def rank_of(adapter: Adapter) -> int:
     """The largest rank of an adapter's layers."""
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)

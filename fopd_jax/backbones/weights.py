@@ -14,7 +14,7 @@ from fopd_jax.adapters.lora import Adapter, check_like
 from fopd_jax.backbones.record import LatentShape
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.interop.files.converted import load_sharded
-from fopd_jax.interop.files.safetensors import check_preset, is_own_file, load_adapter, load_tree
+from fopd_jax.interop.files.safetensors import check_numbers, check_preset, is_own_file, load_adapter, load_tree
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import parameter_shardings, replicated
 
@@ -71,11 +71,12 @@ def read_file(path: Path, preset: str, boxed: Tree) -> Tree:
     """The same on the host, as they are; `boxed`: their shapes.
 
     Raises:
-      ValueError: it is missing or damaged, or of another preset or shape; names it.
+      ValueError: it is missing or damaged, of another preset or shape, or not finite; names it.
     """
     variables, metadata = load_tree(path)
     check_preset(path, metadata, preset)
     check_like(str(path), variables, f"preset {preset}", nn.unbox(boxed))
+    check_numbers(path, variables)
     return variables
 
 

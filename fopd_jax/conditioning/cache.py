@@ -81,13 +81,13 @@ class ConditioningCache:
           ValueError: the folder cannot be written, or its disk has no room for `count` more prompts; names folder, need
             and what is free.
         """
-        there = check_writable(self._root, f"conditioning cache {self._root}")
+        there = check_writable(self._root, "run.encoding.cache")
         self._tell_of_old_files()
         needed = count * sum(_sizes(self._shapes)) * STORED.itemsize
         free = shutil.disk_usage(there).free
         if needed > free:
             raise ValueError(
-                f"conditioning cache {self._root}: {count} prompts need {needed / 2**30:.1f} GiB, "
+                f"run.encoding.cache: {self._root}: {count} prompts need {needed / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB are free"
             )
 

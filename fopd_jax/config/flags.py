@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
-from fopd_jax.config.parse import current_name, fields_of, find, resolve, settle, thaw
+from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
@@ -74,6 +74,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
         if CONFIG.value is None:
             refuse("--config: missing, expected --config=FILE.py, or --workdir=DIR of a run")
+    except flags.UnrecognizedFlagError as error:
+        refuse(f"{error}{_meant(error.flagname)}")
     except flags.Error as error:
         refuse(" ".join(str(error).split()))
     if rest:
@@ -92,6 +94,12 @@ def _recorded(arguments: list[str]) -> list[str]:
     return [f"--config={Path(folder) / RECORD_FILE}"] if folder else []
 
 
+def _meant(flag: str) -> str:
+    """Fields of that name, which other programs have as flags."""
+    names = {name for kind in STAGES.values() for name in flatten(kind()) if f".{name}".endswith(f".{flag}")}
+    return f". Did you mean {' or '.join(f'--config.{name}' for name in sorted(names)[:3])} ?" if names else ""
+
+
 def read_config() -> OPD | FlowMatching:
     """The config of the command line, checked and frozen; to be called once.
 
@@ -103,7 +111,7 @@ def read_config() -> OPD | FlowMatching:
 
 def read_workdir() -> str | None:
     """The run's folder as it was given, if it was."""
-    return _WORKDIR.value or None
+    return _WORKDIR.value
 
 
 def describe_config(config: Config) -> str:

@@ -45,13 +45,16 @@ def load_config(path: str | Path, variant: str = "") -> OPD | FlowMatching:
 
 def _said(error: BaseException) -> str:
     """An error in one line, with the field that was meant where one was misspelt."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a user's own class
+        text = "without a message"
     if misspelt := re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
         kind, name = getattr(schema, misspelt[1], None), misspelt[2]
         known = [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
         close = difflib.get_close_matches(name, known, 1)
         text += f", did you mean {close[0]!r}?" if close else f", only {', '.join(known)}" if known else ""
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
 
 
 def _line(error: BaseException, path: str) -> str:

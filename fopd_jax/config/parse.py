@@ -6,6 +6,7 @@ import re
 import sys
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -125,7 +126,10 @@ def resolve(config: AnyConfig) -> AnyConfig:
 
 def settle(config: AnyConfig) -> tuple[AnyConfig, list[str]]:
     """A frozen copy with values in their fields' types as far as they have them, and what is wrong with the others."""
-    return _section("", thaw(config), type(config))
+    try:
+        return _section("", thaw(config), type(config))
+    except RecursionError as error:
+        raise ValueError("config: a dict or a section in it holds itself") from error
 
 
 Typed = tuple[Any, list[str]]
@@ -184,7 +188,18 @@ def _scalar(name: str, value: Any, hint: type) -> Typed:
         return (float(value), []) if finite else (value, [_problem(name, value, "a finite number")])
     if hint is int and number and isinstance(value, int):
         return value, []
+    if hint is str and isinstance(value, str) and not _is_plain(value):
+        return value, [_problem(name, value, "a text without control characters, and without blanks at its ends")]
     return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"[^\s.]+", key) is not None and _is_plain(key)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be a path that somebody means: nothing unseen, and nothing that UTF-8 lacks."""
+    return text == text.strip() and not any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
 
 
 def _tuple(name: str, value: Any, arguments: tuple[Any, ...]) -> Typed:
@@ -199,8 +214,9 @@ def _tuple(name: str, value: Any, arguments: tuple[Any, ...]) -> Typed:
 def _dict(name: str, value: Any, hint: Any) -> Typed:
     if not isinstance(value, Mapping):
         return value, [_problem(name, value, "a dict")]
-    if wrong := [key for key in value if not (isinstance(key, str) and re.fullmatch(r"[^\s.]+", key))]:
-        return value, [_problem(f"{name}, a name in it", key, "a text without dots and spaces") for key in wrong]
+    if wrong := [key for key in value if not _is_name(key)]:
+        expected = "a text without dots, spaces and control characters"
+        return value, [_problem(f"{name}, a name in it", key, expected) for key in wrong]
     # Draws and banks depend on no file's order.
     typed = {key: _typed(f"{name}.{key}", each, hint) for key, each in sorted(value.items())}
     problems = [problem for _, wrong in typed.values() for problem in wrong]
@@ -210,8 +226,9 @@ def _dict(name: str, value: Any, hint: Any) -> Typed:
 def _problem(name: str, found: Any, expected: str) -> str:
     try:
         text = " ".join(repr(found).split())
-    except ValueError:  # its limit is 4300 digits
-        text = "an int of more digits than Python spells"
+    except Exception as error:  # of an int, whose limit is 4300 digits, or of a user's own class
+        text = f"a value of type {type(found).__name__} that cannot be shown ({type(error).__name__})"
+        text = "an int of more digits than Python spells" if isinstance(found, int) else text
     return f"{name}: found {text if len(text) <= LONGEST else text[:LONGEST] + '…'}, expected {expected}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fopd_jax.config.sizes import LARGEST_SIDE, height_width
+from fopd_jax.exits import is_local
 
 MOST_STEPS = 10**9
 """Of updates, and of whatever is counted in them: years of any machine, and within int32."""
@@ -54,7 +55,8 @@ SIZE = Rule(
     (1, LARGEST_SIDE),
 )
 SOME = Rule("at least one", lambda value: len(value) > 0)
-NAME = Rule("a name", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]+", value)))
+NAME = Rule("a name of at most 200 characters", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]{1,200}", value)))
+PATH = Rule("a path on this machine, written out", is_local)
 AXIS = Rule(
     f"a length from 1 to {MOST_ROWS}, or -1: the devices that are left",
     lambda value: 1 <= value <= MOST_ROWS or value == -1,

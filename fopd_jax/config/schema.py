@@ -93,7 +93,9 @@ class FrozenDict(dict[str, Any]):
 class Model(Section):
     preset: str = setting("sd35_medium", "Shape of the network, by its published name.", paper="[paper] sd35_medium")
     path: str = setting(
-        "", "Base weights: a converted folder, a file of this project's own, packaged:NAME, or empty: random."
+        "",
+        "Base weights: a converted folder, a file of this project's own, packaged:NAME, or empty: random.",
+        rules.PATH,
     )
     dtype: str = setting(
         "bfloat16", "Of frozen weights and activations; what trains is float32.", one_of("float32", "bfloat16"),
@@ -175,7 +177,9 @@ class Encoding(Section):
     """How prompts become conditioning, in worlds with text encoders."""
 
     cache: str = setting(
-        "runs/conditioning", "Folder of encoded prompts in bfloat16, shared by runs; empty: in memory, as computed."
+        "runs/conditioning",
+        "Folder of encoded prompts in bfloat16, shared by runs; empty: in memory, as computed.",
+        rules.PATH,
     )
     batch_size: int = setting(64, "Prompts encoded at once, rounded up as well.", at_least(1, MOST_ROWS))
     resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
@@ -206,6 +210,7 @@ class Run(Section):
     compiled: str = setting(
         "auto", "Folder of compiled programs, shared by runs; 'auto': $JAX_COMPILATION_CACHE_DIR, else `compiled` in "
         "$FOPD_JAX_CACHE, else the user's cache (several processes: `.compiled` beside the workdir); empty: none.",
+        rules.PATH,
     )  # fmt: skip
     max_skipped_steps: int = setting(
         0, "Updates that are not finite to leave out before stopping.", at_least(0, MOST_STEPS)
@@ -249,9 +254,13 @@ class Config(Section):
 class RoutedTask(Section):
     """Prompts and the teacher that they are routed to."""
 
-    teacher: str = setting("", "Adapter (ours, PEFT, diffusers, ComfyUI), or a whole network if `whole_teachers`.")
-    prompts: str = setting("", "File of training prompts, one a line, in worlds without prompts of their own.")
-    test: str = setting("", "File of held-out prompts.")
+    teacher: str = setting(
+        "", "Adapter (ours, PEFT, diffusers, ComfyUI), or a whole network if `whole_teachers`.", rules.PATH
+    )
+    prompts: str = setting(
+        "", "File of training prompts, one a line, in worlds without prompts of their own.", rules.PATH
+    )
+    test: str = setting("", "File of held-out prompts.", rules.PATH)
     guidance: float = setting(
         4.5, "The scale under which the teacher was trained; 1: none.", at_least(0, 100), "[paper] 4.5"
     )
@@ -265,7 +274,7 @@ class Anchor(Section):
     """Manifold anchor regularisation (MAR) towards a frozen teacher of quality."""
 
     name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
-    adapter: str = setting("", "Its weights; empty: the base is the anchor.")
+    adapter: str = setting("", "Its weights; empty: the base is the anchor.", rules.PATH)
     guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
     every: int = setting(
         1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
@@ -361,8 +370,10 @@ class Pairs(Section):
     share: float = setting(1.0, "Among all pairs.", at_least(0, 1e6))
     wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
     degraded: float = setting(0.0, "Probability of a flawed image, in worlds that render their own.", rules.PROBABILITY)
-    images: str = setting("", "Folder of images and captions (tasks/images.py), in worlds that render none.")
-    test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.")
+    images: str = setting(
+        "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
+    )
+    test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.", rules.PATH)
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from fopd_jax.files import local_path, replacing
+from fopd_jax.files import check_writable, local_path, replacing
 from fopd_jax.parallel.distributed import is_alone, is_main, warn
 from fopd_jax.performance.compiling import KEEP_ALL, cache_settings
 
@@ -76,7 +76,7 @@ def find_folder(
       ValueError: as `keeping`.
     """
     if setting != AUTO:
-        return local_path("run.compiled", setting).expanduser().absolute() if setting else None
+        return local_path("run.compiled", setting).absolute() if setting else None
     if named:
         return Path(named).absolute()
     if root := environment.get("FOPD_JAX_CACHE"):
@@ -86,6 +86,16 @@ def find_folder(
     with contextlib.suppress(RuntimeError):  # a user without a home
         return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fopd_jax" / FOLDER
     return None
+
+
+def check(setting: str) -> None:
+    """Refuse a folder that `run.compiled` names and nothing can be kept in.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    if setting not in (AUTO, ""):
+        check_writable(local_path("run.compiled", setting).absolute(), "run.compiled")
 
 
 def prune(folder: Path, limit: int) -> None:

@@ -92,10 +92,14 @@ def _value(fields: Fields, name: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is no run's config; choose another --workdir")
+    try:
+        normalise(fields)
+    except (TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it holds no config's values; choose another --workdir") from error
     return fields
 
 

@@ -25,7 +25,7 @@ from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.setup import RATE, describe_weights, make_setup
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup, refuse_files
 from fopd_jax.steps.flow_matching import METRICS
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
@@ -48,6 +48,7 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
     """
     setup = make_setup(config, partial(read_image_tasks, config.tasks))
     pipeline = setup.pipeline
+    refuse_files(config.tasks, pipeline)
     latent_shape, model, mesh = pipeline.world.latent_shape, pipeline.model, pipeline.mesh
     boxed = boxed_variables(model, latent_shape)
     update = make_update(config, model, boxed, setup.optimizer, mesh)

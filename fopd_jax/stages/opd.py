@@ -27,7 +27,7 @@ from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning, refuse_files
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
@@ -52,6 +52,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
+    refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)

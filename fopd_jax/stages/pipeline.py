@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from fopd_jax.adapters.lora import Adapter
+from fopd_jax.adapters.lora import Adapter, effective
 from fopd_jax.backbones.record import Backbone, Shape
 from fopd_jax.backbones.registry import family_of_class, find_preset, preset_names
 from fopd_jax.backbones.weights import (
@@ -26,6 +27,7 @@ from fopd_jax.backbones.weights import (
     random_network,
     read_file,
 )
+from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Model, Run
 from fopd_jax.console import note
 from fopd_jax.exits import CONVERTER, GUIDE
@@ -40,6 +42,8 @@ from fopd_jax.worlds.folder import FolderWorld
 from fopd_jax.worlds.world import World
 
 PACKAGED = "packaged:"
+MOST_FACTOR = 1e15
+"""What an adapter's factors must stay below, for products of two to be finite in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     mesh = make_mesh(run.mesh)
     path = weight_path(model.path)
     _check_there(model.path, model.preset, "model.path: ")
-    manifest = read_manifest(path) if model.path and path.is_dir() else None
+    manifest = _manifest("model.path", path) if model.path and path.is_dir() else None
     family, shape = _network(model.preset, path, manifest)
     check_width(shape.width, mesh)
     attention = choose_attention(run.attention, model.dtype, shape.head_dim, mesh)
@@ -73,6 +77,10 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
         world = FolderWorld(path, manifest, tasks(), model=model, encoding=run.encoding, mesh=mesh).world()
     elif model.preset in EMBEDDED:
         world = EMBEDDED[model.preset]()
+        if model.size not in (own := world.latent_shape[:2], Model().size):
+            raise ValueError(
+                f"model.resolution: found {model.resolution}, expected {own}: {model.preset} has that size"
+            )
     else:
         raise ValueError(f"model.path: found {model.path!r}; preset {model.preset!r} needs a converted folder")
     return Pipeline(mesh, model.preset, family, module, make_velocity(module), world, manifest)
@@ -85,7 +93,8 @@ def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> Att
       ValueError: it does not exist, or cannot run there.
     """
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    found = resolve_attention(name, dtype, head_dim, platform)
+    with within("run"):
+        found = resolve_attention(name, dtype, head_dim, platform)
     if name == AUTO and jax.process_index() == 0:
         on = f"{platform}, {dtype}, head dimension {head_dim}"
         note(f"attention: auto → {found} ({on})")
@@ -106,6 +115,14 @@ def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "m
         return family_of_class(manifest.class_name), manifest.transformer
     except ValueError as error:
         raise ValueError(f"{field}: {path}: {error}") from error
+
+
+def _manifest(field: str, folder: Path) -> Manifest:
+    """The manifest of a converted folder; what is wrong with it is laid to a field."""
+    try:
+        return read_manifest(folder)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def weight_path(name: str) -> Path:
@@ -166,7 +183,7 @@ def check_network(field: str, source: str, pipeline: Pipeline) -> None:
     path = weight_path(source)
     _check_there(source, pipeline.preset, f"{field}: ")
     if pipeline.manifest is not None:
-        _network(pipeline.preset, path, read_manifest(path), field)
+        _network(pipeline.preset, path, _manifest(field, path), field)
 
 
 def load_policy(source: str, pipeline: Pipeline) -> Adapter:
@@ -176,7 +193,15 @@ def load_policy(source: str, pipeline: Pipeline) -> Adapter:
       ValueError: it is missing, damaged, or made for another network; names the file.
     """
     _check_there(source, pipeline.preset, adapter=True)
-    return load_any_adapter(weight_path(source), pipeline.preset, pipeline.model)
+    adapter = load_any_adapter(weight_path(source), pipeline.preset, pipeline.model)
+    with np.errstate(over="ignore"):
+        largest = max(float(np.abs(leaf).max(initial=0)) for leaf in jax.tree.leaves(effective(adapter)))
+    if not largest < MOST_FACTOR:
+        raise ValueError(
+            f"{weight_path(source)}: its factors reach {largest:g} at scale {adapter.scale:g}, expected less than "
+            f"{MOST_FACTOR:g}: the update would not be finite"
+        )
+    return adapter
 
 
 def _check_there(source: str, preset: str, field: str = "", *, adapter: bool = False) -> None:
@@ -188,4 +213,4 @@ def _check_there(source: str, preset: str, field: str = "", *, adapter: bool = F
     else:
         maker = f"{'' if adapter else f'{CONVERTER} makes one; '}{GUIDE} says where to get it"
     maker += "; a student's stands in its run's folder, once the run has ended" * adapter
-    raise ValueError(f"{field}{path}: no such file or folder; {maker}")
+    raise ValueError(f"{field}{source if source.startswith(PACKAGED) else path}: no such file or folder; {maker}")

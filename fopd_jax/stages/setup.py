@@ -11,7 +11,7 @@ import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import Config, Evaluation
+from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
@@ -80,6 +80,19 @@ def make_setup(config: Config, tasks: Callable[[], Mapping[str, Task]]) -> Setup
         optimizer=make_optimizer(config.optimizer),
         rate=jax.jit(partial(learning_rate, config.optimizer)),
     )
+
+
+def refuse_files(tasks: Mapping[str, RoutedTask | Pairs], pipeline: Pipeline) -> None:
+    """Refuse files of prompts that a world with prompts of its own would not read.
+
+    Raises:
+      ValueError: names the field.
+    """
+    for name, task in tasks.items() if pipeline.manifest is None else ():
+        for field in ("prompts", "test"):
+            if found := getattr(task, field, ""):
+                whose = f"preset {pipeline.preset!r} has prompts of its own"
+                raise ValueError(f"tasks.{name}.{field}: found {found!r}, expected '': {whose}")
 
 
 def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sampler:

@@ -17,6 +17,7 @@ from fopd_jax.adapters.lora import (
     delta,
     effective,
     init_adapter,
+    is_zero,
     merge,
     rank_of,
     revive,
@@ -26,7 +27,7 @@ from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.evaluation.report import Model
-from fopd_jax.parallel.distributed import put_replicated
+from fopd_jax.parallel.distributed import put_replicated, warn
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
@@ -101,7 +102,9 @@ def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, 
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
-    titles = {f"{name} ({source})": adapters[name] for name, source in found.names.items()}
+        if is_zero(adapters[name]):
+            warn(f"{found.field(name)}: {source}: its update is zero: it teaches what the base does")
+    titles = {f"{found.field(name)} ({source})": adapters[name] for name, source in found.names.items()}
     return dict(zip(adapters, conform_all(config, pipeline, titles), strict=True))
 
 

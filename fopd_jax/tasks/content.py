@@ -1,5 +1,6 @@
 """What a file of prompts must not be: other formats that decode as text, or would train on their own syntax."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -35,10 +36,35 @@ def other_syntax(text: str) -> str:
     start = text.lstrip()[:_FIRST].lower()
     if re.match(r"<(!doctype\b|html\b|\?xml\b|head\b|body\b)", start):
         return "a web page or XML"
+    if (tag := re.match(r"<(\w+)[^<>]*>", text.lstrip())) and text.rstrip().endswith(f"</{tag[1]}>"):
+        return "XML"
     if start[:1] in ("[", "{") and _kind(text) is not None:
         return "one JSON value (a list or an object)" if "\n" in text.strip() else _lines_of_json(text)
-    lines = text.split("\n")
-    return _lines_of_json(text) or _table([line.strip("\r") for line in lines[:2]])
+    if _is_python(text.strip()):
+        return "a list as Python writes it"
+    lines = text.strip().split("\n")
+    return _lines_of_json(text) or _table([line.strip("\r") for line in lines[:2]]) or _markup(lines)
+
+
+def _is_python(text: str) -> bool:
+    """Whether a text is one Python list, tuple, set or dict with a text in it."""
+    if not re.fullmatch(r"[\[({]\s*[\"'].*[\])}]", text, re.DOTALL):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text), list | tuple | set | dict)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return False
+
+
+def _markup(lines: Sequence[str]) -> str:
+    """What every line says that belongs to a list's or a table's syntax; the first one may be a heading."""
+    if len(lines) > 2 and all(re.match(r"\w+ *= *[\"'\[]|\[[\w.]+\]$", line) for line in lines):
+        return "TOML or INI: every line is a name and its value"
+    rows = lines[1:] if re.match(r"#|\w+:$", lines[0]) else lines
+    for mark, what in ((r"- |\* |• ", "a list (Markdown or YAML)"), (r"\d+[.)] ", "a numbered list")):
+        if len(rows) > 1 and all(re.match(mark, line) for line in rows):
+            return f"{what}: every line begins like {rows[0].split()[0]!r}; keep what follows"
+    return ""
 
 
 def _lines_of_json(text: str) -> str:

@@ -1,14 +1,23 @@
 """Prompt files: UTF-8 text, one prompt a line."""
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.exits import GUIDE
+from fopd_jax.files import read_regular
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.content import other_format, other_syntax
 from fopd_jax.tasks.task import Task
+
+_DOUBTFUL = {
+    "begin with '# ', which is read as part of the prompt": re.compile(r"\A# "),
+    "hold U+FFFD, which stands for what another program could not decode": re.compile("\ufffd"),
+    "hold byte order marks or marks of direction, which are not seen": re.compile("[\ufeff\u202a-\u202e\u2066-\u2069]"),
+}
+"""Of prompts that are kept: what may be wrong with them."""
 
 
 def read_prompts(path: Path, field: str) -> tuple[str, ...]:
@@ -19,7 +28,7 @@ def read_prompts(path: Path, field: str) -> tuple[str, ...]:
         character; names the config's field, file and line.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise ValueError(_unreadable(path, field, error.strerror)) from error
     if what := other_format(data):
@@ -43,8 +52,8 @@ def _unreadable(path: Path, field: str, reason: object) -> str:
 
 
 def _check_lines(lines: Sequence[str], place: str) -> None:
-    """Refuse blank lines and NUL, tell of other control characters."""
-    blank = [number for number, line in enumerate(lines, start=1) if not line]
+    """Refuse blank lines and NUL; tell of other control characters, and of what may be syntax or wrongly decoded."""
+    blank = [number for number, line in enumerate(lines, start=1) if not any(map(_is_seen, line))]
     if blank:
         among = f" (one of {len(blank)})" if len(blank) > 1 else ""
         raise ValueError(f"{place}, line {blank[0]} is blank{among}, expected a prompt")
@@ -54,10 +63,17 @@ def _check_lines(lines: Sequence[str], place: str) -> None:
             raise ValueError(f"{place}, line {number} holds a NUL character, expected text")
     if control:
         warn(f"{place}: {len(control)} of {len(lines)} prompts hold control characters, the first in line {control[0]}")
+    for what, pattern in _DOUBTFUL.items():
+        if found := [number for number, line in enumerate(lines, start=1) if pattern.search(line)]:
+            warn(f"{place}: {len(found)} of {len(lines)} prompts {what}, the first in line {found[0]}")
 
 
 def _is_control(character: str) -> bool:
     return character != "\t" and unicodedata.category(character) == "Cc"
+
+
+def _is_seen(character: str) -> bool:
+    return character == "\0" or not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf"))
 
 
 def check_overlaps(tasks: Mapping[str, Task]) -> None:

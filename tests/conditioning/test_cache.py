@@ -366,7 +366,7 @@ def test_the_space_of_the_folders_own_disk_counts(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(ValueError, match=r"^conditioning cache .*cache: .*cache is no folder"):
+    with pytest.raises(ValueError, match=r"^run\.encoding\.cache: .*cache is no folder"):
         _cache(tmp_path).check_space(1)
 
 

@@ -145,6 +145,8 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
         (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
         (["--nope"], "Unknown command line flag 'nope'"),
+        (["--learning_rate=1"], "Unknown command line flag 'learning_rate'. Did you mean --config.optimizer.learning_"),
+        (["--run.steps=1"], "Unknown command line flag 'run.steps'. Did you mean --config.run.steps ?"),
         (["a", "word"], "unexpected arguments ['a', 'word']"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -208,6 +210,8 @@ BODIES: dict[str, tuple[str, str, str]] = {
     "a leave": ("", "import sys\nsys.exit('no')", ", line 2: SystemExit: no"),
     "a leave in the function": (HEAD, "raise SystemExit(3)", ", line 5: SystemExit: 3"),
     "endless recursion": (HEAD, "return get_config()", ", line 5: RecursionError: maximum recursion"),
+    "an error that cannot be told": ("", "class E(Exception):\n    def __str__(self):\n        raise ValueError\n\n\n"
+                                     "raise E", ", line 6: E: without a message"),
     "several lines": (HEAD, "raise KeyError('a\\n  b')", ", line 5: KeyError: 'a\\n b'"),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.config.parse import find, override, resolve, settle
+from fopd_jax.config.rules import PATH
 from tests.config.fields import LEAVES, STAGES, Field, valid
 
 NAN, INF = math.nan, math.inf
@@ -125,3 +126,45 @@ def test_messages_name_the_field_what_was_found_and_the_limits(name: str, value:
     with pytest.raises(ValueError, match="expected") as error:
         resolve(override(valid("opd"), {name: value}))
     assert str(error.value) == message
+
+
+# ---- texts
+
+TEXTS = [field for field in LEAVES if "str" in str(field.hint) and "dict" not in str(field.hint)]
+PATHS = [field for field in TEXTS if field.metadata["rule"] is PATH]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_text_is_seen_and_can_be_written(stage: str):
+    mine = [field for field in TEXTS if field.stage == stage]
+    assert len(mine) >= 18
+    for text in ("a\0b", "a\nb", " a", "a ", " ", "\x7f", "\udc80"):
+        changes = {each.name: (text,) if "tuple" in str(each.hint) else text for each in mine}
+        _, problems = settle(override(valid(stage), changes))
+        assert {line.partition(":")[0].partition("[")[0] for line in problems} == changes.keys()
+        assert all(line.isprintable() for line in problems)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_path_is_written_out(stage: str):
+    mine = [field.name for field in PATHS if field.stage == stage]
+    assert {"model.path", "run.encoding.cache", "run.compiled"} < set(mine)
+    for text in ("gs://bucket/x", "~/x", "$SCRATCH/x"):
+        _, problems = settle(override(valid(stage), dict.fromkeys(mine, text)))
+        assert problems == [f"{name}: found {text!r}, expected a path on this machine, written out" for name in mine]
+
+
+def test_what_cannot_be_shown_is_told_by_its_type():
+    class Hidden:
+        def __repr__(self) -> str:
+            raise TypeError
+
+    _, problems = settle(override(valid("opd"), {"name": Hidden()}))
+    assert problems == ["name: found a value of type Hidden that cannot be shown (TypeError), expected a text"]
+
+
+def test_a_config_that_holds_itself_is_refused():
+    config = valid("opd")
+    config.tasks["y"] = config.tasks
+    with pytest.raises(ValueError, match=r"^config: a dict or a section in it holds itself$"):
+        resolve(config)

@@ -12,6 +12,7 @@ import pytest
 
 from fopd_jax.config import schema
 from fopd_jax.config.parse import assign, find, override, resolve, thaw
+from fopd_jax.config.rules import PATH
 from tests.config.fields import EVERY, GROUPS, LEAVES, STAGES, Field, valid
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
@@ -117,7 +118,7 @@ def test_a_section_is_nothing_else(stage: str):
         ("cold_start.weights", {"x": "1"}, "cold_start.weights.x: found '1', expected a number"),
         ("run.alarms", {"x": (1, None)}, "run.alarms.x[1]: found None, expected a number"),
         ("tasks.x.weight", None, "tasks.x.weight: found None, expected a number"),
-        ("tasks", {1: 2}, "tasks, a name in it: found 1, expected a text without dots and spaces"),
+        ("tasks", {1: 2}, "tasks, a name in it: found 1, expected a text without dots, spaces and control characters"),
         ("tasks", {"x": schema.Pairs()}, "tasks.x: found Pairs(share=1.0, wrong_caption=0.0, degraded=0.0, images='', "
          "test=''), expected a section RoutedTask"),
         ("eval", 3, "eval: found 3, expected a section Evaluation"),
@@ -200,7 +201,7 @@ def edges(field: Field) -> tuple[list[Any], list[Any]] | None:
 
 def test_every_field_has_a_range_here_or_is_free():
     for field in LEAVES:
-        assert (edges(field) is None) == (field.name in FREE) == (field.metadata["rule"] is None), field.name
+        assert (edges(field) is None) == (field.name in FREE) == (field.metadata["rule"] in (None, PATH)), field.name
 
 
 def rounds(stage: str, side: int) -> list[dict[str, Any]]:

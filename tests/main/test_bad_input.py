@@ -100,6 +100,11 @@ SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
     ({"run.mesh.tensor": 3}, ("run.mesh: ", "'tensor': 3", "devices")),
     ({"anchor.name": "text"}, ("anchor.name: found 'text'", "another teacher")),
     ({"batch_size": True}, ("batch_size: found True, expected a whole number",)),
+    ({"tasks.text.prompts": "train.txt"}, ("tasks.text.prompts: found 'train.txt', expected ''", "of its own")),
+    ({"tasks.composition.test": "test.txt"}, ("tasks.composition.test: found 'test.txt', expected ''",)),
+    ({"model.resolution": 100}, ("model.resolution: found 100, expected (24, 24)",)),
+    ({"run.attention": "cudnn"}, ("run.attention: 'cudnn' needs a GPU",)),
+    ({"run.compiled": "/proc/compiled"}, ("run.compiled: /proc cannot be written",)),
     ({"guidance": float("nan")}, ("guidance: found nan, expected a finite number",)),
 ]
 

@@ -199,3 +199,10 @@ def test_evaluations_may_differ_in_how_they_evaluate_alone(tmp_path: Path):
     with pytest.raises(ValueError, match=r"(?s)only the fields of `run` and `eval` .* seed: 0 there, 1 here") as error:
         check_evaluates(tmp_path, _config(**{"eval.num_steps": 7, "seed": 1}))
     assert "num_steps" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"stage": []}', '{"stage": "opd", "eval.tasks": 3}', "[" * 100000])
+def test_values_that_no_config_has_are_damage(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged.*; choose another --workdir$"):
+        workdir.check(tmp_path, {"stage": "opd"})

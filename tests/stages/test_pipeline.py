@@ -88,7 +88,7 @@ def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: Any)
         ({"model.preset": "sd35_medium"}, ("model.path: found", "'sd35_medium' needs a converted folder")),
         (
             {"model.path": "packaged:nothing.safetensors"},
-            ("model.path: ", "/nothing.safetensors: no such file or folder"),
+            ("model.path: ", "packaged:nothing.safetensors: no such file or folder"),
         ),
         ({"model.preset": "sd35_large", "model.path": ""}, ("model.path: found ''", "'sd35_large' needs a converted")),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fopd_jax.adapters.lora import Adapter, delta, init_adapter
+from fopd_jax.adapters.lora import Adapter, delta, init_adapter, is_zero
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.parse import assign
@@ -187,3 +187,9 @@ def test_a_run_resumes_into_the_shapes_of_its_start(rank: int, weights: Path, tm
     )
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.state)
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), stage.start())
+
+
+def test_an_update_is_zero_where_a_factor_of_every_layer_is():
+    one, zero = np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    assert is_zero(Adapter({"x": {"a": one, "b": zero}, "y": {"a": zero, "b": one}}, 1.0))
+    assert not is_zero(Adapter({"x": {"a": one, "b": zero}, "y": {"a": one, "b": one}}, 1.0))

@@ -1,5 +1,6 @@
 """Prompt files: what they hold, and what is refused with field, file and line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,13 @@ OTHERS: dict[str, tuple[bytes | str, str]] = {
     "gzip": (b"\x1f\x8b\x08abc", "a gzip archive"),
     "Parquet": (b"PAR1abc", "a Parquet table"),
     "an image": (b"\x89PNG\r\n\x1a\nabc", "a PNG image"),
+    "XML of its own": ("<prompts>\n<p>a cat</p>\n</prompts>\n", "XML"),
+    "a Python list": ("['a cat', 'a dog']\n", "a list as Python writes it"),
+    "a Python list in lines": ("['a cat',\n'a dog']\n", "a list as Python writes it"),
+    "YAML": ("prompts:\n- a cat\n- a dog\n", "a list (Markdown or YAML): every line begins like '-'"),
+    "Markdown": ("# Prompts\n* a cat\n* a dog\n", "a list (Markdown or YAML): every line begins like '*'"),
+    "numbers": ("1. a cat\n2. a dog\n", "a numbered list: every line begins like '1.'"),
+    "TOML": ('[prompts]\na = "a cat"\nb = "a dog"\n', "TOML or INI: every line is a name and its value"),
     "binary": (bytes(range(32)) * 9 + b"\0" * 30, "a binary file"),
 }
 
@@ -145,7 +153,8 @@ def test_other_formats_are_refused_by_their_names(kind: str, tmp_path: Path):
 def test_prompts_that_only_look_so_are_prompts(tmp_path: Path):
     prompts = (
         "text, red on blue", "a caption, a picture", "[a cat], detailed", "{a|b} c", '"a sign"', "<b> as art", "1",
-        "a;b", "version 2 of a robot", "prompt", "a | b", "[cat]", "null", "PK", "prompt engineering, as a painting",
+        "a;b", "version 2 of a robot", "prompt", "a | b", "- a dash", "1. a number", "(a cat:1.2), [a dog]", "x = 'a'",
+        "<lora:a:1> a cat", "[cat]", "null", "PK", "prompt engineering, as a painting",
     )  # fmt: skip
     assert read_prompts(_file(tmp_path, "\n".join(prompts)), "field") == prompts
 
@@ -169,3 +178,25 @@ def test_a_task_that_holds_nothing_out_is_refused():
     tasks = {"a": Task("a", ("one", "two"), ("x",)), "b": Task("b", ("three",), ("one", "three", "one"))}
     with pytest.raises(ValueError, match=r"^tasks\.b\.test: all 2 prompts are training prompts of a, b, expected held"):
         check_overlaps(tasks)
+
+
+def test_what_may_be_wrong_with_prompts_is_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    read_prompts(_file(tmp_path, "# a comment\na cat #1\ncaf\ufffd\n\ufeffa dog\na \u202ecat\n"), "field")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("prompts.txt: ")[2] for line in lines] == [
+        "1 of 5 prompts begin with '# ', which is read as part of the prompt, the first in line 1",
+        "1 of 5 prompts hold U+FFFD, which stands for what another program could not decode, the first in line 3",
+        "2 of 5 prompts hold byte order marks or marks of direction, which are not seen, the first in line 4",
+    ]
+
+
+def test_a_line_of_which_nothing_is_seen_is_blank(tmp_path: Path):
+    with pytest.raises(ValueError, match=r", line 2 is blank, expected a prompt$"):
+        read_prompts(_file(tmp_path, "a\n\u200b\u2060\nb\n"), "field")
+
+
+def test_what_may_never_end_is_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(ValueError, match=r"^field: cannot read .*a pipe, a socket or a device, not a regular file"):
+            read_prompts(path, "field")

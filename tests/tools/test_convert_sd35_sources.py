@@ -196,7 +196,7 @@ def test_broken_source(case: str, call: Caller, pipeline: Path, tmp_path: Path, 
 
 
 def test_broken_single_file(call: Caller, pipeline: Path, tmp_path: Path) -> None:
-    call.fails(["--src", pipeline / CONFIG, "--dst", tmp_path / "dst"], "config.json: truncated or no safetensors file")
+    call.fails(["--src", pipeline / CONFIG, "--dst", tmp_path / "dst"], "config.json: found JSON; expected safetensors")
     call.fails(
         ["--src", pipeline / "vae/diffusion_pytorch_model.safetensors", "--dst", tmp_path / "dst"],
         "x_embedder.proj.weight': missing, expected one",

@@ -61,7 +61,7 @@ def _class_name(config: Mapping[str, Any]) -> str:
       ValueError: there is no such class; names those there are.
     """
     name = config.get("_class_name", CLASS_NAME)
-    if name not in TRANSFORMERS:
+    if not isinstance(name, str) or name not in TRANSFORMERS:
         raise ValueError(f"transformer config _class_name: found {name!r}, expected one of {', '.join(TRANSFORMERS)}")
     return name
 

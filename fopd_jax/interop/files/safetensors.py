@@ -13,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.files import write_tensors
+from fopd_jax.interop.files.tensor_files import DTYPES, check_finite, other_format
 
 Tree = Any
 FORMAT = "fopd_jax/1"
+LARGEST_SCALE = 1e6
+"""Of an adapter: what `adapter.alpha` may reach at rank 1."""
 
 
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = "float32") -> None:
@@ -34,23 +37,60 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
     """Read what `save_tree` wrote: a nested dict of float32 numpy arrays, and the metadata.
 
     Raises:
-      ValueError: the file is missing, damaged or of another format; names the file.
+      ValueError: the file is missing, damaged or of another format, or a tensor of it is no tree's or of another dtype
+        than float32, float16 and bfloat16; names the file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file{' but a folder' * path.is_dir()}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             if metadata.pop("format", None) != FORMAT:
                 raise ValueError(f"{path}: not written by fopd_jax (its metadata lacks format {FORMAT!r})")
-            flat = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+            flat = {name: _read(file, name, path) for name in _names(file, path)}
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from error
-    return traverse_util.unflatten_dict(flat, sep="/"), {key: json.loads(value) for key, value in metadata.items()}
+        raise ValueError(f"{path}: {other_format(path) or f'damaged or no safetensors file ({error})'}") from error
+    return traverse_util.unflatten_dict(flat, sep="/"), {key: _value(key, metadata[key], path) for key in metadata}
+
+
+def _names(file: Any, path: Path) -> list[str]:
+    """Names of a file's tensors, which make a tree: none is both a leaf and a branch."""
+    names: list[str] = sorted(file.keys())
+    branches = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
+    if not names:
+        raise ValueError(f"{path}: found no tensors")
+    if wrong := [name for name in names if name in branches or not all(name.split("/"))]:
+        raise ValueError(f"tensor {wrong[0]!r} in {path}: found a name that is no leaf of a tree")
+    return names
+
+
+def _read(file: Any, name: str, path: Path) -> np.ndarray:
+    if (kind := file.get_slice(name).get_dtype()) not in DTYPES:
+        raise ValueError(f"tensor {name!r} in {path}: found dtype {kind}, expected one of {', '.join(DTYPES)}")
+    return file.get_tensor(name).astype(np.float32)
+
+
+def _value(key: str, text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: metadata {key}: found {text[:80]!r}, expected JSON") from error
+
+
+def check_numbers(path: Path, tree: Tree) -> None:
+    """Refuse what a network cannot compute with.
+
+    Raises:
+      ValueError: a number of a file's tree is NaN or infinite; names the tensor.
+    """
+    for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+        check_finite(name, np.asarray(leaf), path)
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is there and says that this project wrote it."""
+    """Whether a file is there and says that this project wrote it; no pipe is opened, which may never answer."""
+    if not path.is_file():
+        return False
     try:
         with safe_open(path, framework="numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -72,7 +112,24 @@ def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     weights, metadata = load_tree(path)
     if "scale" not in metadata:
         raise ValueError(f"{path}: holds no adapter (its metadata has no 'scale')")
-    return Adapter(weights, metadata["scale"]), metadata
+    scale = metadata["scale"]
+    if type(scale) not in (int, float) or not 0 < abs(scale) <= LARGEST_SCALE:
+        expected = f"a number other than 0, at most {LARGEST_SCALE:g}"
+        raise ValueError(f"{path}: metadata scale: found {json.dumps(scale)[:80]}, expected {expected}")
+    check_numbers(path, weights)
+    _check_factors(weights, path)
+    return Adapter(weights, float(scale)), metadata
+
+
+def _check_factors(weights: Tree, path: Path) -> None:
+    """Refuse what is no pair of factors a `[…, in, R]`, b `[…, R, out]` a layer."""
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(weights)
+    for layer in sorted({name[:-1] for name in leaves}):
+        found = {name[-1]: leaf.shape for name, leaf in leaves.items() if name[:-1] == layer}
+        a, b = found.get("a", ()), found.get("b", ())
+        if found.keys() != {"a", "b"} or min(len(a), len(b)) < 2 or not a[-1] == b[-2] > 0:
+            shapes = ", ".join(f"{name} {shape}" for name, shape in sorted(found.items()))
+            raise ValueError(f"{path}: layer {'/'.join(layer)!r}: found {shapes}, expected a [in, R] and b [R, out]")
 
 
 def check_preset(path: Path, metadata: Mapping[str, Any], preset: str) -> None:

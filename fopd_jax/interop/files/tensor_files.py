@@ -133,6 +133,27 @@ def _instead(folder: Path, stem: str) -> str:
     return f" (found {others[0]}, which is neither)" if others else ""
 
 
+_MAGIC = {
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
+    b"PK\x03\x04": "a ZIP archive, or PyTorch's pickle, which is not read; expected safetensors",
+    b"\x80\x02": "a pickle, which is not read; expected safetensors",
+    b"\x80\x04": "a pickle, which is not read; expected safetensors",
+    b"\x80\x05": "a pickle, which is not read; expected safetensors",
+    b"GGUF": "GGUF, which is not read; expected safetensors",
+    b"\x93NUMPY": "a NumPy array, which is not read; expected safetensors",
+    b"\x1f\x8b": "a gzip archive; expected safetensors",
+    b"<": "a web page, perhaps of a download that needs a login; expected safetensors",
+    b"{": "JSON; expected safetensors",
+}
+
+
+def other_format(path: Path) -> str:
+    """What a file looks like that is no safetensors file, with what was expected; empty: nothing that is known."""
+    with path.open("rb") as file:
+        first = file.read(64)
+    return next((f"found {what}" for magic, what in _MAGIC.items() if first.startswith(magic)), "")
+
+
 def open_tensor_file(path: Path) -> TensorFiles:
     """One safetensors file; errors as `open_tensor_files`."""
     return TensorFiles((path,), _read_header(path))
@@ -163,6 +184,8 @@ def _read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            if what := other_format(path):
+                raise ValueError(f"{path}: {what}")
             raise ValueError(f"{path}: truncated or no safetensors file ({size} bytes, header of {length})")
         header = _parse(file.read(length), path)
     header.pop("__metadata__", None)

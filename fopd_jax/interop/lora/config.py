@@ -22,6 +22,7 @@ _HARMLESS = frozenset(
         "target_modules", "task_type",
     )
 )  # fmt: skip
+LARGEST_ALPHA, _MOST_RANK = 1e9, 2**20  # far beyond any, and its update is still finite in float32
 _MOST_WAYS = 2**18  # see `_ways`: four repetitions and four alternatives; a fraction of a second for each module
 _READ = frozenset(("alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora"))
 # Fields that must be off, and why. A field that stands nowhere here must be off, too.
@@ -107,14 +108,22 @@ def parse_settings(fields: Mapping[str, Any]) -> LoRASettings:
 
 
 def _check_rank(field: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{field}: found {value!r}, expected a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= _MOST_RANK:
+        raise ValueError(f"{field}: found {_short(value)}, expected a whole number of at least 1, at most {_MOST_RANK}")
     return value
 
 
+def _short(value: Any) -> str:
+    """A value in a message; JSON has numbers of any length, which Python may not even spell."""
+    text = "a number of more digits than fit here" if type(value) is int and abs(value) > 10**80 else repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."
+
+
 def _check_alpha(field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or value == 0:
-        raise ValueError(f"{field}: found {value!r}, expected a finite number other than 0")
+    if type(value) not in (int, float) or not 0 < abs(value) <= LARGEST_ALPHA:
+        raise ValueError(
+            f"{field}: found {_short(value)}, expected a finite number other than 0, at most {LARGEST_ALPHA:g}"
+        )
     return float(value)
 
 

@@ -23,6 +23,8 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, so that safetens
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fopd_jax.interop.files.tensor_files import other_format
+from fopd_jax.interop.lora.config import LARGEST_ALPHA
 from fopd_jax.interop.lora.modules import find_place
 from fopd_jax.interop.sd3.diffusers import module_names
 from fopd_jax.interop.sd3.original import module_parts
@@ -114,7 +116,7 @@ def read_lora_file(path: Path, config: MMDiTConfig) -> LoRAFile:
             whole = {key: _read(file, key, name.role) for key, name in names.items()}
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"damaged or no safetensors file ({error})") from error
+        raise ValueError(other_format(path) or f"damaged or no safetensors file ({error})") from error
     keys = {(part, name.role): key for key, name in names.items() for part in name.parts}
     tensors = {
         (part, name.role): tensor
@@ -229,7 +231,7 @@ def _read(file: Any, key: str, role: str) -> np.ndarray:
     tensor = file.get_tensor(key).astype(np.float64 if role == "alpha" else np.float32)
     if role == "alpha" and tensor.size != 1:
         raise ValueError(f"tensor {key!r}: found shape {tensor.shape}, expected a scalar")
-    if not np.isfinite(tensor).all() or (role == "alpha" and tensor.item() == 0):
+    if not np.isfinite(tensor).all() or (role == "alpha" and not 0 < abs(tensor.item()) <= LARGEST_ALPHA):
         raise ValueError(f"tensor {key!r}: found {'0 or ' * (role == 'alpha')}a number that is not finite")
     return tensor
 

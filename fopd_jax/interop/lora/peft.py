@@ -24,7 +24,7 @@ import numpy as np
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.files import replacing_folder, write_json, write_tensors
-from fopd_jax.interop.lora.config import LoRASettings, exact_alpha, make_fields, parse_settings
+from fopd_jax.interop.lora.config import LARGEST_ALPHA, LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
     PEFT_PREFIX,
     PIPELINE_PREFIX,
@@ -76,6 +76,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     held = [name for name in (PEFT_SETTINGS, DIFFUSERS_TENSORS) if (path / name).is_file()]
+    if held == [DIFFUSERS_TENSORS] and (path / PEFT_TENSORS).is_file():
+        held.append(PEFT_TENSORS)
     if len(held) != 1:
         found = " and ".join(held) or f"neither {PEFT_SETTINGS} nor {DIFFUSERS_TENSORS}"
         raise ValueError(f"{path}: found {found}, expected one of them; or name the file itself")
@@ -95,7 +97,7 @@ def _read_settings(path: Path) -> LoRASettings:
 def _parse_json(text: str | bytes) -> Mapping[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError as error:  # of which JSON's and Unicode's errors are kinds
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are kinds of the first
         raise ValueError(f"damaged JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"found JSON of type {type(fields).__name__}, expected an object")
@@ -150,8 +152,8 @@ def _header_alpha(metadata: Mapping[str, str]) -> float | None:
             values.add(float(text.strip('"')))
         except ValueError as error:
             raise ValueError(f"metadata {field}: found {text!r}, expected a number") from error
-    if len(values) > 1 or not all(math.isfinite(value) and value for value in values):
-        raise ValueError(f"metadata: found {found}, expected one finite number other than 0")
+    if len(values) > 1 or not all(0 < abs(value) <= LARGEST_ALPHA for value in values):
+        raise ValueError(f"metadata: found {found}, expected one finite number other than 0, at most {LARGEST_ALPHA:g}")
     return next(iter(values), None)
 
 

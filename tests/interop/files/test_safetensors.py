@@ -1,5 +1,6 @@
 """Weights on disk: exact, labelled, never half-written, and refused with the file's name where they do not fit."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from safetensors.numpy import save_file
 
 from fopd_jax import files
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.interop.files.safetensors import check_preset, load_adapter, load_tree, save_adapter, save_tree
+from fopd_jax.interop.files.safetensors import (
+    FORMAT,
+    check_preset,
+    is_own_file,
+    load_adapter,
+    load_tree,
+    save_adapter,
+    save_tree,
+)
 
 SPECIAL = np.array([0.0, -0.0, 1e-45, 3.4e38, np.inf, -np.inf, np.nan, 1 / 3], np.float32)
 
@@ -74,7 +83,7 @@ def test_bfloat16_files_hold_rounded_values(tmp_path: Path):
 
 
 def test_adapters_come_back_with_their_scale(tmp_path: Path):
-    weights = {"blocks": {"a": np.ones((2, 3), np.float32), "b": SPECIAL.reshape(2, 4)}}
+    weights = {"blocks": {"a": np.ones((3, 2), np.float32), "b": np.nan_to_num(SPECIAL).reshape(2, 4)}}
     save_adapter(tmp_path / "new" / "adapter.safetensors", Adapter(weights, 1 / 3), {"preset": "miniature"})
     adapter, metadata = load_adapter(tmp_path / "new" / "adapter.safetensors")
     _same(adapter.weights, weights)
@@ -153,6 +162,54 @@ def test_another_preset_is_refused(metadata: dict[str, str], found: str):
     with pytest.raises(ValueError, match=f"base.safetensors: weights of preset {found}, but .* 'miniature'"):
         check_preset(Path("base.safetensors"), metadata, "miniature")
     check_preset(Path("base.safetensors"), {"preset": "miniature"}, "miniature")
+
+
+FACTORS = {"x/attn/a": np.ones((6, 2), np.float32), "x/attn/b": np.ones((2, 4), np.float32)}
+ABOUT = {"format": FORMAT, "preset": '"miniature"', "scale": "2.0"}
+TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "none": (dict.fromkeys(FACTORS), "found no tensors"),
+    "NaN": ({"x/attn/a": np.full((6, 2), np.nan, np.float32)}, "found 12 values that are NaN or infinite"),
+    "whole numbers": ({"x/attn/a": np.ones((6, 2), np.int8)}, "found dtype I8, expected one of F32, F16, BF16"),
+    "booleans": ({"x/attn/a": np.ones((6, 2), bool)}, "found dtype BOOL"),
+    "a branch": ({"x/attn": np.ones(2, np.float32)}, "found a name that is no leaf of a tree"),
+    "no name": ({"": np.ones(2, np.float32)}, "found a name that is no leaf of a tree"),
+    "a number": ({"x/attn/a": np.array(1, np.float32)}, "layer 'x/attn': found a .*, b .*, expected a"),
+    "no rank": ({"x/attn/a": np.ones((6, 0), np.float32)}, "layer 'x/attn'"),
+    "two ranks": ({"x/attn/a": np.ones((6, 3), np.float32)}, r"layer 'x/attn': found a \(6, 3\), b \(2, 4\)"),
+    "one factor": ({"x/attn/b": None}, r"layer 'x/attn': found a \(6, 2\), expected"),
+    "three factors": ({"x/attn/c": np.ones((2, 2), np.float32)}, "layer 'x/attn': found a .*, b .*, c "),
+}
+METADATA = {
+    "scale": ("NaN", "Infinity", "0", "true", "null", "[1]", '"x"', "1e300", "1" + "0" * 400),
+    "preset": ("miniature", ""), "note": ("hello", "[" * 100000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_that_make_no_adapter_are_named(tmp_path: Path, kind: str):
+    changes, problem = TENSORS[kind]
+    path = tmp_path / "adapter.safetensors"
+    save_file({name: each for name, each in (FACTORS | changes).items() if each is not None}, path, metadata=ABOUT)
+    with pytest.raises(ValueError, match=problem) as error:
+        load_adapter(path)
+    assert path.name in str(error.value)
+
+
+def test_metadata_that_mean_nothing_are_named(tmp_path: Path):
+    path = tmp_path / "adapter.safetensors"
+    for key, values in METADATA.items():
+        for value in values:
+            save_file(FACTORS, path, metadata=ABOUT | {key: value})
+            with pytest.raises(ValueError, match=f"^{path}: metadata {key}: found ") as error:
+                load_adapter(path)
+            assert len(str(error.value)) < 400
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_own_file(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: no such file"):
+        load_tree(tmp_path / "pipe")
 
 
 # ---- atomicity

@@ -125,3 +125,13 @@ def test_a_key_for_every_module_is_quick() -> None:
     began = time.monotonic()
     assert all(settings.rank(name) == 3 for name in names)
     assert time.monotonic() - began < 20  # minutes, where each was compiled anew
+
+
+def test_numbers_that_float32_cannot_hold_are_refused():
+    for value in (1e300, -1e300, 10**400, float("nan"), float("inf"), 0):
+        for fields in ({"lora_alpha": value}, {"lora_alpha": 1, "alpha_pattern": {"to_q": value}}):
+            with pytest.raises(ValueError, match=r"alpha.*: found .*, expected a finite number other than 0") as error:
+                parse_settings({"r": 4, **fields})
+            assert len(str(error.value)) < 300
+    with pytest.raises(ValueError, match=r"^r: found a number of more digits than fit here, expected a whole number"):
+        parse_settings({"r": 10**5000, "lora_alpha": 1})
