@@ -406,6 +406,16 @@ def test_an_adapter_of_another_network_is_refused(config: Any, teachers: Path, t
         prepare(config, tmp_path / "run")
 
 
+def test_an_autoencoder_of_other_latents_is_refused(config: Any, converted: Path):
+    path = converted / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["components"]["vae"]["config"]["latent_channels"] = 8
+    path.write_text(json.dumps(fields))
+    config.model.path = str(converted)
+    with pytest.raises(ValueError, match="found an autoencoder of 8 latent channels, expected the transformer's 16$"):
+        make(config)
+
+
 def test_types_of_what_a_pipeline_holds(config: Any):
     """The base is loaded in the dtype that the config names, the table of positions in float32."""
     config.model.dtype = "bfloat16"

@@ -48,6 +48,11 @@ class FolderWorld:
         else:
             self._prompts = kept_prompts(text, encoding, self._mesh)
         vae, network = manifest.component("vae").config, manifest.transformer
+        if vae.latent_channels != network.channels:
+            raise ValueError(
+                f"model.path: {folder}: found an autoencoder of {vae.latent_channels} latent channels, expected the "
+                f"transformer's {network.channels}"
+            )
         unit = vae.downsampling * network.patch_size
         check_size("model.resolution", model.resolution, unit, unit * network.table_size)
         self._size, self._codec = model.size, Codec(folder, manifest, self._mesh)

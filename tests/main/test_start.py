@@ -18,10 +18,10 @@ from tests.main.experiment import RANK, assert_refused, noisy, other_adapter
 
 
 def _teach(config: Any, expert: str, path: str) -> str:
-    """Give an expert another file; returns its name."""
-    name = config.anchor.name if expert == "anchor" else next(iter(config.tasks))
-    assign(config, {"anchor.adapter" if expert == "anchor" else f"tasks.{name}.teacher": path})
-    return name
+    """Give the first teacher or the anchor this file; returns the field."""
+    field = "anchor.adapter" if expert == "anchor" else f"tasks.{next(iter(config.tasks))}.teacher"
+    assign(config, {field: path})
+    return field
 
 
 @pytest.mark.usefixtures("no_compilation")

@@ -81,6 +81,26 @@ COMPONENTS: Mapping[str, Callable[[Mapping[str, Any]], Component]] = {
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 
 
+_MOST_LAYERS = 1000  # ten times the deepest published
+
+
+def make_component(name: str, config: Mapping[str, Any]) -> Component:
+    """A network's names and shapes by its `config.json`.
+
+    Raises:
+      ValueError: a field is missing, or describes a network that ours is not; names field, found and right value.
+    """
+    return COMPONENTS[name](_listable(config))
+
+
+def _listable(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config, if its layers can be listed one by one, as names of tensors are."""
+    for field, value in config.items():
+        if "layers" in field and type(value) is int and value > _MOST_LAYERS:
+            raise ValueError(f"{field}: found {value}, expected at most {_MOST_LAYERS}")
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Converted:
     """One component: its source's `config`, the `dtype` and number of its parameters, `source` and `files`.
@@ -105,7 +125,7 @@ class Manifest:
     components: Mapping[str, Converted]
 
     def component(self, name: str) -> Component:
-        return COMPONENTS[name](self.components[name].config)
+        return make_component(name, self.components[name].config)
 
     @property
     def class_name(self) -> str:
@@ -115,7 +135,7 @@ class Manifest:
     @property
     def transformer(self) -> Any:
         """The transformer's shape, of its family's own kind."""
-        return TRANSFORMERS[self.class_name].shape(self.components["transformer"].config)
+        return TRANSFORMERS[self.class_name].shape(_listable(self.components["transformer"].config))
 
 
 def preset_of(shape: Any) -> str:

@@ -27,6 +27,7 @@ from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import (
     COMPONENTS,
     TABLE_FILE,
+    make_component,
     TOKENIZERS,
     Converted,
     Manifest,
@@ -191,7 +192,7 @@ def _open_folder(src: Path, name: str, bare: Path | None = None) -> Source:
     folder = bare or src / name
     with _located(folder / "config.json"):
         config = read_json(folder / "config.json")
-        component = COMPONENTS[name](config)
+        component = make_component(name, config)
     with _located(folder):
         tensors = open_tensor_files(folder, _STEMS.get(name, "model"))
         tensors = tensors.select(lambda tensor: not component.is_unused(tensor))
@@ -217,7 +218,7 @@ def _open_original(path: Path) -> Source:
         tensors = dataclasses.replace(tensors, entries={names[name]: each for name, each in tensors.entries.items()})
         tensors = tensors.select(lambda name: not original.belongs_to_another_network(name))
         config = original.infer_config({name: entry.shape for name, entry in tensors.entries.items()})
-        component = COMPONENTS["transformer"](config)
+        component = make_component("transformer", config)
         origins = original.origins(component.tensor_shapes())
         _check_shapes(tensors, {name: shape for name, (_, shape) in origins.items()})
     return Source(

@@ -83,6 +83,20 @@ def test_damaged_manifest(change: dict[str, Any], message: str, converted: Path)
         read_manifest(converted)
 
 
+@pytest.mark.parametrize(("component", "field"), [("transformer", "num_layers"), ("text_encoder_3", "num_layers")])
+def test_layers_that_nobody_can_list_are_refused(component: str, field: str, converted: Path) -> None:
+    path = converted / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["components"][component]["config"][field] = 10**9
+    path.write_text(json.dumps(fields))
+    manifest = read_manifest(converted)
+    with pytest.raises(ValueError, match=f"^{field}: found 1000000000, expected at most 1000$"):
+        manifest.component(component)
+    if component == "transformer":
+        with pytest.raises(ValueError, match=f"^{field}: found 1000000000, expected at most 1000$"):
+            _ = manifest.transformer
+
+
 def test_folder_without_manifest(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no manifest.json; expected a folder that tools/convert_sd35_weights.py wrote"
