@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -29,6 +30,7 @@ import pytest
 # What is shared there asserts, too.
 pytest.register_assert_rewrite("tests.interop", "tests.models", "tests.running", "tests.tools")
 
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects that stay; looking through them all takes time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")

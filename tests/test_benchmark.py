@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.quick import environment
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,7 @@ def test_bad_input_is_one_line(tmp_path: Path):
     assert done.stderr.strip().splitlines()[-1] == f"error: json: {tmp_path / 'none'} is no folder"
 
 
+@pytest.mark.slow
 def test_a_second_start_on_a_warm_cache_compiles_nothing(tmp_path: Path):
     def start() -> dict[str, Any]:
         out = tmp_path / "out.json"

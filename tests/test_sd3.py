@@ -412,7 +412,7 @@ def test_an_autoencoder_of_other_latents_is_refused(config: Any, converted: Path
     fields["components"]["vae"]["config"]["latent_channels"] = 8
     path.write_text(json.dumps(fields))
     config.model.path = str(converted)
-    with pytest.raises(ValueError, match="found an autoencoder of 8 latent channels, expected the transformer's 16$"):
+    with pytest.raises(ValueError, match=r"found an autoencoder of 8 latent channels, expected the transformer's 16$"):
         make(config)
 
 

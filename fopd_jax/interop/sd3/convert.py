@@ -27,7 +27,6 @@ from fopd_jax.exits import GUIDE
 from fopd_jax.interop.files.converted import (
     COMPONENTS,
     TABLE_FILE,
-    make_component,
     TOKENIZERS,
     Converted,
     Manifest,
@@ -36,6 +35,7 @@ from fopd_jax.interop.files.converted import (
     is_converted,
     load_params,
     load_table,
+    make_component,
     parse_manifest,
     preset_of,
     read_manifest,
