@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.running.preemption import last_words
 
 FILE = "running.lock"
 HEARTBEAT_S, SILENCE_S = 5.0, 60.0  # between signs of life; without one for this long, its run is dead
@@ -36,14 +37,19 @@ def holding(workdir: Path) -> Iterator[None]:
     _take(path, text)
     thread = threading.Thread(target=_beat, args=(path, text, done), name="lock", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
+
+    def give_back(_: str = "") -> None:
         done.set()
-        thread.join()
         with contextlib.suppress(OSError):
             if _read(path) == text:
                 path.unlink()
+
+    try:
+        with last_words(give_back):
+            yield
+    finally:
+        give_back()
+        thread.join()
 
 
 def check(workdir: Path) -> None:

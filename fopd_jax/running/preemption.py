@@ -99,7 +99,7 @@ def last_words(tell: Callable[[str], None]) -> Iterator[None]:
 
 def _say_last_words(name: str) -> None:
     def speak() -> None:
-        for tell in _last_words:
+        for tell in reversed(_last_words):  # as the contexts would end
             tell(name)
 
     speaker = threading.Thread(target=speak, name="last words", daemon=True)

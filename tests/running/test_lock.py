@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fopd_jax.running import lock
+from fopd_jax.running import lock, preemption
 from fopd_jax.running.lock import FILE, holding
 
 
@@ -63,3 +63,10 @@ def test_looking_refuses_what_taking_would_and_writes_nothing(tmp_path: Path, mo
     monkeypatch.setattr(lock, "_moves", lambda path, seconds: False)
     lock.check(tmp_path)  # dead: left for the one that takes it over
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_signal_that_ends_the_process_at_once_gives_the_folder_back(tmp_path: Path):
+    with lock.holding(tmp_path):
+        assert (tmp_path / lock.FILE).exists()
+        preemption._say_last_words("SIGTERM")
+        assert not (tmp_path / lock.FILE).exists()
