@@ -79,6 +79,15 @@ def is_local(name: str) -> bool:
 
 
 @contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put a field, a file or a part of one in front of the message of a ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+@contextlib.contextmanager
 def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Leave the program with one line and a status for every error that can be explained; `place`: see `explain`.
 

@@ -5,6 +5,7 @@ Nothing else in this package renames what it writes. What a process that is kill
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -140,6 +141,12 @@ def read_regular(path: Path) -> bytes:
 
 
 # ---- before anything is written
+
+
+def free_name(path: Path, between: str = "") -> Path:
+    """The path, or where something is there already, with a number behind it."""
+    names = itertools.chain([path.name], (f"{path.name}{between}{count}" for count in itertools.count(2)))
+    return next(free for name in names if not (free := path.with_name(name)).exists())
 
 
 def local_path(field: str, name: str) -> Path:

@@ -52,10 +52,9 @@ from fopd_jax.evaluation.samples import (
     write_grid,
     write_image,
 )
-from fopd_jax.exits import explained
+from fopd_jax.exits import explained, naming
 from fopd_jax.files import check_writable, local_path
 from fopd_jax.interop.files.tensor_files import hash_file
-from fopd_jax.interop.lora.files import naming
 from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree

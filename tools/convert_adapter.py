@@ -20,11 +20,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.exits import GUIDE, explained
+from fopd_jax.exits import GUIDE, explained, naming
 from fopd_jax.files import check_apart, local_path
 from fopd_jax.interop.files.converted import CUSTOM, is_converted, preset_of, read_manifest
 from fopd_jax.interop.files.safetensors import is_own_file, load_adapter, save_adapter
-from fopd_jax.interop.lora.files import naming
 from fopd_jax.interop.lora.modules import modules_from_adapter
 from fopd_jax.interop.lora.peft import (
     DIFFUSERS_TENSORS,

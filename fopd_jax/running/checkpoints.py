@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from fopd_jax.files import write_json
+from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running.guards import in_one_line
@@ -150,7 +150,7 @@ class Checkpoints:
         """Remove the checkpoints that are not among these, each at once: its name goes first."""
         try:
             for step in set(_steps(self._folder)) - kept:
-                gone = _free_name(self._folder / f"{step}.old.tmp")
+                gone = free_name(self._folder / f"{step}.old.tmp")
                 (self._folder / str(step)).rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
         except OSError as error:
@@ -202,7 +202,7 @@ class Checkpoints:
         """All that is newer than the newest intact checkpoint is damaged."""
         if is_main():
             for newer in (each for each in _steps(self._folder) if each > step):
-                (self._folder / str(newer)).rename(_free_name(self._folder / f"{newer}.damaged"))
+                (self._folder / str(newer)).rename(free_name(self._folder / f"{newer}.damaged"))
         barrier("damaged checkpoints set aside")
 
     def wait(self) -> None:
@@ -314,12 +314,6 @@ def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def _read_about(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / str(step) / ABOUT / ABOUT_FILE).read_text(encoding="utf-8"))
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or where something is there already, with a number behind it."""
-    names = itertools.chain([path.name], (f"{path.name}{count}" for count in itertools.count(2)))
-    return next(free for name in names if not (free := path.with_name(name)).exists())
 
 
 # ---- reading one without running on

@@ -3,7 +3,6 @@
 Until something is saved there it may still become another's: a run that failed before that blocks no folder.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.files import write_json
+from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running import lock
 from fopd_jax.running.checkpoints import FOLDER
@@ -125,9 +124,7 @@ def claim(workdir: Path, identity: Fields) -> None:
 
 def _set_aside(workdir: Path) -> None:
     """Move what a run left into a folder named by its config's hash."""
-    name = f"failed_{claimed_hash(workdir)}"
-    names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
-    aside = next(free for each in names if not (free := workdir / each).exists())
+    aside = free_name(workdir / f"failed_{claimed_hash(workdir)}", "_")
     aside.mkdir()
     left = [each for each in workdir.iterdir() if not _stays(each)]
     for each in sorted(left, key=lambda each: each.name == CONFIG_FILE):  # last: a kill in between repeats the rest

@@ -176,7 +176,7 @@ class OPD:
 
     def advise(self, source: str) -> list[str]:
         """What to do with the student."""
-        return advise(self.workdir, "student", self.whole, self.pipeline, source)
+        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge."""

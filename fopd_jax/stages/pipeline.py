@@ -30,7 +30,7 @@ from fopd_jax.backbones.weights import (
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Model, Run
 from fopd_jax.console import note
-from fopd_jax.exits import CONVERTER, GUIDE
+from fopd_jax.exits import CONVERTER, GUIDE, naming
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
 from fopd_jax.parallel.mesh import make_mesh
@@ -111,18 +111,14 @@ def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "m
         if preset not in (*preset_names(), CUSTOM):
             expected = f"one of {(*preset_names(), CUSTOM)}; {path} holds {manifest.preset!r}"
         raise ValueError(f"model.preset: found {preset!r}, expected {expected}")
-    try:
+    with naming(f"{field}: {path}"):
         return family_of_class(manifest.class_name), manifest.transformer
-    except ValueError as error:
-        raise ValueError(f"{field}: {path}: {error}") from error
 
 
 def _manifest(field: str, folder: Path) -> Manifest:
     """The manifest of a converted folder; what is wrong with it is laid to a field."""
-    try:
+    with naming(field):
         return read_manifest(folder)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from error
 
 
 def weight_path(name: str) -> Path:

@@ -150,10 +150,10 @@ def check_images(paths: Sequence[Path], size: tuple[int, int], field: str) -> No
     """
     mine = paths[jax.process_index() :: jax.process_count()]
     found: list[tuple[int, int]] = []
-    with ThreadPoolExecutor(_THREADS) as threads, progress("check images", len(mine), "images") as count:
-        for size_found in threads.map(lambda path: _load(path, field).size, mine):
-            found.append(size_found)
-            count(1)
+    with ThreadPoolExecutor(_THREADS) as threads, progress("check images", len(mine), "images") as done:
+        for each in threads.map(lambda path: _load(path, field).size, mine):
+            found.append(each)
+            done(1)
     height, width = size
     small = [path for path, (w, h) in zip(mine, found, strict=True) if 2 * h < height or 2 * w < width]
     barrier(f"{field} are checked", CHECKING_TIMEOUT_S)

@@ -14,8 +14,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +88,6 @@ class _Name:
     parts: tuple[str, ...]  # modules that the tensor holds along its outputs
     role: str
     adapter: str | None
-
-
-@contextmanager
-def naming(source: Path | str) -> Iterator[None]:
-    """Put the name of a file, or of a part of one, in front of the message of a ValueError raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def read_lora_file(path: Path, config: MMDiTConfig) -> LoRAFile:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.exits import naming
 from fopd_jax.files import replacing_folder, write_json, write_tensors
 from fopd_jax.interop.lora.config import LARGEST_ALPHA, LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
@@ -30,7 +31,6 @@ from fopd_jax.interop.lora.files import (
     PIPELINE_PREFIX,
     SD_SCRIPTS_PREFIX,
     LoRAFile,
-    naming,
     read_lora_file,
 )
 from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
