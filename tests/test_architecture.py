@@ -26,7 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives",),
     ("policy",),
     ("worlds",),
-    ("rewards", "tasks", "conditioning"),
+    ("tasks",),
+    ("rewards", "conditioning"),
     ("backbones",),
     ("interop",),
     ("adapters",),
@@ -39,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms from top to bottom. A room imports itself and lower floors, so rooms of one floor do not know each other."""
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
+LEVELS["__main__"] = LEVELS["main"]  # a room's command line
 PURE = ("models", "flow", "objectives", "adapters")
 """Know nothing of files, flags, devices or meshes."""
 WHOLE_CONFIGS = {"Config", "OPD", "FlowMatching"}
@@ -88,8 +90,8 @@ def sources(*folders: str) -> list[Source]:
 
 
 def room_of(path: str) -> str:
-    """The room of a file of the package: a folder, or a module of its own."""
-    return path.split("/")[1].removesuffix(".py")
+    """The room of a file of the package: a folder, or a module of its own; a room's command line is a program."""
+    return "__main__" if path.endswith("/__main__.py") else path.split("/")[1].removesuffix(".py")
 
 
 def imports(text: str) -> Iterator[str]:
@@ -287,7 +289,8 @@ def test_every_room_is_there_once_and_in_the_document():
         (floors, "flow/x.py", "def f():\n    import fopd_jax.stages.opd", "fopd_jax.stages"),
         (floors, "flow/x.py", "from fopd_jax import steps", "fopd_jax.steps"),
         (floors, "flow/x.py", "if True:\n    from ..policy import velocity", "relative"),
-        (floors, "tasks/x.py", "from fopd_jax.rewards import ocr", "fopd_jax.rewards"),
+        (floors, "rewards/x.py", "from fopd_jax.conditioning import kept", "fopd_jax.conditioning"),
+        (floors, "rewards/__main__.py", "from fopd_jax.main import run", "fopd_jax.main"),
         (floors, "stages/x.py", "import fopd_jax.main", "fopd_jax.main"),
         (floors, "sample.py", "from fopd_jax.main import run", "fopd_jax.main"),
         (floors, "files.py", "from fopd_jax.unheard import of", "fopd_jax.unheard"),

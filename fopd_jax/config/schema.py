@@ -186,6 +186,28 @@ class Encoding(Section):
 
 
 @dataclasses.dataclass
+class RewardConfig(Section):
+    """One reward: what it is and what it needs. Tasks name it with a weight."""
+
+    kind: str = setting(
+        "", "A known reward (docs/tasks-and-rewards.md), or your own as package.module:function; empty: its own name."
+    )
+    weights: str = setting("", "File of its network: tools/convert_reward_weights.py, or ONNX.", rules.PATH)
+    divide_by: float = setting(1.0, "Values are divided by it; PickScore by 26.", above(0, 1e6), "[code] 26")
+    options: dict[str, Any] = setting({}, "Of this kind.")
+
+
+@dataclasses.dataclass
+class Server(Section):
+    """Where a remote reward is served."""
+
+    urls: tuple[str, ...] = setting((), "One a replica, such as http://127.0.0.1:18085.")
+    token_file: str = setting("", "File with the bearer token; empty: $FOPD_JAX_REWARD_TOKEN.", rules.PATH)
+    timeout: float = setting(60.0, "Seconds a request may take.", above(0, 1e6))
+    retries: int = setting(3, "Attempts more after one that failed, with growing pauses.", at_least(0, 1000))
+
+
+@dataclasses.dataclass
 class Run(Section):
     """How a run is run. None of it changes a number but by rounding, all of it may change between runs in a workdir."""
 

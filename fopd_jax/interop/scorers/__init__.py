@@ -1,0 +1,1 @@
+"""Names and files of the networks that score: CLIP, BLIP and Mask2Former in their published layouts → ours."""
