@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt32
 
 from fopd_jax.interop.files.converted import Manifest, load_sharded
 from fopd_jax.models.autoencoder import Autoencoder, sample_posterior
-from fopd_jax.parallel.sharding import batch_sharding, batch_ways
+from fopd_jax.parallel.parts import in_parts
 
 POSTERIOR = 2**32 - 3  # what a step's key is folded with for draws of latents, apart from the step's own
 Tree = Any
@@ -31,24 +31,13 @@ class Codec:
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n height width 3"]:
         """Latents → images in about [-1, 1]."""
-        return self._in_parts(self._decoder, latents)
+        return in_parts(lambda rows: self._decoder(self._params, rows), latents, self._mesh)
 
     def encode(
         self, images: Float[np.ndarray, "n height width 3"], draws: UInt32[np.ndarray, "n 3"]
     ) -> Float[np.ndarray, "n h w c"]:
         """Images in [-1, 1] → one sample of each one's posterior, as SD3's trainers take; `draws`: seed, step, row."""
-        return self._in_parts(self._encoder, images, draws)
-
-    def _in_parts(self, function: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
-        """A function of rows, one a device at a time; the last part is filled up, its surplus dropped."""
-        ways, results = batch_ways(self._mesh), []
-        for start in range(0, len(arrays[0]), ways):
-            parts = [each[start : start + ways] for each in arrays]
-            count = len(parts[0])
-            filled = [np.pad(part, ((0, ways - count), *((0, 0),) * (part.ndim - 1))) for part in parts]
-            placed = jax.device_put(filled, batch_sharding(self._mesh))
-            results.append(jax.device_get(function(self._params, *placed))[:count])
-        return np.concatenate(results)
+        return in_parts(lambda rows: self._encoder(self._params, *rows), (images, draws), self._mesh)
 
     @functools.cached_property
     def _params(self) -> Tree:
