@@ -1,0 +1,43 @@
+"""The detector that a config names."""
+
+import importlib
+from pathlib import Path
+from typing import cast
+
+from fopd_jax.rewards.geneval import onnx
+from fopd_jax.rewards.geneval.detections import Detect
+
+MASK2FORMER = "mask2former"
+
+
+def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str) -> Detect:
+    """ "mask2former", GenEval's own, on the accelerator; "onnx", on the host; or a `Detect` as package.module:function.
+
+    Raises:
+      ValueError: there is none of this name, or it cannot be made of these weights; names the field.
+        `field` is the reward's.
+    """
+    if ":" in name:
+        return _imported(name, field)
+    if name not in (MASK2FORMER, "onnx"):
+        raise ValueError(
+            f"{field}.options.detector: found {name!r}, expected mask2former, onnx or package.module:function"
+        )
+    if not weights:
+        raise ValueError(f"{field}.weights: found '', expected the file of the detector {name}")
+    if name == "onnx":
+        return onnx.make_detector(Path(weights), options, field)
+    from fopd_jax.rewards.geneval import mask2former
+
+    return mask2former.make_detector(Path(weights), field)
+
+
+def _imported(name: str, field: str) -> Detect:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{field}.options.detector: {name}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{field}.options.detector: {name}: found {found!r}, expected a function of images")
+    return cast(Detect, found)
