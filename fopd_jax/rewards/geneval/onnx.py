@@ -110,8 +110,7 @@ def make_detector(weights: Path, options: OnnxOptions, field: str) -> Detect:
                 batch = np.pad(batch, ((0, many - len(part)), (0, 0), (0, 0), (0, 0)))
             outputs = session.run(None, {name: batch})
             for i, image in enumerate(part):
-                raw = layout.decode([each[i] for each in outputs], size)
-                found.append(_finish(raw, image.shape[:2], size, layout))
+                found.append(_found([each[i] for each in outputs], image.shape[:2], size, layout))
         return found
 
     return detect
@@ -222,7 +221,7 @@ def _corners(boxes: Float[np.ndarray, "n 4"], size: tuple[int, int]) -> Float[np
     return np.concatenate([centre - half, centre + half], axis=-1) * _twice(size[1], size[0])
 
 
-def _twice(x: float, y: float) -> Float[np.ndarray, "4"]:
+def _twice(x: int | float, y: int | float) -> Float[np.ndarray, "4"]:
     return np.array((x, y, x, y), np.float32)
 
 
@@ -230,10 +229,11 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(x / 2)) / 2
 
 
-def _finish(raw: Raw, image: tuple[int, int], size: tuple[int, int], layout: Layout) -> Detections:
+def _found(outputs: Sequence[np.ndarray], image: tuple[int, int], size: tuple[int, int], layout: Layout) -> Detections:
     """Boxes in pixels of the image and within it; of those of a class that overlap, the best."""
-    if not (np.isfinite(raw.boxes).all() and np.isfinite(raw.scores).all()):
+    if not all(np.isfinite(each).all() for each in outputs):
         raise ValueError("the detector's outputs are not finite")
+    raw = layout.decode(outputs, size)
     scale, offset = fit(image, size, layout.resize)
     boxes = (raw.boxes - _twice(*offset)) / _twice(*scale)
     boxes = np.clip(boxes, 0, _twice(image[1], image[0]))

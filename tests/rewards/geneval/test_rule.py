@@ -16,6 +16,7 @@ from fopd_jax.rewards.geneval.rule import (
     relations,
 )
 
+PUBLISHED = Limits()
 LEFT, RIGHT = (0.0, 0.0, 100.0, 100.0), (300.0, 0.0, 400.0, 100.0)
 
 
@@ -35,7 +36,7 @@ def detections(*things: Thing) -> Detections:
     )
 
 
-def judge(metadata: dict, *things: Thing, limits: Limits = Limits()) -> GenevalScores:
+def judge(metadata: dict, *things: Thing, limits: Limits = PUBLISHED) -> GenevalScores:
     record = read_record("", metadata)
     return geneval_score(
         record, detections(*things), lambda name, places: [things[place].colour for place in places], limits
