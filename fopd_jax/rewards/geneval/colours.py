@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
@@ -14,14 +14,24 @@ TEMPLATES: tuple[str, ...] = (
 )  # fmt: skip
 GREY = 0x99
 """What GenEval shows CLIP in place of all that the object's mask leaves out."""
-REFERENCES: dict[str, tuple[int, int, int]] = {
-    "red": (200, 30, 35), "orange": (240, 130, 30), "yellow": (245, 215, 50), "green": (50, 140, 60),
-    "blue": (40, 85, 180), "purple": (120, 50, 145), "pink": (245, 150, 185), "brown": (110, 65, 35),
-    "black": (20, 20, 20), "white": (245, 245, 245),
-}  # fmt: skip
-"""sRGB of things that people call so; pure display colours lie too far out to be the nearest of anything real."""
+REFERENCES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "red": ((200, 30, 35), (255, 0, 0), (140, 20, 25)),
+    "orange": ((240, 130, 30), (255, 165, 0)),
+    "yellow": ((245, 215, 50), (255, 255, 0), (240, 230, 140)),
+    "green": ((50, 140, 60), (0, 255, 0), (20, 70, 30), (150, 205, 140)),
+    "blue": ((40, 85, 180), (0, 0, 255), (0, 0, 140), (25, 35, 100), (175, 210, 230), (125, 185, 240), (95, 155, 170)),
+    "purple": ((120, 50, 145), (200, 0, 200), (60, 20, 90), (165, 120, 215)),
+    "pink": ((245, 150, 185), (255, 105, 180), (215, 110, 145), (250, 140, 130)),
+    "brown": ((110, 65, 35), (155, 85, 45), (160, 50, 45), (65, 40, 25), (190, 150, 110)),
+    "black": ((20, 20, 20), (50, 50, 50)),
+    "white": ((245, 245, 245), (200, 200, 200)),
+}
+"""sRGB of what people call so: one colour each would make light blue white, and pure blue, as CIELAB goes, purple."""
+_ENOUGH = 4096
+"""Pixels to judge by."""
 
 
+@runtime_checkable
 class Clip(Protocol):
     """CLIP's two towers, rows of length 1; images of any sizes, which it prepares itself. GenEval's is ViT-L/14."""
 
@@ -92,15 +102,19 @@ def _on_grey(crop: Crop) -> UInt8[np.ndarray, "h w 3"]:
 
 def _own_pixels(crop: Crop) -> UInt8[np.ndarray, "n 3"]:
     if crop.inside is not None and crop.inside.any():
-        return crop.image[crop.inside]
-    height, width = crop.image.shape[:2]
-    middle = crop.image[height // 4 : height - height // 4, width // 4 : width - width // 4]
-    return middle.reshape(-1, 3)
+        pixels = crop.image[crop.inside]
+    else:
+        height, width = crop.image.shape[:2]
+        middle = crop.image[height // 4 : height - height // 4, width // 4 : width - width // 4]
+        pixels = middle.reshape(-1, 3)
+    return pixels[:: 1 + len(pixels) // _ENOUGH]
 
 
 def _nearest(pixels: UInt8[np.ndarray, "n 3"]) -> Shaped[np.ndarray, " n"]:
-    references = lab(np.array([REFERENCES[colour] for colour in COLOURS], np.uint8))
-    return np.argmin(((lab(pixels)[:, None] - references[None]) ** 2).sum(axis=-1), axis=-1)
+    """Places in `COLOURS`."""
+    owners = np.repeat(np.arange(len(COLOURS)), [len(REFERENCES[colour]) for colour in COLOURS])
+    references = lab(np.array([each for colour in COLOURS for each in REFERENCES[colour]], np.uint8))
+    return owners[((lab(pixels)[:, None] - references[None]) ** 2).sum(axis=-1).argmin(axis=-1)]
 
 
 def lab(pixels: UInt8[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
