@@ -146,6 +146,8 @@ def _with_colours(seen: Sequence[_Seen | Exception], classify: Classify) -> list
     """The same with colours, all crops classified at once; if that fails, so does each image that needs one."""
     crops = [crop for each in seen if isinstance(each, _Seen) for crop in each.crops.values()]
     colours = _attempt(classify, crops)
+    if not isinstance(colours, Exception) and len(colours) != len(crops):
+        colours = ValueError(f"the classifier answers for {len(colours)} crops, expected {len(crops)}")
     if isinstance(colours, Exception):
         return [colours if isinstance(each, _Seen) and each.crops else each for each in seen]
     rest = iter(colours)
