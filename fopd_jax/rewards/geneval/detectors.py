@@ -11,11 +11,12 @@ MASK2FORMER = "mask2former"
 
 
 def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str) -> Detect:
-    """ "mask2former", GenEval's own, on the accelerator; "onnx", on the host; or a `Detect` as package.module:function.
+    """GenEval's own, `mask2former`, on the accelerator; `onnx`, on the host; or a `Detect` as package.module:function.
+
+    `field`: the reward's in the config.
 
     Raises:
       ValueError: there is none of this name, or it cannot be made of these weights; names the field.
-        `field` is the reward's.
     """
     if ":" in name:
         return _imported(name, field)
@@ -29,15 +30,15 @@ def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str
         return onnx.make_detector(Path(weights), options, field)
     from fopd_jax.rewards.geneval import mask2former
 
-    return mask2former.make_detector(Path(weights), field)
+    return mask2former.make_detector(Path(weights), f"{field}.weights")
 
 
 def _imported(name: str, field: str) -> Detect:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{field}.options.detector: {name}: {error}") from error
+    except Exception as error:  # at import anything may go wrong
+        raise ValueError(f"{field}.options.detector: cannot import {name}: {error}") from error
     if not callable(found):
         raise ValueError(f"{field}.options.detector: {name}: found {found!r}, expected a function of images")
     return cast(Detect, found)

@@ -19,10 +19,13 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from fopd_jax.exits import naming
 from fopd_jax.rewards.geneval.boxes import keep_apart
 from fopd_jax.rewards.geneval.detections import Detect, Detections
 
 LEAST_SCORE = 0.05
+_ROUNDING = 1e-3
+"""By which scores may lie outside of 0 to 1."""
 MOST_IMAGES = 8
 """At once, by models that take any number."""
 _PADDING = 114
@@ -95,7 +98,9 @@ def make_detector(weights: Path, options: OnnxOptions, field: str) -> Detect:
     session = _session(weights, options, field)
     name, many, size = _input_of(session, options, weights, field)
     blank = session.run(None, {name: np.zeros((many or 1, 3, *size), np.float32)})
-    layout = layout_of([each.shape for each in blank], f"{field}.weights: {weights}")
+    with naming(f"{field}.weights: {weights}"):
+        layout = layout_of([each.shape for each in blank])
+        _found([each[0] for each in blank], size, size, layout)
     chosen = {
         each: getattr(options, each) for each in ("resize", "channels", "pixels", "nms") if getattr(options, each)
     }
@@ -116,11 +121,11 @@ def make_detector(weights: Path, options: OnnxOptions, field: str) -> Detect:
     return detect
 
 
-def layout_of(shapes: Sequence[tuple[int, ...]], where: str) -> Layout:
+def layout_of(shapes: Sequence[tuple[int, ...]]) -> Layout:
     """What outputs of these shapes mean.
 
     Raises:
-      ValueError: they are of no known layout; begins with `where`.
+      ValueError: they are of no known layout.
     """
     match [shape[1:] for shape in shapes]:
         case [(85, _, _)]:
@@ -132,7 +137,7 @@ def layout_of(shapes: Sequence[tuple[int, ...]], where: str) -> Layout:
         case [(a, 4), (b, 80 | 91 | 92 as classes)] | [(a, 80 | 91 | 92 as classes), (b, 4)] if a == b:
             return Layout("detr", _decode_detr, "stretch", "RGB", "unit" if classes == 80 else "imagenet", 1.0)
     raise ValueError(
-        f"{where}: found outputs of shapes {', '.join(map(str, shapes))}, expected [b, 85, h, w], [b, 84, m], "
+        f"found outputs of shapes {', '.join(map(str, shapes))}, expected [b, 85, h, w], [b, 84, m], "
         "[b, m, 6], or [b, m, 80, 91 or 92] and [b, m, 4]"
     )
 
@@ -188,7 +193,8 @@ def _decode_fastestdet(outputs: Sequence[np.ndarray], size: tuple[int, int]) -> 
     grid = np.array(outputs[0].shape[:0:-1])  # (width, height), as x and y
     centre = (np.stack([columns, rows], axis=-1) + np.tanh(cells[:, 1:3])) / grid
     shares = np.concatenate([centre, _sigmoid(cells[:, 3:5])], axis=-1)
-    scores = cells[:, 0] ** 0.6 * cells[:, 5:].max(axis=-1) ** 0.4
+    with np.errstate(invalid="ignore"):  # what is below 0 is told by what reads the scores
+        scores = cells[:, 0] ** 0.6 * cells[:, 5:].max(axis=-1) ** 0.4
     return Raw(_corners(shares, size), scores, cells[:, 5:].argmax(axis=-1))
 
 
@@ -232,8 +238,10 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _found(outputs: Sequence[np.ndarray], image: tuple[int, int], size: tuple[int, int], layout: Layout) -> Detections:
     """Boxes in pixels of the image and within it; of those of a class that overlap, the best."""
     if not all(np.isfinite(each).all() for each in outputs):
-        raise ValueError("the detector's outputs are not finite")
+        raise ValueError("the detector's outputs are not all finite")
     raw = layout.decode(outputs, size)
+    if raw.scores.size and not -_ROUNDING <= raw.scores.min() <= raw.scores.max() <= 1 + _ROUNDING:
+        raise ValueError(f"found scores of {raw.scores.min()} to {raw.scores.max()}, expected 0 to 1 in {layout.name}")
     scale, offset = fit(image, size, layout.resize)
     boxes = (raw.boxes - _twice(*offset)) / _twice(*scale)
     boxes = np.clip(boxes, 0, _twice(image[1], image[0]))

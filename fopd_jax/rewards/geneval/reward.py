@@ -44,8 +44,8 @@ class Options(OnnxOptions):
                 raise ValueError(f"{name}: found {found!r}, expected one of {', '.join(known)}")
         if self.colours == "clip" and not self.clip:
             raise ValueError("clip: found '', expected the file of CLIP's weights (ViT-L/14), or colours = 'pixels'")
-        for name, least in (("score", 0), ("counting_score", 0), ("overlap", 0)):
-            if not least <= (found := getattr(self, name)) <= 1:
+        for name in ("score", "counting_score", "overlap"):
+            if not 0 <= (found := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: found {found}, expected 0 to 1")
         if not 1 <= self.most <= 1000:
             raise ValueError(f"most: found {self.most}, expected 1 to 1000")

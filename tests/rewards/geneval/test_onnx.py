@@ -150,9 +150,16 @@ def test_an_image_without_objects_is_no_failure(tmp_path: Path):
 
 
 def test_outputs_that_are_not_finite_are_refused(tmp_path: Path):
-    detect = detector(tmp_path, [yolo()], slopes=[np.full_like(yolo(), np.inf)])
-    with pytest.raises(ValueError, match="not finite"):
+    detect = detector(tmp_path, [yolo()], OnnxOptions(pixels="bytes"), slopes=[np.full_like(yolo(), 3e38)])
+    with pytest.raises(ValueError, match="not all finite"):
         detect(np.full((1, SIDE, SIDE, 3), 255, np.uint8))
+
+
+@pytest.mark.parametrize("output", [yolo() - 1, 2 * yolo(), -fastestdet(), 2 * end_to_end()])
+def test_scores_that_are_none_are_refused_at_the_start(tmp_path: Path, output: np.ndarray):
+    """Such as logits, of an export that left out the last activation."""
+    with pytest.raises(ValueError, match=r"rewards\.geneval\.weights: .*model\.onnx: found scores of .* to 1 in"):
+        detector(tmp_path, [output])
 
 
 @pytest.mark.parametrize("classes", [80, 92])
@@ -176,7 +183,7 @@ def test_detr_s_outputs_are_read_as_transformers_reads_them(classes: int):
         (round(float(score), 4), int(np.flatnonzero(numbers == int(label))[0]), *np.round(box.tolist(), 2))
         for score, label, box in zip(*(theirs[each][kept] for each in ("scores", "labels", "boxes")), strict=True)
     )
-    layout = layout_of([logits.shape, boxes.shape], "")
+    layout = layout_of([logits.shape, boxes.shape])
     raw = layout.decode([logits[0], boxes[0]], (SIDE, SIDE))
     above = raw.scores > 0.3
     ours = sorted(
@@ -201,7 +208,7 @@ def test_images_are_fitted_by_their_larger_side_or_stretched():
 
 
 def layout(**changes: str) -> Layout:
-    return dataclasses.replace(layout_of([(1, 84, 8)], ""), **changes)
+    return dataclasses.replace(layout_of([(1, 84, 8)]), **changes)
 
 
 def test_preparation_by_hand():

@@ -208,10 +208,13 @@ def test_overlapping_ones_are_dropped_only_if_asked():
 
 
 def test_the_most_confident_ones_are_judged():
-    """Officially, of two cats the better one has to be left of the dog; the other may be anywhere."""
+    """Officially, of two cats the better one has to be left of the better dog; the others may be anywhere."""
     good, bad = Thing("cat", score=0.9), Thing("cat", box=(600, 0, 700, 100), score=0.8)
     assert judge(POSITION, good, bad, DOG_RIGHT).official
     assert not judge(POSITION, dataclasses.replace(bad, score=0.95), good, DOG_RIGHT).official
+    weak = Thing("dog", box=(-300, 0, -200, 100), score=0.5)
+    assert judge(POSITION, CAT, weak, DOG_RIGHT).official
+    assert not judge(POSITION, CAT, dataclasses.replace(weak, score=0.99), DOG_RIGHT).official
 
 
 def test_every_object_has_to_lie_so_from_every_target():
