@@ -7,7 +7,7 @@ from typing import cast
 from fopd_jax.rewards.geneval import onnx
 from fopd_jax.rewards.geneval.detections import Detect
 
-MASK2FORMER = "mask2former"
+MASK2FORMER, ONNX = "mask2former", "onnx"
 
 
 def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str) -> Detect:
@@ -19,14 +19,16 @@ def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str
       ValueError: there is none of this name, or it cannot be made of these weights; names the field.
     """
     if ":" in name:
+        if weights:
+            raise ValueError(f"{field}.weights: found {weights!r}, expected '': {name} reads its own")
         return _imported(name, field)
-    if name not in (MASK2FORMER, "onnx"):
+    if name not in (MASK2FORMER, ONNX):
         raise ValueError(
             f"{field}.options.detector: found {name!r}, expected mask2former, onnx or package.module:function"
         )
     if not weights:
         raise ValueError(f"{field}.weights: found '', expected the file of the detector {name}")
-    if name == "onnx":
+    if name == ONNX:
         return onnx.make_detector(Path(weights), options, field)
     from fopd_jax.rewards.geneval import mask2former
 

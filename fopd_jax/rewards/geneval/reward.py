@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.rewards.geneval.colours import Classify, Crop, clip_colours, cut, pixel_colours
 from fopd_jax.rewards.geneval.detections import Detect, Detections
-from fopd_jax.rewards.geneval.detectors import MASK2FORMER, find_detector
+from fopd_jax.rewards.geneval.detectors import MASK2FORMER, ONNX, find_detector
 from fopd_jax.rewards.geneval.onnx import OnnxOptions
 from fopd_jax.rewards.geneval.records import Record, read_record
 from fopd_jax.rewards.geneval.rule import VALUES, Limits, find_objects, geneval_score, questions
@@ -44,6 +44,11 @@ class Options(OnnxOptions):
                 raise ValueError(f"{name}: found {found!r}, expected one of {', '.join(known)}")
         if self.colours == "clip" and not self.clip:
             raise ValueError("clip: found '', expected the file of CLIP's weights (ViT-L/14), or colours = 'pixels'")
+        if self.colours != "clip" and self.clip:
+            raise ValueError(f"clip: found {self.clip!r}, expected '': colours = {self.colours!r} reads none")
+        for each in dataclasses.fields(OnnxOptions):
+            if self.detector != ONNX and (found := getattr(self, each.name)) != each.default:
+                raise ValueError(f"{each.name}: found {found!r}, expected none: {self.detector} takes no such option")
         for name in ("score", "counting_score", "overlap"):
             if not 0 <= (found := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: found {found}, expected 0 to 1")

@@ -204,6 +204,15 @@ def config(weights: str = "x.onnx", **options: object) -> RewardConfig:
         (config(value="strict"), "rewards.eyes.options.value: found 'strict', expected one of official, exact,"),
         (config(colours="eye"), "rewards.eyes.options.colours: found 'eye', expected one of clip, pixels"),
         (config(colours="clip"), "rewards.eyes.options.clip: found '', expected the file of CLIP's weights"),
+        (
+            config(clip="c.safetensors"),
+            "rewards.eyes.options.clip: found 'c.safetensors', expected '': colours = 'pixels'",
+        ),
+        (
+            config(detector="mask2former", size=64),
+            "rewards.eyes.options.size: found 64, expected none: mask2former takes",
+        ),
+        (config(detector="json:loads"), "rewards.eyes.weights: found 'x.onnx', expected '': json:loads reads its own"),
         (config(score=1.5), "rewards.eyes.options.score: found 1.5, expected 0 to 1"),
         (config(overlap=-1.0), "rewards.eyes.options.overlap: found -1.0, expected 0 to 1"),
         (config(most=0), "rewards.eyes.options.most: found 0, expected 1 to 1000"),
