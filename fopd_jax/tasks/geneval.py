@@ -166,4 +166,4 @@ def _draw(tag: str, rng: np.random.Generator) -> Row:
 
 def _two_of(names: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
     a, b = rng.choice(len(names), size=2, replace=False)
-    return names[a], names[b]
+    return names[int(a)], names[int(b)]
