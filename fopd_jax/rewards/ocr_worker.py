@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,23 +28,34 @@ def serve(load: Callable[[], Read]) -> None:
     """Load what reads, then answer until the input ends, which ends the process even while an image is being read."""
     images: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(images,), daemon=True).start()
-    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+    with os.fdopen(os.dup(1), "wb", 0) as replies:
         os.dup2(2, 1)  # what libraries print is no reply
-        reply: dict[str, Any] = {}
         try:
             read = load()
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply).encode() + b"\n")
-        while "error" not in reply:
-            replies.write(json.dumps(_answer(read, images.get())).encode() + b"\n")
+            _send(replies, {"error": _told(error)})
+            return
+        _send(replies, {})
+        while True:
+            _send(replies, _answer(read, images.get()))
+
+
+def _send(replies: IO[bytes], reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply).encode() + b"\n")
 
 
 def _answer(read: Read, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, Any]:
     try:
         return {"lines": read(image)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": _told(error)}
+
+
+def _told(error: Exception) -> str:
+    """In one line: what began it, for RapidOCR wraps errors in errors that tell less."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _receive(images: queue.SimpleQueue) -> None:
@@ -82,7 +93,7 @@ def load_rapidocr() -> Read:
     )
 
     def read(image: UInt8[np.ndarray, "h w 3"]) -> list[str]:
-        found = engine(np.ascontiguousarray(image[..., ::-1]), use_det=True)  # it takes arrays as BGR
+        found: Any = engine(np.ascontiguousarray(image[..., ::-1]), use_det=True)  # it takes arrays as BGR
         return [str(line) for line in found.txts or ()]
 
     blank = np.full((64, 64, 3), 255, np.uint8)

@@ -22,6 +22,7 @@ from fopd_jax.rewards.ocr_worker import HEADER
 WORKER = (sys.executable, "-m", "fopd_jax.rewards.ocr_worker")
 MOST_WORKERS = 32
 """Where nobody asks for more: each takes 0.4 GB, and 32 read some 200 images a second."""
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _STARTS_WITHIN = 120.0  # seconds
 _ENDS_WITHIN = 2.0
 
@@ -38,7 +39,7 @@ def cores() -> int:
     """Cores that this process may use: its affinity's, or its container's if that allows fewer."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = _CPU_LIMIT.read_text().split()
         return max(1, min(allowed, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group of version 2, or no limit ("max")
         return allowed
@@ -83,19 +84,18 @@ class Recogniser:
     def _read(self, image: UInt8[np.ndarray, "h w 3"]) -> list[str] | Exception:
         worker = self._idle.get()
         try:
-            for last in (False, True):
-                if self._closed:
-                    return ReadingError("the recogniser is closed")
-                try:
-                    return worker.read(image, self._timeout)
-                except WorkerEndedError as error:
-                    if last:
-                        return error
-            raise AssertionError("unreachable")
+            with contextlib.suppress(WorkerEndedError):
+                return self._once(worker, image)
+            return self._once(worker, image)
         except (ReadingError, TimeoutError, OSError) as error:
             return error
         finally:
             self._idle.put(worker)
+
+    def _once(self, worker: "_Worker", image: UInt8[np.ndarray, "h w 3"]) -> list[str]:
+        if self._closed:
+            raise ReadingError("the recogniser is closed")
+        return worker.read(image, self._timeout)
 
 
 class _Worker:
@@ -106,14 +106,14 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)  # whatever is imported here is found there
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what is imported here is found there
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # signals for the run are not for it: the run ends it when it is done
         )
         self._ready = False
