@@ -1,7 +1,9 @@
 """The OCR reward: its rule by the published vectors and by hand, and RapidOCR on rendered texts, offline."""
 
+import csv
 import functools
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -19,6 +21,7 @@ from fopd_jax.rewards import ocr, recogniser
 from fopd_jax.rewards.ocr import edit_distance, find_target, make, ocr_reward, quoted_target, rate
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.tasks.ocr import generate
+from tests.shared_data import shared
 
 # ---- the rule
 
@@ -126,6 +129,17 @@ def test_penalty_of_stray_text(read: str, penalty: float, reward: float):
 )
 def test_targets(prompt: str, metadata: Mapping[str, Any], quotes: str, target: str):
     assert find_target(prompt, metadata, quotes) == target
+
+
+def test_targets_of_published_prompts():
+    """DrawBench has 21 targets, in single quotes; those of Chinese LongText-Bench are curly; Flow-GRPO's are double."""
+    with shared("drawbench/DrawBench.csv").open(encoding="utf-8", newline="") as table:
+        texts = [row["Prompts"] for row in csv.DictReader(table) if row["Category"] == "Text"]
+    assert [find_target(prompt, {}, "any") for prompt in texts] == [prompt.split("'")[1] for prompt in texts]
+    chinese = shared("longtext_bench/text_prompts_zh.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(find_target(json.loads(line)["prompt"], {}, "any") for line in chinese)
+    for prompt in shared("flow_grpo/ocr/test.txt").read_text(encoding="utf-8").splitlines():
+        assert find_target(prompt, {}) == find_target(prompt, {}, "any") == prompt.split('"')[1]
 
 
 @pytest.mark.parametrize(
