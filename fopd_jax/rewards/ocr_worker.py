@@ -28,7 +28,7 @@ def serve(load: Callable[[], Read]) -> None:
     """Load what reads, then answer until the input ends, which ends the process even while an image is being read."""
     images: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(images,), daemon=True).start()
-    with os.fdopen(os.dup(1), "wb", 0) as replies:
+    with os.fdopen(os.dup(1), "wb") as replies:
         os.dup2(2, 1)  # what libraries print is no reply
         try:
             read = load()
@@ -42,6 +42,7 @@ def serve(load: Callable[[], Read]) -> None:
 
 def _send(replies: IO[bytes], reply: dict[str, Any]) -> None:
     replies.write(json.dumps(reply).encode() + b"\n")
+    replies.flush()
 
 
 def _answer(read: Read, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # signals for the run are not for it: the run ends it when it is done
+            process_group=0,  # signals for the run are not for it: the run ends it when it is done
         )
         self._ready = False
 

@@ -17,9 +17,9 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 RELATIONS = ("left of", "right of", "above", "below")
 TRAIN_MIX: Mapping[str, int] = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 """Shares of the tags among prompts to train on; `single_object` has none."""
-TRAIN_ROWS = 50_000
-MOST_ROWS: Mapping[str, int] = {"train": 10_000_000, "train_seen": 10_000_000, "test": 553}
-"""The splits, and how many rows there may be of each."""
+ROWS: Mapping[str, int] = {"train": 50_000, "train_seen": 50_000, "test": 553}
+"""The splits, and how many rows they have unless another number is asked for."""
+MOST_ROWS = 1_000_000
 UNSEEN = frozenset(
     (
         "car", "traffic light", "fire hydrant", "dog", "elephant", "umbrella", "frisbee", "skis", "baseball bat",
@@ -49,16 +49,18 @@ def generate(split: str, count: int | None, seed: int) -> tuple[list[str], list[
     Raises:
       ValueError: another split, a count out of range, or a numpy whose random numbers are not those of the test set.
     """
-    if split not in MOST_ROWS:
-        raise ValueError(f"geneval: found split {split!r}, expected one of {', '.join(MOST_ROWS)}")
-    if count is not None and not 1 <= count <= MOST_ROWS[split]:
-        raise ValueError(f"geneval:{split}: found a count of {count}, expected 1 to {MOST_ROWS[split]}")
+    if split not in ROWS:
+        raise ValueError(f"geneval: found split {split!r}, expected one of {', '.join(ROWS)}")
+    most = ROWS[split] if split == "test" else MOST_ROWS
+    count = ROWS[split] if count is None else count
+    if not 1 <= count <= most:
+        raise ValueError(f"geneval:{split}: found a count of {count}, expected 1 to {most}")
     if split == "test":
-        rows, count = _published(), count or MOST_ROWS[split]
+        rows = _published()
         rows = [rows[i * len(rows) // count] for i in range(count)]
     else:
         avoided = UNSEEN if split == "train_seen" else frozenset()
-        rows = _train(count or TRAIN_ROWS, np.random.default_rng(seed), avoided)
+        rows = _train(count, np.random.default_rng(seed), avoided)
     return [prompt for prompt, _ in rows], [record for _, record in rows]
 
 

@@ -193,7 +193,7 @@ time.sleep(600)
 
 
 def test_signals_for_the_run_do_not_reach_them(pool: Recogniser):
-    assert all(os.getsid(pid) == pid for pid in pids(pool))
+    assert all(os.getpgid(pid) == pid for pid in pids(pool))
 
 
 @pytest.mark.parametrize(

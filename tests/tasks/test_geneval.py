@@ -132,7 +132,7 @@ def test_the_unseen_classes_are_those_of_the_published_test():
         ("val", None, "found split 'val', expected one of train, train_seen, test"),
         ("test", 554, "geneval:test: found a count of 554, expected 1 to 553"),
         ("test", 0, "geneval:test: found a count of 0"),
-        ("train", -1, "geneval:train: found a count of -1, expected 1 to 10000000"),
+        ("train", -1, "geneval:train: found a count of -1, expected 1 to 1000000"),
     ],
 )
 def test_refusals(split: str, count: int | None, message: str):
