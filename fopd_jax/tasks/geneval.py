@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.rewards.geneval.detections import CLASSES
+from fopd_jax.rewards.geneval.records import COLOURS, RELATIONS
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 TRAIN_MIX: Mapping[str, int] = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 """Shares of the tags among prompts to train on; `single_object` has none."""
 ROWS: Mapping[str, int] = {"train": 50_000, "train_seen": 50_000, "test": 553}
