@@ -63,16 +63,16 @@ config_flags.register_flag_parser_for_type(dict, _DictParser())
 config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
     """absl's parser, but a bad flag, config file, name of a field or word that is no flag is one line and status 2.
 
     Fields may go by the names that they had in earlier versions. Without --config a --workdir stands for the config of
-    the run in it.
+    the run in it; some programs need neither.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
         program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
-        if CONFIG.value is None:
+        if CONFIG.value is None and needs_config:
             refuse("--config: missing, expected --config=FILE.py, or --workdir=DIR of a run")
     except flags.UnrecognizedFlagError as error:
         refuse(f"{error}{_meant(error.flagname)}")
@@ -98,6 +98,11 @@ def _meant(flag: str) -> str:
     """Fields of that name, which other programs have as flags."""
     names = {name for kind in STAGES.values() for name in flatten(kind()) if f".{name}".endswith(f".{flag}")}
     return f". Did you mean {' or '.join(f'--config.{name}' for name in sorted(names)[:3])} ?" if names else ""
+
+
+def has_config() -> bool:
+    """Whether the command line names one."""
+    return CONFIG.value is not None
 
 
 def read_config() -> OPD | FlowMatching:
