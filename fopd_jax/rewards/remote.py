@@ -85,9 +85,7 @@ class Client:
         """As `reward.Score`."""
         if not len(images):
             return all_failed(0, "")
-        size = max(1, min(_SERVERS_OWN = ("remote", "hpsv3")
-"""Kinds of which nothing is known here but what the server says."""
-_IMAGES, _BYTES // max(1, images[0].nbytes)))
+        size = max(1, min(_IMAGES, _BYTES // max(1, images[0].nbytes)))
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
         calls = [self._call(images[part], prompts[part], metadata[part]) for part in parts]
         counts = [len(images[part]) for part in parts]

@@ -18,6 +18,7 @@ from PIL import Image
 from tests.rewards.serving import good_body, images
 
 Case = tuple[str, bytes]
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Telling:
@@ -36,14 +37,12 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 def png(
     width: int = 8, height: int = 8, data: bytes | None = None, depth: int = 8, colour: int = 2, interlace: int = 0,
-    before: bytes = b"", after: bytes = b"",
+    before: bytes = b"",
 ) -> bytes:  # fmt: skip
     """A PNG of black pixels, or of whatever it is said to hold."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     content = zlib.compress(bytes(height * (1 + 3 * width)) if data is None else data, 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", content) + after + chunk(b"IEND", b"")
-    )
+    return SIGNATURE + chunk(b"IHDR", header) + before + chunk(b"IDAT", content) + after + chunk(b"IEND", b"")
 
 
 def pillow(format: str, mode: str = "RGB", **how: Any) -> bytes:
@@ -88,8 +87,8 @@ def pictures() -> dict[str, bytes]:
         "no_columns": png(8, 0, b""),
         "too_few_rows": png(data=bytes(7 * 25)),
         "filter": png(data=bytes([9]) * (8 * 25)),
-        "data_no_zlib": b"\x89PNG\r\n\x1a\n" + whole[8:33] + chunk(b"IDAT", b"abc") + chunk(b"IEND", b""),
-        "no_data": b"\x89PNG\r\n\x1a\n" + whole[8:33] + chunk(b"IEND", b""),
+        "data_no_zlib": SIGNATURE + whole[8:33] + chunk(b"IDAT", b"abc") + chunk(b"IEND", b""),
+        "no_data": SIGNATURE + whole[8:33] + chunk(b"IEND", b""),
         "no_end": whole[:-12],
         "signature_alone": whole[:8],
         "header_alone": whole[:33],

@@ -17,6 +17,7 @@ from fopd_jax.rewards.listening import bind, make_server
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
 from fopd_jax.rewards.service import Served, Service
 
+LIMITS = wire.Limits(body_bytes=2**20)
 TOKEN = "a-token-of-these-tests"
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 
@@ -52,12 +53,10 @@ def served(toy: Toy, kind: str = "toy", options: Mapping[str, Any] | None = None
 
 
 @contextlib.contextmanager
-def serving(
-    *toys: Toy, limits: wire.Limits = wire.Limits(), port: int = 0, service: Service | None = None, **how: Any
-) -> Iterator[str]:
+def serving(*toys: Toy, port: int = 0, service: Service | None = None, **how: Any) -> Iterator[str]:
     """The server's address; when the block ends, it has ended, too."""
     ready = threading.Event()
-    service = service or Service({toy.reward.name: served(toy, **how) for toy in toys}, TOKEN, limits)
+    service = service or Service({toy.reward.name: served(toy, **how) for toy in toys}, TOKEN, LIMITS)
     server, sock = make_server(service.app(), ready.set), bind("127.0.0.1", port)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -15,9 +15,7 @@ import pytest
 
 from fopd_jax.rewards import listening, service, wire
 from tests.rewards.malformed import bodies
-from tests.rewards.serving import HEADERS, TOKEN, Toy, get, good_body, images, post, raw, served, serving, until
-
-LIMITS = wire.Limits(body_bytes=2**20)
+from tests.rewards.serving import HEADERS, LIMITS, TOKEN, Toy, get, good_body, images, post, raw, served, serving, until
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,7 @@ def toy() -> Toy:
 
 @pytest.fixture(scope="module")
 def url(toy: Toy) -> Iterator[str]:
-    with serving(toy, limits=LIMITS) as url:
+    with serving(toy) as url:
         yield url
 
 
@@ -276,9 +274,8 @@ def test_health_needs_no_token(url: str):
 def test_rewards_are_listed_with_kind_options_and_limits():
     with serving(Toy(), Toy("other"), kind="ocr", options={"penalty": 0.5}) as url:
         said = get(url, "/rewards").json()
-    assert said["rewards"] == dict.fromkeys(
-        ("toy", "other"), {"kind": "ocr", "options": {"penalty": 0.5}, "limits": [0, 1]}
-    )
+    each = {"kind": "ocr", "options": {"penalty": 0.5}, "limits": [0, 1]}
+    assert said["rewards"] == {"toy": each, "other": each}
     assert said["limits"]["items"] == 256
 
 

@@ -1,0 +1,478 @@
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fopd_jax.config.schema import RewardConfig, Server
+from fopd_jax.rewards import remote
+from fopd_jax.rewards.reward import Reward
+from fopd_jax.rewards.transport import Pace, Transport
+from tests.rewards.misbehaving import Behaviour, Misbehaving, cut, hang_up, misbehaving, reply, results, right
+from tests.rewards.serving import TOKEN, Toy, images, serving, until
+
+QUICK = Pace(timeout=0.3, retries=3, in_flight=4, pause=0.001, longest_pause=0.002)
+AT_ONCE = Pace(timeout=30.0, retries=0, in_flight=4)
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOPD_JAX_REWARD_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def bad() -> Iterator[Misbehaving]:
+    with misbehaving() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def making(*urls: str, name: str = "toy", server: dict[str, Any] | None = None, **settings: Any) -> Iterator[Reward]:
+    made = remote.make(name, RewardConfig(**settings), Server(urls=urls, **(server or {})))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextlib.contextmanager
+def client(*urls: str, pace: Pace = QUICK, **how: Any) -> Iterator[remote.Client]:
+    """Without looking first whether anybody is there."""
+    made = Transport(urls, TOKEN, pace, **how)
+    try:
+        yield remote.Client("toy", made)
+    finally:
+        made.close()
+
+
+def score(client: remote.Client, count: int = 1) -> Any:
+    return client.score(images(count), ["a cat"] * count, [{}] * count)
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+# ---- with servers that are well
+
+
+def test_values_details_and_failures_come_as_the_server_gives_them():
+    shown, prompts = images(40, 16), [f"prompt {i}" for i in range(39)] + ["fail"]
+    toy, other = Toy(), Toy()
+    with serving(toy) as one, serving(other) as two, making(one, two, kind="remote") as reward:
+        scores = reward.score(shown, prompts, [{}] * 40)
+    assert (reward.runs, reward.limits, reward.name) == ("remote", (0, 1), "toy")
+    np.testing.assert_array_equal(scores.values[:39], shown.mean((1, 2, 3))[:39] / 255)
+    assert [each["prompt"] for each in scores.details[:39]] == prompts[:39]
+    assert scores.failed.tolist() == [False] * 39 + [True]
+    assert scores.details[39] == {"error": "ValueError: too dark"}
+    assert toy.images + other.images == 40
+    assert min(toy.images, other.images) > 0
+
+
+def test_no_images_are_no_request():
+    with serving(Toy()) as url, making(url, kind="remote") as reward:
+        assert len(reward.score(np.zeros((0, 8, 8, 3), np.uint8), [], [])) == 0
+
+
+def test_prompts_are_checked_by_the_server():
+    with serving(Toy()) as url, making(url, kind="remote") as reward:
+        reward.check(["a"] * 600, [{}] * 600)
+        with pytest.raises(ValueError, match="'never' can never be scored"):
+            reward.check(["a"] * 599 + ["never"], [{}] * 600)
+
+
+def test_many_threads_may_score_at_a_time():
+    with serving(Toy()) as url, making(url, kind="remote") as reward:
+        found: dict[int, float] = {}
+
+        def one(seed: int) -> None:
+            found[seed] = reward.score(images(1, seed=seed), ["a"], [{}]).values[0]
+
+        threads = [threading.Thread(target=one, args=(seed,)) for seed in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {seed: images(1, seed=seed).mean() / 255 for seed in range(20)}
+
+
+def test_metadata_that_json_cannot_hold_are_failures():
+    with serving(Toy()) as url, making(url, kind="remote") as reward:
+        scores = reward.score(images(1), ["a"], [{"where": Path("a")}])
+        assert "JSON cannot hold" in scores.details[0]["error"]
+
+
+# ---- made
+
+
+def test_a_kind_of_its_own_is_the_servers_with_the_same_options():
+    with serving(Toy("text"), kind="ocr", options={"substring": False}) as url:
+        with making(url, name="text", kind="ocr", options={"substring": False}, divide_by=2.0) as reward:
+            assert reward.score(images(1), ["a"], [{}]).values[0] == images(1).mean() / 255  # undivided
+        with making(url, name="other", kind="remote", options={"reward": "text"}) as reward:
+            assert not reward.score(images(1), ["a"], [{}]).failed[0]
+        for settings, said in (
+            ({"kind": "geneval"}, "rewards.text.kind: found 'geneval', but the server serves 'ocr'"),
+            ({"kind": "ocr"}, "rewards.text.options: found {}, but the server serves {'substring': False}"),
+        ):
+            with pytest.raises(ValueError) as error, making(url, name="text", **settings):
+                pass
+            assert said in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["env", "file"])
+def test_the_token_is_read_from_the_file_or_the_environment(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "token"
+    if where == "file":
+        file.write_text(TOKEN + "\n")
+        monkeypatch.setenv("FOPD_JAX_REWARD_TOKEN", "another-token-than-the-servers")
+    server = {"token_file": str(file) if where == "file" else ""}
+    with serving(Toy()) as url, making(url, kind="remote", server=server) as reward:
+        assert not reward.score(images(1), ["a"], [{}]).failed[0]
+
+
+def test_a_replica_that_is_not_there_at_the_start_is_told(capsys: pytest.CaptureFixture):
+    dead = f"http://127.0.0.1:{closed_port()}"
+    with serving(Toy()) as url, making(dead, url, kind="remote") as reward:
+        assert not score_all(reward, 4).failed.any()
+    assert f"goes on without {dead}: Connection refused" in capsys.readouterr().err
+
+
+def score_all(reward: Reward, count: int) -> Any:
+    return reward.score(images(count), ["a"] * count, [{}] * count)
+
+
+def refused(*urls: str, **how: Any) -> str:
+    with pytest.raises(ValueError) as error, making(*urls, kind="remote", **how):
+        pass
+    assert TOKEN not in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_servers_that_are_not_there_are_refused_by_name():
+    one, two = (f"http://127.0.0.1:{closed_port()}" for _ in range(2))
+    said = refused(one, two)
+    assert said.startswith("run.servers.toy.urls: no server serves 'toy': ")
+    assert f"{one}: Connection refused; {two}: Connection refused" in said
+
+
+def test_what_a_server_does_not_serve_is_refused_by_name():
+    with serving(Toy("ocr")) as url:
+        assert f"{url}: its answer is none: serves ocr, not 'toy'" in refused(url)
+
+
+def test_a_wrong_token_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FOPD_JAX_REWARD_TOKEN", wrong := "another-token-than-the-servers")
+    with serving(Toy()) as url:
+        said = refused(url)
+    assert f"{url}: status 401: " in said
+    assert wrong not in said
+
+
+def test_servers_that_differ_are_refused():
+    with serving(Toy(), kind="a") as one, serving(Toy(), kind="b") as two:
+        assert "serve different rewards as 'toy'" in refused(one, two)
+
+
+@pytest.mark.parametrize(
+    ("offer", "reason"),
+    [
+        (reply(500), "status 500"),
+        (reply(302, Location="http://127.0.0.1:1/"), "status 302"),
+        (reply(body=b"<html>"), "found no JSON"),
+        (reply(body=b"[]"), "this is no server of fopd_jax.rewards.serve"),
+        (reply(body=b'{"rewards": {"toy": {}}}'), "expected kind, options and two limits"),
+        (reply(body=b'{"rewards": {"toy": {"kind": "a", "options": {}, "limits": [0, "b"]}}}'), "expected a number"),
+        (reply(401, f"who are you, {TOKEN}?".encode()), "who are you, [token]?"),
+        (hang_up, "disconnected"),
+    ],
+)
+def test_a_strange_server_is_refused_with_its_reason(offer: Behaviour, reason: str, bad: Misbehaving):
+    bad.offer = offer
+    assert f"{bad.url}: " in (said := refused(bad.url))
+    assert reason in said
+    assert bad.gets == ["/rewards"]
+
+
+def test_a_silent_server_is_refused_in_seconds(bad: Misbehaving, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "SURVEY_S", 0.05)
+    bad.offer = bad.hang
+    assert "no answer within 0.05 s" in refused(bad.url)
+
+
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        ((), "found none"),
+        (("127.0.0.1:18085",), "expected an address such as http://127.0.0.1:18085"),
+        (("ftp://a",), "expected an address"),
+        (("http://",), "expected an address"),
+        (("http://a:99999",), "Port out of range"),
+        (("http://a?b=c",), "expected an address"),
+        (("http://a b",), "expected an address"),
+        (("http://a:1", "http://a:1"), "names a server twice"),
+        (("http://user:secret@a",), "the token's place is token_file"),
+    ],
+)
+def test_what_is_no_address_is_refused(urls: tuple[str, ...], said: str):
+    found = refused(*urls)
+    assert found.startswith("run.servers.toy.urls: ")
+    assert said in found
+    assert "secret" not in found
+
+
+@pytest.mark.parametrize("content", [None, "", "short", "two words in this file", "unprintable\x00in this file"])
+def test_a_token_file_without_a_token_is_refused(content: str | None, tmp_path: Path):
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_text(content)
+    said = refused("http://127.0.0.1:1", server={"token_file": str(file)})
+    assert said.startswith(f"run.servers.toy.token_file: {file}: ")
+
+
+def test_no_token_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FOPD_JAX_REWARD_TOKEN")
+    assert "found none, expected the servers' token" in refused("http://127.0.0.1:1")
+
+
+# ---- with servers that are not well
+
+FAULTS: dict[str, tuple[Behaviour, str]] = {
+    "hangs up": (hang_up, "disconnected"),
+    "cut": (cut, "closed"),
+    "500": (reply(500, b"out of memory"), "status 500: out of memory"),
+    "503": (reply(503), "status 503"),
+    "401": (reply(401), "status 401"),
+    "404": (reply(404), "status 404"),
+    "redirect": (reply(307, Location="http://127.0.0.1:1/"), "status 307"),
+    "empty": (reply(body=b""), "found no JSON"),
+    "garbage": (reply(body=bytes(range(256))), "found no UTF-8"),
+    "html": (reply(body=b"<html>ok</html>"), "found no JSON"),
+    "nan": (reply(body=results("NaN")), "found NaN"),
+    "large": (reply(body=results("1e999")), "found 1e999"),
+    "digits": (reply(body=results("1" + "0" * 400)), "expected a number"),
+    "text": (reply(body=results('"0.5"')), "expected a number"),
+    "true": (reply(body=results("true")), "expected a number"),
+    "none": (reply(body=results()), "found 0 entries"),
+    "two": (reply(body=results("1", "2")), "found 2 entries"),
+    "null": (reply(body=b'{"results": [null]}'), "expected an object"),
+    "value alone": (reply(body=b'{"results": [{"value": 1}]}'), "misses details"),
+    "both": (reply(body=b'{"results": [{"value": 1, "details": {}, "error": "a"}]}'), "found 'error'"),
+    "deep": (reply(body=b"[" * 10_000), "too deep"),
+    "compressed": (reply(body=results("1"), Content_Encoding="gzip"), "encoded"),
+    "huge": (reply(body=bytes(2**20)), "more than 100000 bytes"),
+    "no http": (lambda handler, _: (handler.wfile.write(b"hello\r\n\r\n"), hang_up(handler, _))[0], "illegal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_for_a_while_is_survived(fault: str, bad: Misbehaving):
+    bad.script = [FAULTS[fault][0]] * 2
+    with client(bad.url, pace=dataclasses.replace(QUICK, timeout=30.0, most_bytes=10**5)) as made:
+        assert score(made).values.tolist() == [0.5]
+    assert len(bad.asked) == 3
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_for_good_fails_every_image_with_server_and_reason(fault: str, bad: Misbehaving):
+    bad.usual, reason = FAULTS[fault]
+    with client(bad.url, pace=dataclasses.replace(AT_ONCE, most_bytes=10**5)) as made:
+        said = score(made).details[0]["error"]
+        assert score(made, 20).failed.all()
+    assert said.startswith(f"no server answered: {bad.url}: ")
+    assert reason in said
+
+
+@pytest.mark.parametrize("how", ["hang", "drip"])
+def test_silence_and_single_bytes_end_in_time(how: str, bad: Misbehaving):
+    bad.script = [getattr(bad, how)] * 2
+    with client(bad.url) as made:
+        assert score(made).values.tolist() == [0.5]
+    bad.usual = getattr(bad, how)
+    with client(bad.url, pace=dataclasses.replace(QUICK, timeout=0.05, retries=0)) as made:
+        assert score(made).details[0]["error"] == f"no server answered: {bad.url}: no answer within 0.05 s"
+
+
+def test_a_server_that_is_down_hands_over_to_another(bad: Misbehaving):
+    dead = f"http://127.0.0.1:{closed_port()}"
+    with client(dead, bad.url, pace=AT_ONCE) as made:
+        for _ in range(5):
+            assert not score(made, 40).failed.any()
+
+
+def test_all_servers_down_name_all_of_them():
+    dead = [f"http://127.0.0.1:{closed_port()}" for _ in range(2)]
+    with client(*dead) as made:
+        said = score(made).details[0]["error"]
+    for url in dead:
+        assert f"{url}: Connection refused (3 times); {url}: left alone after it failed 3 times: Conn" in said or (
+            f"{url}: Connection refused (3 times)" in said
+        )
+
+
+def test_what_is_wrong_with_the_request_is_not_tried_again(bad: Misbehaving):
+    bad.usual = reply(400, b'{"error": "images[0]: found no PNG"}')
+    with client(bad.url) as made:
+        assert "status 400: " in score(made).details[0]["error"]
+    assert len(bad.asked) == 1
+
+
+def test_a_busy_server_is_asked_again_when_it_says(bad: Misbehaving):
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    bad.script = [
+        reply(429, Retry_After=after) for after in ("7", "999999", "0", "-1", "soon", "Wed, 21 Oct 2026 07:28:00 GMT")
+    ]
+    with client(bad.url, pace=AT_ONCE, sleep=sleep) as made:
+        assert score(made).values.tolist() == [0.5]
+    assert waits == [7, 30, 0.1, 1, 1, 1]
+
+
+def test_a_server_that_stays_busy_is_given_up(bad: Misbehaving):
+    times = iter(range(0, 1000, 20))
+    bad.usual = reply(429)
+
+    async def sleep(_: float) -> None:
+        pass
+
+    with client(bad.url, pace=AT_ONCE, sleep=sleep, clock=lambda: float(next(times))) as made:
+        assert "too busy (status 429)" in score(made).details[0]["error"]
+
+
+def test_pauses_grow_and_vary(bad: Misbehaving):
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    bad.usual = reply(500)
+    with client(bad.url, pace=Pace(30.0, 8, 1, pause=1.0, longest_pause=16.0), sleep=sleep) as made:
+        score(made)
+    for wait, longest in zip(waits, [1, 2, 4, 8, 16, 16, 16, 16], strict=True):
+        assert longest / 2 <= wait <= longest
+
+
+def test_a_server_that_fails_again_and_again_is_left_alone_then_probed(bad: Misbehaving):
+    now = [0.0]
+    bad.usual = reply(500)
+    with client(bad.url, pace=AT_ONCE, clock=lambda: now[0]) as made:
+        for _ in range(3):
+            score(made)
+        assert "left alone after it failed 3 times: status 500" in score(made).details[0]["error"]
+        assert len(bad.asked) == 3
+        now[0] = 1.0  # a probe, which fails: twice as long
+        assert score(made).failed[0]
+        assert len(bad.asked) == 4
+        now[0] = 2.9
+        assert "left alone" in score(made).details[0]["error"]
+        now[0], bad.usual = 3.0, right
+        assert score(made, 100).values.tolist() == [0.5] * 100  # one probes, the others wait for it
+        assert len(bad.asked) == 4 + 7
+
+
+def test_only_one_request_probes(bad: Misbehaving):
+    now = [0.0]
+    bad.usual = reply(500)
+    with client(bad.url, pace=AT_ONCE, clock=lambda: now[0]) as made:
+        for _ in range(3):
+            score(made)
+        now[0] = 1.0
+        assert score(made, 64).failed.all()  # four requests
+    assert len(bad.asked) == 4
+
+
+def test_the_token_is_in_no_log_and_no_message(bad: Misbehaving, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.DEBUG)
+    bad.usual = reply(500, f"Authorization: Bearer {TOKEN}".encode(), X_Echo=TOKEN[:3])
+    with client(bad.url) as made:
+        assert "Bearer [token]" in (said := str(score(made).details))
+    assert bad.asked[0][1]["Authorization"] == f"Bearer {TOKEN}"
+    assert TOKEN not in said + caplog.text
+    assert TOKEN not in repr(made) + repr(made._transport)
+
+
+def test_proxies_of_the_environment_are_not_asked(bad: Misbehaving, monkeypatch: pytest.MonkeyPatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+    with client(bad.url, pace=AT_ONCE) as made:
+        assert not score(made).failed[0]
+
+
+def test_closing_ends_what_waits(bad: Misbehaving):
+    bad.usual = bad.hang
+    before = threading.active_count()
+    made = Transport([bad.url], TOKEN, AT_ONCE)
+    raised: list[str] = []
+
+    def wait() -> None:
+        try:
+            score(remote.Client("toy", made))
+        except BaseException as error:
+            raised.append(type(error).__name__)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: len(bad.asked) == 1)
+    made.close()
+    made.close()
+    thread.join(30)
+    assert raised == ["CancelledError"]
+    with pytest.raises(RuntimeError, match="closed"):
+        score(remote.Client("toy", made))
+    bad.over.set()
+    until(lambda: threading.active_count() <= before)
+
+
+# ---- a server of its own that is killed
+
+
+def start(port: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.rewards.serving", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"serving toy on http://127.0.0.1:{port}\n"
+    return process
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[int], subprocess.Popen]]:
+    made: list[subprocess.Popen] = []
+    try:
+        yield lambda port: made.append(start(port)) or made[-1]
+    finally:
+        for process in made:
+            process.kill()
+            process.communicate()
+
+
+def test_a_server_that_is_killed_and_starts_again_is_found_again():
+    port = closed_port()
+    with stopping() as starting:
+        first = starting(port)
+        with making(f"http://127.0.0.1:{port}", kind="remote", server={"retries": 1}) as reward:
+            assert not score_all(reward, 20).failed.any()
+            first.kill()
+            first.wait()
+            assert "Connection refused" in score_all(reward, 20).details[0]["error"]
+            second = starting(port)
+            until(lambda: not score_all(reward, 20).failed.any())
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(30) == -signal.SIGTERM
