@@ -98,11 +98,12 @@ def open_entry(config: Config, name: str, value: str) -> None:
 
     What a field's type leaves open, such as a reward's option, has that of `value` as Python reads it.
     """
-    node, hint, is_open = config, type(config), False
+    node: Any = config
+    hint, is_open = type(config), False
     *groups, last = name.split(".")
     for part in groups:
         if isinstance(node, Section):
-            field = next((each for each in dataclasses.fields(node) if each.name == part), None)
+            field = next((each for each in _schema(node) if each.name == part), None)
             if field is None:
                 return
             is_open = field.metadata["open"]
@@ -115,6 +116,10 @@ def open_entry(config: Config, name: str, value: str) -> None:
             node[last] = _literal(value)
         elif last not in node:
             node[last] = kind()
+
+
+def _schema(section: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(section)
 
 
 def _holds_sections(hint: Any) -> bool:
