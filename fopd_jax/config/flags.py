@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
-from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, resolve, settle, thaw
+from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
@@ -40,12 +41,21 @@ class _FileParser(flags.ArgumentParser):
         path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
-            for field in filter(None, map(_FIELD.fullmatch, sys.argv)):
-                if isinstance(value := find(config, field[2]), Section):
-                    raise ValueError(f"{field[2]}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
+            for field, text in _fields(sys.argv):
+                open_entry(config, field, text)
+                if isinstance(value := find(config, field), Section):
+                    raise ValueError(f"{field}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
         except ValueError as error:
             raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config
         return thaw(settle(config)[0])  # ml_collections reads an entry of a dict in the type that it has
+
+
+def _fields(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Fields that flags name, with the texts of their values: after `=`, the next word, or what a flag alone means."""
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        if field := _FIELD.fullmatch(argument):
+            alone = "False" if "noconfig" in field[1] else "True"
+            yield field[2], field[3][1:] if field[3] else alone if after.startswith("-") else after or alone
 
 
 class _DictParser(flags.ArgumentParser):
