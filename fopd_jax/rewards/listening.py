@@ -94,6 +94,7 @@ def make_server(app: ASGIApp, ready: Callable[[], None] = lambda: None) -> uvico
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_help(__file__)
 
 import dataclasses
+import socket
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags
@@ -41,9 +42,12 @@ _TOKEN_FILE = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     need("--reward", "serve", "starlette", "uvicorn")
+    from fopd_jax.rewards.listening import bind
+
     settings = chosen_settings(_REWARD.value, configured())
-    token = settle_token(_TOKEN_FILE.value, _HOST.value)
-    serve(settings, make(settings), token, _HOST.value, _PORT.value)
+    token = known_token(_TOKEN_FILE.value, _HOST.value)
+    bound = bind(_HOST.value, _PORT.value)  # before what takes long
+    serve(settings, make(settings), token or new_token(_TOKEN_FILE.value), bound)
 
 
 def configured() -> Mapping[str, RewardConfig]:
@@ -74,40 +78,44 @@ def make(settings: Mapping[str, RewardConfig]) -> Mapping[str, Reward]:
     return make_rewards(tuple(settings), settings, {}, {})
 
 
-def settle_token(file: str, host: str) -> str:
-    """The token to ask for; a new one is told once, or where it was written.
+def known_token(file: str, host: str) -> str | None:
+    """The token to ask for; None: it is still to be made.
 
     Raises:
       ValueError: it cannot be read, or there is none and others than this machine could ask.
     """
     from fopd_jax.rewards.listening import is_loopback
 
-    path = local_path("--token-file", file) if file else None
-    if (path is None or path.exists()) and (token := find_token(file, "--token-file")):
-        return token
-    if not is_loopback(host) and path is None:
+    if file and not local_path("--token-file", file).exists():
+        return None
+    token = find_token(file, "--token-file")
+    if token is None and not is_loopback(host):
         raise ValueError(f"--host={host}: others can reach it, so it needs --token-file or ${VARIABLE}")
-    token = make_token(path)
-    say(f"token for ${VARIABLE}, shown this once: {token}" if path is None else f"made the token in {file}")
+    return token
+
+
+def new_token(file: str) -> str:
+    """One that is told once, or where it was written.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    token = make_token(local_path("--token-file", file) if file else None)
+    say(f"made the token in {file}" if file else f"token for ${VARIABLE}, shown this once: {token}")
     return token
 
 
 def serve(
-    settings: Mapping[str, RewardConfig], rewards: Mapping[str, Reward], token: str, host: str, port: int
+    settings: Mapping[str, RewardConfig], rewards: Mapping[str, Reward], token: str, bound: socket.socket
 ) -> None:
-    """Serve until a signal ends it.
-
-    Raises:
-      ValueError: the address cannot be taken.
-    """
-    from fopd_jax.rewards.listening import bind, make_server
+    """Serve on a bound socket until a signal ends it."""
+    from fopd_jax.rewards.listening import make_server
     from fopd_jax.rewards.service import Served, Service
     from fopd_jax.rewards.wire import Limits
 
     served = {name: Served(rewards[name], each.kind or name, each.options) for name, each in settings.items()}
-    bound = bind(host, port)
-    address = f"[{host}]" if ":" in host else host
-    told = f"serving {', '.join(served)} on http://{address}:{bound.getsockname()[1]}"
+    host, port = bound.getsockname()[:2]
+    told = f"serving {', '.join(served)} on http://{f'[{host}]' if ':' in host else host}:{port}"
     make_server(Service(served, token, Limits()).app(), lambda: say(told)).run(sockets=[bound])
 
 

@@ -42,7 +42,7 @@ def png(
     """A PNG of black pixels, or of whatever it is said to hold."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     content = zlib.compress(bytes(height * (1 + 3 * width)) if data is None else data, 9)
-    return SIGNATURE + chunk(b"IHDR", header) + before + chunk(b"IDAT", content) + after + chunk(b"IEND", b"")
+    return SIGNATURE + chunk(b"IHDR", header) + before + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
 def pillow(format: str, mode: str = "RGB", **how: Any) -> bytes:

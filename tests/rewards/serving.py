@@ -113,4 +113,4 @@ if __name__ == "__main__":  # python -m tests.rewards.serving PORT
     from fopd_jax.config.schema import RewardConfig
     from fopd_jax.rewards.serve import serve
 
-    serve({"toy": RewardConfig()}, {"toy": Toy().reward}, TOKEN, "127.0.0.1", int(sys.argv[1]))
+    serve({"toy": RewardConfig()}, {"toy": Toy().reward}, TOKEN, bind("127.0.0.1", int(sys.argv[1])))
