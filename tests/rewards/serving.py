@@ -109,6 +109,12 @@ def raw(url: str, sent: bytes) -> int:
     return int(answer.split()[1]) if answer else 0
 
 
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 if __name__ == "__main__":  # python -m tests.rewards.serving PORT
     from fopd_jax.config.schema import RewardConfig
     from fopd_jax.rewards.serve import serve
