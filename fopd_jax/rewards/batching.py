@@ -131,8 +131,8 @@ def _problem(reward: Reward, prompt: str, metadata: Metadata) -> str:
 def _score(reward: Reward, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
     try:
         scores = reward.score(images, prompts, metadata)
-        if len(scores) != len(images):
-            raise ValueError(f"{len(scores)} scores of {len(images)} images")
+        if not isinstance(scores, Scores) or len(scores) != len(images):
+            raise ValueError(f"returned no Scores of {len(images)} images")
         return scores
     except BaseException as error:  # in a thread of its own, where even SystemExit is the reward's doing
         return all_failed(len(images), f"the reward raised {type(error).__name__}: {error}")

@@ -157,6 +157,8 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     kind, options, field = settings.kind or name, f"rewards.{name}.options", f"run.servers.{name}"
     if kind == "hpsv3":
         return remote.make(name, settings, server)
+    if settings.weights:
+        raise ValueError(f"rewards.{name}.weights: found {settings.weights!r}, expected '': the server has its own")
     judge, model = _make_judge(kind, settings.options, options)
     need(field, "remote", "httpx")
     if server is None:

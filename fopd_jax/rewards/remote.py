@@ -7,11 +7,11 @@ and reasons, never exceptions.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
@@ -55,14 +55,16 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
       ValueError: there is no address, no token, or no server that serves it; names fields, servers and reasons.
     """
     field = f"run.servers.{name}"
+    own = (settings.kind or name) in _SERVERS_OWN
+    if own and settings.weights:
+        raise ValueError(f"rewards.{name}.weights: found {settings.weights!r}, expected '': the server has its own")
+    asked = read_options(RemoteOptions, settings.options if own else {}, f"rewards.{name}.options").reward or name
     need(field, "remote", "httpx")
     if server is None:
         raise ValueError(f"{field}.urls: found none, expected the servers of this reward")
     check_urls(server.urls, f"{field}.urls")
     if (token := find_token(server.token_file, f"{field}.token_file")) is None:
         raise ValueError(f"{field}.token_file: found none, expected the servers' token there, or in ${VARIABLE}")
-    own = (settings.kind or name) in _SERVERS_OWN
-    asked = read_options(RemoteOptions, settings.options if own else {}, f"rewards.{name}.options").reward or name
     transport = Transport(server.urls, token, Pace(server.timeout, server.retries, IN_FLIGHT))
     try:
         offer = _find_offer(name, asked, transport, field)
@@ -81,7 +83,9 @@ class Client:
     def __init__(self, reward: str, transport: Transport) -> None:
         self._reward, self._transport = reward, transport
 
-    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    def score(
+        self, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Scores:
         """As `reward.Score`."""
         if not len(images):
             return all_failed(0, "")
@@ -149,7 +153,7 @@ def _check_same(name: str, settings: RewardConfig, offer: _Offer) -> None:
     """The server was started with the same config, so far as it says what a value is."""
     for what, ours, theirs in (
         ("kind", settings.kind or name, offer.kind),
-        ("options", json.loads(json.dumps(dict(settings.options))), offer.options),
+        ("options", wire.as_json(settings.options), offer.options),
     ):
         if ours != theirs:
             raise ValueError(f"rewards.{name}.{what}: found {ours!r}, but the server serves {theirs!r}: restart either")

@@ -87,7 +87,7 @@ class Service:
 
     async def _list(self, _: Request) -> Response:
         served = {
-            name: {"kind": each.kind, "options": dict(each.options), "limits": list(each.reward.limits)}
+            name: {"kind": each.kind, "options": wire.as_json(each.options), "limits": list(each.reward.limits)}
             for name, each in self._rewards.items()
         }
         return JSONResponse({"protocol": PROTOCOL, "rewards": served, "limits": dataclasses.asdict(self._limits)})

@@ -188,12 +188,20 @@ def read_number(field: str, value: Any) -> float:
     Raises:
       ValueError: it is none; names the field.
     """
-    if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
-        raise ValueError(f"{field}: found {shown(value)}, expected a number")
-    return float(value)
+    try:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        pass
+    raise ValueError(f"{field}: found {shown(value)}, expected a number")
 
 
 # ---- strict JSON
+
+
+def as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they look on the other side: tuples as lists, what JSON cannot hold as text."""
+    return json.loads(json.dumps(dict(options), default=str))
 
 
 def parse_json(body: bytes) -> Any:

@@ -34,6 +34,8 @@ class Toy:
         self.batches.append(len(images))
         if "raise" in prompts:
             raise ZeroDivisionError("of the toy")
+        if "list" in prompts:
+            return [0.5] * len(images)  # type: ignore[return-value]
         if "exit" in prompts:
             raise SystemExit(3)
         bad = {"fail": ValueError("too dark"), "nan": (float("nan"), {}), "strange": (0.5, {"array": np.ones(2)})}

@@ -259,6 +259,12 @@ def test_a_template_that_must_show_the_prompt_is_refused_without(tmp_path: Path)
     assert "expected {prompt} in it" in refused("unifiedreward", "http://a", template=str(tmp_path / "template"))
 
 
+@pytest.mark.parametrize("kind", ["deqa", "hpsv3"])
+def test_weights_are_the_servers(kind: str):
+    with pytest.raises(ValueError, match=r"rewards.judge.weights: found 'a', expected ''"):
+        judges.make("judge", RewardConfig(kind=kind, weights="a"), Server(urls=("http://127.0.0.1:1",)))
+
+
 def test_addresses_are_without_the_version():
     assert "expected it without /v1" in refused("deqa", "http://127.0.0.1:1/v1/")
 

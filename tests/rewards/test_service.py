@@ -216,7 +216,7 @@ def test_an_image_fails_alone(prompt: str, reason: str, url: str):
     assert reason in scores.details[1]["error"]
 
 
-@pytest.mark.parametrize("prompt", ["raise", "exit"])
+@pytest.mark.parametrize("prompt", ["raise", "exit", "list"])
 def test_a_reward_that_raises_fails_its_batch_and_the_server_goes_on(prompt: str, url: str):
     scores = wire.decode_answer(post(url, good_body(2, prompt)).content, 2)
     assert scores.failed.all()
@@ -258,6 +258,30 @@ def test_a_full_queue_is_429_and_says_when_to_come_again():
         go.set()
         assert first.result().status_code == 200
         assert still_scores(url)
+
+
+def test_too_many_bodies_at_a_time_are_429(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(service, "BODIES_AT_ONCE", 0)
+    assert post(url, good_body()).status_code == 429
+    monkeypatch.undo()
+    assert still_scores(url)
+
+
+def test_what_is_being_scored_is_answered_before_the_server_ends():
+    toy, go, began = Toy(), threading.Event(), threading.Event()
+
+    def score(images, prompts, metadata):
+        began.set()
+        assert go.wait(30)
+        return Toy.score(toy, images, prompts, metadata)
+
+    toy.reward = dataclasses.replace(toy.reward, score=score)
+    with ThreadPoolExecutor(1) as pool:
+        with serving(toy) as url:
+            answer = pool.submit(post, url, good_body())
+            assert began.wait(30)
+            threading.Timer(0.3, go.set).start()  # by then it is ending
+        assert answer.result().status_code == 200
 
 
 def test_check_says_what_can_never_be_scored(url: str):

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
 
 from fopd_jax.rewards import wire
+from fopd_jax.rewards.png import decode_png, encode_png
 from fopd_jax.rewards.reward import Scores, collect
 from tests.rewards.serving import images
 
@@ -82,3 +84,34 @@ def test_a_problem_comes_back(problem: str):
 def test_what_is_no_problem_is_refused(body: object):
     with pytest.raises(ValueError):
         wire.decode_problem(json.dumps(body).encode())
+
+
+def mutated(good: bytes, draw: random.Random) -> bytes:
+    """One of: a byte changed, some taken out, some put in."""
+    at, length = draw.randrange(len(good)), draw.randrange(1, 9)
+    match draw.randrange(3):
+        case 0:
+            return good[:at] + bytes([good[at] ^ (1 << draw.randrange(8))]) + good[at + 1 :]
+        case 1:
+            return good[:at] + good[at + length :]
+        case _:
+            return good[:at] + draw.randbytes(length) + good[at:]
+
+
+@pytest.mark.parametrize("what", ["request", "answer", "png"])
+def test_whatever_arrives_is_read_or_a_value_error(what: str):
+    """No other exception, which a server would answer with 500 and a client with a traceback."""
+    request = wire.encode_request("toy", images(1), ["é"], [{"a": 1.5}])
+    answer = '{"value": 1.5, "details": {"a": [1]}}'
+    good, read = {
+        "request": (request, lambda body: wire.decode_request(body, LIMITS)),
+        "answer": (wire.encode_answer([answer]), lambda body: wire.decode_answer(body, 1)),
+        "png": (encode_png(images(1)[0]), lambda body: decode_png(body, 2**20)),
+    }[what]
+    draw, refused = random.Random(0), 0
+    for _ in range(1000):
+        try:
+            read(mutated(good, draw))
+        except ValueError:
+            refused += 1
+    assert refused > 500
