@@ -10,6 +10,7 @@ size, not its form. No message holds the token.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import random
@@ -21,6 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from fopd_jax.console import note
 from fopd_jax.rewards.breaker import Breaker
 
 T = TypeVar("T")
@@ -107,6 +109,7 @@ class Transport:
         )
         self._errors = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError)
         self._room = asyncio.Semaphore(pace.in_flight * len(urls))
+        self._probes: set[asyncio.Task[None]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
@@ -202,6 +205,7 @@ class Transport:
           _Failed: all failed, or rest; `reasons` has got theirs.
           Unanswered: the request itself is refused.
         """
+        self._probe_others(call, body)
         left, busy = list(self._replicas), []
         while left:
             replica = min(left, key=self._rank)
@@ -220,30 +224,54 @@ class Transport:
         closed = replica.breaker.state(self._clock()) == "closed"
         return not closed, replica.probe is not None, replica.outstanding, replica.asked
 
+    def _probe_others(self, call: Call[T], body: bytes) -> None:
+        """Who has rested is asked the same beside the healthy ones, so that nobody waits for one that is still ill."""
+        if any(replica.breaker.state(self._clock()) == "closed" for replica in self._replicas):
+            for replica in self._replicas:
+                if self._awaits_probe(replica):
+                    task = asyncio.create_task(self._probe(replica, call, body))
+                    self._probes.add(task)
+                    task.add_done_callback(self._probes.discard)
+
+    async def _probe(self, replica: _Replica, call: Call[T], body: bytes) -> None:
+        if self._awaits_probe(replica):  # still, and nobody else does it
+            with contextlib.suppress(_Busy, _Failed, Unanswered):
+                await self._try(replica, call, body)
+
+    def _awaits_probe(self, replica: _Replica) -> bool:
+        return replica.probe is None and replica.breaker.state(self._clock()) == "half-open"
+
     async def _try(self, replica: _Replica, call: Call[T], body: bytes) -> T:
         """An attempt as the replica's breaker allows it: at once, as its probe, after another's probe, or none."""
         while replica.probe is not None:
             await replica.probe.wait()
         state = replica.breaker.state(self._clock())
         if state == "open":
-            raise _Failed(f"left alone after it failed {replica.breaker.failures} times: {replica.reason}")
+            raise _Failed(f"left alone after failures: {replica.reason}")
         probe = asyncio.Event() if state == "half-open" else None
         replica.probe = probe
         try:
             answer = await self._attempt(replica, call.path, body, call.read, self._pace.timeout)
-            replica.breaker.succeed()
+            self._succeeded(replica)
             return answer
         except (_Busy, Unanswered):  # it is well
-            replica.breaker.succeed()
+            self._succeeded(replica)
             raise
         except _Failed as error:
             replica.reason = str(error)
             replica.breaker.fail(self._clock())
+            if state == "closed" and replica.breaker.state(self._clock()) == "open":
+                note(f"rewards: {replica.url} is left alone for a while: {replica.reason}")
             raise
         finally:
             if probe is not None:
                 replica.probe = None
                 probe.set()
+
+    def _succeeded(self, replica: _Replica) -> None:
+        if replica.breaker.state(self._clock()) != "closed":
+            note(f"rewards: {replica.url} answers again")
+        replica.breaker.succeed()
 
     async def _attempt(
         self, replica: _Replica, path: str, body: bytes | None, read: Callable[[bytes], T], within: float
