@@ -1,12 +1,13 @@
 """Resampling of images as Pillow does it, bit by bit, and as torchvision does it of float tensors.
 
 A scorer's published values come from pictures that Pillow made smaller, in integers: along rows, rounded to 8 bits,
-then along columns. (Since 13, Pillow takes columns first where the height shrinks far more than the width, which no
-scorer asks for.) Both directions are matrix products here, with tables `[outputs, inputs]` made in numpy, so that
-cropping and padding are rows of a table that are left out or zero, and images of any size share one program. Pillow's
-integers have 23 bits and a sign, which no matrix unit multiplies: a table is split into three digits to the base of
-256, from -128 to 127. bfloat16 holds these and a pixel exactly, and float32 their sums up to 2²⁴, so that the products
-are exact at the lowest precision of every platform. Einsum letters: B batch, H rows, W columns, C channels, O outputs, D digits.
+then along columns. (Since 13, Pillow takes columns first where that is less work, as with tall pictures; published
+values are from before.) Both directions are matrix products here, with tables `[outputs, inputs]` made in numpy, so
+that cropping and padding are rows of a table that are left out or zero, and images of any size share one program.
+Pillow's integers have 23 bits and a sign, which no matrix unit multiplies: a table is split into three digits to the
+base of 256, from -128 to 127. bfloat16 holds these and a pixel exactly, and float32 their sums up to 2²⁴, so that the
+products are exact at the lowest precision of every platform. Einsum letters: B batch, H rows, W columns, C channels,
+O outputs, D digits.
 """
 
 import functools

@@ -110,9 +110,7 @@ def _aesthetic(name: str, weights: Path, options: _Aesthetic) -> Reward:
     shape, head = load_weights(Path(options.head), aesthetic.NETWORK, field)
     clip = load_clip(weights, f"rewards.{name}.weights", TRANSFORMERS, options.dtype)  # type: ignore[arg-type]
     if shape["width"] != clip.dim:
-        raise ValueError(
-            f"{field}: found a head of {shape['width']} features, expected {clip.dim}, as the weights have"
-        )
+        raise ValueError(f"{field}: found a head of {shape['width']} features, expected {clip.dim} as of the weights")
     kernel: Float[np.ndarray, " d"] = head["kernel"]
 
     def score(images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:

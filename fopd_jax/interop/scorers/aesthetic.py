@@ -26,16 +26,16 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
     Raises:
       ValueError: a tensor is missing, superfluous or misshapen; names it.
     """
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     kernel, bias, expected = np.eye(1), np.zeros(1), {}
     for name in reversed(_LAYERS):
-        weight, offset = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
-        outputs = kernel.shape[1]
-        inputs = weight.shape[-1] if weight is not None and weight.ndim else 0
-        expected |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-        if weight is None or offset is None or weight.shape != (outputs, inputs) or offset.shape != (outputs,):
-            break  # which `check_names` will name
-        bias = bias + kernel @ offset.astype(np.float64)
-        kernel = kernel @ weight.astype(np.float64)
-    check_names({name: tensor.shape for name, tensor in tensors.items()}, expected)
+        shape = found.get(f"{name}.weight", ())
+        outputs, inputs = kernel.shape[1], shape[-1] if shape else 0
+        own = {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+        check_names({each: found[each] for each in own if each in found}, own)
+        expected |= own
+        bias = bias + kernel @ tensors[f"{name}.bias"].astype(np.float64)
+        kernel = kernel @ tensors[f"{name}.weight"].astype(np.float64)
+    check_names(found, expected)
     params = {"kernel": kernel[0].astype(np.float32), "bias": bias[0].astype(np.float32)}
     return {"width": kernel.shape[1]}, params

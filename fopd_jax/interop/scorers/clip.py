@@ -17,7 +17,7 @@ from fopd_jax.interop.files.safetensors import Tree
 from fopd_jax.interop.files.tables import LINEAR, SAME, Component, Source, check_names, from_tensors, parameter_shapes
 from fopd_jax.interop.scorers.words import read_merges
 from fopd_jax.interop.sd3.text_encoders import CLIP_NAMES, STACK, sources_of
-from fopd_jax.models.clip import LEGACY_EOS_TOKEN_ID, Activation, CLIPText, CLIPTextConfig
+from fopd_jax.models.clip import LEGACY_EOS_TOKEN_ID, Activation, CLIPText, CLIPTextConfig, CLIPTowerConfig
 from fopd_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 
 NETWORK = "clip"
@@ -92,7 +92,7 @@ _WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Names of one tower's tensors: our modules → theirs, and our parameters that follow no rule."""
 
     names: Mapping[str, str]
@@ -102,10 +102,10 @@ class _Layout:
         return next(iter(sources_of(path, self.names, 1, self.odd).values())).name
 
 
-_TRANSFORMERS = {"text": _Layout(CLIP_NAMES, {}), "vision": _Layout(_VISION_NAMES, _VISION_ODD)}
+_TRANSFORMERS = {"text": Layout(CLIP_NAMES, {}), "vision": Layout(_VISION_NAMES, _VISION_ODD)}
 _OPEN_CLIP = {
-    "text": _Layout(_OPEN_TEXT_NAMES, _OPEN_TEXT_ODD),
-    "vision": _Layout(_OPEN_VISION_NAMES, _OPEN_VISION_ODD),
+    "text": Layout(_OPEN_TEXT_NAMES, _OPEN_TEXT_ODD),
+    "vision": Layout(_OPEN_VISION_NAMES, _OPEN_VISION_ODD),
 }
 
 
@@ -130,14 +130,8 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
     tensors = {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)}
     is_open = _is_open_clip(tensors)
     tensors, layouts = (_apart(tensors), _OPEN_CLIP) if is_open else (tensors, _TRANSFORMERS)
-    vision, text = (_open_clip_shape if is_open else _transformers_shape)(tensors, config)
-    vision_shapes = parameter_shapes(
-        CLIPVision(vision).init, jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
-    )
-    components = {
-        "vision": _component(vision, vision_shapes, layouts["vision"]),
-        "text": _component(text, parameter_shapes(CLIPText(text).init, jnp.zeros((1, 1), jnp.int32)), layouts["text"]),
-    }
+    vision, text = (open_clip_shape if is_open else _transformers_shape)(tensors, config)
+    components = {"vision": vision_component(vision, layouts["vision"]), "text": _text_component(text, layouts["text"])}
     expected = {name: shape for each in components.values() for name, shape in each.tensor_shapes().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_names(found, expected | {_SCALE: found.get(_SCALE, ())})
@@ -163,21 +157,26 @@ def read_shape(shape: Mapping[str, Any]) -> tuple[CLIPVisionConfig, CLIPTextConf
     return CLIPVisionConfig(**shape["vision"]), CLIPTextConfig(**shape["text"]), shape.get("merges")
 
 
-def _component(
-    config: CLIPVisionConfig | CLIPTextConfig, shapes: Mapping[str, tuple[int, ...]], layout: _Layout
-) -> Component:
-    p = config.patch_size if isinstance(config, CLIPVisionConfig) else 0
-    odd = {path: dataclasses.replace(each, sizes=_sizes(each, p)) for path, each in layout.odd.items()}
+def vision_component(config: CLIPVisionConfig, layout: Layout = _TRANSFORMERS["vision"]) -> Component:
+    """The name table of a vision tower."""
+    sample = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
+    sizes = (("p", config.patch_size), ("q", config.patch_size))
+    patches = dataclasses.replace(layout.odd["patch_embedding/kernel"], sizes=sizes)
+    layout = Layout(layout.names, {**layout.odd, "patch_embedding/kernel": patches})
+    return _component(config, parameter_shapes(CLIPVision(config).init, sample), layout)
+
+
+def _text_component(config: CLIPTextConfig, layout: Layout) -> Component:
+    return _component(config, parameter_shapes(CLIPText(config).init, jnp.zeros((1, 1), jnp.int32)), layout)
+
+
+def _component(config: CLIPTowerConfig, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Component:
     sources = {
         path: source
         for stacked in shapes
-        for path, source in sources_of(stacked, layout.names, config.depth, odd).items()
+        for path, source in sources_of(stacked, layout.names, config.depth, layout.odd).items()
     }
     return Component(config, shapes, sources, (STACK,))
-
-
-def _sizes(source: Source, p: int) -> tuple[tuple[str, int], ...]:
-    return (("p", p), ("q", p)) if source.pattern == _PATCHES else ()
 
 
 def _apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -196,7 +195,7 @@ def _apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _measured(
-    tensors: Mapping[str, np.ndarray], layouts: Mapping[str, _Layout]
+    tensors: Mapping[str, np.ndarray], layouts: Mapping[str, Layout]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the tensors alone tell of the vision tower and of the text tower."""
     text, vision = layouts["text"], layouts["vision"]
@@ -252,7 +251,10 @@ def _transformers_shape(
     if config is None or config.get("model_type") != "clip":
         found = "nothing" if config is None else repr(config.get("model_type"))
         raise ValueError(f"config.json: model_type: found {found}, expected 'clip', as transformers' CLIPModel has it")
-    theirs: Any = CLIPConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    try:
+        theirs: Any = CLIPConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    except Exception as error:  # its versions have kinds of their own for what they refuse
+        raise ValueError(f"config.json: refused by transformers ({' '.join(str(error).split())[-200:]})") from error
     vision, text = _measured(tensors, _TRANSFORMERS)
     names = {
         "width": "hidden_size", "depth": "num_hidden_layers", "mlp_dim": "intermediate_size",
@@ -274,9 +276,14 @@ def _transformers_shape(
     return CLIPVisionConfig(**vision), CLIPTextConfig(**text, eos_token_id=theirs.text_config.eos_token_id)
 
 
-def _open_clip_shape(
+def open_clip_shape(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None
 ) -> tuple[CLIPVisionConfig, CLIPTextConfig]:
+    """The towers of open_clip's tensors, of which the widths tell the heads.
+
+    Raises:
+      ValueError: as `convert`.
+    """
     vision, text = _measured(tensors, _OPEN_CLIP)
     common: dict[str, Any] = {
         "activation": _open_clip_activation(config or {}, vision["width"]), "layer_norm_eps": _LAYER_EPS
