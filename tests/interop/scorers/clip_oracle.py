@@ -3,7 +3,8 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -92,6 +93,20 @@ def write_folder(folder: Path, model: transformers.CLIPModel) -> Path:
     model.save_pretrained(folder)
     write_words(folder)
     return folder
+
+
+class SmallClip(NamedTuple):
+    """`source`: transformers' folder, tokenizer included; `converted`: ours."""
+
+    source: Path
+    converted: Path
+
+
+def convert_small(folder: Path, tool: ModuleType) -> SmallClip:
+    """A small random CLIP as transformers writes it, and as `tool`, tools/convert_reward_weights.py, converts it."""
+    made = SmallClip(write_folder(folder / "source", make_model()), folder / "clip.safetensors")
+    tool.main(["--src", str(made.source), "--dst", str(made.converted)])
+    return made
 
 
 def numpy_tensors(model: torch.nn.Module) -> Mapping[str, Any]:
