@@ -88,10 +88,8 @@ def test_open_clips_files(wrapped: str, tool: ModuleType, open_state: Any, tmp_p
     if wrapped == "safetensors":
         save_file({name: tensor.contiguous() for name, tensor in open_state.items()}, src)
     else:
-        content = (
-            {f"module.{name}": tensor for name, tensor in open_state.items()} if "model" in wrapped else open_state
-        )
-        content |= {"step": torch.tensor(3)}
+        prefix = "module." if "model" in wrapped else ""
+        content = {f"{prefix}{name}": tensor for name, tensor in open_state.items()} | {"step": torch.tensor(3)}
         outer = json.loads(wrapped)
         torch.save({name: content if value == {} else value for name, value in outer.items()} or content, src)
     others = ("--activation", "gelu", "--tokenizer", str(tmp_path / "words" / "merges.txt"))
@@ -183,6 +181,7 @@ def test_without_words_it_says_so(tool: ModuleType, open_state: Any, tmp_path: P
     assert capsys.readouterr().out.endswith("without words\n")
 
 
+@pytest.mark.slow
 def test_as_a_program(folder: Path, tmp_path: Path) -> None:
     arguments = ["--src", str(folder), "--dst", str(tmp_path / "a.safetensors")]
     done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=True)

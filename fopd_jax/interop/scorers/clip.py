@@ -131,7 +131,7 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
     is_open = _is_open_clip(tensors)
     tensors, layouts = (_apart(tensors), _OPEN_CLIP) if is_open else (tensors, _TRANSFORMERS)
     vision, text = (open_clip_shape if is_open else _transformers_shape)(tensors, config)
-    components = {"vision": vision_component(vision, layouts["vision"]), "text": _text_component(text, layouts["text"])}
+    components = {"vision": vision_component(vision, layouts["vision"]), "text": text_component(text, layouts["text"])}
     expected = {name: shape for each in components.values() for name, shape in each.tensor_shapes().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_names(found, expected | {_SCALE: found.get(_SCALE, ())})
@@ -166,7 +166,8 @@ def vision_component(config: CLIPVisionConfig, layout: Layout = _TRANSFORMERS["v
     return _component(config, parameter_shapes(CLIPVision(config).init, sample), layout)
 
 
-def _text_component(config: CLIPTextConfig, layout: Layout) -> Component:
+def text_component(config: CLIPTextConfig, layout: Layout = _TRANSFORMERS["text"]) -> Component:
+    """The name table of a text tower."""
     return _component(config, parameter_shapes(CLIPText(config).init, jnp.zeros((1, 1), jnp.int32)), layout)
 
 
