@@ -31,11 +31,12 @@ _MOST_TAPS = 2**24 // (_BASE // 2 * 255)
 # ---- tables, in numpy
 
 
-def weights(inputs: int, outputs: int, kernel: Kernel) -> Float[np.ndarray, "outputs inputs"]:
-    """How much of each pixel of a line goes into each pixel of the resized line; rows sum to 1.
+def weights(inputs: int, outputs: int, kernel: Kernel, kept: range | None = None) -> Float[np.ndarray, "o i"]:
+    """How much of each of a line's pixels goes into each pixel of the resized line, `[outputs, inputs]`; rows sum to 1.
 
-    The kernel widens with the reduction (antialiasing), and what falls outside of the line is left out. Computed in
-    Pillow's order of operations in float64, on which the last bits of `fixed_point` depend.
+    `kept`: the outputs that are made, by default all. The kernel widens with the reduction (antialiasing), and what
+    falls outside of the line is left out. Computed in Pillow's order of operations in float64, on which the last bits
+    of `fixed_point` depend.
 
     Raises:
       ValueError: a length is not positive.
@@ -45,15 +46,16 @@ def weights(inputs: int, outputs: int, kernel: Kernel) -> Float[np.ndarray, "out
     scale = inputs / outputs
     stretch = max(scale, 1.0)
     support = _SUPPORT[kernel] * stretch
-    centers = (np.arange(outputs) + 0.5) * scale
+    kept = range(outputs) if kept is None else kept
+    centers = (np.arange(kept.start, kept.stop) + 0.5) * scale
     first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
     last = np.minimum((centers + support + 0.5).astype(np.int64), inputs)
     taps = first[:, None] + np.arange(int((last - first).max()))[None]
     inside = taps < last[:, None]
     values = np.where(inside, _kernel((taps - centers[:, None] + 0.5) * (1.0 / stretch), kernel), 0.0)
     values = values / np.cumsum(values, axis=1)[:, -1:]  # added up one by one: numpy's sum adds in pairs
-    table = np.zeros((outputs, inputs))
-    rows = np.broadcast_to(np.arange(outputs)[:, None], taps.shape)
+    table = np.zeros((len(kept), inputs))
+    rows = np.broadcast_to(np.arange(len(kept))[:, None], taps.shape)
     table[rows[inside], taps[inside]] = values[inside]
     return table
 
@@ -163,12 +165,12 @@ def longest_to(size: int, height: int, width: int) -> tuple[int, int]:
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
-def cropped(table: np.ndarray, size: int, rounding: Literal["floor", "even"]) -> np.ndarray:
-    """The rows of a table that a centre crop to `size` leaves; where half a pixel is over, transformers (`floor`) takes
-    the lower place and torchvision (`even`) the even one."""
-    spare = len(table) - size
+def centre(length: int, size: int, rounding: Literal["floor", "even"]) -> range:
+    """What a centre crop to `size` leaves of a line; where half a pixel is over, transformers (`floor`) takes the lower
+    place and torchvision (`even`) the even one."""
+    spare = length - size
     start = spare // 2 if rounding == "floor" else round(spare / 2)
-    return table[start : start + size]
+    return range(start, start + size)
 
 
 def padded(table: np.ndarray, size: int) -> np.ndarray:

@@ -4,9 +4,8 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,8 @@ from fopd_jax.parallel.parts import in_parts, own_mesh
 from fopd_jax.parallel.sharding import batch_ways, replicated
 from fopd_jax.rewards.preprocessing import TRANSFORMERS, Pictures, Preprocessing, preprocess
 
-DType = Literal["float32", "bfloat16"]
+DTYPES = ("float32", "bfloat16")
+"""In which towers compute."""
 _ROWS = 16
 """Pictures or texts at once on one accelerator. A CPU gains nothing by several and would compute what fills them up."""
 
@@ -32,15 +32,16 @@ _ROWS = 16
 class Towers:
     """Both towers of one converted file, whole on each of this process's devices, and its tokenizer."""
 
-    def __init__(self, shape: dict[str, Any], params: Tree, dtype: DType) -> None:
+    def __init__(self, shape: dict[str, Any], params: Tree, dtype: str) -> None:
         self.vision, self.text, merges = read_shape(shape)
         self.mesh = own_mesh()
         self.rows = batch_ways(self.mesh) * (1 if jax.default_backend() == "cpu" else _ROWS)
         self.logit_scale = float(np.exp(params["logit_scale"]))
         params = jax.device_put(_stored(params, dtype), replicated(self.mesh))
         vision, text = CLIPVision(self.vision, jnp.dtype(dtype)), CLIPText(self.text, jnp.dtype(dtype))
-        self.see = functools.partial(_program(vision, dtype), params["vision"])
-        self.read = functools.partial(_program(text, dtype), params["text"])
+        see = _program(lambda params, pixels: vision.apply({"params": params}, pixels.astype(dtype)), dtype)
+        read = _program(lambda params, ids: text.apply({"params": params}, ids)[1], dtype)
+        self.see, self.read = functools.partial(see, params["vision"]), functools.partial(read, params["text"])
         self.tokenizer = make_tokenizer(merges) if merges else None
 
 
@@ -118,8 +119,10 @@ class Clip:
 _shared: weakref.WeakValueDictionary[tuple[Path, str], Towers] = weakref.WeakValueDictionary()
 
 
-def load_clip(path: Path, field: str, preprocessing: Preprocessing = TRANSFORMERS, dtype: DType = "float32") -> Clip:
-    """CLIP from what `tools/convert_reward_weights.py` made; scorers that use one file share its towers.
+def load_clip(path: Path, field: str, preprocessing: Preprocessing = TRANSFORMERS, dtype: str = "float32") -> Clip:
+    """CLIP from what `tools/convert_reward_weights.py` made, computing in `dtype`, one of `DTYPES`.
+
+    Scorers that use one file share its towers, for as long as one of them lives.
 
     Raises:
       ValueError: there is no such file, or another network's; begins with `field`.
@@ -131,20 +134,19 @@ def load_clip(path: Path, field: str, preprocessing: Preprocessing = TRANSFORMER
     return Clip(towers, preprocessing, field)
 
 
-def _stored(params: Tree, dtype: DType) -> Tree:
+def _stored(params: Tree, dtype: str) -> Tree:
     """Matrices in `dtype`; vectors, as those of norms, stay in float32."""
     wide = ("kernel", "embedding")
     return path_aware_map(lambda path, leaf: leaf.astype(dtype, copy=False) if path[-1] in wide else leaf, params)
 
 
-def _program(tower: nn.Module, dtype: DType) -> Callable[[Tree, Array], Float[Array, "b d"]]:
+def _program(apply: Callable[[Tree, Array], Any], dtype: str) -> Callable[[Tree, Array], Float[Array, "b d"]]:
     """`(params, inputs) → embeddings` of norm 1, compiled; float32 means float32 on every device."""
 
     @jax.jit
     def embed(params: Tree, inputs: Array) -> Float[Array, "b d"]:
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            made: Any = tower.apply({"params": params}, inputs.astype(dtype) if inputs.ndim == 4 else inputs)
-        projected = (made[1] if isinstance(made, tuple) else made).astype(jnp.float32)
+            projected = apply(params, inputs).astype(jnp.float32)
         return projected / jnp.linalg.norm(projected, axis=-1, keepdims=True)
 
     return embed

@@ -10,7 +10,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -18,7 +17,7 @@ from jaxtyping import Float, UInt8
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.interop.scorers import aesthetic
 from fopd_jax.interop.scorers.weights import load_weights
-from fopd_jax.rewards.clip import Clip, DType, load_clip
+from fopd_jax.rewards.clip import DTYPES, Clip, load_clip
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.preprocessing import FLOW_GRPO, HPSV2, TRANSFORMERS, Preprocessing
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
@@ -35,7 +34,7 @@ class _Options:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_one_of("dtype", self.dtype, get_args(DType))
+        _check_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     how, unit = HPSV2 if kind == "hpsv2" else TRANSFORMERS, 1.0
     if isinstance(options, _CLIPScore):
         how, unit = _PREPROCESSING[options.preprocessing], _UNITS[options.unit]
-    clip = load_clip(Path(settings.weights), field, how, options.dtype)  # type: ignore[arg-type]
+    clip = load_clip(Path(settings.weights), field, how, options.dtype)
     clip.check_words()
     scale = 1.0 if kind == "hpsv2" else clip.logit_scale * unit
     return Reward(name, _by_cosine(clip, scale), (-scale, scale), "device")
@@ -108,7 +107,7 @@ def _aesthetic(name: str, weights: Path, options: _Aesthetic) -> Reward:
     if not options.head:
         raise ValueError(f"{field}: found nothing, expected the head that tools/convert_reward_weights.py converted")
     shape, head = load_weights(Path(options.head), aesthetic.NETWORK, field)
-    clip = load_clip(weights, f"rewards.{name}.weights", TRANSFORMERS, options.dtype)  # type: ignore[arg-type]
+    clip = load_clip(weights, f"rewards.{name}.weights", TRANSFORMERS, options.dtype)
     if shape["width"] != clip.dim:
         raise ValueError(f"{field}: found a head of {shape['width']} features, expected {clip.dim} as of the weights")
     kernel: Float[np.ndarray, " d"] = head["kernel"]

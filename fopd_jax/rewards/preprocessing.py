@@ -19,7 +19,7 @@ from fopd_jax.models.clip_vision import normalise
 from fopd_jax.models.resize import (
     Kernel,
     bucket,
-    cropped,
+    centre,
     fixed_point,
     longest_to,
     padded,
@@ -39,7 +39,7 @@ class Preprocessing:
 
     `fit`: the shorter side becomes the square's and the centre is cut out, or the longer one does and black is put
     around. `integer`: resized as Pillow does, else as torchvision does with float tensors. `crop`: which of two places
-    is the centre, see `models.resize.cropped`.
+    is the centre, see `models.resize.centre`.
     """
 
     kernel: Kernel = "bicubic"
@@ -61,9 +61,9 @@ class Preprocessing:
 
 @functools.lru_cache(maxsize=64)
 def _table(how: Preprocessing, size: int, inputs: int, outputs: int) -> np.ndarray:
-    table = weights(inputs, outputs, how.kernel)
-    table = fixed_point(table) if how.integer else table.astype(np.float32)
-    table = cropped(table, size, how.crop) if how.fit == "shortest" else padded(table, size)
+    kept = centre(outputs, size, how.crop) if how.fit == "shortest" else range(outputs)
+    table = weights(inputs, outputs, how.kernel, kept)
+    table = padded(fixed_point(table) if how.integer else table.astype(np.float32), size)
     return np.pad(table, ((0, 0), (0, bucket(inputs) - inputs)))
 
 

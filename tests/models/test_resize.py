@@ -13,8 +13,9 @@ from PIL import Image
 
 from fopd_jax.models.resize import (
     Kernel,
+    _digits,
     bucket,
-    cropped,
+    centre,
     fixed_point,
     longest_to,
     padded,
@@ -106,6 +107,28 @@ def test_the_largest_reduction_is_exact() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_some_outputs_alone(kernel: Kernel) -> None:
+    """As a crop keeps them, of a line that would be far too long: the very same weights."""
+    whole = weights(17, 90, kernel)
+    np.testing.assert_array_equal(weights(17, 90, kernel, range(31, 64)), whole[31:64])
+    long = weights(1000, 224_000, kernel, range(111_888, 112_112))
+    assert long.shape == (224, 1000)
+    np.testing.assert_allclose(long.sum(1), 1, rtol=1e-12)
+
+
+def test_digits_lose_nothing_in_the_least_precision_of_a_matrix_unit() -> None:
+    """bfloat16 has 8 bits of mantissa: every digit and pixel is exact in it, and sums stay below 2²⁴."""
+    tables = [fixed_point(weights(a, b, kernel)) for kernel in KERNELS for a, b in ((7, 90), (90, 7), (512, 224))]
+    for table in tables:
+        digits = np.asarray(_digits(jnp.asarray(table)[None]))[0]
+        np.testing.assert_array_equal(digits, digits.astype(jnp.bfloat16).astype(np.float32))
+        np.testing.assert_array_equal(digits.astype(np.int64).T @ [1, 256, 256**2], table.T)
+        assert (np.abs(digits) * 255).sum(-1).max() < 2**24
+    pixels = np.arange(256, dtype=np.float32)
+    np.testing.assert_array_equal(pixels, pixels.astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sizes", [(48, 60, 20, 25), (20, 25, 48, 60), (30, 30, 30, 30), (33, 64, 12, 64)])
 def test_float_tensors_as_pytorch(sizes: tuple[int, int, int, int], kernel: Kernel) -> None:
     """torchvision resizes tensors by this function. It computes places up to 64 in float32, so weights are off by a few
@@ -135,9 +158,8 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(("length", "floor", "even"), [(7, 1, 2), (5, 0, 0), (8, 2, 2), (4, 0, 0)])
 def test_centre_crop(length: int, floor: int, even: int) -> None:
     """Half a pixel over: transformers cuts at the lower place, torchvision rounds to the even one."""
-    table = np.arange(length)[:, None]
-    assert cropped(table, 4, "floor")[:, 0].tolist() == list(range(floor, floor + 4))
-    assert cropped(table, 4, "even")[:, 0].tolist() == list(range(even, even + 4))
+    assert centre(length, 4, "floor") == range(floor, floor + 4)
+    assert centre(length, 4, "even") == range(even, even + 4)
 
 
 def test_padding() -> None:

@@ -111,11 +111,12 @@ _OPEN_CLIP = {
 
 def recognises(names: Collection[str]) -> bool:
     """Whether a checkpoint with these tensors is a CLIP with both towers, in either layout."""
-    return {"visual_projection.weight", "text_projection.weight"} <= set(names) or _is_open_clip(names)
+    theirs = {"text_model.embeddings.token_embedding.weight", "visual_projection.weight"}
+    return theirs <= set(names) or _is_open_clip(names)
 
 
 def _is_open_clip(names: Collection[str]) -> bool:
-    return "visual.conv1.weight" in names and ("visual.proj" in names or "text_projection" in names)
+    return {"visual.conv1.weight", "visual.proj"} <= set(names)
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) -> tuple[dict[str, Any], Tree]:

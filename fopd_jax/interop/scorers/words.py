@@ -52,11 +52,6 @@ def make_tokenizer(merges: Sequence[str]) -> Any:
     return tokenizer
 
 
-def has_words(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in _FILES)
-
-
 def read_merges(path: Path, vocab_size: int) -> list[str]:
     """The merges of a model of `vocab_size` words: a transformers folder or file, or `bpe_simple_vocab_16e6.txt.gz`.
 
