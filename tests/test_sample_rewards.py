@@ -91,6 +91,14 @@ def test_wrong_rewards_are_one_line_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_of_that_name_that_sampling_has_not_made_is_kept(run: Run, tmp_path: Path):
+    for text in ("mine\n", "[1]\n", '{"a": 1}\n'):
+        (tmp_path / "scores.jsonl").write_text(text)
+        (said,) = _said(lambda: run(tmp_path, *_flags(PROMPTS[0])))
+        assert said.startswith(f"error: out: {tmp_path} holds scores.jsonl, which sampling has not made: ")
+        assert (tmp_path / "scores.jsonl").read_text() == text
+
+
 def test_a_long_table_shows_the_first_images_and_all_means():
     rows = [
         {"file": f"{i}.png", "policy": "a", "prompt": "p\nq" * 40, "scores": {"x": {"value": i, "details": {}}}}

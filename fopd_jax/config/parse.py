@@ -103,7 +103,7 @@ def open_entry(config: Config, name: str, value: str) -> None:
     kind = _open_groups(config, groups)
     if kind is not None and _is_name(last):
         entries = find(config, ".".join(groups))
-        if kind is Any:
+        if kind is Any and not isinstance(entries.get(last), str):  # of what a file gives as text it stays text
             entries[last] = _literal(value)
         elif last not in entries:
             entries[last] = kind()
@@ -119,12 +119,16 @@ def _open_groups(config: Config, groups: list[str]) -> Any:
             if field is None:
                 return None
             is_open = field.metadata["open"]
-        elif not isinstance(node, dict) or not issubclass(typing.get_args(hint)[1], Section):
-            return None
-        elif part not in node and not (is_open and _is_name(part)):
+        elif not (_holds_sections(hint) and (part in node or (is_open and _is_name(part)))):
             return None
         node, hint = _below(node, hint, part)
     return typing.get_args(hint)[1] if isinstance(node, dict) and is_open else None
+
+
+def _holds_sections(hint: Any) -> bool:
+    """Whether a type is a dict's of sections."""
+    kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _schema(section: Any) -> tuple[dataclasses.Field[Any], ...]:
