@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ _BUILDING_TIMEOUT_S = 3600.0
 
 def is_built(path: Path) -> bool:
     """Whether a path is a folder of a set in this form."""
-    return (path / _INFO).is_file()
+    try:
+        return (path / _INFO).is_file()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def build(name: str, splits: Mapping[str, PromptSet], data_dir: Path, about: str) -> Path:
@@ -45,8 +49,8 @@ def build(name: str, splits: Mapping[str, PromptSet], data_dir: Path, about: str
         if is_built(folder):
             _check_same(folder, splits)
         else:
-            with contextlib.redirect_stdout(io.StringIO()):  # the library prints
-                builder.download_and_prepare(file_format=FORMAT)
+            with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nothing:
+                builder.download_and_prepare(download_dir=nothing, file_format=FORMAT)  # it prints, and makes folders
     barrier(f"the prompt set {name} is built", _BUILDING_TIMEOUT_S)
     return folder
 

@@ -56,7 +56,5 @@ def read_tasks(tasks: Mapping[str, RoutedTask]) -> dict[str, Task]:
     made = {}
     for name in tasks:
         train, test = found[f"tasks.{name}.prompts"], found[f"tasks.{name}.test"]
-        made[name] = Task(
-            name, train.texts, test.texts, train_metadata=train.metadata, test_metadata=test.metadata
-        )
+        made[name] = Task(name, train.texts, test.texts, train_metadata=train.metadata, test_metadata=test.metadata)
     return made

@@ -17,14 +17,17 @@ from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.content import form_of, other_format, other_syntax
 from fopd_jax.tasks.prompt_set import PromptSet, Row
 from fopd_jax.tasks.records import read_list, read_records
-from fopd_jax.tasks.tables import read_table
+from fopd_jax.tasks.tables import PROMPTS, read_table
 
 EXPECTED = "a text of one prompt a line, JSON lines or a table"
-MOST_BYTES = 2**30
+MOST_BYTES = 2**28
 """Of a gzipped file's content: larger than any list of prompts, smaller than a host."""
 _GZIP = b"\x1f\x8b"
 _FORMS = {"lines": "one prompt a line", "records": "JSON lines", "list": "a JSON list", ",": "CSV", "\t": "TSV"}
+_HEADLESS = dict.fromkeys((".csv", ".tsv"), f"a table whose first line names no column {' or '.join(PROMPTS)}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DOUBTFUL = {
+    "hold control characters": re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]"),  # but tabs and, in quotes, line breaks
     "begin with '# ', which is read as part of the prompt": re.compile(r"\A# "),
     "hold U+FFFD, which stands for what another program could not decode": re.compile("\ufffd"),
     "hold byte order marks or marks of direction, which are not seen": re.compile("[\ufeff\u202a-\u202e\u2066-\u2069]"),
@@ -54,7 +57,7 @@ def read_file(path: Path, field: str) -> PromptSet:
     elif form == "records":
         rows, blank = read_records(lines, place), sum(not line.strip() for line in lines)
     elif form == "lines":
-        if what := other_syntax(text):
+        if what := other_syntax(text) or _HEADLESS.get(_suffix(path), ""):
             raise ValueError(f"{place} looks like {what}; expected {EXPECTED}")
         rows = [Row(number, line, {}) for number, line in enumerate(lines, start=1) if _seen(line)]
         blank = len(lines) - len(rows)
@@ -88,7 +91,7 @@ def _unzipped(data: bytes, place: str) -> bytes:
         except zlib.error as error:
             raise ValueError(f"{place} is a damaged gzip archive ({error})") from error
         if len(found) > MOST_BYTES:
-            raise ValueError(f"{place} holds more than {MOST_BYTES / 2**30:g} GiB when unzipped, expected a list of prompts")
+            raise ValueError(f"{place} holds over {MOST_BYTES >> 20} MiB when unzipped, expected a list of prompts")
         if not member.eof:
             raise ValueError(f"{place} is a damaged gzip archive (it ends too early)")
         data = member.unused_data.lstrip(b"\0")  # padding
@@ -143,22 +146,16 @@ def _problem(prompt: str) -> str:
         return "holds a NUL character, expected text"
     if not _seen(prompt):
         return "is blank, expected a prompt"
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+    if _SURROGATE.search(prompt):
         return "holds half of a surrogate pair, which is no character"
     return ""
 
 
 def _tell(rows: Sequence[Row], what: str, place: str) -> None:
     """Tell of control characters, and of what may be syntax or wrongly decoded."""
-    doubts = {"hold control characters": lambda prompt: any(map(_is_control, prompt))}
-    doubts |= {name: pattern.search for name, pattern in _DOUBTFUL.items()}
-    for name, holds in doubts.items():
-        if found := [row.place for row in rows if holds(row.prompt.strip())]:
+    for name, pattern in _DOUBTFUL.items():
+        if found := [row.place for row in rows if pattern.search(row.prompt.strip())]:
             warn(f"{place}: {len(found)} of {len(rows)} prompts {name}, the first in {what} {found[0]}")
-
-
-def _is_control(character: str) -> bool:
-    return character not in "\t\n" and unicodedata.category(character) == "Cc"
 
 
 def _seen(text: str) -> bool:

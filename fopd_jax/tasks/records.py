@@ -77,7 +77,7 @@ def _record(found: Any, place: str) -> tuple[str, dict[str, Any]]:
 
 
 def _taken_apart(prompt: str, fields: dict[str, Any], place: str) -> dict[str, Any]:
-    """Fields whose `metadata`, an object or one as JSON text, stands among them; the prompt's copy in it is left out."""
+    """The fields with those of their `metadata`, an object or one as JSON text, without its copy of the prompt."""
     inner = fields.pop("metadata")
     at = f"{place}: key 'metadata'"
     if isinstance(inner, str):
@@ -106,8 +106,8 @@ def _check_objects(found: Any, place: str) -> None:
     for number, each in enumerate(found):
         at = f"{place}, object {number}"
         _expect(isinstance(each, dict), at, each, '{"class": …, "count": …}')
-        _expect(isinstance(each.get("class"), str) and bool(each["class"]), f"{at}, 'class'", each.get("class"), "a name")
-        count = each.get("count")
+        name, count = each.get("class"), each.get("count")
+        _expect(isinstance(name, str) and bool(name), f"{at}, 'class'", name, "a name")
         _expect(type(count) is int and count > 0, f"{at}, 'count'", count, "a whole number above 0")
         _expect(isinstance(each.get("color", ""), str), f"{at}, 'color'", each.get("color"), "a name")
         if "position" in each:

@@ -1,10 +1,10 @@
 """Where a task's prompts come from: `tasks.NAME.prompts` and `.test` in words.
 
-  FILE                       of any form that `tasks.reading` knows, gzipped or not
-  geneval:train?count=50000&seed=0   a set that is generated (`GENERATORS`); count and seed may be left out
-  FOLDER                     a set that `python -m fopd_jax.tasks build` made (`tasks.builders`): its split `train` for
-                             training, `test` for what is held out
-  …#COLUMN=VALUE             of any of these the rows whose metadata say so: one set, several tasks
+FILE                       of any form that `tasks.reading` knows, gzipped or not
+geneval:train?count=50000&seed=0   a set that is generated (`GENERATORS`); count and seed may be left out
+FOLDER                     a set that `python -m fopd_jax.tasks build` made (`tasks.builders`): its split `train` for
+                           training, `test` for what is held out
+…#COLUMN=VALUE             of any of these the rows whose metadata say so: one set, several tasks
 """
 
 import dataclasses

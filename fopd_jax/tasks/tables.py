@@ -31,7 +31,7 @@ def header_mark(text: str, sure: bool) -> str:
     for mark, name in _MARKS.items():
         cells = [cell.strip("\"'") for cell in first.split(mark)]
         named = all(re.fullmatch(name, cell) for cell in cells) and {cell.lower() for cell in cells} & set(PROMPTS)
-        if named and len(cells) > 1 and rest.strip() and (sure or len(cells) <= second.count(mark) + 1):
+        if named and len(cells) > 1 and (sure or (second and len(cells) <= second.count(mark) + 1)):
             return mark
     return ""
 
