@@ -91,7 +91,7 @@ def _tags(prompts: PromptSet) -> dict[str, int]:
     for column in _TAG_COLUMNS:
         values = [each[column] for each in prompts.beside() if isinstance(each.get(column), str)]
         if values:
-            return dict(Counter(values).most_common())
+            return dict(sorted(Counter(values).items(), key=lambda each: (-each[1], each[0])))
     return {}
 
 
@@ -158,8 +158,12 @@ def _about(name: str, found: Profile) -> str:
 
 
 def _turn(turn: Turn) -> list[Any]:
-    an_epoch = "-" if turn.steps_an_epoch is None else f"{turn.steps_an_epoch:.4g}"
-    return [turn.task, f"{turn.share:.1%}", f"{turn.a_step:.4g}", an_epoch, f"{turn.epochs:.4g}"]
+    an_epoch = "-" if turn.steps_an_epoch is None else _number(turn.steps_an_epoch)
+    return [turn.task, f"{turn.share:.1%}", _number(turn.a_step), an_epoch, _number(turn.epochs)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _short(text: str) -> str:

@@ -18,6 +18,10 @@ Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
 """`(tasks, prompts) -> each prompt's teacher`; raises ValueError where a task has none (see `policy.panel`)."""
 
 
+MOST_ORDERED = 2**18
+"""Draws; seeing them takes a second or few."""
+
+
 @struct.dataclass
 class Batch:
     """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices."""
@@ -115,14 +119,16 @@ class PromptStream:
         return found
 
     def upto(self, steps: int) -> Iterator[str]:
-        """The distinct prompts of the first `steps` batches, see `foresee`."""
+        """The distinct prompts of the first `steps` batches, no more: in the order in which they first come, or if that
+        takes too many draws to see, the last of them by task.
+        """
         counts = self._shares.counts(self.count * steps).tolist()
         asked = (
             task.train[place]
             for task, walk, count in zip(self._all, self._walks, counts, strict=True)
             for place in walk(0, min(count, len(task.train))).tolist()
         )
-        return foresee(lambda step: self.draw(step)[1], steps, asked)
+        return foresee(lambda step: self.draw(step)[1], steps, asked, MOST_ORDERED)
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
         """Task and prompt of some rows of one step's whole batch."""
