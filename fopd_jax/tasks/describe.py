@@ -12,7 +12,7 @@ from fopd_jax.tasks.prompts import plain
 from fopd_jax.tasks.sampling import Shares
 
 _SHOWN, _EXAMPLES, _TAGS = 100, 3, 40
-_CURLY, _QUOTED = "“”„‟‘’‚‛«»", re.compile(r'"([^"]*)"')
+_QUOTED, _SINGLE, _CURLY = re.compile(r'"[^"]*"'), re.compile(r"(?<!\w)'[^']+'(?!\w)"), re.compile("[“”„‟‘’‚‛«»]")
 _TAG_COLUMNS = ("tag", "Category", "category", "task_type")
 
 
@@ -32,8 +32,9 @@ WORDS = Measure("words", lambda prompts: [len(prompt.split()) for prompt in prom
 class Profile:
     """One set. `tags`: rows by the first column of tags that it has; `longest`: the length in the measure's unit.
 
-    `quoted`: prompts with exactly one string in straight double quotes, `several`: with more; `curly`: prompts with
-    other quotation marks, which the double-quote rule of text rewards does not see.
+    `quoted`: prompts with exactly one string in straight double quotes, `several`: with more; `single`: with one in
+    straight single quotes; `curly`: with curly marks, apostrophes among them. The double-quote rule of text rewards
+    sees neither of the latter.
     """
 
     form: str
@@ -47,6 +48,7 @@ class Profile:
     not_ascii: int
     quoted: int
     several: int
+    single: int
     curly: int
     examples: tuple[str, ...]
 
@@ -83,7 +85,8 @@ def profile(prompts: PromptSet, measure: Measure) -> Profile:
         prompts.form, prompts.quirks, len(prompts), len(distinct), _tags(prompts), lengths[longest],
         prompts.texts[longest], None if measure.limit is None else sum(each > measure.limit for each in lengths),
         sum(not text.isascii() for text in prompts.texts), quoted[1], quoted[2],
-        sum(any(mark in text for mark in _CURLY) for text in prompts.texts), tuple(distinct[:_EXAMPLES]),
+        sum(_SINGLE.search(text) is not None for text in prompts.texts),
+        sum(_CURLY.search(text) is not None for text in prompts.texts), tuple(distinct[:_EXAMPLES]),
     )  # fmt: skip
 
 
@@ -131,10 +134,12 @@ def as_text(
 ) -> str:
     """All of it, a table a subject."""
     lengths = [f"longest ({measure.unit})", *([] if measure.limit is None else [f"beyond {measure.limit}"])]
-    head = ["set", "prompts", "distinct", "repeats", *lengths, "not ASCII", "1 quoted", "2+ quoted", "other quotes"]
+    quotes = ["1 quoted", "2+ quoted", "single quotes", "curly"]
+    head = ["set", "prompts", "distinct", "repeats", *lengths, "not ASCII", *quotes]
     rows = [
         [name, each.prompts, each.distinct, each.prompts - each.distinct, each.longest,
-         *([] if each.cut is None else [each.cut]), each.not_ascii, each.quoted, each.several, each.curly]
+         *([] if each.cut is None else [each.cut]), each.not_ascii, each.quoted, each.several, each.single,
+         each.curly]
         for name, each in sets.items()
     ]  # fmt: skip
     parts = [_table(head, rows), *(_about(name, each) for name, each in sets.items())]

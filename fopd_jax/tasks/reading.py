@@ -24,7 +24,7 @@ MOST_BYTES = 2**28
 """Of a gzipped file's content: larger than any list of prompts, smaller than a host."""
 _GZIP = b"\x1f\x8b"
 _FORMS = {"lines": "one prompt a line", "records": "JSON lines", "list": "a JSON list", ",": "CSV", "\t": "TSV"}
-_HEADLESS = dict.fromkeys((".csv", ".tsv"), f"a table whose first line names no column {' or '.join(PROMPTS)}")
+_HEADLESS = f"a table whose first line names no column {' or '.join(PROMPTS)}"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DOUBTFUL = {
     "hold control characters": re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]"),  # but tabs and, in quotes, line breaks
@@ -57,7 +57,7 @@ def read_file(path: Path, field: str) -> PromptSet:
     elif form == "records":
         rows, blank = read_records(lines, place), sum(not line.strip() for line in lines)
     elif form == "lines":
-        if what := other_syntax(text) or _HEADLESS.get(_suffix(path), ""):
+        if what := other_syntax(text) or _HEADLESS * (_suffix(path) in (".csv", ".tsv")):
             raise ValueError(f"{place} looks like {what}; expected {EXPECTED}")
         rows = [Row(number, line, {}) for number, line in enumerate(lines, start=1) if _seen(line)]
         blank = len(lines) - len(rows)

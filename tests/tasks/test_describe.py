@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fopd_jax.config.help import describe_program
 from fopd_jax.tasks.describe import WORDS, Measure, as_text, overlaps, profile, schedule
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sources import read_set
@@ -27,11 +28,11 @@ def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_profile_of_a_set():
-    texts = ('a "b" c', 'a "b" and "c"', "a ‘b’ “c”", "ein Haus für Zoë, am See", "a cat", "a cat")
+    texts = ('a "b" c', 'a "b" and "c"', "the cat's 'b' “c”", "ein Haus für Zoë, am See", "a cat", "a cat")
     metadata = tuple({"tag": tag} for tag in ("x", "x", "y", "z", "x", "x"))
     found = profile(PromptSet(texts, metadata, "CSV", ("CR LF line ends",)), WORDS)
     assert (found.prompts, found.distinct, found.not_ascii) == (6, 5, 2)
-    assert (found.quoted, found.several, found.curly) == (1, 1, 1)
+    assert (found.quoted, found.several, found.single, found.curly) == (1, 1, 1, 1)
     assert found.tags == {"x": 4, "y": 1, "z": 1}
     assert (found.longest, found.longest_prompt, found.cut) == (6, texts[3], None)
     assert found.examples == texts[:3]
@@ -58,10 +59,9 @@ def test_the_text_has_a_row_for_each_set():
     sets = {"a.prompts": PromptSet(("a cat", "a dog")), "a.test": PromptSet(("x" * 300,))}
     text = as_text({name: profile(each, WORDS) for name, each in sets.items()}, overlaps(sets), [], WORDS, 5)
     head, first, second = text.split("\n")[:3]
-    assert (
-        head == "set        prompts  distinct  repeats  longest (words)  not ASCII  1 quoted  2+ quoted  other quotes"
-    )
-    assert first.split() == ["a.prompts", "2", "2", "0", "2", "0", "0", "0", "0"]
+    columns = "set        prompts  distinct  repeats  longest (words)  not ASCII"
+    assert head == f"{columns}  1 quoted  2+ quoted  single quotes  curly"
+    assert first.split() == ["a.prompts", "2", "2", "0", "2", "0", "0", "0", "0", "0"]
     assert len(head) == len(first) == len(second)
     assert "no two sets share a prompt" in text
     assert max(map(len, text.split("\n"))) < 130
@@ -71,8 +71,8 @@ def test_the_miniature_is_described(tmp_path: Path):
     done = _run("describe", f"--config={ROOT}/configs/miniature.py", "--json=out.json", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.split("\n")]
-    assert ["composition.prompts", "968", "968", "0", "7", "0", "0", "0", "0"] in rows
-    assert ["text.test", "256", "256", "0", "2", "0", "256", "0", "0"] in rows
+    assert ["composition.prompts", "968", "968", "0", "7", "0", "0", "0", "0", "0"] in rows
+    assert ["text.test", "256", "256", "0", "2", "0", "256", "0", "0", "0"] in rows
     assert ["composition", "50.0%", "32", "30.25", "3.967"] in rows
     assert "miniature's own" in done.stdout
     found = json.loads((tmp_path / "out.json").read_text())
@@ -88,12 +88,19 @@ def test_a_published_list_has_the_figures_that_are_known_of_it():
     tags = [("color_attr", 400), ("position", 400), ("two_object", 396), ("colors", 376), ("counting", 320)]
     assert list(found.tags.items()) == [*tags, ("single_object", 320)]
     assert [(each.exact, each.up_to_case) for each in overlaps({"a": official, "b": test})] == [(553, 553)]
-    ocr = profile(read_set(str(shared("flow_grpo/ocr/test.txt")), "f"), WORDS)
+    figures = {
+        name: profile(read_set(str(shared(name)), "f"), WORDS)
+        for name in (
+            "flow_grpo/ocr/test.txt", "longtext_bench/text_prompts_zh.jsonl", "longtext_bench/text_prompts.jsonl",
+            "oneig_text/text_content.csv", "drawbench/DrawBench.csv", "geneval_long/evaluation_metadata_long.jsonl",
+            "parti_prompts/PartiPrompts.tsv", "pickscore_sfw_clean/train.txt",
+        )
+    }  # fmt: skip
+    ocr, chinese, long, oneig, drawbench, *others = figures.values()
     assert (ocr.quoted, ocr.several, ocr.not_ascii, ocr.longest) == (1018, 0, 39, 56)
-    assert profile(read_set(str(shared("longtext_bench/text_prompts_zh.jsonl")), "f"), WORDS).curly == 160
-    long = profile(read_set(str(shared("longtext_bench/text_prompts.jsonl")), "f"), WORDS)
-    assert long.several == 153
-    assert profile(read_set(str(shared("oneig_text/text_content.csv")), "f"), WORDS).several == 126
+    assert (chinese.curly, long.several, oneig.quoted, oneig.several) == (160, 153, 67, 126)
+    assert (drawbench.quoted, drawbench.several, drawbench.single, drawbench.tags["Text"]) == (0, 0, 21, 21)
+    assert [each.curly for each in others][:2] == [137, 12]
 
 
 @pytest.mark.slow
@@ -162,3 +169,10 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path: Path, arguments: list[str], m
     done = _run(*arguments, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(message)
+
+
+def test_help_tells_both_commands_and_their_flags():
+    text = describe_program(ROOT / "fopd_jax" / "tasks" / "__main__.py")
+    assert text.startswith("`python -m fopd_jax.tasks describe --config=")
+    for line in ("--json ", "--data-dir=data ", "--config ", "tasks.NAME.prompts="):
+        assert f"\n  {line}" in text
