@@ -29,7 +29,7 @@ def input_files(config: Config) -> dict[str, Path]:
         texts = {}
     paths = {field: weight_path(name) for field, name in weights.items() if name}
     found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
-    read = {field: file_of(name) for field, name in texts.items() if name}
+    read = {field: file_of(name, field) for field, name in texts.items() if name}
     return found | {field: path for field, path in read.items() if path is not None}
 
 

@@ -47,7 +47,8 @@ TOWER = "text_encoder"
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of every config that is not its own
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of every config that is not its own
     jax.config.update("jax_platforms", "cpu")  # a run may hold the accelerator
     with explained(speaks=speaks):
         config = read_config()

@@ -5,6 +5,7 @@ repeats (which stay). Line ends, byte order marks and a missing last newline mak
 unknown is refused, with its line.
 """
 
+import codecs
 import re
 import unicodedata
 import zlib
@@ -46,7 +47,7 @@ def read_file(path: Path, field: str) -> PromptSet:
     text = _decoded(data, path, field)
     if not text.strip():
         raise ValueError(f"{place} is empty, expected one prompt a line")
-    quirks = [what for mark, what in ((b"\xef\xbb\xbf", "a byte order mark"),) if data.startswith(mark)]
+    quirks = ["a byte order mark"] if data.startswith(codecs.BOM_UTF8) else []
     quirks += ["CR LF line ends"] if "\r\n" in text else []
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     quirks += [] if text.endswith("\n") else ["no newline at the end"]
@@ -122,23 +123,17 @@ def _checked(rows: Sequence[Row], blank: int, form: str, quirks: list[str], plac
         if problem := _problem(row.prompt):
             raise ValueError(f"{place}, {what} {row.place} {problem}")
     edged = sum(row.prompt != row.prompt.strip() for row in rows)
-    found = tuple(row.prompt.strip() for row in rows)
-    prompts = PromptSet(found, _beside(rows), _geneval(rows) or form)
     evened = [f"{_count(blank, 'blank line')} left out"] if blank else []
     evened += [f"{_count(edged, 'prompt')} had spaces at an edge"] if edged else []
-    told = evened + ([f"{prompts.repeats} repeat an earlier one and stay"] if prompts.repeats else [])
+    metadata = tuple(row.metadata for row in rows)
+    form = "GenEval's metadata" if all("include" in each for each in metadata) else form
+    texts = tuple(row.prompt.strip() for row in rows)
+    found = PromptSet(texts, metadata if any(metadata) else (), form, (*quirks, *evened))
+    told = evened + ([f"{found.repeats} repeat an earlier one and stay"] if found.repeats else [])
     if told:
         warn(f"{place}: {_count(len(found), 'prompt')}; {'; '.join(told)}")
     _tell(rows, what, place)
-    return PromptSet(found, prompts.metadata, prompts.form, (*quirks, *evened))
-
-
-def _beside(rows: Sequence[Row]) -> tuple[dict[str, object], ...]:
-    return tuple(row.metadata for row in rows) if any(row.metadata for row in rows) else ()
-
-
-def _geneval(rows: Sequence[Row]) -> str:
-    return "GenEval's metadata" if all("include" in row.metadata for row in rows) else ""
+    return found
 
 
 def _problem(prompt: str) -> str:

@@ -2,8 +2,8 @@
 
 A record is an object with a text under `prompt`; what else it holds is the prompt's metadata. Read so are GenEval's
 metadata and its successors', Flow-Factory's (`metadata`, an object or one as a JSON text, is taken apart), T2I-R1's,
-LongText-Bench's and packed DPG-Bench. Records with `include` are GenEval's and are checked as such, since one that
-lacks a count would be scored as if it asked for nothing.
+LongText-Bench's and packed DPG-Bench. Records with `include` have GenEval's form, which is checked while lines are
+known; whether their tags, classes and colours are GenEval's, and not GenEval++'s, is for the reward to know.
 """
 
 import json

@@ -63,13 +63,13 @@ def parse_source(text: str, field: str) -> Source:
     return Source(name, None, generator, split, **_parameters(parameters or "", field), column=column, value=value)
 
 
-def file_of(text: str) -> Path | None:
+def file_of(text: str, field: str) -> Path | None:
     """The file or folder that a source reads; None of a set that is generated.
 
     Raises:
       ValueError: as `parse_source`.
     """
-    return parse_source(text, "prompts").path
+    return parse_source(text, field).path
 
 
 def read_set(text: str, field: str, split: str = "train") -> PromptSet:

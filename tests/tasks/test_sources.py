@@ -50,8 +50,8 @@ def test_words_mean_files_sets_and_columns(generator: list):
     assert (made.name, made.column, made.value) == ("ocr:train?count=7&seed=3", "odd", "true")
     named = parse_source("a.jsonl#task=two words", "f")
     assert (named.path, named.column, named.value) == (Path("a.jsonl"), "task", "two words")
-    assert file_of("ocr:test") is None
-    assert file_of("a.jsonl#task=x") == Path("a.jsonl")
+    assert file_of("ocr:test", "f") is None
+    assert file_of("a.jsonl#task=x", "f") == Path("a.jsonl")
 
 
 def test_a_file_that_is_there_is_meant_whatever_its_name(tmp_path: Path, generator: list):
@@ -89,6 +89,18 @@ def test_a_generated_set_is_made_as_asked(generator: list):
     assert len(read_set("ocr:train?count=3&seed=8", "f")) == 3
     assert generator == [("test", None, 0), ("train", 3, 8)]
     assert read_set("ocr:train#odd=true", "f").texts == ('train "1"', 'train "3"')
+
+
+def test_the_generated_sets_of_this_package_are_known_by_their_names():
+    assert [len(read_set(f"{name}:train?count=40", "f")) for name in sources.GENERATORS] == [40, 40]
+    official = read_set("geneval:test", "f")
+    assert len(official) == 553
+    assert {each["tag"] for each in official.metadata} > {"counting", "position"}
+    counting = read_set("geneval:train?count=300&seed=1#tag=counting", "f")
+    assert 0 < len(counting) < 300
+    assert {each["tag"] for each in counting.metadata} == {"counting"}
+    with pytest.raises(ValueError, match=r"^tasks\.x\.test: .*'val'"):
+        read_set("ocr:val", "tasks.x.test")
 
 
 # ---- columns
