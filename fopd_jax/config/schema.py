@@ -297,9 +297,10 @@ class RoutedTask(Section):
         "", "Adapter (ours, PEFT, diffusers, ComfyUI), or a whole network if `whole_teachers`.", rules.PATH
     )
     prompts: str = setting(
-        "", "File of training prompts, one a line, in worlds without prompts of their own.", rules.PATH
-    )
-    test: str = setting("", "File of held-out prompts.", rules.PATH)
+        "", "Training prompts in worlds without their own: a file, a generated set, a built one (tasks/sources.py).",
+        rules.PATH,
+    )  # fmt: skip
+    test: str = setting("", "Held-out prompts, likewise.", rules.PATH)
     guidance: float = setting(
         4.5, "The scale under which the teacher was trained; 1: none.", at_least(0, 100), "[paper] 4.5"
     )
@@ -413,7 +414,7 @@ class Pairs(Section):
     images: str = setting(
         "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
     )
-    test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.", rules.PATH)
+    test: str = setting("", "Held-out prompts in worlds without their own, see tasks/sources.py.", rules.PATH)
     rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
 
 

@@ -13,8 +13,8 @@ def foresee(
 ) -> Iterator[str]:
     """The distinct prompts of the first `steps` batches, in the order in which they first come.
 
-    `draw(step)`: a batch's; `everything`: all that may be drawn. It ends as soon as all have come. After `most` draws
-    those that are left follow, which a longer run may never ask for.
+    `draw(step)`: a batch's; `everything`: all that may be drawn in them. It ends as soon as all have come. After `most`
+    draws those that are left follow.
     """
     left, drawn = dict.fromkeys(everything), 0
     with progress("draw prompts", steps, "steps") as count:

@@ -1,6 +1,6 @@
 """Training prompts, drawn by the step alone."""
 
-import itertools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +10,16 @@ from flax import struct
 from jaxtyping import Int
 
 from fopd_jax.config.schema import RoutedTask
+from fopd_jax.tasks.sampling import Shares, Walk
 from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import World, select_tasks
 
 Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
 """`(tasks, prompts) -> each prompt's teacher`; raises ValueError where a task has none (see `policy.panel`)."""
+
+
+MOST_ORDERED = 2**18
+"""Draws; seeing them takes a second or few."""
 
 
 @struct.dataclass
@@ -25,9 +30,26 @@ class Batch:
     route: Any
 
 
-class PromptStream:
-    """Training prompts as a function of the step alone: tasks by weight, prompts uniformly, teachers by task.
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One row of a batch, on the host: what rewards and advantages need of its prompt.
 
+    `id`: of the prompt, by its place among the training prompts of all the stream's tasks, in their order; equal texts
+    at two places have two. `group`: rows that advantages compare, by the number of their draw in the batch.
+    """
+
+    task: str
+    prompt: str
+    metadata: Mapping[str, Any]
+    id: int
+    group: int
+
+
+class PromptStream:
+    """Training prompts as a function of the step alone: tasks by weight, prompts by epochs, teachers by task.
+
+    Counts of the tasks follow their weights at every step (`tasks.sampling.Shares`), no prompt of a task comes twice
+    within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`.
 
     Raises:
@@ -54,23 +76,59 @@ class PromptStream:
             )
         self.encode, self.routes, self.seed = world.encode, routes, seed
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
-        rows = np.arange(batch_size) if rows is None else rows
-        self.drawn, self.repeat = np.unique(rows // images_per_prompt, return_inverse=True)
-        weights = np.asarray([tasks[name].weight for name in self.tasks], float)
-        if weights.sum() <= 0:
-            raise ValueError(f"tasks: found weights {weights.tolist()}, expected at least one above 0")
-        self.shares = weights / weights.sum()
+        self.rows = np.arange(batch_size) if rows is None else rows
+        self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
+        self._all, sizes = tuple(self.tasks.values()), [len(task.train) for task in self.tasks.values()]
+        self._shares = Shares(tuple(float(tasks[name].weight) for name in self.tasks))
+        self._walks = [Walk(seed, task.name, size) for task, size in zip(self._all, sizes, strict=True)]
+        self._first = np.cumsum([0, *sizes[:-1]])
+
+    def _places(self, step: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Of one step's whole batch each draw's task, by number, and its prompt's place in the task."""
+        before, after = (self._shares.counts(self.count * number) for number in (step, step + 1))
+        tasks = np.repeat(np.arange(len(self._all)), after - before)
+        places = [walk(*ends) for walk, *ends in zip(self._walks, before.tolist(), after.tolist(), strict=True)]
+        order = np.random.default_rng((self.seed, step)).permutation(self.count)
+        return tasks[order], np.concatenate(places)[order]
 
     def draw(self, step: int) -> tuple[list[str], list[str]]:
         """The tasks and prompts of one step's whole batch, before prompts are repeated."""
-        rng = np.random.default_rng((self.seed, step))
-        tasks = [str(name) for name in rng.choice(list(self.tasks), self.count, p=self.shares)]
-        return tasks, [self.tasks[task].train[rng.integers(len(self.tasks[task].train))] for task in tasks]
+        tasks, places = (each.tolist() for each in self._places(step))
+        prompts = [self._all[task].train[place] for task, place in zip(tasks, places, strict=True)]
+        return [self._all[task].name for task in tasks], prompts
+
+    def ids(self, step: int) -> Int[np.ndarray, " b"]:
+        """The prompt's id of each row of one step's whole batch, see `Drawn`."""
+        tasks, places = self._places(step)
+        return np.repeat((self._first[tasks] + places).astype(np.int32), self.repeats)
+
+    def drawn(self, step: int, *, merge_equal_prompts: bool = False) -> list[Drawn]:
+        """All rows of one step's whole batch; nothing of it is put on devices.
+
+        A draw is a group; where an epoch ends within a batch a prompt may be two of them. With `merge_equal_prompts`
+        rows of a task with equal texts are one, as in programs that know prompts by their text.
+        """
+        groups: dict[tuple[int, str], int] = {}
+        found = []
+        for number, (k, place) in enumerate(zip(*(each.tolist() for each in self._places(step)), strict=True)):
+            task = self._all[k]
+            prompt = task.train[place]
+            metadata = task.train_metadata[place] if task.train_metadata else {}
+            group = groups.setdefault((k, prompt), number) if merge_equal_prompts else number
+            found += [Drawn(task.name, prompt, metadata, int(self._first[k]) + place, group)] * self.repeats
+        return found
 
     def upto(self, steps: int) -> Iterator[str]:
-        """The distinct prompts of the first `steps` batches, see `foresee`."""
-        drawn = (task.train for task, share in zip(self.tasks.values(), self.shares, strict=True) if share > 0)
-        return foresee(lambda step: self.draw(step)[1], steps, itertools.chain.from_iterable(drawn))
+        """The distinct prompts of the first `steps` batches, no more: in the order in which they first come, or if that
+        takes too many draws to see, the last of them by task.
+        """
+        counts = self._shares.counts(self.count * steps).tolist()
+        asked = (
+            task.train[place]
+            for task, walk, count in zip(self._all, self._walks, counts, strict=True)
+            for place in walk(0, min(count, len(task.train))).tolist()
+        )
+        return foresee(lambda step: self.draw(step)[1], steps, asked, MOST_ORDERED)
 
     def describe(self, step: int, rows: Sequence[int]) -> list[str]:
         """Task and prompt of some rows of one step's whole batch."""
@@ -79,6 +137,6 @@ class PromptStream:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
-        tasks, prompts = ([drawn[i] for i in self.drawn] for drawn in self.draw(step))
+        tasks, prompts = ([drawn[i] for i in self._mine] for drawn in self.draw(step))
         batch = Batch(self.encode(prompts), self.routes(tasks, prompts))
-        return jax.tree.map(lambda leaf: leaf[self.repeat], batch)
+        return jax.tree.map(lambda leaf: leaf[self._repeat], batch)

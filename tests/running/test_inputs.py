@@ -151,3 +151,21 @@ def test_the_files_of_a_run_are_those_its_fields_name(tmp_path: Path):
     assert "model.path" in input_files(resolve(config))
     pairs = FlowMatching("x", tasks={"x": Pairs(images="data/x", test="data/test.txt")})
     assert {*input_files(resolve(pairs))} == {"tasks.x.images", "tasks.x.test"}
+
+
+def test_a_source_counts_by_the_file_that_it_reads(tmp_path: Path):
+    """A generated set has none; rows of a file by a column are the file's; a built set changes with its shards."""
+    built = tmp_path / "sets"
+    built.mkdir()
+    (built / "dataset_info.json").write_text("{}")
+    (built / "prompt_sets-train.array_record-00000-of-00001").write_bytes(b"a")
+    tasks = {"x": RoutedTask("t", "a.jsonl#task=x", "ocr:test"), "y": RoutedTask("t", str(built), "b.txt")}
+    files = {
+        field: path for field, path in input_files(resolve(OPD("x", tasks=tasks))).items() if "teacher" not in field
+    }
+    assert files == {"tasks.x.prompts": Path("a.jsonl"), "tasks.y.prompts": built, "tasks.y.test": Path("b.txt")}
+    (tmp_path / "run").mkdir()
+    inputs.keep(tmp_path / "run", inputs.check(tmp_path / "run", files))
+    (built / "prompt_sets-train.array_record-00000-of-00001").write_bytes(b"b")
+    with pytest.raises(ValueError, match=rf"^tasks\.y\.prompts: {built} holds other content"):
+        inputs.check(tmp_path / "run", files)

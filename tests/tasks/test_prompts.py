@@ -1,5 +1,6 @@
 """Prompt files: what they hold, and what is refused with field, file and line."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.tasks.prompts import check_overlaps, read_prompts, read_tasks
+from fopd_jax.tasks.reading import EXPECTED
 from fopd_jax.tasks.task import Task
 
 
@@ -38,12 +40,10 @@ def test_only_line_breaks_separate_prompts(tmp_path: Path):
     ("content", "problem"),
     [
         ("", "is empty, expected one prompt a line"),
-        ("a\n\nb\n", ", line 2 is blank, expected a prompt"),
         ("\n \n", "is empty, expected one prompt a line"),
-        ("\na\n", ", line 1 is blank, expected a prompt"),
-        ("a\n\nb\n\nc\n", ", line 2 is blank (one of 2), expected a prompt"),
+        ("\u200b\n\u2060\n", "holds no prompts"),
         ("sign “Ä”".encode("utf-16"), "utf-8"),
-        (b"caf\xe9\n", "utf-8"),
+        (b"a\ncaf\xe9\n", "line 2: 'utf-8' codec"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_named_with_field_and_file(tmp_path: Path, content: bytes | str, problem: str):
@@ -105,18 +105,19 @@ def test_control_characters_are_counted_and_told_once(tmp_path: Path, capsys: py
     assert capsys.readouterr().err == ""
 
 
-GENEVAL = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of 2 cats"}\n'
 OTHERS: dict[str, tuple[bytes | str, str]] = {
-    "GenEval": (GENEVAL * 2, "GenEval's metadata: line 1 is a JSON object; keep its 'prompt'"),
-    "one line of GenEval": (GENEVAL, "GenEval's metadata"),
-    "GenEval after a prompt": ("a cat\n" + GENEVAL, "GenEval's metadata: line 2"),
-    "JSON lines": ('{"text": "a"}\n{"text": "b"}\n', "JSON lines: line 1 is a JSON object with text"),
-    "lists": ('["a", 1]\n["b", 2]\n', "JSON lines: line 1 is a JSON value"),
-    "a JSON list": ('[\n  "a cat",\n  "a dog"\n]\n', "one JSON value (a list or an object)"),
+    "JSON after prompts": ('a cat\na dog\n{"a": 1}\n', "JSON among other lines: line 3 is a JSON object with a"),
+    "lists": ('["a", 1]\n["b", 2]\n', "JSON among other lines: line 1 is a JSON value"),
     "a JSON object": ('{\n  "prompts": ["a"]\n}\n', "one JSON value (a list or an object)"),
-    "CSV": ("id,prompt\n1,a cat\n", "a table (CSV) with the columns id, prompt"),
-    "quoted CSV": ('"prompt","seed"\n"a, b",3\n', "a table (CSV) with the columns prompt, seed"),
-    "TSV": ("Prompt\tCategory\tChallenge\na cat\tx\ty\n", "a table (TSV) with the columns prompt, category, challenge"),
+    "CSV": ("id,caption\n1,a cat\n", "a table (CSV) with the columns id, caption; call the column of prompts 'prompt'"),
+    "CSV by semicolons": (
+        "id;prompt\n1;a cat\n",
+        "a table (CSV) with the columns id, prompt; separate columns by commas",
+    ),
+    "pairs": (
+        "cup - cups\nteddy bear - teddy bears\nknife - knives\n",
+        "pairs of words (singular - plural): every line",
+    ),
     "one column": ("prompt\na cat\na dog\n", "a table with the one column 'prompt'"),
     "HTML": ("<!DOCTYPE html>\n<html>\n", "a web page or XML"),
     "XML": ('<?xml version="1.0"?>\n<a/>\n', "a web page or XML"),
@@ -125,7 +126,7 @@ OTHERS: dict[str, tuple[bytes | str, str]] = {
     "UTF-16 without mark": ("a cat\na dog\n".encode("utf-16-le"), "UTF-16 text or a binary file"),
     "UTF-32": ("a cat".encode("utf-32"), "UTF-32 text"),
     "ZIP": (b"PK\x03\x04abc", "a ZIP archive"),
-    "gzip": (b"\x1f\x8b\x08abc", "a gzip archive"),
+    "gzip in gzip": (gzip.compress(gzip.compress(b"a cat")), "a gzip archive inside of one"),
     "Parquet": (b"PAR1abc", "a Parquet table"),
     "an image": (b"\x89PNG\r\n\x1a\nabc", "a PNG image"),
     "XML of its own": ("<prompts>\n<p>a cat</p>\n</prompts>\n", "XML"),
@@ -146,7 +147,7 @@ def test_other_formats_are_refused_by_their_names(kind: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^tasks\.ocr\.test: ") as error:
         read_prompts(path, "tasks.ocr.test")
     assert f"{path} looks like {what}" in str(error.value)
-    assert str(error.value).endswith("expected a text of one prompt a line")
+    assert str(error.value).endswith(f"expected {EXPECTED}")
     assert "\n" not in str(error.value)
 
 
@@ -190,9 +191,16 @@ def test_what_may_be_wrong_with_prompts_is_counted_and_told(tmp_path: Path, caps
     ]
 
 
-def test_a_line_of_which_nothing_is_seen_is_blank(tmp_path: Path):
-    with pytest.raises(ValueError, match=r", line 2 is blank, expected a prompt$"):
-        read_prompts(_file(tmp_path, "a\n\u200b\u2060\nb\n"), "field")
+def test_blank_lines_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """HPSv2's list has two; a line of which nothing is seen is blank as well."""
+    for text, count in (
+        ("a\n\nb\n", "1 blank line"),
+        ("\na\n \nb", "2 blank lines"),
+        ("a\n\u200b\u2060\nb\n", "1 blank line"),
+    ):
+        path = _file(tmp_path, text)
+        assert read_prompts(path, "field") == ("a", "b")
+        assert capsys.readouterr().err == f"warning: field: {path}: 2 prompts; {count} left out\n"
 
 
 def test_what_may_never_end_is_not_read(tmp_path: Path):

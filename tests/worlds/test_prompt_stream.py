@@ -13,6 +13,7 @@ from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import OPD, RoutedTask
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds import prompt_stream
 from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
@@ -64,12 +65,74 @@ def test_each_prompt_comes_as_a_group_and_goes_to_its_tasks_teacher():
 
 
 def test_tasks_come_by_their_weights():
-    stream = _stream(_world(), batch_size=6000, images_per_prompt=1)
-    counts = Counter(stream.batch(0).route.tolist())
-    for k, share in enumerate((0.6, 0.2, 0.2)):
-        assert abs(counts[k] / 6000 - share) < 0.025  # four standard deviations
+    """To within one draw, at every step; in a shuffled order."""
+    stream = _stream(_world(), batch_size=7, images_per_prompt=1)
+    counts: Counter[int] = Counter()
+    for step in range(100):
+        counts.update(stream.batch(step).route.tolist())
+        for k, share in enumerate((0.6, 0.2, 0.2)):
+            assert abs(counts[k] - 7 * (step + 1) * share) <= 1
+    orders = {tuple(stream.batch(step).route.tolist()) for step in range(20)}
+    assert len(orders) > 10
     only = _stream(_world(), **{"tasks.geneval.weight": 0.0, "tasks.pickscore.weight": 0.0})
     assert set(only.batch(0).route.tolist()) == {1}
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(1, 1), (7, 1), (12, 2), (64, 4), (400, 1)])
+def test_no_prompt_comes_twice_within_an_epoch(batch_size: int, images: int):
+    """Whatever the batch; what stands at a step does not depend on which steps were asked for before."""
+    stream = _stream(_world(), batch_size=batch_size, images_per_prompt=images)
+    counts = {name: dict.fromkeys((str(100 * k + i) for i in range(20)), 0) for k, name in enumerate(TASKS)}
+    steps = 240 * images // batch_size + 1
+    batches = [stream.draw(step) for step in range(steps)]
+    for tasks, prompts in batches:
+        for task, prompt in zip(tasks, prompts, strict=True):
+            counts[task][prompt] += 1
+        for each in counts.values():  # so each epoch is over before another prompt comes once more
+            assert max(each.values()) - min(each.values()) <= 1
+    assert max(counts["geneval"].values()) >= 7
+    other = _stream(_world(), batch_size=batch_size, images_per_prompt=images)
+    assert [other.draw(step) for step in reversed(range(steps))] == batches[::-1]
+
+
+def test_rows_tell_prompt_metadata_id_and_group():
+    world = _world()
+    tasks = {
+        name: dataclasses.replace(task, train_metadata=tuple({"n": prompt} for prompt in task.train))
+        for name, task in world.tasks.items()
+        if name != "pickscore"
+    }
+    stream = _stream(dataclasses.replace(world, tasks={**world.tasks, **tasks}))
+    for step in range(6):
+        rows, codes = stream.drawn(step), _codes(stream, step)
+        assert [int(row.prompt) for row in rows] == codes
+        assert (
+            [row.id for row in rows] == [code // 100 * 20 + code % 100 for code in codes] == stream.ids(step).tolist()
+        )
+        assert [row.task for row in rows] == [TASKS[code // 100] for code in codes]
+        assert [row.metadata for row in rows] == [{} if row.task == "pickscore" else {"n": row.prompt} for row in rows]
+        assert [row.group for row in rows] == [k // 2 for k in range(12)]
+    assert stream.ids(0).dtype == np.int32
+
+
+def test_equal_texts_stay_apart_unless_they_are_merged():
+    """Two prompts of a set with the same text have ids and groups of their own; of two tasks they never share one."""
+    tasks = {name: Task(name, ("1", "1", "1", "2"), ()) for name in TASKS}
+    stream = _stream(dataclasses.replace(_world(), tasks=tasks), batch_size=20, images_per_prompt=1)
+    rows, merged = stream.drawn(0), stream.drawn(0, merge_equal_prompts=True)
+    assert len({row.group for row in rows}) == 20
+    assert len({row.id for row in rows}) == 12
+    assert len({row.group for row in merged}) == len({(row.task, row.prompt) for row in rows}) == 6
+    assert [row.id for row in merged] == [row.id for row in rows]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 12])
+def test_processes_share_a_batch_without_overlap(processes: int):
+    rows = np.arange(12).reshape(processes, -1)
+    streams = [_stream(_world(), mine) for mine in rows]
+    for step in range(3):
+        whole = _codes(_stream(_world()), step)
+        assert [code for stream in streams for code in _codes(stream, step)] == whole
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -79,8 +142,9 @@ def test_every_prompt_of_a_run_is_known_before_it_starts(steps: int):
     assert list(stream.upto(steps)) == list(dict.fromkeys(asked))
 
 
-def test_a_run_of_any_length_is_foreseen_at_once():
-    """A task of weight 0 is never drawn, and of a weight next to none its prompts cannot be waited for."""
+def test_a_run_of_any_length_is_foreseen_at_once(monkeypatch: pytest.MonkeyPatch):
+    """A task of weight 0 is never drawn, and of a weight next to none its prompts cannot be waited for: they follow."""
+    monkeypatch.setattr(prompt_stream, "MOST_ORDERED", 3000)
     stream = _stream(_world(), **{"tasks.ocr.weight": 0.0})
     drawn = list(stream.upto(10**9))
     assert sorted(drawn, key=int) == [str(100 * k + i) for k in (0, 2) for i in range(20)]
@@ -88,6 +152,9 @@ def test_a_run_of_any_length_is_foreseen_at_once():
     prompts = list(foresee(lambda step: rare.draw(step)[1], 10**9, [*drawn, "100"], most=3000))
     assert set(prompts[:-1]) == set(drawn)
     assert prompts[-1] == "100"
+    asked = list(rare.upto(10**6))  # six million draws hold one or two of ocr's
+    assert set(drawn) < set(asked)
+    assert len(asked) - len(drawn) in (1, 2)
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 2, 3, 9], [5], list(range(12))])

@@ -1,0 +1,114 @@
+"""Which prompts come when: a function of the seed and of a prompt's number among all that are drawn, nothing else.
+
+How many of the first n draws are a task's has a closed form (`Shares`), and so has which prompt of it comes as its
+j-th (`Walk`): any step can be asked for without the ones before it.
+"""
+
+import dataclasses
+import heapq
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int
+
+_KEPT = 4  # permutations of a task at a time: its epoch, those that a batch goes on to, a neighbouring step's
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How n draws divide among tasks, for every n: by halving them, in whole numbers.
+
+    The tasks are the leaves of a binary tree, Huffman's of their weights. At each fork of weights a and b, m draws
+    part into the nearest whole number to m·a/(a + b) and the rest. Neither part falls as m grows, so the draws of a
+    step are a difference of two counts; they add up to n; and a task's count differs from n times its share by at most
+    `bound()`, ½·(1 + p + p·p' + …) over the shares p at the forks above it: ½ for two tasks, ¾ for 3 : 1 : 1. A task
+    of weight 0 is never drawn. The arithmetic is exact, of any weights and any n.
+
+    Raises:
+      ValueError: no weight is above 0.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not any(weight > 0 for weight in self.weights):
+            raise ValueError(f"tasks: found weights {list(self.weights)}, expected at least one above 0")
+
+    def counts(self, draws: int) -> Int[np.ndarray, " tasks"]:
+        """Of the first so many draws those of each task."""
+        found = np.zeros(len(self.weights), np.int64)
+        for task, count in _parted(_tree(self.weights), draws):
+            found[task] = count
+        return found
+
+    def bound(self) -> float:
+        """The most by which a task's count ever differs from draws times share."""
+        return max(_bounds(_tree(self.weights), 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fork:
+    left: "int | _Fork"
+    right: "int | _Fork"
+    part: int  # of `whole` draws those that go left
+    whole: int
+
+
+@lru_cache(maxsize=64)
+def _tree(weights: tuple[float, ...]) -> int | _Fork:
+    """Huffman's tree of the tasks with weight; equal ones in their order."""
+    exact = [Fraction(weight) for weight in weights]
+    unit = math.lcm(*(each.denominator for each in exact))
+    heap: list[tuple[int, int, int | _Fork]] = [(int(each * unit), k, k) for k, each in enumerate(exact) if each > 0]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (a, i, left), (b, j, right) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (a + b, min(i, j), _Fork(left, right, a, a + b)))
+    return heap[0][2]
+
+
+def _parted(node: int | _Fork, draws: int) -> Iterator[tuple[int, int]]:
+    if isinstance(node, int):
+        yield node, draws
+        return
+    left = (2 * draws * node.part + node.whole) // (2 * node.whole)  # to the nearest
+    yield from _parted(node.left, left)
+    yield from _parted(node.right, draws - left)
+
+
+def _bounds(node: int | _Fork, bound: float) -> Iterator[float]:
+    if isinstance(node, int):
+        yield bound
+        return
+    part = node.part / node.whole
+    yield from _bounds(node.left, 0.5 + part * bound)
+    yield from _bounds(node.right, 0.5 + (1 - part) * bound)
+
+
+class Walk:
+    """A task's prompts in the order in which they come: every epoch a permutation of its own, by seed, task and epoch.
+
+    So no prompt comes twice within an epoch, and equal texts at two places of the set are two prompts. A task's walk
+    does not depend on the other tasks.
+    """
+
+    def __init__(self, seed: int, task: str, size: int) -> None:
+        key = zlib.crc32(task.encode())
+
+        @lru_cache(maxsize=_KEPT)
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, key, epoch)).permutation(size)
+
+        self._permutation, self._size = permutation, size
+
+    def __call__(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """The places in the set of its draws number `start` to `stop`."""
+        parts: Sequence[np.ndarray] = [
+            self._permutation(epoch)[max(start - epoch * self._size, 0) : stop - epoch * self._size]
+            for epoch in range(start // self._size, -(-stop // self._size))
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
