@@ -85,7 +85,7 @@ def _hash_of(path: Path, noted: Mapping[str, str]) -> tuple[str, str]:
     if is_converted(path):
         return _manifest_hash(path), ""
     within = [path] if path.is_file() else sorted(path.iterdir())
-    parts = [each for each in within if each == path or each.suffix.lower() in _READ | _IMAGES]
+    parts = [each for each in within if each == path or _is_read(each) or each.suffix.lower() in _IMAGES]
     stats = [each.stat() for each in parts]
     named = [each.relative_to(path).as_posix() for each in parts]
     times = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in zip(named, stats, strict=True)]
@@ -94,8 +94,12 @@ def _hash_of(path: Path, noted: Mapping[str, str]) -> tuple[str, str]:
         return noted["sha256"], stat
     if path.is_file():
         return hash_file(path), stat
-    hashes = [hash_file(each) if each.suffix.lower() in _READ else str(each.stat().st_size) for each in parts]
+    hashes = [hash_file(each) if _is_read(each) else str(each.stat().st_size) for each in parts]
     return _sha256(json.dumps(list(zip(named, hashes, strict=True)))), stat
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in _READ or ".array_record-" in path.name  # a prompt set's shards
 
 
 def _manifest_hash(folder: Path) -> str:

@@ -1,15 +1,21 @@
-"""What a file of prompts must not be: other formats that decode as text, or would train on their own syntax."""
+"""What a file of prompts is: which of the known forms, or another one, which would train on its own syntax."""
 
 import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from fopd_jax.tasks.tables import header_mark
+
+Form = Literal["lines", "records", "list", ",", "\t"]
+"""One prompt a line, a JSON record a line, one JSON list, or a table by what separates its columns."""
 
 MAGIC: Mapping[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
     b"\xff\xfe\x00\x00": "UTF-32 text; save it as UTF-8", b"\x00\x00\xfe\xff": "UTF-32 text; save it as UTF-8",
     b"\xff\xfe": "UTF-16 text (not utf-8); save it as UTF-8", b"\xfe\xff": "UTF-16 text (not utf-8); save it as UTF-8",
-    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"BZh": "a bzip2 archive",
+    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive inside of one", b"BZh": "a bzip2 archive",
     b"\xfd7zXZ\x00": "an xz archive", b"\x28\xb5\x2f\xfd": "a zstd archive", b"PAR1": "a Parquet table",
     b"ARROW1": "an Arrow table", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"%PDF-": "a PDF document",
     b"{\\rtf": "an RTF document", b"SQLite format 3\x00": "an SQLite database",
@@ -18,8 +24,29 @@ COLUMNS = {"prompt", "prompts", "caption", "captions", "text", "texts"}
 _FIRST = 4096  # bytes that tell what a file is
 
 
+def form_of(text: str, suffix: str) -> Form:
+    """How a file's prompts are written, by its content; `suffix`, of its name, decides where that is damaged."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    start = text.lstrip()[:1]
+    whole = _kind(text) if start in ("[", "{") else None
+    if start == "[" and (suffix == ".json" or (isinstance(whole, list) and not _all_lists(lines))):
+        return "list"
+    records = sum(line.lstrip().startswith(('{"', '{ "')) for line in lines)
+    if suffix in (".jsonl", ".ndjson") or (2 * records > len(lines) and (whole is None or len(lines) == 1)):
+        return "records"
+    if suffix == ".csv":
+        return "," if header_mark(text, sure=True) == "," else "lines"
+    mark = header_mark(text, sure=suffix == ".tsv")
+    return "," if mark == "," else "\t" if mark else "lines"
+
+
+def _all_lists(lines: Sequence[str]) -> bool:
+    """Whether each of several lines is a list of its own, in which nothing says what is the prompt."""
+    return len(lines) > 1 and all(isinstance(_kind(line), list) for line in lines)
+
+
 def other_format(data: bytes) -> str:
-    """What the bytes of a file look like that are no text of one prompt a line; empty: nothing else."""
+    """What the bytes of a file look like that are no text; empty: nothing else."""
     for magic, what in MAGIC.items():
         if data.startswith(magic):
             return what
@@ -32,7 +59,7 @@ def other_format(data: bytes) -> str:
 
 
 def other_syntax(text: str) -> str:
-    """The same of what decodes as text, naming the line where there is one; empty: nothing else."""
+    """What a text looks like that is not of one prompt a line, naming the line where there is one; empty: it is."""
     start = text.lstrip()[:_FIRST].lower()
     if re.match(r"<(!doctype\b|html\b|\?xml\b|head\b|body\b)", start):
         return "a web page or XML"
@@ -43,7 +70,7 @@ def other_syntax(text: str) -> str:
     if _is_python(text.strip()):
         return "a list as Python writes it"
     lines = text.strip().split("\n")
-    return _lines_of_json(text) or _table([line.strip("\r") for line in lines[:2]]) or _markup(lines)
+    return _lines_of_json(text) or _table(lines[:2]) or _markup(lines) or _pairs(lines)
 
 
 def _is_python(text: str) -> bool:
@@ -73,10 +100,8 @@ def _lines_of_json(text: str) -> str:
         if line[:1] not in ("{", "[") or (found := _kind(line)) is None:
             continue
         fields = sorted(map(str, found)) if isinstance(found, dict) else []
-        if {"prompt", "include"} <= set(fields) or {"prompt", "tag"} <= set(fields):
-            return f"GenEval's metadata: line {number} is a JSON object; keep its 'prompt' alone, one a line"
         what = f"a JSON object with {', '.join(fields[:6])}" if fields else "a JSON value"
-        return f"JSON lines: line {number} is {what}"
+        return f"JSON among other lines: line {number} is {what}"
     return ""
 
 
@@ -95,7 +120,16 @@ def _table(lines: Sequence[str]) -> str:
         cells = [cell.strip("\"'").lower() for cell in lines[0].split(mark)]
         names = COLUMNS & set(cells) and all(re.fullmatch(word, cell) for cell in cells)
         if names and 1 < len(cells) <= lines[-1].count(mark) + 1 and len(lines) > 1:
-            return f"a table ({name}) with the columns {', '.join(cells)}; keep its prompts alone, one a line"
+            how = "separate columns by commas" if mark == ";" else "call the column of prompts 'prompt'"
+            return f"a table ({name}) with the columns {', '.join(cells)}; {how}"
     if len(lines) > 1 and lines[0].strip().strip("\"'").lower() in COLUMNS:
         return f"a table with the one column {lines[0].strip()!r}; remove that line"
+    return ""
+
+
+def _pairs(lines: Sequence[str]) -> str:
+    """T2I-CompBench's new_objects.txt and its like."""
+    pairs = [re.fullmatch(r"(\w+(?: \w+)?) - (\w+(?: \w+)?)", line.strip()) for line in lines if line.strip()]
+    if len(pairs) > 1 and all(pairs):
+        return f"pairs of words (singular - plural): every line is like {lines[0].strip()!r}"
     return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.schema import Pairs
-from fopd_jax.tasks.prompts import read_prompts
+from fopd_jax.tasks.sources import read_set
 from fopd_jax.tasks.task import Task
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -21,13 +21,15 @@ def read_image_tasks(tasks: Mapping[str, Pairs]) -> dict[str, Task]:
     """The tasks whose captioned images and held-out prompts lie in files; they have no scores of their own.
 
     Raises:
-      ValueError: as `read_captions` for `tasks.NAME.images`, and `read_prompts` for `tasks.NAME.test`.
+      ValueError: as `read_captions` for `tasks.NAME.images`, and `read_set` for `tasks.NAME.test`.
     """
     found = {}
     for name, pairs in tasks.items():
         captions = read_captions(pairs.images, f"tasks.{name}.images")
-        test = read_prompts(Path(pairs.test), f"tasks.{name}.test")
-        found[name] = Task(name, tuple(captions.values()), test, images=tuple(captions))
+        test = read_set(pairs.test, f"tasks.{name}.test", "test")
+        found[name] = Task(
+            name, tuple(captions.values()), test.texts, images=tuple(captions), test_metadata=test.metadata
+        )
     return found
 
 
