@@ -106,7 +106,7 @@ def open_entry(config: Config, name: str, value: str) -> None:
         if kind is Any and not isinstance(entries.get(last), str):  # of what a file gives as text it stays text
             entries[last] = _literal(value)
         elif last not in entries:
-            entries[last] = kind()
+            entries[last] = kind()  # pyright: ignore[reportCallIssue]  # it is no Any
 
 
 def _open_groups(config: Config, groups: list[str]) -> Any:

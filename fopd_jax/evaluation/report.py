@@ -62,7 +62,7 @@ def write_report(
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
-    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways)
+    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways, max_failed)
     found: dict[str, Measured] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with progress("report", total, "images") as count:

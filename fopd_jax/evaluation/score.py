@@ -1,5 +1,6 @@
 """Score the same held-out (prompt, noise) pairs of any policy."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -19,12 +20,15 @@ from fopd_jax.parallel.agreement import share, together
 from fopd_jax.parallel.distributed import gather_rows
 from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.rewards import monitors
+from fopd_jax.rewards.pool import Pool, Ticket
 from fopd_jax.rewards.reward import Metadata, Reward, Scores
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
 SUM = "reward/"
 """Before a task's name: the weighted sum of its rewards."""
+MONITORS = tuple(f"monitors/{name}" for name in ("dark_share", "edge_density", "colour_entropy", "extra_text"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,8 @@ class EvalSet:
     """`samples` pairs a task: the task's test prompts in turn, each time with fresh noise drawn from `seed`.
 
     `made_at_once` are one batch, `batch_size` filled up to what the mesh divides; pictures show some of the first
-    `batch_size` pairs, which are the same on every mesh.
+    `batch_size` pairs, which are the same on every mesh. `max_failed`: share of a reward's scores that may fail, see
+    `run.max_failed_rewards`; `monitored`: whether what reward hacking looks like is measured as well.
     """
 
     tasks: Mapping[str, Task]
@@ -40,6 +45,8 @@ class EvalSet:
     batch_size: int
     seed: int
     ways: int = 1  # parts of a batch, see `batch_ways`
+    max_failed: float = 1.0
+    monitored: bool = False
 
     @property
     def made_at_once(self) -> int:
@@ -77,10 +84,15 @@ def noise_keys(seed: int, task: str, index: np.ndarray) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """By skill one value a pair, in the order of the pairs, NaN where it failed; `reasons`: why the first did."""
+    """By skill one value a pair, in the order of the pairs, NaN where it failed; `reasons`: why the first did.
+
+    `monitors`: by name one value a pair, see `rewards.monitors`; `clocked`: how fast this process's rewards were.
+    """
 
     values: dict[str, Float[np.ndarray, " n"]]
     reasons: dict[str, str]
+    monitors: dict[str, Float[np.ndarray, " n"]] = dataclasses.field(default_factory=dict)
+    clocked: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def failed(self) -> dict[str, int]:
         """How many pairs have no value, by skill, where there are any."""
@@ -97,6 +109,10 @@ class Measured:
     def means(self) -> dict[str, float]:
         """Over the pairs that have a value."""
         return {skill: float(np.nanmean(values)) for skill, values in self.values.items()}
+
+    def seen(self) -> dict[str, float]:
+        """Means of the monitors that any pair has."""
+        return {name: float(np.nanmean(each)) for name, each in self.monitors.items() if not np.isnan(each).all()}
 
 
 def check_failures(found: Measured, most: float, whose: str = "") -> None:
@@ -121,47 +137,101 @@ def evaluate(
 ) -> Measured:
     """Scores of all tasks' pairs; tasks that share a skill are concatenated. All rewards must be in `world.rewards`.
 
-    Tasks without scores are not sampled. Each process scores its own images; all get all scores.
+    Tasks without scores are not sampled. Each process scores its own images, by rewards on the host or on servers
+    while the next batch is sampled; all get all scores.
 
     Raises:
       ValueError: an image is not finite; names its prompt.
+      TooManyFailures: see `Pool`; of any process, on all.
     """
-    values: dict[str, list[np.ndarray]] = {}
+    names = dict.fromkeys(name for task in eval_set.scored() for name in task.scored)
+    rows: dict[str, list[np.ndarray]] = {}
     reasons: dict[str, str] = {}
+
+    def settle(batch: _Batch) -> None:
+        found, seen = together(f"scores of {batch.task.name}", batch.finish)
+        reasons.update({**_reasons(found), **reasons})
+        padded = {skill: _padded(found.get(skill), batch.size) for skill in _skills(batch.task)}
+        padded |= {name: np.pad(values, (0, batch.size - len(values))) for name, values in seen.items()}
+        gathered = gather_rows(padded, batch_sharding(sampler.mesh), batch.total)
+        for name in padded:  # in the task's order, which gathering does not keep
+            rows.setdefault(name, []).append(gathered[name][: batch.wanted])
+        progress(batch.wanted)
+
+    waiting: collections.deque[_Batch] = collections.deque()
+    with Pool({name: world.rewards[name] for name in names}, most_failed=eval_set.max_failed) as pool:
+        for batch in _begun(sampler, world, eval_set, variables, adapter, pool):
+            waiting.append(batch)
+            if len(waiting) > 1:
+                settle(waiting.popleft())
+        for batch in waiting:
+            settle(batch)
+        clocked = pool.statistics()
+    shared = share("failed scores", json.dumps(reasons)) if rows else []
+    reasons = {skill: reason for each in reversed(shared) for skill, reason in json.loads(each).items()}
+    values = {name: np.concatenate(parts) for name, parts in rows.items()}
+    seen = {name: values.pop(name) for name in MONITORS if name in values}
+    return Measured(values, reasons, seen, clocked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """This process's `size` images of a batch of `total`, of which `wanted` are no surplus, while they are scored."""
+
+    task: Task
+    total: int
+    size: int
+    wanted: int
+    pixels: UInt8[np.ndarray, "n h w 3"]
+    ticket: Ticket | None
+    monitored: bool
+
+    def finish(self) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
+        """Scores and, where it is monitored, the monitors of each image; of none where nothing was begun."""
+        found = self.ticket.result() if self.ticket else {}
+        seen = _monitors(self.pixels, found) if self.monitored else {}
+        if found and self.task.weights:
+            found = {**found, f"{SUM}{self.task.name}": weighted_sum(found, self.task.weights)}
+        return found, seen
+
+
+def _begun(
+    sampler: Sampler, world: World, eval_set: EvalSet, variables: Tree, adapter: Tree, pool: Pool
+) -> Iterator[_Batch]:
+    """Every task's batches, sampled and begun to be scored, one by one."""
     for task in eval_set.scored():
         beside = task.beside("test")
         for prompts, index in eval_set.pairs(task):
             images = sampler.held(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
             wanted = int((index < eval_set.samples).sum())
             mine = [int(row) for row in sampler.rows(len(prompts)) if row < wanted]
+            own = [prompts[row] for row in mine]
             about = [beside[index[row] % len(beside)] for row in mine]
-            score = functools.partial(_score, world.rewards, task, images, [prompts[row] for row in mine], about)
-            found = together(f"scores of {task.name}", score)
-            reasons = {**_reasons(found), **reasons}
-            padded = {skill: _padded(found.get(skill), len(images)) for skill in _skills(task)}
-            gathered = gather_rows(padded, batch_sharding(sampler.mesh), len(prompts))
-            for skill in padded:  # in the task's order, which gathering does not keep
-                values.setdefault(skill, []).append(gathered[skill][:wanted])
-            progress(wanted)
-    shared = share("failed scores", json.dumps(reasons)) if values else []
-    reasons = {skill: reason for each in reversed(shared) for skill, reason in json.loads(each).items()}
-    return Measured({skill: np.concatenate(parts) for skill, parts in values.items()}, reasons)
+            submit = functools.partial(_submit, pool, task, images, own, about)
+            pixels, ticket = together(f"images of {task.name}", submit)
+            yield _Batch(task, len(prompts), len(images), wanted, pixels, ticket, eval_set.monitored)
 
 
-def _score(
-    rewards: Mapping[str, Reward],
+def _submit(
+    pool: Pool,
     task: Task,
     images: Float[np.ndarray, "b h w 3"],
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
-) -> dict[str, Scores]:
-    """Scores of the first images, as many as there are prompts; nothing of none."""
-    if not prompts:
-        return {}
+) -> tuple[UInt8[np.ndarray, "n h w 3"], Ticket | None]:
+    """Begin to score the first images, as many as there are prompts; nothing of none."""
     images = images[: len(prompts)]
     check_finite(images, [f"prompt {prompt!r}" for prompt in prompts])
-    found = measure(rewards, task.scored, to_pixels(images), prompts, metadata)
-    return {**found, f"{SUM}{task.name}": weighted_sum(found, task.weights)} if task.weights else found
+    pixels = to_pixels(images)
+    return pixels, pool.submit(pixels, prompts, metadata, task.scored) if prompts else None
+
+
+def _monitors(pixels: UInt8[np.ndarray, "n h w 3"], found: Mapping[str, Scores]) -> dict[str, np.ndarray]:
+    """Each image's monitors, NaN where one has none: what was read beyond a target is known of OCR's alone."""
+    read = next((each.details for each in found.values() if any("read" in about for about in each.details)), None)
+    extra = [monitors.extra_text([about]) for about in read or [{}] * len(pixels)]
+    seen = (monitors.dark_share(pixels), monitors.edge_density(pixels), monitors.colour_entropy(pixels))
+    return dict(zip(MONITORS, (*seen, np.array([each[0] if len(each) else np.nan for each in extra])), strict=True))
 
 
 def measure(

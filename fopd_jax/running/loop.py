@@ -15,17 +15,19 @@ from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
 from fopd_jax.parallel.agreement import agree, overheard
 from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, fetch, is_main, largest, warn
+from fopd_jax.rewards.monitors import Watch
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.display import Display
 from fopd_jax.running.means import SKIPPED, Means, split
-from fopd_jax.running.metrics import MetricWriter, logged
+from fopd_jax.running.metrics import MetricWriter, all_logged, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
 EVALUATION = "eval/"  # prefix of an evaluation's scalars
+MONITORS, CLOCKED = "monitors/", "rewards/"  # those of them that are no scores
 FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing
 MEANS = "means"  # among a checkpoint's notes
 
@@ -103,6 +105,9 @@ class _Run:
         self.means = Means(None if newest is None else self.checkpoints.notes(first).get(MEANS))
         if first > self.settings.steps:
             raise ValueError(f"run.steps: found {self.settings.steps}, but this workdir is already at step {first}")
+        self.pictures = Watch(updates=1)  # compared with the first evaluation
+        for seen in all_logged(self.watch.workdir, EVALUATION) if self.watch.workdir else ():
+            self.pictures, _ = self.pictures.see(seen)
         self.watch.goodput.resume(first)
         self.watch.guard.resume(first)
         return first
@@ -203,10 +208,16 @@ class _Run:
             warn(f"step {step}: the evaluation failed ({problem}); training goes on")
             self.writer.write_scalars(step, {FAILED: float(self.failed)})
             return
-        self.display.scored(step, scores)
-        self.writer.write_scalars(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})
+        shown = {name: value for name, value in scores.items() if not name.startswith((MONITORS, CLOCKED))}
+        self.display.scored(step, shown)
+        named = {f"{EVALUATION}{name}": value for name, value in scores.items()}
+        clocked = {name: value for name, value in named.items() if name.startswith(f"{EVALUATION}{CLOCKED}")}
+        self.writer.write_scalars(step, {name: named[name] for name in named if name not in clocked}, clocked)
         self.writer.write_images(step, images)
-        self.checkpoints.score(step, scores)
+        self.checkpoints.score(step, shown)
+        self.pictures, alarms = self.pictures.see(scores)
+        for words in alarms.values():
+            warn(f"step {step}: {words}; look at the pictures: a reward may be earned by what it does not mean")
 
     def save(self, step: int) -> None:
         """Start to save the state, if there is room for it; a failed save is tried again at the next checkpoint.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import struct
@@ -170,6 +171,18 @@ def logged(workdir: Path, step: int, prefix: str) -> dict[str, float]:
     return {
         name.removeprefix(prefix): value for line in found for name, value in line.items() if name.startswith(prefix)
     }
+
+
+def all_logged(workdir: Path, prefix: str) -> list[dict[str, float]]:
+    """The same of every line that has such names, in their order."""
+    path = workdir / SCALARS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = (
+        {name.removeprefix(prefix): value for name, value in json.loads(line).items() if name.startswith(prefix)}
+        for line in lines
+        if math.isfinite(_step_of(line))
+    )
+    return [values for values in named if values]
 
 
 def _resumed(path: Path, step: int) -> _Tail:

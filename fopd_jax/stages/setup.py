@@ -39,7 +39,7 @@ class Setup:
     """The parts that do not depend on the stage.
 
     `rate`: of the optimizer's state, the learning rate of its next update; a program of its own, so that the updates
-    of all stages have the same metric. `max_failed`: share of a reward's scores that may fail.
+    of all stages have the same metric.
     """
 
     pipeline: Pipeline
@@ -47,7 +47,6 @@ class Setup:
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
     rate: Callable[[Tree], jax.Array]
-    max_failed: float
 
     def measured(self, state: TrainState) -> dict[str, jax.Array]:
         """Metrics of the coming update that are known from the state before it."""
@@ -55,6 +54,8 @@ class Setup:
 
     def evaluate(self, model: Model, progress: Progress) -> dict[str, float]:
         """Mean scores on the periodic evaluation's pairs, of the tasks that something measures; failures are told.
+
+        Beside them `monitors/…`, means of what reward hacking looks like, and `rewards/…`, how fast rewards were.
 
         Raises:
           FloatingPointError: as `check_failures`.
@@ -70,8 +71,8 @@ class Setup:
             found = evaluate(self.sampler, self.pipeline.world, pairs, *model.policy, both)
         for line in found.told():
             warn(f"evaluation: {line}")
-        check_failures(found, self.max_failed)
-        return found.means()
+        check_failures(found, pairs.max_failed)
+        return {**found.means(), **found.seen(), **found.clocked}
 
     def draw(self, model: Model) -> dict[str, np.ndarray]:
         """One row of the evaluation's pictures, for the metrics."""
@@ -95,10 +96,17 @@ def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task
     return Setup(
         pipeline=pipeline,
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
-        eval_set=EvalSet(chosen, evaluation.samples, evaluation.batch_size, evaluation.seed, batch_ways(pipeline.mesh)),
+        eval_set=EvalSet(
+            chosen,
+            evaluation.samples,
+            evaluation.batch_size,
+            evaluation.seed,
+            batch_ways(pipeline.mesh),
+            config.run.max_failed_rewards,
+            monitored=True,
+        ),
         optimizer=make_optimizer(config.optimizer),
         rate=jax.jit(partial(learning_rate, config.optimizer)),
-        max_failed=config.run.max_failed_rewards,
     )
 
 

@@ -19,20 +19,25 @@ def test_an_evaluation_is_shown_and_reports_to_the_loop(
     def evaluate(*asked: Any) -> Measured:
         for _ in range(3):
             asked[-1](4)
-        return Measured({"text": np.array([0.0, 1.0, np.nan])}, {"text": "no answer"})
+        seen = {"monitors/dark_share": np.array([0.2, 0.4, np.nan]), "monitors/extra_text": np.full(3, np.nan)}
+        return Measured(
+            {"text": np.array([0.0, 1.0, np.nan])}, {"text": "no answer"}, seen, {"rewards/text/queue": 0.0}
+        )
 
     monkeypatch.setattr(setup, "evaluate", evaluate)
     monkeypatch.setattr(console, "FIRST_S", 0.0)
-    pairs = types.SimpleNamespace(scored=lambda: ["text"], samples=12)
+    pairs = types.SimpleNamespace(scored=lambda: ["text"], samples=12, max_failed=0.5)
     pipeline = types.SimpleNamespace(world=None)
-    stage: Any = types.SimpleNamespace(eval_set=pairs, sampler=None, pipeline=pipeline, max_failed=0.5)
+    stage: Any = types.SimpleNamespace(eval_set=pairs, sampler=None, pipeline=pipeline)
     heard: list[int] = []
-    assert Setup.evaluate(stage, Model("student", {}, {}), heard.append) == {"text": 0.5}
+    assert Setup.evaluate(stage, Model("student", {}, {}), heard.append) == pytest.approx(
+        {"text": 0.5, "monitors/dark_share": 0.3, "rewards/text/queue": 0.0}
+    )
     assert heard == [4, 4, 4]
     first, *_, last, failed = capsys.readouterr().err.splitlines()
     assert (first, last.partition(" images/s")[0]) == ("evaluation 4/12", "evaluation 12/12")
     assert failed == "warning: evaluation: text: 1 of 3 failed: no answer"
-    stage.max_failed = 0.3
+    pairs.max_failed = 0.3
     with pytest.raises(
         FloatingPointError, match=r"^scores: text: 1 of 3 failed: no answer \(run\.max_failed_rewards is"
     ):

@@ -194,7 +194,9 @@ def _text_component(config: BLIPTextConfig) -> Component:
     return _component(config, parameter_shapes(BLIPText(config).init, ids, ids == 0, states), _TEXT)
 
 
-def _component(config: Any, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> Component:
+def _component(
+    shape: BLIPVisionConfig | BLIPTextConfig, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
+) -> Component:
     sources = {}
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")
@@ -204,7 +206,7 @@ def _component(config: Any, shapes: Mapping[str, tuple[int, ...]], names: Mappin
         for layer in range(shape[0]) if path.startswith(f"{STACK}/") else (None,):
             ours = path if layer is None else path.replace(STACK, f"{STACK}_{layer}", 1)
             sources[ours] = Source(name.format(layer), pattern)
-    return Component(config, shapes, sources, (STACK,))
+    return Component(shape, shapes, sources, (STACK,))
 
 
 def _vision_config(
