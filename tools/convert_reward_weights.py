@@ -15,9 +15,9 @@ Exit codes: 0 done, 2 something is wrong with the command line, source or destin
 
 import argparse
 import importlib
-import importlib.util
 import os
 import signal
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -92,8 +92,7 @@ def recognise(names: Collection[str], src: Path) -> str:
     Raises:
       ValueError: none, or several; names the source.
     """
-    known = [name for name in NETWORKS if importlib.util.find_spec(f"fopd_jax.interop.scorers.{name}")]
-    found = [name for name in known if load_converter(name).recognises(names)]
+    found = [name for name in NETWORKS if load_converter(name).recognises(names)]
     if len(found) != 1:
         first = ", ".join(sorted(names)[:3])
         raise ValueError(
@@ -133,8 +132,7 @@ def read(src: Path) -> tuple[Tensors, dict[str, Any] | None, tuple[Path, ...]]:
       ValueError: there are none, or they are damaged; names the file.
     """
     if src.is_dir():
-        configs = [src / name for name in ("config.json", "open_clip_config.json") if (src / name).is_file()]
-        config = read_json(configs[0]) if configs else None
+        config = read_json(src / "config.json") if (src / "config.json").is_file() else None
         if (pickled := src / "pytorch_model.bin").is_file() and not list(src.glob("model*.safetensors*")):
             return read_pickle(pickled), config, (pickled,)
         found = open_tensor_files(src, "model")
@@ -148,10 +146,11 @@ def read(src: Path) -> tuple[Tensors, dict[str, Any] | None, tuple[Path, ...]]:
 def map_tensors(files: TensorFiles) -> Tensors:
     """The tensors of safetensors files; the disk holds them until they are read. Whole numbers are a buffer's."""
     floats = {name for name, entry in files.entries.items() if not entry.kind.startswith(("I", "U", "BOOL"))}
+    maps = {file: np.memmap(file, np.uint8, "r") for file in files.files}  # each holds a file open
     tensors = {}
     for name, entry in files.select(lambda name: name in floats).entries.items():
-        raw = np.memmap(entry.file, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
-        tensors[name] = np.asarray(raw).view(entry.dtype).reshape(entry.shape)
+        raw = np.asarray(maps[entry.file])[entry.begin : entry.end]
+        tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
         check_finite(name, tensors[name], entry.file)
     return tensors
 
@@ -167,7 +166,8 @@ def read_pickle(path: Path) -> Tensors:
     except ImportError as error:
         raise ValueError(f"src: {path} needs PyTorch: pip install 'fopd_jax[convert]'") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files of before 2020 are none, and are read as a whole
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # zip, pickle and torch have their own kinds each
         first = str(error).split(". ")[0].split("\n")[0][:200]
         raise ValueError(f"src: {path}: PyTorch reads no tensors from it ({type(error).__name__}: {first})") from error

@@ -99,9 +99,10 @@ def test_open_clips_files(wrapped: str, tool: ModuleType, open_state: Any, tmp_p
 
 
 def test_half_precision(tool: ModuleType, open_state: Any, tmp_path: Path) -> None:
-    """Converted to float32, exactly."""
+    """Converted to float32, exactly; also from the format that PyTorch wrote before 1.6."""
     for name, dtype in (("a.pt", torch.float16), ("b.pt", torch.bfloat16)):
-        torch.save({"state_dict": {key: each.to(dtype) for key, each in open_state.items()}}, tmp_path / name)
+        state = {"state_dict": {key: each.to(dtype) for key, each in open_state.items()}}
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=dtype == torch.float16)
         _, params = convert(tool, tmp_path / name, tmp_path / f"{name}.safetensors", "--activation", "gelu")
         expected = open_state["text_projection"].to(dtype).float().numpy()
         np.testing.assert_array_equal(params["text"]["text_projection"]["kernel"], expected)

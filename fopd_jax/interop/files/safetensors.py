@@ -67,7 +67,7 @@ def _names(file: Any, path: Path) -> list[str]:
 def _read(file: Any, name: str, path: Path) -> np.ndarray:
     if (kind := file.get_slice(name).get_dtype()) not in DTYPES:
         raise ValueError(f"tensor {name!r} in {path}: found dtype {kind}, expected one of {', '.join(DTYPES)}")
-    return file.get_tensor(name).astype(np.float32)
+    return file.get_tensor(name).astype(np.float32, copy=False)
 
 
 def _value(key: str, text: str, path: Path) -> Any:

@@ -122,8 +122,8 @@ def _is_open_clip(names: Collection[str]) -> bool:
 def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) -> tuple[dict[str, Any], Tree]:
     """The shape, `vision` and `text`, and the parameters, with `logit_scale` beside them, of a whole state dict.
 
-    `config`: transformers' `config.json`, which its layout needs; of open_clip's layout `{"activation": …}`, or its
-    `open_clip_config.json`, since nothing in the tensors tells one GELU from the other.
+    `config`: transformers' `config.json`, which its layout needs; of open_clip's layout `{"activation": …}`, since
+    nothing in the tensors tells one GELU from the other.
 
     Raises:
       ValueError: a tensor is missing, superfluous or misshapen, or the configuration is; names it.
@@ -252,7 +252,9 @@ def _transformers_shape(
 
     if config is None or config.get("model_type") != "clip":
         found = "nothing" if config is None else repr(config.get("model_type"))
-        raise ValueError(f"config.json: model_type: found {found}, expected 'clip', as transformers' CLIPModel has it")
+        raise ValueError(f"config.json: model_type: found {found}, expected 'clip', as in a folder of CLIPModel")
+    if "activation" in config:
+        raise ValueError("activation: config.json says it; leave it out")
     try:
         theirs: Any = CLIPConfig(**{name: value for name, value in config.items() if name != "model_type"})
     except Exception as error:  # its versions have kinds of their own for what they refuse
@@ -300,8 +302,6 @@ def open_clip_shape(
 def _open_clip_activation(config: Mapping[str, Any], width: int) -> Activation:
     if "activation" in config:
         return _activation(config["activation"], "activation")
-    if "model_cfg" in config:
-        return "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
     if width in _WIDE_HEADS:
         return "gelu"
     raise ValueError("activation: these tensors do not tell it; say quick_gelu for OpenAI's weights, gelu for LAION's")

@@ -72,8 +72,9 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     classify = pixel_colours
     if options.colours == "clip":
         from fopd_jax.rewards.clip import load_clip
+        from fopd_jax.rewards.preprocessing import OPEN_CLIP
 
-        classify = clip_colours(load_clip(Path(options.clip), f"{field}.options.clip"))
+        classify = clip_colours(load_clip(Path(options.clip), f"{field}.options.clip", OPEN_CLIP))
     return geneval_reward(name, detect, classify, options)
 
 

@@ -92,8 +92,8 @@ def test_activation_of_open_clip() -> None:
         convert(tensors, None)
     with pytest.raises(ValueError, match="activation: found 'relu', expected one of quick_gelu, gelu"):
         convert(tensors, {"activation": "relu"})
-    for cfg, expected in (({"quick_gelu": True}, "quick_gelu"), ({}, "gelu")):
-        assert convert(tensors, {"model_cfg": cfg})[0]["vision"]["activation"] == expected
+    with pytest.raises(ValueError, match=r"activation: config\.json says it; leave it out"):
+        convert(transformers_tensors(), CONFIG | {"activation": "gelu"})
 
 
 @pytest.mark.parametrize(("vision", "text_width"), [(VIT_L_14, 768), (VIT_H_14, 1024)])
