@@ -103,10 +103,10 @@ def open_entry(config: Config, name: str, value: str) -> None:
     kind = _open_groups(config, groups)
     if kind is not None and _is_name(last):
         entries = find(config, ".".join(groups))
-        if kind is Any and not isinstance(entries.get(last), str):  # of what a file gives as text it stays text
+        if kind is not Any:
+            entries.setdefault(last, kind())
+        elif not isinstance(entries.get(last), str):  # what a file gives as text stays text
             entries[last] = _literal(value)
-        elif last not in entries:
-            entries[last] = kind()  # pyright: ignore[reportCallIssue]  # it is no Any
 
 
 def _open_groups(config: Config, groups: list[str]) -> Any:

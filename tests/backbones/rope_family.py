@@ -6,6 +6,7 @@ the network predicts the image x0, of which the velocity is v = (x - x0)/sigma. 
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.attention import attention
 from fopd_jax.models.mmdit import REMAT_POLICIES, Dense, timestep_embedding
 from fopd_jax.parallel import sharding
+from fopd_jax.rewards.reward import Reward, Scores, collect
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.embedded import EMBEDDED
 from fopd_jax.worlds.world import World
@@ -302,14 +304,20 @@ def encode(prompts: Sequence[str]) -> Conditioning:
 
 def make_world() -> World:
     """Two tasks without meaning: how bright the first and the last channel are."""
+
+    def brightness(images: np.ndarray, prompts: Any, metadata: Any, channel: int) -> Scores:
+        return collect([(float(image[..., channel].mean()), {}) for image in images])
+
+    channels = {"red": 0, "blue": 2}
     tasks = {
-        name: Task(
-            name, tuple(f"{name} {i}" for i in range(8)), tuple(f"{name} {i}" for i in range(8, 12)),
-            lambda images, prompts, name=name, channel=channel: {name: images[..., channel].mean(axis=(1, 2))},
-        )
-        for name, channel in (("red", 0), ("blue", 2))
-    }  # fmt: skip
-    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: np.clip(latents, -1, 1))
+        name: Task(name, tuple(f"{name} {i}" for i in range(8)), tuple(f"{name} {i}" for i in range(8, 12)), (name,))
+        for name in channels
+    }
+    rewards = {
+        name: Reward(name, functools.partial(brightness, channel=channel), (0.0, 255.0), "host")
+        for name, channel in channels.items()
+    }
+    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: np.clip(latents, -1, 1), rewards=rewards)
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
