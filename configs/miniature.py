@@ -26,6 +26,16 @@ Other recipes are settings:
     --config.updates_per_rollout=2 --config.minibatches=2
     --config.sampler.transition=ode --config.objective.name=direct
 
+Rewards that score a task's images beside the columns above, and with a weight sum up to `reward/TASK`; no stage trains
+on them, and each is evaluated on the test prompts alone:
+    --config.tasks.text.rewards="{'text': 1.0, 'quality': 0.2}"
+    --config.tasks.text.rewards.mine=1 --config.rewards.mine.kind=my_module:my_function
+A function of one's own, in any module that can be imported where the program runs:
+    def my_function(images, prompts, metadata):  # uint8 [n, 24, 24, 3], RGB; larger is better
+        return images.std((1, 2, 3)) / 128  # one number an image, NaN for one that cannot be scored
+What is sampled is scored by
+    python -m fopd_jax.sample --config=configs/miniature.py --prompt='sign "K7B"' --rewards=text,quality
+
 Cheaper updates, with time a sample, and strict composition after 60 updates (plain: 0.555; benchmarks/savings.py):
     --config.anchor.every=3 --config.batch_size=63                  0.81  0.547  the anchor about one sample in three
     --config.sampler.trained='(2,5)'                                0.71  0.562  the last three of five timesteps

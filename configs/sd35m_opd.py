@@ -15,6 +15,15 @@ trains, draws student pictures every `run.eval_every` updates, and at the end wr
 `student_peft/` (which diffusers and PEFT load; tools/convert_adapter.py writes ComfyUI's form) and `samples.png`: base,
 teachers, merge and student on the same held-out prompts and noise.
 
+Nothing scores the tasks by default. Their rewards are settings, evaluated beside the pictures and in the report's table
+(fopd_jax/rewards; converted weights where a network scores):
+    --config.tasks.ocr.rewards.ocr=1
+    --config.tasks.pickscore.rewards.pickscore=1 --config.rewards.pickscore.weights=weights/pickscore
+        --config.rewards.pickscore.divide_by=26
+    --config.tasks.geneval.rewards.geneval=1 --config.rewards.geneval.weights=weights/geneval
+A reward that is served elsewhere has its server's address, and a score that fails is left out, counted and told:
+    --config.run.servers.pickscore.urls=http://127.0.0.1:18085 --config.run.max_failed_rewards=0.05
+
 Cost, by arithmetic (fopd_jax/performance/flops.py: 167 TFLOP an image with guidance and anchor, 191 with what is
 recomputed): 24 PFLOP an update of 128 images, so 400 updates take about 8 hours at 350 TFLOP/s. Not yet measured on an
 accelerator.

@@ -2,8 +2,8 @@
 
 Does again what a run does at its end, for any checkpoint that its folder holds: exports what trained and reports it
 beside base and teachers. The config is the run's own; another evaluation's settings may differ
-(`--config.eval.num_steps=28 --config.eval.final_samples=64`). It writes into a folder of its own, by default
-`DIR/evaluations/step_N_HASH`, HASH being the config's: what the run itself left stays as it is.
+(`--config.eval.num_steps=28 --config.eval.final_samples=64 --config.tasks.ocr.rewards.ocr=1`). It writes into a folder
+of its own, by default `DIR/evaluations/step_N_HASH`, HASH being the config's: what the run itself left stays as it is.
 
 `--weights-only` exports and evaluates nothing; teachers and prompts need not be there.
 """

@@ -27,6 +27,10 @@ _STAYS = {
 """Errors of the system that the same command meets again."""
 
 
+class Outage(RuntimeError):
+    """Something beside the program does not do its work; the message says it all, and the next try may go better."""
+
+
 class Fault(NamedTuple):
     """What is told, and the status to exit with."""
 
@@ -55,6 +59,8 @@ def explain(error: BaseException, place: str = "") -> Fault | None:
             return Fault(shorten(f"error: {error}"), BAD_INPUT)
         case FloatingPointError():
             return Fault(f"error: {error}", RETRY)
+        case Outage():
+            return Fault(shorten(f"error: {error}"), RETRY)
         case OSError():
             return Fault(shorten(f"error: {_system(error, place)}"), BAD_INPUT if error.errno in _STAYS else RETRY)
         case MemoryError():

@@ -15,7 +15,7 @@ import pytest
 
 from fopd_jax.config import schema
 from fopd_jax.config.identity import config_hash, identity
-from fopd_jax.config.parse import current_name, flatten, override, resolve
+from fopd_jax.config.parse import current_name, flatten, open_entry, override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask, Section
 from tests.configs import EVERY, FOLDER, VARIANTS, load, smoke_variant
 
@@ -41,6 +41,7 @@ def test_docstring_holds_command_cost_and_result(name: str):
 def test_the_settings_that_a_docstring_names_exist_under_names_of_today(name: str):
     config = load(name, VARIANTS[name][0])
     for field in re.findall(r"--config\.([\w.]+)=", _docstring(name)):
+        open_entry(config, field, "1")
         operator.attrgetter(field)(_Attributes(config))  # AttributeError where it does not
         assert current_name(field) == field
 

@@ -61,13 +61,14 @@ def override(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
 
 
 def assign(config: Config, changes: Mapping[str, Any]) -> None:
-    """The same in place. Entries of dicts may be new.
+    """The same in place. Entries of dicts may be new, and those of open names be on the way.
 
     Raises:
       ValueError: there is no such field; names it.
     """
     for name, value in changes.items():
         group, _, last = (today := current_name(name)).rpartition(".")
+        _open_groups(config, group.split("."))
         holder = find(config, group) if group else config
         if isinstance(holder, dict):
             holder[last] = value
@@ -98,32 +99,40 @@ def open_entry(config: Config, name: str, value: str) -> None:
 
     What a field's type leaves open, such as a reward's option, has that of `value` as Python reads it.
     """
+    *groups, last = name.split(".")
+    kind = _open_groups(config, groups)
+    if kind is not None and _is_name(last):
+        entries = find(config, ".".join(groups))
+        if kind is Any and not isinstance(entries.get(last), str):  # of what a file gives as text it stays text
+            entries[last] = _literal(value)
+        elif last not in entries:
+            entries[last] = kind()
+
+
+def _open_groups(config: Config, groups: list[str]) -> Any:
+    """Make those entries of dicts of open names that are on a way; the entries' type where it ends in such a dict."""
     node: Any = config
     hint, is_open = type(config), False
-    *groups, last = name.split(".")
     for part in groups:
         if isinstance(node, Section):
             field = next((each for each in _schema(node) if each.name == part), None)
             if field is None:
-                return
+                return None
             is_open = field.metadata["open"]
-        elif not isinstance(node, dict) or not (part in node or (is_open and _holds_sections(hint) and _is_name(part))):
-            return
+        elif not (_holds_sections(hint) and (part in node or (is_open and _is_name(part)))):
+            return None
         node, hint = _below(node, hint, part)
-    if isinstance(node, dict) and is_open and _is_name(last):
-        kind = typing.get_args(hint)[1]
-        if kind is Any:
-            node[last] = _literal(value)
-        elif last not in node:
-            node[last] = kind()
+    return typing.get_args(hint)[1] if isinstance(node, dict) and is_open else None
+
+
+def _holds_sections(hint: Any) -> bool:
+    """Whether a type is a dict's of sections."""
+    kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _schema(section: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(section)
-
-
-def _holds_sections(hint: Any) -> bool:
-    return issubclass(typing.get_args(hint)[1], Section)
 
 
 def _literal(text: str) -> Any:

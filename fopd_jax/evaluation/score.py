@@ -107,7 +107,7 @@ def check_failures(found: Measured, most: float, whose: str = "") -> None:
     """
     failed = found.failed()
     for skill, line in zip(failed, found.told(), strict=True):
-        if failed[skill] == (count := len(found.values[skill])) or failed[skill] > most * count:
+        if failed[skill] == (count := len(found.values[skill])) or failed[skill] / count > most:
             raise FloatingPointError(f"scores{whose}: {line} (run.max_failed_rewards is {most:g})")
 
 

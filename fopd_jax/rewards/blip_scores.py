@@ -14,19 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, UInt8
+from jaxtyping import Array, Bool, Int32, UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.interop.scorers.blip import NETWORK, SPECIAL
 from fopd_jax.interop.scorers.weights import CONVERTER, load_weights
 from fopd_jax.models.blip import BLIPVQA, BLIPConfig, BLIPTextConfig, BLIPVisionConfig, ImageReward
-from fopd_jax.models.resize import cropped, fixed_point, resample, shortest_to, weights
 from fopd_jax.parallel.parts import in_parts, own_mesh
 from fopd_jax.parallel.sharding import replicated
 from fopd_jax.rewards.options import read_options
+from fopd_jax.rewards.preprocessing import BLIP_VQA, OPEN_CLIP, Pictures, preprocess
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed, collect
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 REWARD_MEAN, REWARD_STD = 0.16717363, 1.03333947  # of ImageReward's own training pairs [code]
 MOST_TOKENS = 35  # of a prompt or question, [code] in both
 KINDS = {"imagereward": "imagereward", "blip_vqa": "vqa"}
@@ -78,16 +77,18 @@ class _Network:
             raise ValueError(f"{field}: {weights}: found BLIP for {shape['kind']}, expected {kind}")
         self.kind, self.options, self.mesh = kind, options, own_mesh()
         self.config = BLIPConfig(BLIPVisionConfig(**shape["vision"]), BLIPTextConfig(**shape["text"]))
+        if "vocabulary" not in shape:
+            raise ValueError(f"{field}: {weights}: holds no words; convert again with {CONVERTER} --tokenizer")
         self.words = Words(shape["vocabulary"], marked=shape["marked_question"] and kind == "vqa")
         dtype = jnp.dtype(options.dtype)
         self.params = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params), replicated(self.mesh))
 
     @functools.cached_property
     def image_reward(self) -> Callable[[Any, Any], Array]:
-        network, size = ImageReward(self.config, jnp.dtype(self.options.dtype)), self.config.vision.image_size
+        network = ImageReward(self.config, jnp.dtype(self.options.dtype))
 
         def score(params: Any, rows: Any) -> Array:
-            pixels = _pixels(rows["images"], size, crop=True).astype(network.dtype)
+            pixels = rows["pixels"].astype(network.dtype)
             return network.apply({"params": params}, pixels, rows["ids"], rows["mask"])  # type: ignore[return-value]
 
         return jax.jit(score)
@@ -95,18 +96,21 @@ class _Network:
     @functools.cached_property
     def yes(self) -> Callable[[Any, Any], Array]:
         """Probabilities of "yes" `[b, questions]`; each image is seen once."""
-        network, size = BLIPVQA(self.config, jnp.dtype(self.options.dtype)), self.config.vision.image_size
+        network = BLIPVQA(self.config, jnp.dtype(self.options.dtype))
         start, yes = self.words.ids["[DEC]"], self.words.ids["yes"]
 
         def ask(params: Any, rows: Any) -> Array:
-            pixels = _pixels(rows["images"], size, crop=False).astype(network.dtype)
+            pixels = rows["pixels"].astype(network.dtype)
             answers = network.apply({"params": params}, pixels, rows["ids"], rows["mask"], start)
             return jnp.exp(answers[..., yes])  # type: ignore[index]
 
         return jax.jit(ask)
 
-    def over(self, program: Callable[[Any, Any], Array], rows: Any) -> np.ndarray:
-        return in_parts(functools.partial(program, self.params), rows, self.mesh, self.options.batch_size)
+    def over(self, program: Callable[[Any, Any], Array], images: Pictures, **rows: np.ndarray) -> np.ndarray:
+        how = OPEN_CLIP if self.kind == "imagereward" else BLIP_VQA
+        each = self.options.batch_size
+        pixels = preprocess(images, how, self.config.vision.image_size, self.mesh, each)
+        return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
 
 
 class Words:
@@ -138,23 +142,11 @@ class Words:
         return ids, mask
 
 
-def _pixels(images: UInt8[Array, "b h w 3"], size: int, crop: bool) -> Float[Array, "b size size 3"]:
-    """As Pillow resizes: the shorter side to `size` and the centre of it, or both sides; then normalised."""
-    count, *sides = images.shape[:3]
-    wanted = shortest_to(size, *sides) if crop else (size, size)
-    tables = (fixed_point(weights(side, to, "bicubic")) for side, to in zip(sides, wanted, strict=True))
-    rows, columns = (
-        jnp.broadcast_to(cropped(each, size, "even")[None], (count, size, each.shape[1])) for each in tables
-    )
-    resized = resample(images, rows, columns).astype(jnp.float32) / 255
-    return (resized - jnp.array(MEAN).reshape(1, 1, 1, 3)) / jnp.array(STD).reshape(1, 1, 1, 3)
-
-
 def _image_reward(
     network: _Network, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> Scores:
     ids, mask = network.words(prompts)
-    values = network.over(network.image_reward, {"images": images, "ids": ids, "mask": mask})
+    values = network.over(network.image_reward, list(images), ids=ids, mask=mask)
     return collect([((float(value) - REWARD_MEAN) / REWARD_STD, {}) for value in values])
 
 
@@ -187,7 +179,7 @@ def _vqa(
     asked = [questions(*each) for each in zip(prompts, metadata, strict=True)]
     most = network.options.questions
     ids, mask = network.words([text for each in asked for text in (*each, *[""] * (most - len(each)))])
-    rows = {"images": images, "ids": ids.reshape(-1, most, MOST_TOKENS), "mask": mask.reshape(-1, most, MOST_TOKENS)}
-    answers = network.over(network.yes, rows)
+    ids, mask = (rows.reshape(-1, most, MOST_TOKENS) for rows in (ids, mask))
+    answers = network.over(network.yes, list(images), ids=ids, mask=mask)
     said = [row[: len(each)].astype(float).tolist() for row, each in zip(answers, asked, strict=True)]
     return collect([(math.prod(each), {"questions": q, "yes": each}) for q, each in zip(asked, said, strict=True)])

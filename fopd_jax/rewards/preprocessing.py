@@ -38,12 +38,12 @@ class Preprocessing:
     """From a picture to a square, normalised with CLIP's mean and deviation.
 
     `fit`: the shorter side becomes the square's and the centre is cut out, or the longer one does and black is put
-    around. `integer`: resized as Pillow does, else as torchvision does with float tensors. `crop`: which of two places
-    is the centre, see `models.resize.centre`.
+    around, or both do. `integer`: resized as Pillow does, else as torchvision does with float tensors. `crop`: which of
+    two places is the centre, see `models.resize.centre`.
     """
 
     kernel: Kernel = "bicubic"
-    fit: Literal["shortest", "longest"] = "shortest"
+    fit: Literal["shortest", "longest", "both"] = "shortest"
     integer: bool = True
     crop: Literal["floor", "even"] = "floor"
 
@@ -55,7 +55,8 @@ class Preprocessing:
         """
         if min(height, width) < 1:
             raise ValueError(f"found a picture of {height} x {width} pixels, expected at least 1 x 1")
-        target = (shortest_to if self.fit == "shortest" else longest_to)(size, height, width)
+        fits = {"shortest": shortest_to, "longest": longest_to, "both": lambda size, *_: (size, size)}
+        target = fits[self.fit](size, height, width)
         return _table(self, size, height, target[0]), _table(self, size, width, target[1])
 
 
@@ -73,6 +74,8 @@ OPEN_CLIP = Preprocessing(crop="even")
 """OpenCLIP's own transform, on Pillow's pictures: GenEval's colours. ImageReward's is the same."""
 FLOW_GRPO = Preprocessing(kernel="bilinear", integer=False, crop="even")
 """Flow-GRPO's CLIP score: torchvision's default resize of float tensors, antialiased as since torchvision 0.17."""
+BLIP_VQA = Preprocessing(fit="both")
+"""BLIP's own transform for questions, on Pillow's pictures: they are stretched to a square."""
 HPSV2 = Preprocessing(fit="longest", integer=False)
 """HPSv2's transform, which resizes float tensors."""
 

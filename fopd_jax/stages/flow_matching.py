@@ -133,9 +133,8 @@ class FlowMatching:
         """Nothing is ever in flight but the update itself."""
 
     def close(self) -> None:
-        """End the thread that makes batches ahead, and what the rewards have started."""
+        """End the thread that makes batches ahead."""
         self.feed.close()
-        self.setup.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -167,8 +166,9 @@ class FlowMatching:
         ]
 
     def finish(self, state: TrainState) -> None:
-        """Write the averaged weights, and what they draw."""
+        """Write the averaged weights, and what they draw; the rewards have nothing more to score."""
         pipeline, setup = self.pipeline, self.setup
+        setup.close()
         constants = self.frozen["constants"]
         export(self.workdir, export_name(self.config), state.ema, constants, pipeline, self.config.model)
         model = self.model(state.ema)

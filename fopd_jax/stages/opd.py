@@ -1,5 +1,6 @@
 """Stage `opd`: one student distilled on-policy from many teachers, evaluated beside all of them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -151,9 +152,8 @@ class OPD:
         """Nothing is ever in flight but the update itself."""
 
     def close(self) -> None:
-        """End the thread that makes batches ahead, and what the rewards have started."""
+        """End the thread that makes batches ahead."""
         self.feed.close()
-        self.setup.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -180,11 +180,15 @@ class OPD:
         return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
 
     def finish(self, state: TrainState) -> None:
-        """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge."""
+        """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge.
+
+        The rewards end with it: the loop has closed the stage before.
+        """
         student = exported_weights(self.config, state)
         name, constants = export_name(self.config), self.frozen.variables["constants"]
         export(self.workdir, name, student, constants, self.pipeline, self.config.model)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
-        most, setup = self.config.run.max_failed_rewards, self.setup
-        write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)
+        most = self.config.run.max_failed_rewards
+        with contextlib.closing(self.setup) as setup:
+            write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)

@@ -34,7 +34,10 @@ def test_entries_of_dicts_can_be_changed_added_and_replaced():
         "tasks.x.weight": 3.0, "tasks.y": RoutedTask(weight=2.0), "cold_start.weights.y": 0.5,
         "run.alarms": {"loss": (0.0, 1.0)},
     }  # fmt: skip
+    changes |= {"tasks.x.rewards.a": 0.5, "rewards.a.options.b": 3, "run.servers.a.retries": 2}
     config = resolve(override(valid("opd"), changes))
+    assert config.tasks["x"].rewards == {"a": 0.5}
+    assert (config.rewards["a"].options, config.run.servers["a"].retries) == ({"b": 3}, 2)
     assert {name: task.weight for name, task in config.tasks.items()} == {"x": 3.0, "y": 2.0}
     assert config.cold_start.weights == {"x": 1.0, "y": 0.5}
     assert config.run.alarms == {"loss": (0.0, 1.0)}

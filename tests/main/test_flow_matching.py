@@ -16,14 +16,26 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: Any, weights: Path,
     shared = {name: value for name, value in TINY.items() if name.startswith(("seed", "adapter", "eval.", "optimizer"))}
     shared["final_samples"] = shared.pop("eval.final_samples")
     settings = {
-        "steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 0, "model.remat": "dots", "data.batch_size": 2,
+        "steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 1, "model.remat": "dots", "data.batch_size": 2,
         "data.empty_caption": 0.25, "data.tasks.text.share": 0.5, "model.path": f"{weights}/base.safetensors",
+        "tasks.text.rewards.quality": 0.5, "tasks.text.rewards.dark": 2.0, "rewards.dark.divide_by": 4.0,
+        "rewards.dark.kind": "tests.main.own_reward:darkness", "keep_best": "max:reward/text",
     }  # fmt: skip
     folder = tmp_path / "teacher"
     program.finish("teacher", command(folder, shared | settings, f"{FOLDER}/miniature_teacher.py:text"))
     fields = json.loads((folder / "config.json").read_text())
     assert (fields["batch_size"], fields["empty_caption"], fields["tasks.text.share"]) == (2, 0.25, 0.5)
-    assert [line["step"] for line in logged(folder)] == [1]
+    trained, measured = logged(folder)
+    assert (trained["step"], measured["step"]) == (1, 1)
+    found = {name.removeprefix("eval/"): value for name, value in measured.items() if name != "step"}
+    assert found.keys() == {"text", "quality", "dark", "reward/text", "composition", "composition_strict"}
+    assert 0 < found["dark"] < 0.25
+    # Of both tasks' quality, of one task's reward.
+    quality = (found["reward/text"] - 2 * found["dark"]) / 0.5
+    assert 0 < quality <= 1
+    assert json.loads((folder / "checkpoints" / "scores.json").read_text()) == {
+        "reward/text": {"1": found["reward/text"]}
+    }
     assert newest_step(folder) == 1
     assert {"adapter.safetensors", "samples.png"} <= {path.name for path in folder.iterdir()}
     adapter, metadata = load_adapter(folder / "adapter.safetensors")

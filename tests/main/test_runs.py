@@ -21,10 +21,12 @@ from fopd_jax.config.identity import identity
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.recorded import RECORD_FILE, read_starts
+from fopd_jax.config.schema import RewardConfig
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.safetensors import load_adapter
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import newest_step
+from fopd_jax.stages import setup
 from fopd_jax.stages.again import evaluate
 from tests.configs import load, prepare
 from tests.main import earlier
@@ -250,12 +252,25 @@ def test_ten_kills_of_one_of_two_processes_change_nothing(program: Program):
     assert_same_outcome(to_the_end("ten"), expected)
 
 
-def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(whole: Path, tmp_path: Path):
+def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Alone by the run's folder, in which what the run left stays as it was."""
+    closed: list[set[str]] = []
+    monkeypatch.setattr(setup, "close_all", lambda rewards: closed.append(set(rewards)))
     before, recorded = snapshot(whole), resolve(load_config(whole / RECORD_FILE))
-    evaluate(resolve(override(recorded, {"eval.final_samples": 2})), whole, 3, tmp_path / "other")
+    changes = {
+        "eval.final_samples": 2, "tasks.text.rewards": {"text": 2.0, "dark": 0.5},
+        "rewards": {"dark": RewardConfig(kind="tests.main.own_reward:darkness", divide_by=2.0)},
+    }  # fmt: skip
+    evaluate(resolve(override(recorded, changes)), whole, 3, tmp_path / "other")
     results = json.loads((tmp_path / "other" / "results.json").read_text())
     assert (results["steps"], results["samples"]["text"]) == (3, 2)
+    found = results["models"]["student"]
+    assert found.keys() == {"text", "quality", "dark", "reward/text", "composition", "composition_strict"}
+    assert found["reward/text"] == pytest.approx(2 * found["text"] + found["dark"] / 2, abs=2e-6)
+    assert 0 < found["dark"] < 0.5
+    assert closed == [{"text", "composition", "composition_strict", "quality", "dark"}]
     assert results["models"].keys() == json.loads((whole / "results.json").read_text())["models"].keys()
     (start,) = read_starts(tmp_path / "other" / RECORD_FILE)
     assert (start["status"], start["of"]) == ("finished", {"workdir": str(whole), "step": 3})

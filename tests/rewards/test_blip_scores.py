@@ -10,9 +10,10 @@ from PIL import Image
 from transformers import BertTokenizer
 
 from fopd_jax.config.schema import RewardConfig
-from fopd_jax.interop.scorers.blip import convert, read_vocabulary
+from fopd_jax.interop.scorers.blip import add_tokenizer, convert, read_vocabulary
 from fopd_jax.interop.scorers.weights import save_weights
-from fopd_jax.rewards.blip_scores import MEAN, REWARD_MEAN, REWARD_STD, STD, Words, make, questions
+from fopd_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
+from fopd_jax.rewards.blip_scores import REWARD_MEAN, REWARD_STD, Words, make, questions
 from tests.interop.scorers.blip_oracle import image_reward_file, make_config, make_vqa, own_names, tensors_of
 
 WORDS = [
@@ -39,7 +40,7 @@ def model():
 def _written(folder: Path, tensors, vocabulary: Path, config=None) -> RewardConfig:
     shape, tree = convert(tensors, config)
     path = folder / f"{shape['kind']}.safetensors"
-    save_weights(path, "blip", {**shape, "vocabulary": read_vocabulary(vocabulary)}, tree, {})
+    save_weights(path, "blip", add_tokenizer(shape, vocabulary), tree, {})
     return RewardConfig(weights=str(path), options={"batch_size": 2})
 
 
@@ -49,7 +50,7 @@ def _images(count: int = 3) -> np.ndarray:
 
 def _normalised(pictures: list[Image.Image]) -> torch.Tensor:
     pixels = np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
-    return torch.tensor((pixels - np.float32(MEAN)) / np.float32(STD)).permute(0, 3, 1, 2)
+    return torch.tensor((pixels - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)).permute(0, 3, 1, 2)
 
 
 def _encoded(tokenizer: BertTokenizer, texts, first: str = "[CLS]"):

@@ -8,7 +8,7 @@ from fopd_jax.worlds.world import World, select_tasks
 
 
 def _world() -> World:
-    tasks = {name: Task(name, ("a",), ("b",), lambda images, prompts: {}) for name in ("text", "composition", "extra")}
+    tasks = {name: Task(name, ("a",), ("b",)) for name in ("text", "composition", "extra")}
     return World((2, 2, 3), tasks, lambda prompts: Conditioning(None, None), lambda latents: latents)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from fopd_jax.interop.files.safetensors import Tree
 from fopd_jax.interop.files.tables import CONVOLUTION, LINEAR, SAME, Component, Source, from_tensors, parameter_shapes
+from fopd_jax.interop.scorers import aesthetic
 from fopd_jax.models.blip import BLIPConfig, BLIPText, BLIPTextConfig, BLIPVision, BLIPVisionConfig
 
 NETWORK, STACK = "blip", "layers"
@@ -72,7 +73,6 @@ _ANSWER = {  # our parameter → the decoder's own, and its pattern
 }
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 _UNUSED = re.compile(r".*\.position_ids|text_decoder\.cls\.predictions\.decoder\.bias")  # the latter a second name
-_HEAD = tuple(f"mlp.layers.{i}" for i in (0, 2, 4, 6, 7))  # dropout between, no activations
 
 
 def recognises(names: Collection[str]) -> bool:
@@ -101,35 +101,35 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
     ours = BLIPConfig(_vision_config(vision, names, config), _text_config(text, config))
     trees = {"vision": _tower(_vision_component(ours.vision, names), vision, f"{prefix}.")}
     kind = "vqa" if parts["text_decoder."] else "imagereward"
-    head = () if kind == "vqa" else _HEAD
-    known = {f"{name}.{leaf}".removeprefix("mlp.") for name in head for leaf in ("weight", "bias")}
-    if others := sorted(parts["mlp."].keys() - known):
-        raise ValueError(f"tensor 'mlp.{others[0]}': expected no such tensor of {kind}")
     if kind == "vqa":
+        if parts["mlp."]:
+            raise ValueError(f"tensor 'mlp.{min(parts['mlp.'])}': expected no such tensor of {kind}")
         trees["question"] = _tower(_text_component(ours.text), text, "text_encoder.")
         trees |= _answer(ours.text, parts["text_decoder."])
     else:
         trees["text"] = _tower(_text_component(ours.text), text, "text_encoder.")
-        trees["head"] = fold([(tensors, name) for name in head])
+        trees["head"] = _head(parts["mlp."])  # the aesthetic predictor's layers
     return {"kind": kind, "marked_question": not is_transformers, **dataclasses.asdict(ours)}, trees
 
 
-def fold(layers: list[tuple[Mapping[str, np.ndarray], str]]) -> Tree:
-    """One dense layer that does what some do in turn, in float64.
+def add_tokenizer(shape: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The shape with the words of a tokenizer's folder or `vocab.txt`.
 
     Raises:
-      ValueError: one is missing; names it.
+      ValueError: as `read_vocabulary`, or the network has another number of words.
     """
-    kernel, bias = None, None
-    for tensors, name in layers:
-        if missing := [each for each in (f"{name}.weight", f"{name}.bias") if each not in tensors]:
-            raise ValueError(f"tensor {missing[0]!r}: missing")
-        weight, offset = (np.asarray(tensors[f"{name}.{each}"], np.float64) for each in ("weight", "bias"))
-        kernel = weight.T if kernel is None else kernel @ weight.T
-        bias = offset if bias is None else bias @ weight.T + offset
-    assert kernel is not None
-    assert bias is not None
-    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+    words = read_vocabulary(path)
+    if len(words) != (size := shape["text"]["vocab_size"]):
+        raise ValueError(f"tokenizer: {path}: found {len(words)} words with BLIP's own two, expected {size}")
+    return {**shape, "vocabulary": words}
+
+
+def _head(tensors: Mapping[str, np.ndarray]) -> Tree:
+    try:
+        _, params = aesthetic.convert(tensors, None)
+    except ValueError as error:
+        raise ValueError(str(error).replace("tensor '", "tensor 'mlp.", 1)) from error
+    return {"kernel": params["kernel"][:, None], "bias": params["bias"][None]}
 
 
 def read_vocabulary(path: Path) -> list[str]:

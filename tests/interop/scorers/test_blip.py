@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fopd_jax.interop.scorers.blip import convert, fold, read_vocabulary, recognises
+from fopd_jax.interop.scorers.blip import add_tokenizer, convert, read_vocabulary, recognises
 from tests.interop.scorers.blip_oracle import image_reward_file, make_config, make_vqa, own_names, tensors_of
 
 
@@ -32,15 +32,6 @@ def test_every_layout_is_recognised_and_gives_the_same_parameters(config, tensor
     assert reward_shape == {**own_shape, "kind": "imagereward"}
     jax.tree.map(np.testing.assert_array_equal, reward_tree["vision"], tree["vision"])
     jax.tree.map(np.testing.assert_array_equal, reward_tree["text"], tree["question"])
-
-
-def test_layers_without_activations_are_one(tensors):
-    file, x = image_reward_file(tensors), np.random.default_rng(2).normal(size=(5, 128))
-    head = fold([(file, f"mlp.layers.{i}") for i in (0, 2, 4, 6, 7)])
-    y = x
-    for i in (0, 2, 4, 6, 7):
-        y = y @ file[f"mlp.layers.{i}.weight"].astype(float).T + file[f"mlp.layers.{i}.bias"]
-    np.testing.assert_allclose(x @ head["kernel"] + head["bias"], y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +76,6 @@ def test_words_are_read_and_blips_own_added(tmp_path):
         read_vocabulary(tmp_path / "other.txt")
     with pytest.raises(ValueError, match=r"tokenizer: .*none: no such file"):
         read_vocabulary(tmp_path / "none")
+    assert add_tokenizer({"text": {"vocab_size": 7}}, tmp_path)["vocabulary"] == words
+    with pytest.raises(ValueError, match=r"found 7 words with BLIP's own two, expected 8"):
+        add_tokenizer({"text": {"vocab_size": 8}}, tmp_path)
