@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from fopd_jax.config.help import describe_program
+from fopd_jax.interop.scorers.words import make_tokenizer, read_merges
 from fopd_jax.tasks.describe import WORDS, Measure, as_text, overlaps, profile, schedule
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sources import read_set
+from tests.interop.scorers.test_words import open_clip_words
 from tests.shared_data import shared
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,13 @@ def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "fopd_jax.tasks", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip() -> Measure:
+    """Lengths by OpenAI's own vocabulary, where it is there."""
+    tokenizer = make_tokenizer(read_merges(open_clip_words(), 49408))
+    return Measure("CLIP tokens", lambda texts: [len(each.ids) for each in tokenizer.encode_batch(list(texts))], 77)
 
 
 def test_the_profile_of_a_set():
@@ -101,6 +110,26 @@ def test_a_published_list_has_the_figures_that_are_known_of_it():
     assert (chinese.curly, long.several, oneig.quoted, oneig.several) == (160, 153, 67, 126)
     assert (drawbench.quoted, drawbench.several, drawbench.single, drawbench.tags["Text"]) == (0, 0, 21, 21)
     assert [each.curly for each in others][:2] == [137, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "cut"),
+    [
+        ("flow_grpo/ocr/test.txt", 72, 0),
+        ("flow_grpo/geneval/test_metadata.jsonl", 14, 0),
+        ("geneval_long/evaluation_metadata_long.jsonl", 163, 553),
+        ("parti_prompts/PartiPrompts.tsv", 84, 1),
+        ("drawbench/DrawBench.csv", 99, 2),
+        ("dpg_bench/prompts.jsonl", 180, 640),
+        ("unigenbench/test_prompts_en_long.csv.gz", 179, 600),
+        ("longtext_bench/text_prompts.jsonl", 283, 160),
+        ("oneig_text/text_content.csv", 361, 58),
+        ("image_reward/benchmark-prompts.json", 64, 0),
+    ],
+)
+def test_lengths_are_those_counted_by_clips_own_words(clip: Measure, name: str, longest: int, cut: int):
+    found = profile(read_set(str(shared(name)), "f"), clip)
+    assert (found.longest, found.cut) == (longest, cut)
 
 
 @pytest.mark.slow
