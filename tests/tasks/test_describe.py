@@ -1,9 +1,6 @@
 """What a run trains and tests on, described: figures of sets, of pairs of sets and of the schedule, and the program."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +12,9 @@ from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sources import read_set
 from tests.interop.scorers.test_words import open_clip_words
 from tests.shared_data import shared
+from tests.tasks.program import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 GENEVAL = ("geneval/evaluation_metadata.jsonl", "flow_grpo/geneval/test_metadata.jsonl")
-
-
-def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The program, where no accelerator is."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}
-    return subprocess.run(
-        [sys.executable, "-m", "fopd_jax.tasks", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,7 @@ def test_the_text_has_a_row_for_each_set():
 
 
 def test_the_miniature_is_described(tmp_path: Path):
-    done = _run("describe", f"--config={ROOT}/configs/miniature.py", "--json=out.json", folder=tmp_path)
+    done = run("describe", f"--config={ROOT}/configs/miniature.py", "--json=out.json", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.split("\n")]
     assert ["composition.prompts", "968", "968", "0", "7", "0", "0", "0", "0", "0"] in rows
@@ -149,7 +137,7 @@ def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted:
         f"def get_config():\n    return OPD('c', model=Model(path={str(converted)!r}),"
         " tasks={'geneval': RoutedTask(), 'draw': RoutedTask()})\n"
     )
-    done = _run("describe", "--config=c.py", *flags, "--json=out.json", folder=tmp_path)
+    done = run("describe", "--config=c.py", *flags, "--json=out.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 1  # 1,659 rows of the test file repeat an earlier one
     found = json.loads((tmp_path / "out.json").read_text())
@@ -163,22 +151,6 @@ def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted:
     assert "tags: color_attr 400, position 400, two_object 396, colors 376" in done.stdout
 
 
-def test_sets_are_built_once_and_read_from_there(tmp_path: Path):
-    (tmp_path / "train.txt").write_text("a cat\na dog\n")
-    (tmp_path / "test.jsonl").write_text('{"prompt": "a bee", "tag": "x"}\n')
-    (tmp_path / "c.py").write_text(
-        "from fopd_jax.config.schema import OPD, RoutedTask\n"
-        "def get_config():\n    return OPD('c', tasks={'x': RoutedTask('t', 'train.txt', 'test.jsonl')})\n"
-    )
-    done = _run("build", "--config=c.py", "--data-dir=sets", folder=tmp_path)
-    made = "sets/prompt_sets/x/1.0.0"
-    read = f"read them by --config=c.py --config.tasks.x.prompts={made} --config.tasks.x.test={made}"
-    assert (done.returncode, done.stdout.splitlines()) == (0, [f"x: 2 and 1 prompts in {made}", read]), done.stderr
-    done = _run("describe", *read.split()[3:], folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "x.test: a prompt set of array_record\n  tags: x 1" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -186,7 +158,6 @@ def test_sets_are_built_once_and_read_from_there(tmp_path: Path):
             ["--config=c.py"],
             "error: found '--config=c.py', expected one of describe, build, then flags; --help says more",
         ),
-        (["describe", "--config=c.py", "--json=gs://x"], "error: --json: found 'gs://x', expected a path"),
         (["describe", "--config=c.py"], "error: tasks.x.prompts: cannot read 'none.txt'"),
     ],
 )
@@ -195,7 +166,7 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path: Path, arguments: list[str], m
         "from fopd_jax.config.schema import OPD, RoutedTask\n"
         "def get_config():\n    return OPD('c', tasks={'x': RoutedTask('t', 'none.txt', 'none.txt')})\n"
     )
-    done = _run(*arguments, folder=tmp_path)
+    done = run(*arguments, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(message)
 
