@@ -1,10 +1,10 @@
 """A set of prompts: texts in an order, what stands beside each, and what was peculiar about its file."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-Metadata = Mapping[str, Any]
+from fopd_jax.rewards.reward import Metadata
 
 
 class Row(NamedTuple):

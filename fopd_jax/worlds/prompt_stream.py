@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Int
 
 from fopd_jax.config.schema import RoutedTask
+from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sampling import Shares, Walk
 from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import World, select_tasks
@@ -40,7 +41,7 @@ class Drawn:
 
     task: str
     prompt: str
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     id: int
     group: int
 
@@ -81,6 +82,7 @@ class PromptStream:
         self._all, sizes = tuple(self.tasks.values()), [len(task.train) for task in self.tasks.values()]
         self._shares = Shares(tuple(float(tasks[name].weight) for name in self.tasks))
         self._walks = [Walk(seed, task.name, size) for task, size in zip(self._all, sizes, strict=True)]
+        self._beside = [task.beside("train") for task in self._all]
         self._first = np.cumsum([0, *sizes[:-1]])
 
     def _places(self, step: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
@@ -113,9 +115,9 @@ class PromptStream:
         for number, (k, place) in enumerate(zip(*(each.tolist() for each in self._places(step)), strict=True)):
             task = self._all[k]
             prompt = task.train[place]
-            metadata = task.train_metadata[place] if task.train_metadata else {}
             group = groups.setdefault((k, prompt), number) if merge_equal_prompts else number
-            found += [Drawn(task.name, prompt, metadata, int(self._first[k]) + place, group)] * self.repeats
+            row = Drawn(task.name, prompt, self._beside[k][place], int(self._first[k]) + place, group)
+            found += [row] * self.repeats
         return found
 
     def upto(self, steps: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ from fopd_jax.tasks import builders
 from fopd_jax.tasks.builders import build, is_built, read_built
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sources import read_set, read_sets
+from tests.tasks.program import run
 
 TRAIN = PromptSet(
     ('ein Schild "Zoë — ½"', "a cat", "a cat", "two\nlines"),
@@ -104,3 +105,19 @@ assert not [name for name in sys.modules if name == "tensorflow" or name.startsw
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""  # the library would print
+
+
+def test_sets_are_built_once_and_read_from_there(tmp_path: Path):
+    (tmp_path / "train.txt").write_text("a cat\na dog\n")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a bee", "tag": "x"}\n')
+    (tmp_path / "c.py").write_text(
+        "from fopd_jax.config.schema import OPD, RoutedTask\n"
+        "def get_config():\n    return OPD('c', tasks={'x': RoutedTask('t', 'train.txt', 'test.jsonl')})\n"
+    )
+    done = run("build", "--config=c.py", "--data-dir=sets", folder=tmp_path)
+    made = "sets/prompt_sets/x/1.0.0"
+    read = f"read them by --config=c.py --config.tasks.x.prompts={made} --config.tasks.x.test={made}"
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"x: 2 and 1 prompts in {made}", read]), done.stderr
+    done = run("describe", *read.split()[3:], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "x.test: a prompt set of array_record\n  tags: x 1" in done.stdout

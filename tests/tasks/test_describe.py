@@ -1,30 +1,27 @@
 """What a run trains and tests on, described: figures of sets, of pairs of sets and of the schedule, and the program."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fopd_jax.config.help import describe_program
+from fopd_jax.interop.scorers.words import make_tokenizer, read_merges
 from fopd_jax.tasks.describe import WORDS, Measure, as_text, overlaps, profile, schedule
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sources import read_set
+from tests.interop.scorers.test_words import open_clip_words
 from tests.shared_data import shared
+from tests.tasks.program import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 GENEVAL = ("geneval/evaluation_metadata.jsonl", "flow_grpo/geneval/test_metadata.jsonl")
 
 
-def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The program, where no accelerator is."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}
-    return subprocess.run(
-        [sys.executable, "-m", "fopd_jax.tasks", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def clip() -> Measure:
+    """Lengths by OpenAI's own vocabulary, where it is there."""
+    tokenizer = make_tokenizer(read_merges(open_clip_words(), 49408))
+    return Measure("CLIP tokens", lambda texts: [len(each.ids) for each in tokenizer.encode_batch(list(texts))], 77)
 
 
 def test_the_profile_of_a_set():
@@ -68,7 +65,7 @@ def test_the_text_has_a_row_for_each_set():
 
 
 def test_the_miniature_is_described(tmp_path: Path):
-    done = _run("describe", f"--config={ROOT}/configs/miniature.py", "--json=out.json", folder=tmp_path)
+    done = run("describe", f"--config={ROOT}/configs/miniature.py", "--json=out.json", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.split("\n")]
     assert ["composition.prompts", "968", "968", "0", "7", "0", "0", "0", "0", "0"] in rows
@@ -103,6 +100,26 @@ def test_a_published_list_has_the_figures_that_are_known_of_it():
     assert [each.curly for each in others][:2] == [137, 12]
 
 
+@pytest.mark.parametrize(
+    ("name", "longest", "cut"),
+    [
+        ("flow_grpo/ocr/test.txt", 72, 0),
+        ("flow_grpo/geneval/test_metadata.jsonl", 14, 0),
+        ("geneval_long/evaluation_metadata_long.jsonl", 163, 553),
+        ("parti_prompts/PartiPrompts.tsv", 84, 1),
+        ("drawbench/DrawBench.csv", 99, 2),
+        ("dpg_bench/prompts.jsonl", 180, 640),
+        ("unigenbench/test_prompts_en_long.csv.gz", 179, 600),
+        ("longtext_bench/text_prompts.jsonl", 283, 160),
+        ("oneig_text/text_content.csv", 361, 58),
+        ("image_reward/benchmark-prompts.json", 64, 0),
+    ],
+)
+def test_lengths_are_those_counted_by_clips_own_words(clip: Measure, name: str, longest: int, cut: int):
+    found = profile(read_set(str(shared(name)), "f"), clip)
+    assert (found.longest, found.cut) == (longest, cut)
+
+
 @pytest.mark.slow
 def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted: Path):
     """GenEval's test file beside the official one, DrawBench beside its own copy; lengths by the folder's tokenizer."""
@@ -120,7 +137,7 @@ def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted:
         f"def get_config():\n    return OPD('c', model=Model(path={str(converted)!r}),"
         " tasks={'geneval': RoutedTask(), 'draw': RoutedTask()})\n"
     )
-    done = _run("describe", "--config=c.py", *flags, "--json=out.json", folder=tmp_path)
+    done = run("describe", "--config=c.py", *flags, "--json=out.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 1  # 1,659 rows of the test file repeat an earlier one
     found = json.loads((tmp_path / "out.json").read_text())
@@ -134,22 +151,6 @@ def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted:
     assert "tags: color_attr 400, position 400, two_object 396, colors 376" in done.stdout
 
 
-def test_sets_are_built_once_and_read_from_there(tmp_path: Path):
-    (tmp_path / "train.txt").write_text("a cat\na dog\n")
-    (tmp_path / "test.jsonl").write_text('{"prompt": "a bee", "tag": "x"}\n')
-    (tmp_path / "c.py").write_text(
-        "from fopd_jax.config.schema import OPD, RoutedTask\n"
-        "def get_config():\n    return OPD('c', tasks={'x': RoutedTask('t', 'train.txt', 'test.jsonl')})\n"
-    )
-    done = _run("build", "--config=c.py", "--data-dir=sets", folder=tmp_path)
-    made = "sets/prompt_sets/x/1.0.0"
-    read = f"read them by --config=c.py --config.tasks.x.prompts={made} --config.tasks.x.test={made}"
-    assert (done.returncode, done.stdout.splitlines()) == (0, [f"x: 2 and 1 prompts in {made}", read]), done.stderr
-    done = _run("describe", *read.split()[3:], folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "x.test: a prompt set of array_record\n  tags: x 1" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,7 +158,6 @@ def test_sets_are_built_once_and_read_from_there(tmp_path: Path):
             ["--config=c.py"],
             "error: found '--config=c.py', expected one of describe, build, then flags; --help says more",
         ),
-        (["describe", "--config=c.py", "--json=gs://x"], "error: --json: found 'gs://x', expected a path"),
         (["describe", "--config=c.py"], "error: tasks.x.prompts: cannot read 'none.txt'"),
     ],
 )
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path: Path, arguments: list[str], m
         "from fopd_jax.config.schema import OPD, RoutedTask\n"
         "def get_config():\n    return OPD('c', tasks={'x': RoutedTask('t', 'none.txt', 'none.txt')})\n"
     )
-    done = _run(*arguments, folder=tmp_path)
+    done = run(*arguments, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(message)
 
