@@ -160,7 +160,7 @@ def _keys(
     return features, positions.astype(dtype)
 
 
-def _resized(pixels: Float[Array, "b h w m"], size: tuple[int, int]) -> Float[Array, "b s m"]:
+def _resized(pixels: Float[Array, "b h w m"], size: tuple[int, ...]) -> Float[Array, "b s m"]:
     shape = (pixels.shape[0], *size, pixels.shape[-1])
     small = jax.image.resize(pixels.astype(jnp.float32), shape, "linear", antialias=False)
     return rearrange(small.astype(pixels.dtype), "B Y X M -> B (Y X) M")

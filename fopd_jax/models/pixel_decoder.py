@@ -88,7 +88,7 @@ class DeformableAttention(nn.Module):
     """Each position of each level reads `POINTS` points of each level and head, where it says; positions in float32."""
 
     num_heads: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -102,7 +102,7 @@ class DeformableAttention(nn.Module):
         offsets = rearrange(offsets.astype(jnp.float32), "B S (N L P Z) -> L B S N P Z", N=heads, L=LEVELS, Z=2)
         weights = nn.softmax(rearrange(weights.astype(jnp.float32), "B S (N LP) -> B S N LP", N=heads))
         weights = rearrange(weights, "B S N (L P) -> L B S N P", L=LEVELS)
-        references = np.concatenate([centres(*size) for size in self.sizes])
+        references = np.concatenate([centres(rows, columns) for rows, columns in self.sizes])
         y, start = jnp.zeros_like(value), 0
         for level, (rows, columns) in enumerate(self.sizes):
             end = start + rows * columns
@@ -116,7 +116,7 @@ class EncoderLayer(nn.Module):
     """Post-norm layer over the positions of all levels; the carry is their states."""
 
     config: PixelDecoderConfig
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -176,8 +176,8 @@ class PixelDecoder(nn.Module):
         config, sizes = self.config, tuple(level.shape[1:3] for level in levels)
         embed: Any = self.param("level_embed", nn.initializers.normal(1.0), (LEVELS, config.width))
         positions = [
-            jnp.asarray(sine_positions(*size, config.width).reshape(-1, config.width)) + embed[i][None]
-            for i, size in enumerate(sizes)
+            jnp.asarray(sine_positions(rows, columns, config.width).reshape(-1, config.width)) + embed[i][None]
+            for i, (rows, columns) in enumerate(sizes)
         ]
         in_axes: Any = nn.broadcast  # flax types it as int
         layers = nn.scan(

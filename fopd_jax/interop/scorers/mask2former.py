@@ -87,9 +87,10 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
 
 def network_config(shape: Mapping[str, Any]) -> Mask2FormerConfig:
     """The network of a shape that `convert` made, after its way through JSON."""
-    backbone = {key: tuple(value) if isinstance(value, list) else value for key, value in shape["backbone"].items()}
+    backbone = shape["backbone"]
+    lists = {key: tuple(backbone[key]) for key in ("depths", "num_heads")}
     pixels, queries = PixelDecoderConfig(**shape["pixel_decoder"]), DecoderConfig(**shape["decoder"])
-    return Mask2FormerConfig(SwinConfig(**backbone), pixels, queries)
+    return Mask2FormerConfig(SwinConfig(**{**backbone, **lists}), pixels, queries)
 
 
 def _layout(names: Collection[str]) -> Layout | None:
