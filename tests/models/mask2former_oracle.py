@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional
 
 from fopd_jax.interop.scorers.mask2former import convert, network_config
 from fopd_jax.models.mask2former import MASK2FORMER_SWIN_S, DecoderConfig, Mask2FormerConfig
@@ -68,6 +69,8 @@ def oracle(config: Mask2FormerConfig) -> transformers.Mask2FormerForUniversalSeg
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("sampling_offsets.bias"):
                 tensor.copy_(4 * noise)
+            elif name == "class_predictor.weight":  # so that some classes are likely
+                tensor.copy_(4 * noise / tensor.shape[1] ** 0.5)
             elif tensor.ndim == 1:
                 is_scale = name.endswith("weight") and name != "criterion.empty_weight"
                 tensor.copy_(1 + 0.2 * noise if is_scale else 0.1 * noise)
@@ -111,6 +114,24 @@ def _our_params(config: Mask2FormerConfig) -> dict[str, Any]:
 def variables(config: Mask2FormerConfig, part: str = "") -> dict[str, Any]:
     params: Mapping[str, Any] = _our_params(config)
     return {"params": params[part] if part else params}
+
+
+def mmdet_instances(
+    classes: torch.Tensor, masks: torch.Tensor, filled: tuple[int, int], inner: tuple[int, int], size: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
+    """One picture's labels, scores, boxes, mask logits, by mmdet 2's `simple_test` and `instance_postprocess`."""
+    masks = functional.interpolate(masks[None], filled, mode="bilinear", align_corners=False)
+    masks = functional.interpolate(masks[..., : inner[0], : inner[1]], size, mode="bilinear", align_corners=False)[0]
+    chances, best = classes.softmax(-1)[:, :-1].flatten().topk(100)
+    labels, masks = best % (classes.shape[1] - 1), masks[best // (classes.shape[1] - 1)]
+    inside = (masks > 0).float()
+    quality = (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+    boxes = torch.zeros(100, 4)
+    for box, mask in zip(boxes, inside.bool(), strict=True):
+        if mask.any():
+            x, y = torch.where(mask.any(0))[0], torch.where(mask.any(1))[0]
+            box[:] = torch.tensor([x[0], y[0], x[-1] + 1, y[-1] + 1])
+    return labels, chances * quality, boxes, masks
 
 
 def channels_first(x: np.ndarray) -> torch.Tensor:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from fopd_jax.models.instances import MEAN, STD, Instances, find_instances, input_size, make_input, resize_bytes
+from tests.models.mask2former_oracle import mmdet_instances
 
 TOLERANCE = 1e-4
 
@@ -53,24 +53,6 @@ def test_input_is_normalised_rgb_filled_up_with_grey():
 
 
 # ---- output
-
-
-def mmdet_instances(
-    classes: torch.Tensor, masks: torch.Tensor, filled: tuple[int, int], inner: tuple[int, int], size: tuple[int, int]
-) -> tuple[torch.Tensor, ...]:
-    """One picture's labels, scores, boxes, mask logits, by mmdet 2's `simple_test` and `instance_postprocess`."""
-    masks = functional.interpolate(masks[None], filled, mode="bilinear", align_corners=False)
-    masks = functional.interpolate(masks[..., : inner[0], : inner[1]], size, mode="bilinear", align_corners=False)[0]
-    chances, best = classes.softmax(-1)[:, :-1].flatten().topk(100)
-    labels, masks = best % (classes.shape[1] - 1), masks[best // (classes.shape[1] - 1)]
-    inside = (masks > 0).float()
-    quality = (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    boxes = torch.zeros(100, 4)
-    for box, mask in zip(boxes, inside.bool(), strict=True):
-        if mask.any():
-            x, y = torch.where(mask.any(0))[0], torch.where(mask.any(1))[0]
-            box[:] = torch.tensor([x[0], y[0], x[-1] + 1, y[-1] + 1])
-    return labels, chances * quality, boxes, masks
 
 
 def logits(queries: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
