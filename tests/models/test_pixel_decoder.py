@@ -26,11 +26,12 @@ def test_samples_are_pytorchs_inside_at_the_border_and_outside():
         image = channels_first(value[b : b + 1, :, :, n])
         sampled = torch.nn.functional.grid_sample(image, torch.from_numpy(grid[None]), align_corners=False)
         expected[b, :, n] = np.einsum("dsp,sp->sd", sampled[0].numpy(), weights[b, :, n])
-    found = jax.jit(sample)(value, at, weights)
+    x, y, shares = (np.moveaxis(each, 1, -1) for each in (at[..., 0], at[..., 1], weights))
+    found = np.moveaxis(jax.jit(sample)(value, x, y, shares), -1, 1)
     assert relative_error(found, expected) <= TOLERANCE
     outside = np.any((at <= -1) | (at >= [5, 3]), axis=-1).all(-1)
     assert outside.any()
-    assert not np.any(np.asarray(found)[outside])
+    assert not np.any(found[outside])
 
 
 @pytest.mark.parametrize("size", [(3, 5), (25, 25)])

@@ -57,15 +57,23 @@ def check(config: Mask2FormerConfig, weights: Path, images: np.ndarray) -> None:
     found = make_detector(weights, FIELD)(images)
     assert len(found) == len(images)
     for image, detections in zip(images, found, strict=True):
-        boxes, scores, labels, masks = expected_detections(config, image)
+        boxes, scores, labels, masks = ordered(expected_detections(config, image))
         assert len(scores) > 3
-        np.testing.assert_array_equal(detections.labels, labels)
-        np.testing.assert_allclose(detections.scores, scores, atol=TOLERANCE)
-        np.testing.assert_allclose(detections.boxes, boxes, atol=TOLERANCE)
         assert detections.masks is not None
-        assert detections.masks.shape == masks.shape
+        ours = ordered((detections.boxes, detections.scores, detections.labels, detections.masks))
+        np.testing.assert_array_equal(ours[2], labels)
+        np.testing.assert_allclose(ours[1], scores, atol=TOLERANCE)
+        np.testing.assert_allclose(ours[0], boxes, atol=TOLERANCE)
+        assert ours[3].shape == masks.shape
         sure = np.abs(masks) > TOLERANCE
-        np.testing.assert_array_equal(detections.masks[sure], masks[sure] > 0)
+        np.testing.assert_array_equal(ours[3][sure], masks[sure] > 0)
+
+
+def ordered(found: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """By label and box: what is about equally likely may come in either order."""
+    boxes, _, labels, _ = found
+    order = np.lexsort((*boxes.T, labels))
+    return [each[order] for each in found]
 
 
 def test_detections_are_mmdets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -76,7 +84,7 @@ def test_detections_are_mmdets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_detections_at_true_size_are_mmdets(tmp_path: Path):
-    check(TRUE, write(tmp_path / "weights.safetensors", TRUE), pictures(1, 256, 250))
+    check(TRUE, write(tmp_path / "weights.safetensors", TRUE), pictures(1, 20, 400))
 
 
 def test_wrong_weights_are_refused(tmp_path: Path):
