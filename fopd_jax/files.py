@@ -25,17 +25,18 @@ from fopd_jax.exits import is_local
 
 
 @contextlib.contextmanager
-def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False, private: bool = False) -> Iterator[Path]:
     """A name to write a file under, which becomes `path` when the block ends; if it fails, `path` stays as it was.
 
     No two writers get the same name. The file has the permissions of any new one, whatever wrote it. `durable`: it
     takes its name once its content is on the disk, so that not even a machine that stops leaves a part under it.
+    `private`: at no time can anybody but its owner read it.
 
     Raises:
       OSError: the folder of `path` is missing or cannot be written, or `path` is a folder.
     """
     temporary = _beside(path)
-    with temporary.open("xb") as made:
+    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as made:
         mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
     try:
         yield temporary
@@ -73,6 +74,12 @@ def _beside(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as it is."""
     with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write UTF-8 text that its owner alone can read."""
+    with replacing(path, private=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -201,8 +201,9 @@ def check(config: Config, folder: Path) -> None:
     with distributed.failing_together():
         check_run(config, folder)
         plan = find_stage(config).plan(config)
-        check_plan(plan, config, folder)
-        text = describe_plan(plan, config, folder)
+        with contextlib.closing(plan.setup):
+            check_plan(plan, config, folder)
+            text = describe_plan(plan, config, folder)
         if distributed.is_main():
             print(text)
 

@@ -21,12 +21,15 @@ from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
-from fopd_jax.evaluation.grid import from_pixels, to_pixels
+from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
+from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.rewards.reward import Metadata
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
+from fopd_jax.stages.rewards import furnish
 from fopd_jax.stages.setup import eval_sampler, null_conditioning
 from fopd_jax.stages.teachers import conform_all, make_bank
 from fopd_jax.steps.opd.pieces import Metrics
@@ -67,6 +70,7 @@ def load_pipeline(config: OPD | FlowMatching) -> Session:
     tasks = partial(read_tasks, config.tasks) if isinstance(config, OPD) else dict
     in_memory = override(config, {"run.encoding.cache": ""}).run
     pipeline = make_pipeline(config.model, in_memory, tasks)
+    pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, pipeline.world.tasks))
     sampler = eval_sampler(config.eval, config.model.shift, pipeline)
     return Session(config, pipeline, load_base(config.model, pipeline, config.seed), sampler)
 
@@ -106,18 +110,29 @@ def merge(
 
 
 def score(
-    session: Session, task: str, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
+    session: Session,
+    task: str,
+    images: UInt8[np.ndarray, "n h w 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata] = (),
 ) -> dict[str, Float[np.ndarray, " n"]]:
-    """A task's scores of images, one array a skill.
+    """What a task's rewards say of images, one array a reward, NaN where it failed.
+
+    `metadata`: of the prompts, where rewards need any; `fopd_jax.evaluation.score.measure` gives details, too.
 
     Raises:
-      ValueError: there is no such task, or nothing measures it.
+      ValueError: there is no such task, nothing measures it, or a prompt can never be scored.
     """
-    tasks = session.pipeline.world.tasks
-    measure = tasks[task].score if task in tasks else None
-    if measure is None:
-        raise ValueError(f"task: found {task!r}, expected one with scores: {[n for n, t in tasks.items() if t.score]}")
-    return measure(from_pixels(images), list(prompts))
+    world = session.pipeline.world
+    names = world.tasks[task].scored if task in world.tasks else ()
+    if not names:
+        scored = [name for name, each in world.tasks.items() if each.scored]
+        raise ValueError(f"task: found {task!r}, expected one with rewards: {scored}")
+    prompts, beside = list(prompts), metadata or [{}] * len(prompts)
+    for name in names:
+        world.rewards[name].check(prompts, beside)
+    found = measure(world.rewards, names, images, prompts, beside)
+    return {name: scores.values for name, scores in found.items()}
 
 
 def encode(session: Session, prompts: Sequence[str]) -> Conditioning:

@@ -12,6 +12,10 @@ the config's tasks are drawn.
 
 `--workdir=DIR` draws what a run trained, at its newest checkpoint or at `--step=N`; the config is the run's own, if
 there is no `--config`.
+
+Images of tasks with rewards (`--config.tasks.NAME.rewards.REWARD=1`), and all images with `--rewards=NAME,NAME`, are
+scored: a table is printed, and scores, what they rest on and failures stand in the images' metadata and in
+`scores.jsonl`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -22,11 +26,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     answer_help(__file__)
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,9 +47,11 @@ from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
 from fopd_jax.console import progress, say, speaks
-from fopd_jax.evaluation.sampler import Sampler, generate
+from fopd_jax.evaluation.sample_scores import Row, Scored, Scoring, format_scores, to_lines
+from fopd_jax.evaluation.sampler import Request, Sampler, generate
 from fopd_jax.evaluation.samples import (
     GRID_FILE,
+    SCORES_FILE,
     Asked,
     check_folder,
     file_name,
@@ -53,16 +61,18 @@ from fopd_jax.evaluation.samples import (
     write_image,
 )
 from fopd_jax.exits import explained, naming
-from fopd_jax.files import check_writable, local_path
+from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.parallel.distributed import initialize, is_main
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.export import export_name
 from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, load_policy, make_pipeline, weight_path
+from fopd_jax.stages.rewards import furnish
 from fopd_jax.stages.setup import eval_sampler
 from fopd_jax.stages.stored import find_step, load_stored
 from fopd_jax.tasks.prompts import read_prompts, read_tasks
+from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
@@ -80,6 +90,7 @@ _FORCE = flags.DEFINE_bool("force", False, "Write into a folder that holds other
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image.", lower_bound=0, upper_bound=2**31)
 _SHARED = flags.DEFINE_bool("shared-seed", False, "The same seeds for every prompt, the first one's.")
 _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1, upper_bound=2**20)
+_REWARDS = flags.DEFINE_list("rewards", [], "Names of rewards that score every image; by default those of its task.")
 
 DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
 
@@ -117,29 +128,34 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     check_writable(out, "out")
     if _NEGATIVE.value and config.eval.guidance == 1:
         raise ValueError("negative-prompt: eval.guidance is 1, which leads away from nothing; expected another scale")
-    prompts = _given_prompts()
+    given = _given_prompts()
     in_memory = override(config, {"run.encoding.cache": ""}).run  # what is drawn once needs no cache
     # With prompts given, the config's own prompt files need not be there.
     pipeline = make_pipeline(
-        config.model, in_memory, partial(read_tasks, {} if prompts or not isinstance(config, OPD) else config.tasks)
+        config.model, in_memory, partial(read_tasks, {} if given or not isinstance(config, OPD) else config.tasks)
     )
     sampler = dataclasses.replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=_NEGATIVE.value)
-    asked = Asked(
-        prompts or _held_out_prompts(pipeline.world), _IMAGES.value, _SEED.value, _SHARED.value, _NEGATIVE.value
-    )
+    held_out = [] if given else _held_out(pipeline.world)
+    prompts = given or [task.test[place] for task, place in held_out]
+    asked = Asked(prompts, _IMAGES.value, _SEED.value, _SHARED.value, _NEGATIVE.value)
     if (last := asked.seeds(len(asked.prompts) - 1)[-1]) > LARGEST_SEED:
         raise ValueError(f"seed: the last image would have {last}, expected at most {LARGEST_SEED}")
     policies = _load_policies(config, pipeline)
     check_base(config.model, pipeline)
-    if is_main():
-        out.mkdir(parents=True, exist_ok=True)
-    # Before the base: text encoders need not be in memory with it.
-    pipeline.world.prepare([*asked.prompts, asked.negative])
-    variables = load_base(config.model, pipeline, config.seed)
-    began = time.monotonic()
-    settings = _draw(config, out, pipeline, sampler, variables, policies, asked)
+    with contextlib.closing(_make_scoring(config, pipeline.world, asked, held_out)) as scoring:
+        if is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / SCORES_FILE).unlink(missing_ok=True)  # of images that are about to be others
+        # Before the base: text encoders need not be in memory with it.
+        pipeline.world.prepare([*asked.prompts, asked.negative])
+        variables = load_base(config.model, pipeline, config.seed)
+        began = time.monotonic()
+        settings, scores = _draw(config, out, pipeline, sampler, variables, policies, asked, scoring)
     if is_main():
         _tell(config, out, asked, policies, settings, time.monotonic() - began)
+        if scores:
+            write_text(out / SCORES_FILE, to_lines(scores))
+            say(format_scores(scores))
 
 
 def _draw(
@@ -150,20 +166,25 @@ def _draw(
     variables: Tree,
     policies: list[Policy],
     asked: Asked,
-) -> dict[str, Any]:
-    """Write every image and the grid; returns the settings that they were made with."""
+    scoring: Scoring,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Write every image and the grid; returns the settings that they were made with, and what rewards say of them."""
     requests, (columns, rows) = asked.requests(), shown(asked, len(policies))
     cells: list[list[np.ndarray]] = []
     settings: dict[str, Any] = {}
+    scores: list[Row] = []
     with progress("images", len(policies) * len(requests), "images") as count:
         for policy in policies:
             kept: list[np.ndarray] = []
             made = generate(sampler, pipeline.world, *policy.read(variables), requests, config.eval.batch_size)
-            for index, (request, image) in enumerate(made):
+            for index, (request, image), found in _with_scores(made, asked, scoring, config.eval.batch_size):
                 settings = settings or _settings(config, pipeline, image.shape)
                 if is_main():
                     path = out / file_name(index, policy.name, len(policies) == 1)
-                    write_image(path, image, request, asked, settings, policy.about)
+                    write_image(path, image, request, asked, settings, policy.about, found)
+                if found:
+                    about = {"file": file_name(index, policy.name, len(policies) == 1), "policy": policy.name}
+                    scores.append({**about, "prompt": request[0], "seed": request[1], "scores": found})
                 if index < columns * asked.per_prompt and index % asked.per_prompt < rows:
                     kept.append(image)
                 count(1)
@@ -171,7 +192,40 @@ def _draw(
     if is_main():
         names, adapters = [policy.name for policy in policies], [policy.about for policy in policies]
         write_grid(out / GRID_FILE, np.stack([np.stack(row) for row in cells]), asked, names, settings, adapters)
-    return settings
+    return settings, scores
+
+
+def _with_scores(
+    made: Iterator[tuple[Request, np.ndarray]], asked: Asked, scoring: Scoring, batch_size: int
+) -> Iterator[tuple[int, tuple[Request, np.ndarray], Scored]]:
+    """Images with their numbers and with what rewards say of them, which are asked about some at once, by process 0."""
+    numbers = itertools.count()
+    while batch := list(itertools.islice(made, batch_size)):
+        index = list(itertools.islice(numbers, len(batch)))
+        places = [each // asked.per_prompt for each in index]
+        images, prompts = [image for _, image in batch], [prompt for (prompt, _), _ in batch]
+        scored = scoring(images, prompts, places) if is_main() else [{}] * len(batch)
+        yield from zip(index, batch, scored, strict=True)
+
+
+def _make_scoring(
+    config: OPD | FlowMatching, world: World, asked: Asked, held_out: Sequence[tuple[Task, int]]
+) -> Scoring:
+    """The rewards of --rewards for every prompt, else those that the config names for the task of each.
+
+    Raises:
+      ValueError: there is no such reward, its settings are wrong, or it can never score a prompt; names which.
+    """
+    chosen = tuple(dict.fromkeys(_REWARDS.value))
+    of_tasks = {name: tuple(task.rewards) for name, task in config.tasks.items()}
+    own = [of_tasks.get(task.name, ()) for task, _ in held_out]
+    names = [chosen] * len(asked.prompts) if chosen or not held_out else own
+    metadata = [task.beside("test")[place] for task, place in held_out] or [{}] * len(asked.prompts)
+    wanted = list(dict.fromkeys(itertools.chain.from_iterable(names)))
+    rewards = furnish(config, world, (), wanted).rewards
+    scoring = Scoring({name: rewards[name] for name in wanted}, names, metadata)
+    scoring.check(asked.prompts)
+    return scoring
 
 
 def _given_prompts() -> list[str]:
@@ -181,9 +235,12 @@ def _given_prompts() -> list[str]:
     return given
 
 
-def _held_out_prompts(world: World) -> list[str]:
+def _held_out(world: World) -> list[tuple[Task, int]]:
+    """Tasks and places of the prompts that are drawn where none are given."""
+    if not world.tasks:
+        raise ValueError("--prompt: missing, expected one at least: this config's world has no prompts of its own")
     share = -(-DEFAULT_PROMPTS // len(world.tasks))
-    return [prompt for task in world.tasks.values() for prompt in task.test[:share]]
+    return [(task, place) for task in world.tasks.values() for place in range(min(share, len(task.test)))]
 
 
 def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Policy]:

@@ -21,6 +21,7 @@ from fopd_jax.files import (
     replacing_folder,
     write_json,
     write_png,
+    write_private,
     write_tensors,
     write_text,
 )
@@ -119,6 +120,14 @@ def test_a_reader_sees_the_file_before_until_the_block_ends(tmp_path: Path):
         made.write_text("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
+
+
+def test_a_private_file_is_its_owners_from_the_start(tmp_path: Path):
+    with replacing(tmp_path / "file", private=True) as made:
+        assert made.stat().st_mode & 0o777 == 0o600
+    write_private(tmp_path / "file", "secret")
+    assert (tmp_path / "file").read_text() == "secret"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_folder_appears_with_all_it_holds_and_replaces_an_empty_one_alone(tmp_path: Path):

@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fopd_jax.config.load import load_config
-from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, resolve, settle, thaw
+from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
 from fopd_jax.config.show import describe
@@ -40,12 +41,21 @@ class _FileParser(flags.ArgumentParser):
         path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
-            for field in filter(None, map(_FIELD.fullmatch, sys.argv)):
-                if isinstance(value := find(config, field[2]), Section):
-                    raise ValueError(f"{field[2]}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
+            for field, text in _fields(sys.argv):
+                open_entry(config, field, text)
+                if isinstance(value := find(config, field), Section):
+                    raise ValueError(f"{field}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
         except ValueError as error:
             raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config
         return thaw(settle(config)[0])  # ml_collections reads an entry of a dict in the type that it has
+
+
+def _fields(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Fields that flags name, with the texts of their values: after `=`, the next word, or what a flag alone means."""
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        if field := _FIELD.fullmatch(argument):
+            alone = "False" if "noconfig" in field[1] else "True"
+            yield field[2], field[3][1:] if field[3] else alone if after.startswith("-") else after or alone
 
 
 class _DictParser(flags.ArgumentParser):
@@ -63,16 +73,16 @@ config_flags.register_flag_parser_for_type(dict, _DictParser())
 config_flags.register_flag_parser_for_type(Pixels, SizeParser())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
     """absl's parser, but a bad flag, config file, name of a field or word that is no flag is one line and status 2.
 
     Fields may go by the names that they had in earlier versions. Without --config a --workdir stands for the config of
-    the run in it.
+    the run in it; some programs need neither.
     """
     sys.argv[:], argv = map(_current, sys.argv), list(map(_current, argv))  # ml_collections looks at sys.argv
     try:
         program, *rest = flags.FLAGS([*argv[:1], *_recorded(argv[1:]), *argv[1:]])
-        if CONFIG.value is None:
+        if CONFIG.value is None and needs_config:
             refuse("--config: missing, expected --config=FILE.py, or --workdir=DIR of a run")
     except flags.UnrecognizedFlagError as error:
         refuse(f"{error}{_meant(error.flagname)}")
@@ -98,6 +108,11 @@ def _meant(flag: str) -> str:
     """Fields of that name, which other programs have as flags."""
     names = {name for kind in STAGES.values() for name in flatten(kind()) if f".{name}".endswith(f".{flag}")}
     return f". Did you mean {' or '.join(f'--config.{name}' for name in sorted(names)[:3])} ?" if names else ""
+
+
+def has_config() -> bool:
+    """Whether the command line names one."""
+    return CONFIG.value is not None
 
 
 def read_config() -> OPD | FlowMatching:

@@ -13,9 +13,17 @@ from fopd_jax.config import schema
 from fopd_jax.config.show import documents
 
 ASKING = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
+
+
+def _with_names(config: schema.Config) -> schema.Config:
+    """With an entry in every dict of sections."""
+    config.rewards, config.run.servers = {"NAME": schema.RewardConfig()}, {"NAME": schema.Server()}
+    return config
+
+
 _EXAMPLES = {
-    "opd": schema.OPD(tasks={"NAME": schema.RoutedTask()}),
-    "flow_matching": schema.FlowMatching(tasks={"NAME": schema.Pairs()}),
+    "opd": _with_names(schema.OPD(tasks={"NAME": schema.RoutedTask()})),
+    "flow_matching": _with_names(schema.FlowMatching(tasks={"NAME": schema.Pairs()})),
 }
 
 
@@ -63,7 +71,8 @@ def _fields() -> Iterator[str]:
         for name, meaning in documents(example):
             value = _value(example, name)
             row = f"{name}={json.dumps(value, default=str)}", meaning
-            if row not in known and name not in ("stage", "tasks") and not isinstance(value, schema.Section):
+            sections = isinstance(value, schema.Section) or (isinstance(value, dict) and "NAME" in value)
+            if row not in known and name != "stage" and not sections:
                 yield _row(*row)
             known.add(row)
 

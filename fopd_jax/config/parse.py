@@ -1,5 +1,6 @@
 """Configs from outside: names of earlier versions, overrides, and the one check that freezes them."""
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -92,6 +93,48 @@ def find(config: Config, name: str) -> Any:
     return node
 
 
+def open_entry(config: Config, name: str, value: str) -> None:
+    """Make the entry that a dotted field names in a dict of open names, as text `value` says its type; else nothing.
+
+    What a field's type leaves open, such as a reward's option, has that of `value` as Python reads it.
+    """
+    node: Any = config
+    hint, is_open = type(config), False
+    *groups, last = name.split(".")
+    for part in groups:
+        if isinstance(node, Section):
+            field = next((each for each in _schema(node) if each.name == part), None)
+            if field is None:
+                return
+            is_open = field.metadata["open"]
+        elif not isinstance(node, dict) or not (part in node or (is_open and _holds_sections(hint) and _is_name(part))):
+            return
+        node, hint = _below(node, hint, part)
+    if isinstance(node, dict) and is_open and _is_name(last):
+        kind = typing.get_args(hint)[1]
+        if kind is Any:
+            node[last] = _literal(value)
+        elif last not in node:
+            node[last] = kind()
+
+
+def _schema(section: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(section)
+
+
+def _holds_sections(hint: Any) -> bool:
+    return issubclass(typing.get_args(hint)[1], Section)
+
+
+def _literal(text: str) -> Any:
+    """A number, True or False, else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    return value if type(value) in (bool, int, float) else {"true": True, "false": False}.get(text, text)
+
+
 def thaw(value: Any) -> Any:
     """A copy that can be changed."""
     if isinstance(value, Section):
@@ -144,6 +187,8 @@ def _typed(name: str, value: Any, hint: Any) -> Typed:
         return _tuple(name, value, arguments)
     if origin is dict:
         return _dict(name, value, arguments[1])
+    if hint is Any:
+        return _any(name, value)
     return _section(f"{name}.", value, hint) if issubclass(hint, Section) else _scalar(name, value, hint)
 
 
@@ -191,6 +236,14 @@ def _scalar(name: str, value: Any, hint: type) -> Typed:
     if hint is str and isinstance(value, str) and not _is_plain(value):
         return value, [_problem(name, value, "a text without control characters, and without blanks at its ends")]
     return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
+
+
+def _any(name: str, value: Any) -> Typed:
+    """A scalar in the type that it has, which whoever reads it checks."""
+    kind = next((each for each in _WORDS if type(value) is each), None)
+    if kind is None or (kind is int and abs(value) >= 2**63):
+        return value, [_problem(name, value, "a number within 64 bits, a text, True or False")]
+    return _scalar(name, value, kind)
 
 
 def _is_name(key: Any) -> bool:

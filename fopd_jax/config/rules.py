@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from fopd_jax.config.sizes import LARGEST_SIDE, height_width
 from fopd_jax.exits import is_local
@@ -69,11 +70,30 @@ WEIGHTS = Rule(
     lambda value: not value or (all(0 <= each <= 1000 for each in value.values()) and sum(value.values()) > 0),
     (0, 1000),
 )
+REWARDS = Rule("weights from 0 to 1000", lambda value: all(0 <= each <= 1000 for each in value.values()), (0, 1000))
+KIND = Rule(
+    "a known reward's name, package.module:function, or ''",
+    lambda value: bool(re.fullmatch(r"|[\w-]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value)),
+)
+URLS = Rule(
+    "http(s)://host[:port][/path] each, without user, password, query or fragment",
+    lambda value: all(map(_is_server, value)),
+)
 BOUNDS = Rule(
     "{metric: (low, high)} with low <= high",
     lambda value: all(low <= high for low, high in value.values()),
     (-sys.float_info.max, sys.float_info.max),
 )
+
+
+def _is_server(url: str) -> bool:
+    """Whether a URL names a server alone: a password in it would be written wherever configs are."""
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets of half an IPv6 address
+        return False
+    return named and "@" not in parts.netloc and "?" not in url and "#" not in url and not re.search(r"\s", url)
 
 
 def steps(most: int) -> Rule:

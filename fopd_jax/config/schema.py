@@ -33,11 +33,18 @@ REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
 _FROZEN = "settings are frozen once a run has begun"
+_REWARDS_DOC = (
+    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, no stage trains on them yet; "
+    "0: beside the weighted sum."
+)
 
 
-def setting(default: Any, doc: str, rule: Rule | None = None, paper: str = "") -> Any:
-    """A field with its description, its rule and the authors' value; a dict or a section is made anew each time."""
-    metadata = {"doc": doc, "rule": rule, "paper": paper}
+def setting(default: Any, doc: str, rule: Rule | None = None, paper: str = "", *, open_names: bool = False) -> Any:
+    """A field with its description, its rule and the authors' value; a dict or a section is made anew each time.
+
+    `open_names`: a flag may name an entry of this dict that is not there yet, which makes it.
+    """
+    metadata = {"doc": doc, "rule": rule, "paper": paper, "open": open_names}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, dict):
@@ -190,18 +197,20 @@ class RewardConfig(Section):
     """One reward: what it is and what it needs. Tasks name it with a weight."""
 
     kind: str = setting(
-        "", "A known reward (docs/tasks-and-rewards.md), or your own as package.module:function; empty: its own name."
+        "",
+        "A known reward (docs/tasks-and-rewards.md), or your own as package.module:function; empty: its own name.",
+        rules.KIND,
     )
     weights: str = setting("", "File of its network: tools/convert_reward_weights.py, or ONNX.", rules.PATH)
     divide_by: float = setting(1.0, "Values are divided by it; PickScore by 26.", above(0, 1e6), "[code] 26")
-    options: dict[str, Any] = setting({}, "Of this kind.")
+    options: dict[str, Any] = setting({}, "Of this kind.", open_names=True)
 
 
 @dataclasses.dataclass
 class Server(Section):
     """Where a remote reward is served."""
 
-    urls: tuple[str, ...] = setting((), "One a replica, such as http://127.0.0.1:18085.")
+    urls: tuple[str, ...] = setting((), "One a replica, such as http://127.0.0.1:18085.", rules.URLS)
     token_file: str = setting("", "File with the bearer token; empty: $FOPD_JAX_REWARD_TOKEN.", rules.PATH)
     timeout: float = setting(60.0, "Seconds a request may take.", above(0, 1e6))
     retries: int = setting(3, "Attempts more after one that failed, with growing pauses.", at_least(0, 1000))
@@ -234,6 +243,11 @@ class Run(Section):
         "$FOPD_JAX_CACHE, else the user's cache (several processes: `.compiled` beside the workdir); empty: none.",
         rules.PATH,
     )  # fmt: skip
+    servers: dict[str, Server] = setting({}, "Of remote rewards, by their names.", open_names=True)
+    max_failed_rewards: float = setting(
+        0.2, "Share of a reward's scores that may fail; an evaluation with more counts as failed, a report stops.",
+        rules.PROBABILITY,
+    )  # fmt: skip
     max_skipped_steps: int = setting(
         0, "Updates that are not finite to leave out before stopping.", at_least(0, MOST_STEPS)
     )
@@ -265,6 +279,9 @@ class Config(Section):
     batch_size: int = setting(128, "Samples an update.", at_least(1, MOST_ROWS), "[code] 256 in two updates")
     optimizer: Optimizer = setting(Optimizer, "AdamW.")
     ema: EMA = setting(EMA, "The average that is evaluated and exported.")
+    rewards: dict[str, RewardConfig] = setting(
+        {}, "Settings of rewards by name; one that a task names and that is not here has defaults.", open_names=True
+    )
     eval: Evaluation = setting(Evaluation, "Periodic evaluation and report.")
     run: Run = setting(Run, "How it is run; no part of its identity.")
 
@@ -289,6 +306,7 @@ class RoutedTask(Section):
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
+    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
 
 
 @dataclasses.dataclass
@@ -396,6 +414,7 @@ class Pairs(Section):
         "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
     )
     test: str = setting("", "File of held-out prompts, one a line, in worlds without prompts of their own.", rules.PATH)
+    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
 
 
 @dataclasses.dataclass

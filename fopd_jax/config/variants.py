@@ -49,10 +49,12 @@ def smoke(config: AnyConfig) -> AnyConfig:
     run = config.run
     run.steps, run.log_every, run.checkpoint_every, run.eval_every = 2, 1, 2, 2
     run.attention, run.remat = "xla", "none"
+    config.rewards, run.servers = {}, {}
     if isinstance(config, OPD):
         _shrink_teaching(config)
     elif isinstance(config, FlowMatching):
-        config.tasks = {name: replace(config.tasks.get(name, Pairs()), images="", test="") for name in _SKILLS}
+        shrunk = {"images": "", "test": "", "rewards": {}}
+        config.tasks = {name: replace(config.tasks.get(name, Pairs()), **shrunk) for name in _SKILLS}
     return config
 
 

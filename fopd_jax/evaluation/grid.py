@@ -16,11 +16,6 @@ def to_pixels(images: Float[np.ndarray, "*n h w 3"]) -> UInt8[np.ndarray, "*n h 
     return np.clip(images * 127.5 + 128.0, 0, 255).astype(np.uint8)
 
 
-def from_pixels(pixels: UInt8[np.ndarray, "*n h w 3"]) -> Float[np.ndarray, "*n h w 3"]:
-    """Bytes as images in [-1, 1], which `to_pixels` turns into the same bytes."""
-    return (pixels.astype(np.float32) - 127.5) / 127.5
-
-
 def draw_grid(
     images: Float[np.ndarray, "rows columns h w 3"],
     row_labels: Sequence[str],

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fopd_jax import files
 from fopd_jax.config.schema import Evaluation
 from fopd_jax.console import progress
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Sampler, check_finite
-from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
+from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, noise_keys
 from fopd_jax.files import write_json, write_png, write_text
-from fopd_jax.parallel.distributed import is_main
+from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import versions
 from fopd_jax.policy.velocity import Tree
@@ -48,39 +47,45 @@ def write_report(
     sampler: Sampler,
     world: World,
     models: Sequence[Model],
+    max_failed: float,
 ) -> None:
     """Evaluate every model on the same pairs and write the files; the last model is the student.
 
     `about`: what else to write into `results.json`. All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
-    scores, there is neither it nor a table.
+    scores, there is neither it nor a table. Scores that failed are left out of means, counted and told.
 
     Raises:
-      FloatingPointError: a score is not finite; names model and skill, and nothing is written.
-      ValueError: an image of the samples is not; names model and prompt.
+      FloatingPointError: more than the share `max_failed` of a skill's scores failed; names model and skill, and
+        nothing is written.
+      ValueError: an image is not finite; names its prompt, and the model of a sample.
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
     eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways)
-    scores: dict[str, Scores] = {}
+    found: dict[str, Measured] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with progress("report", total, "images") as count:
         for model in models:
-            scores[model.name] = evaluate(sampler, world, eval_set, model.variables, model.adapter, count)
-            files.check_finite(f"scores of {model.name}", scores[model.name])
+            found[model.name] = each = evaluate(sampler, world, eval_set, model.variables, model.adapter, count)
+            for line in each.told():
+                warn(f"scores of {model.name}: {line}")
+            check_failures(each, max_failed, f" of {model.name}")
     if is_main() and total:
-        _write_scores(workdir, about, scores, models[-1].name)
+        _write_scores(workdir, about, found, models[-1].name)
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
 
 
-def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, Scores], student: str) -> None:
+def _write_scores(workdir: Path, about: Mapping[str, Any], found: Mapping[str, Measured], student: str) -> None:
+    scores = {name: each.values for name, each in found.items()}
     write_json(
         workdir / RESULTS_FILE,
         {
             "models": {
-                name: {skill: round(value, 6) for skill, value in means(each).items()} for name, each in scores.items()
+                name: {skill: round(value, 6) for skill, value in each.means().items()} for name, each in found.items()
             },
             "samples": {skill: len(values) for skill, values in scores[student].items()},
+            "failed": {name: failed for name, each in found.items() if (failed := each.failed())},
             **about,
             "versions": versions(PACKAGES),
         },
@@ -89,23 +94,45 @@ def _write_scores(workdir: Path, about: Mapping[str, Any], scores: Mapping[str, 
 
 
 def format_table(scores: Mapping[str, Scores], student: str) -> str:
-    """Mean score by model and skill; in brackets the student's lead over that model ± its paired standard error."""
-    skills = list(scores[student])
+    """Mean score by model and skill; in brackets the student's lead over that model ± its paired standard error.
+
+    Of pairs that have a score; where some have none (NaN), the mean has a mark.
+    """
+    skills, marked = (
+        list(scores[student]),
+        any(np.isnan(values).any() for each in scores.values() for values in each.values()),
+    )
     width = max(map(len, scores))
     lines = [" " * width + "".join(f"  {skill:>24}" for skill in skills)]
     for name, each in scores.items():
-        cells = "".join(f"  {_cell(each[skill], scores[student][skill], name == student):>24}" for skill in skills)
+        cells = "".join(
+            f"  {_cell(each[skill], None if name == student else scores[student][skill], marked):>24}"
+            for skill in skills
+        )
         lines.append(f"{name:<{width}}{cells}")
     lines.append(f"(student minus model ± standard error of the paired differences; n = {_counts(scores[student])})")
+    if marked:
+        lines.append(f"* of the pairs whose scores did not fail; failed: {_failures(scores)}")
     return "\n".join(lines)
 
 
-def _cell(values: np.ndarray, student: np.ndarray, is_student: bool) -> str:
-    if is_student:
-        return f"{values.mean():.3f}{'':17}"
+def _cell(values: np.ndarray, student: np.ndarray | None, marked: bool) -> str:
+    """`marked`: whether some cells of the table are, so that all have room for it."""
+    mark = ("*" if np.isnan(values).any() else " ") if marked else ""
+    mean = f"{np.nanmean(values):.3f}{mark}"
+    if student is None:
+        return f"{mean}{'':17}"
     difference = student - values
+    difference = difference[~np.isnan(difference)]
+    if len(difference) == 0:
+        return f"{mean} (no pair has both)"
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return f"{values.mean():.3f} ({difference.mean():+.3f} ± {error:.3f})"
+    return f"{mean} ({difference.mean():+.3f} ± {error:.3f})"
+
+
+def _failures(scores: Mapping[str, Scores]) -> str:
+    counts = {f"{name} {skill}": int(np.isnan(v).sum()) for name, each in scores.items() for skill, v in each.items()}
+    return ", ".join(f"{what} {count}" for what, count in counts.items() if count)
 
 
 def _counts(scores: Scores) -> str:

@@ -17,7 +17,8 @@ from fopd_jax.files import write_png
 
 GRID_FILE, GRID_COLUMNS, GRID_ROWS = "grid.png", 8, 8
 BASE = "base"
-_OURS = re.compile(r"grid\.png|\d{5,}(_[\w.-]+)?\.png|\..+\.tmp")
+SCORES_FILE = "scores.jsonl"
+_OURS = re.compile(r"grid\.png|scores\.jsonl|\d{5,}(_[\w.-]+)?\.png|\..+\.tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,11 @@ def _is_ours(path: Path) -> bool:
     if path.suffix == ".tmp":
         return True
     try:
+        if path.name == SCORES_FILE:
+            return "scores" in json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
         with Image.open(path) as picture:
             return "settings" in picture.info
-    except OSError:
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -103,11 +106,17 @@ def write_image(
     asked: Asked,
     settings: Mapping[str, Any],
     adapter: Mapping[str, Any],
+    scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """One image `[h, w, 3]`, with all that made it. `adapter`: its source and hash, or nothing."""
+    """One image `[h, w, 3]`, with all that made it. `adapter`: its source and hash, or nothing.
+
+    `scores`: what rewards say of it, see `sample_scores.Scored`; nothing where none were asked.
+    """
     prompt, seed = request
     about = {**settings, "adapter": adapter or None}
     text = {"prompt": prompt, "negative_prompt": asked.negative, "seed": str(seed), "settings": json.dumps(about)}
+    if scores:
+        text["scores"] = json.dumps(scores)
     write_png(path, Image.fromarray(to_pixels(image)), text)
 
 

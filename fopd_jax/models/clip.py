@@ -1,14 +1,15 @@
 """CLIP's text tower, twice in Stable Diffusion 3: CLIP-L (Radford et al. 2021, arXiv 2103.00020) and OpenCLIP's bigG.
 
 transformers' `CLIPTextModelWithProjection` is the oracle of the tests, and parameters are named after it. Attention is
-causal and masks no padding, so the states of padded positions depend on the prompt too. Einsum letters: B batch,
-S text tokens, N heads, H head dimension, D width.
+causal and masks no padding, so the states of padded positions depend on the prompt too, and a text's own states not on
+its padding. The layers are the vision tower's as well (`clip_vision`). Einsum letters: B batch, S tokens, N heads,
+H head dimension, D width.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -23,18 +24,26 @@ LEGACY_EOS_TOKEN_ID = 2  # what published configurations say; no text ends with 
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
-    """Shape of one tower. `eos_token_id` ends a text; the value 2 stands for the highest id of each text instead."""
+class CLIPTowerConfig:
+    """What the two towers have in common: their layers, and the width of what they end in."""
 
-    vocab_size: int
+    causal: ClassVar[bool]
     width: int
     depth: int
     num_heads: int
     mlp_dim: int
-    max_length: int
     projection_dim: int
     activation: Activation
     layer_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(CLIPTowerConfig):
+    """Shape of a text tower. `eos_token_id` ends a text; the value 2 stands for the highest id of each text instead."""
+
+    causal: ClassVar[bool] = True
+    vocab_size: int
+    max_length: int
     eos_token_id: int
 
 
@@ -67,7 +76,7 @@ def eos_position(ids: Int[Array, "b s"], eos_token_id: int) -> Int[Array, " b"]:
     return jnp.argmax(ids if eos_token_id == LEGACY_EOS_TOKEN_ID else ids == eos_token_id, axis=-1)
 
 
-def _dense(features: int, axes: Axes, dtype: Dtype, name: str, bias: bool = True) -> nn.Dense:
+def dense(features: int, axes: Axes, dtype: Dtype, name: str, bias: bool = True) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=bias,
@@ -78,7 +87,7 @@ def _dense(features: int, axes: Axes, dtype: Dtype, name: str, bias: bool = True
     )
 
 
-def _embed(count: int, width: int, axes: Axes, dtype: Dtype, name: str) -> nn.Embed:
+def embed(count: int, width: int, axes: Axes, dtype: Dtype, name: str) -> nn.Embed:
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
     return nn.Embed(count, width, dtype=dtype, embedding_init=init, name=name)
 
@@ -101,40 +110,40 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, softmax in float32."""
+    """Self-attention, causal in the text tower, softmax in float32."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         width, dtype = self.config.width, self.dtype
         names = ("q_proj", "k_proj", "v_proj")
-        projected = (_dense(width, ("embed", "heads"), dtype, name)(x) for name in names)
+        projected = (dense(width, ("embed", "heads"), dtype, name)(x) for name in names)
         q, k, v = (rearrange(y, "B S (N H) -> B S N H", N=self.config.num_heads) for y in projected)
         with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=self.config.causal, implementation="xla")
         y = rearrange(y, "B S N H -> B S (N H)")
-        return _dense(width, ("heads", "embed"), dtype, "out_proj")(y)
+        return dense(width, ("heads", "embed"), dtype, "out_proj")(y)
 
 
 class MLP(nn.Module):
     """Two dense layers with the tower's own GELU between them."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        hidden = _dense(self.config.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(x)
+        hidden = dense(self.config.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(x)
         hidden = _ACTIVATIONS[self.config.activation](hidden)
-        return _dense(self.config.width, ("mlp", "embed"), self.dtype, "fc2")(hidden)
+        return dense(self.config.width, ("mlp", "embed"), self.dtype, "fc2")(hidden)
 
 
 class Layer(nn.Module):
     """Pre-norm transformer layer. The carry pairs the states with the ones before them, (x, _) → (layer(x), x)."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -144,6 +153,18 @@ class Layer(nn.Module):
         y = x + Attention(self.config, dtype, name="self_attn")(LayerNorm(eps, dtype, name="layer_norm1")(x))
         y = y + MLP(self.config, dtype, name="mlp")(LayerNorm(eps, dtype, name="layer_norm2")(y))
         return (y, x), None
+
+
+def stack(config: CLIPTowerConfig, dtype: Dtype) -> nn.Module:
+    """All layers of a tower as one scanned module, `layers`."""
+    scanned = nn.scan(
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=config.depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(config, dtype, name="layers")
 
 
 class CLIPText(nn.Module):
@@ -167,17 +188,10 @@ class CLIPText(nn.Module):
         config, dtype, length = self.config, self.dtype, ids.shape[1]
         if length > config.max_length:
             raise ValueError(f"texts of {length} tokens exceed the {config.max_length} positions of CLIP")
-        tokens = _embed(config.vocab_size, config.width, ("vocab", "embed"), dtype, "token_embedding")(ids)
-        positions = _embed(config.max_length, config.width, (None, "embed"), dtype, "position_embedding")
+        tokens = embed(config.vocab_size, config.width, ("vocab", "embed"), dtype, "token_embedding")(ids)
+        positions = embed(config.max_length, config.width, (None, "embed"), dtype, "position_embedding")
         x = tokens + positions(jnp.arange(length))[None]
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=config.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, dtype, name="layers")
-        (x, hidden), _ = layers((x, x))
+        (x, hidden), _ = stack(config, dtype)((x, x))
         last = jnp.take_along_axis(x, eos_position(ids, config.eos_token_id)[:, None, None], axis=1)[:, 0]
         last = LayerNorm(config.layer_norm_eps, dtype, name="final_layer_norm")(last)
-        return hidden, _dense(config.projection_dim, ("embed", None), dtype, "text_projection", bias=False)(last)
+        return hidden, dense(config.projection_dim, ("embed", None), dtype, "text_projection", bias=False)(last)

@@ -15,12 +15,15 @@ def read_options(kind: type[T], options: Mapping[str, Any], field: str) -> T:
       ValueError: an option is unknown, of another type, or refused by the dataclass; names the field.
     """
     hints, known = typing.get_type_hints(kind), [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{field}.{name}: no such option, expected some of {', '.join(known) or 'none'}")
-        if not (type(value) is hints[name] or (hints[name] is float and type(value) is int)):
+        whole = hints[name] is float and type(value) is int
+        if type(value) is not hints[name] and not whole:
             raise ValueError(f"{field}.{name}: found {value!r}, expected a value of type {hints[name].__name__}")
+        given[name] = float(value) if whole else value
     try:
-        return kind(**options)
+        return kind(**given)
     except ValueError as error:
         raise ValueError(f"{field}.{error}") from error

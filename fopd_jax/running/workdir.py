@@ -20,6 +20,8 @@ CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
+_EVALUATES = re.compile(r"eval\.|rewards(\.|$)|tasks\.[^.]+\.rewards(\.|$)")
+"""Fields that say how a run is evaluated."""
 """What may stay when a folder changes hands, beside its lock and its record."""
 
 
@@ -69,11 +71,11 @@ def check_evaluates(workdir: Path, identity: Fields) -> None:
         if not path.is_file():
             raise ValueError(f"--workdir: {workdir} is no run's folder (no {CONFIG_FILE})")
         there = normalise(_read(path))
-        differing = [name for name in _differing(there, identity) if not name.startswith("eval.")]
+        differing = [name for name in _differing(there, identity) if not _EVALUATES.match(name)]
         if differing:
             raise ValueError(
-                f"{workdir} belongs to another config; only the fields of `run` and `eval` may be others here; "
-                "these differ:\n" + _differences(there, identity, differing)
+                f"{workdir} belongs to another config; only the fields of `run` and `eval` and rewards may be others "
+                "here; these differ:\n" + _differences(there, identity, differing)
             )
     barrier("the workdir is checked")
 

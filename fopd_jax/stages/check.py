@@ -120,9 +120,11 @@ def _memory(plan: Plan) -> str:
 def _evaluation(plan: Plan, config: Config) -> str:
     evaluation, every = config.eval, config.run.eval_every
     how = f"{evaluation.num_steps} steps of {evaluation.transition}, guidance {evaluation.guidance:g}"
-    measured = len(plan.setup.eval_set.scored())
+    measured, skills = len(plan.setup.eval_set.scored()), ", ".join(plan.setup.eval_set.skills())
     scored = (
-        f"{evaluation.samples} images of {measured} tasks" if measured else "pictures alone, nothing scores the tasks"
+        f"{evaluation.samples} images of {measured} tasks by {skills}"
+        if measured
+        else "pictures alone, nothing scores the tasks"
     )
     return f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}"
 

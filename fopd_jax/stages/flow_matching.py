@@ -133,8 +133,9 @@ class FlowMatching:
         """Nothing is ever in flight but the update itself."""
 
     def close(self) -> None:
-        """End the thread that makes batches ahead."""
+        """End the thread that makes batches ahead, and what the rewards have started."""
         self.feed.close()
+        self.setup.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""

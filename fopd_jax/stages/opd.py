@@ -151,8 +151,9 @@ class OPD:
         """Nothing is ever in flight but the update itself."""
 
     def close(self) -> None:
-        """End the thread that makes batches ahead."""
+        """End the thread that makes batches ahead, and what the rewards have started."""
         self.feed.close()
+        self.setup.close()
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -185,4 +186,5 @@ class OPD:
         export(self.workdir, name, student, constants, self.pipeline, self.config.model)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
-        write_report(self.workdir, self.config.eval, about, self.setup.sampler, self.pipeline.world, models)
+        most, setup = self.config.run.max_failed_rewards, self.setup
+        write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)

@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fopd_jax.config.schema import Config, Run
 from fopd_jax.files import check_writable
 from fopd_jax.parallel.distributed import barrier, is_main, warn
@@ -18,6 +16,7 @@ from fopd_jax.performance.flops import Update
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.resources import room_for
 from fopd_jax.stages.pipeline import check_base
+from fopd_jax.stages.rewards import check_prompts
 from fopd_jax.stages.setup import Setup
 from fopd_jax.stages.trained import Trained
 from fopd_jax.steps.state import TrainState
@@ -59,6 +58,7 @@ def check_plan(plan: Plan, config: Config, workdir: Path) -> None:
     if unknown := sorted(run.alarms.keys() - set(plan.metrics)):
         raise ValueError(f"run.alarms: no metric {unknown[0]!r}, expected some of {', '.join(sorted(plan.metrics))}")
     check_best(run, plan.setup)
+    check_prompts(plan.setup.eval_set.tasks, world.rewards)
     if is_main():
         room_for(check_writable(workdir, "--workdir"), plan.trained.state)
     barrier("the workdir can be written")
@@ -77,20 +77,10 @@ def check_best(run: Run, setup: Setup) -> None:
         return
     if run.eval_every == 0:
         raise ValueError(f"run.keep_best: found {run.keep_best!r}, which needs evaluations, but run.eval_every is 0")
-    known = skills(setup)
+    known = setup.eval_set.skills()
     if run.keep_best.partition(":")[2] not in known:
         there = f"expected max: or min: one of {', '.join(known)}" if known else "but nothing scores the tasks"
         raise ValueError(f"run.keep_best: found {run.keep_best!r}, {there}")
-
-
-def skills(setup: Setup) -> list[str]:
-    """Names of the scores that the periodic evaluation gives: what a grey image is scored by."""
-    world = setup.pipeline.world
-    names: dict[str, None] = {}
-    for task, score in setup.eval_set.scored():
-        image = world.decode(np.zeros((1, *world.latent_shape), np.float32))
-        names |= dict.fromkeys(score(image, task.test[:1]))
-    return list(names)
 
 
 def trained_parts(state: TrainState) -> dict[str, Tree]:

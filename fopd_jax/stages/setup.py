@@ -11,18 +11,21 @@ import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
+from fopd_jax.config.schema import OPD, Config, Evaluation, FlowMatching, Pairs, RoutedTask
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.score import EvalSet, evaluate, means
+from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
+from fopd_jax.parallel.distributed import warn
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.rewards.registry import close_all
 from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
+from fopd_jax.stages.rewards import furnish
 from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import embed_empty, select_tasks
@@ -36,7 +39,7 @@ class Setup:
     """The parts that do not depend on the stage.
 
     `rate`: of the optimizer's state, the learning rate of its next update; a program of its own, so that the updates
-    of all stages have the same metric.
+    of all stages have the same metric. `max_failed`: share of a reward's scores that may fail.
     """
 
     pipeline: Pipeline
@@ -44,13 +47,19 @@ class Setup:
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
     rate: Callable[[Tree], jax.Array]
+    max_failed: float
 
     def measured(self, state: TrainState) -> dict[str, jax.Array]:
         """Metrics of the coming update that are known from the state before it."""
         return {RATE: self.rate(state.opt_state)}
 
     def evaluate(self, model: Model, progress: Progress) -> dict[str, float]:
-        """Mean scores on the periodic evaluation's pairs, of the tasks that something measures."""
+        """Mean scores on the periodic evaluation's pairs, of the tasks that something measures; failures are told.
+
+        Raises:
+          FloatingPointError: as `check_failures`.
+          ValueError: an image is not finite.
+        """
         pairs = self.eval_set
         with show_progress("evaluation", len(pairs.scored()) * pairs.samples, "images") as count:
 
@@ -58,27 +67,38 @@ class Setup:
                 count(done)
                 progress(done)
 
-            return means(evaluate(self.sampler, self.pipeline.world, pairs, *model.policy, both))
+            found = evaluate(self.sampler, self.pipeline.world, pairs, *model.policy, both)
+        for line in found.told():
+            warn(f"evaluation: {line}")
+        check_failures(found, self.max_failed)
+        return found.means()
 
     def draw(self, model: Model) -> dict[str, np.ndarray]:
         """One row of the evaluation's pictures, for the metrics."""
         return {"samples": np.asarray(sample_grid(self.sampler, self.pipeline.world, self.eval_set, [model]))}
 
+    def close(self) -> None:
+        """End what the rewards have started."""
+        close_all(self.pipeline.world.rewards)
 
-def make_setup(config: Config, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
+
+def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
     """Build what every stage needs; `tasks`: see `make_pipeline`.
 
     Raises:
       ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
-    chosen = select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks")
+    names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
+    pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, names))
+    chosen = select_tasks(pipeline.world, names)
     return Setup(
         pipeline=pipeline,
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
         eval_set=EvalSet(chosen, evaluation.samples, evaluation.batch_size, evaluation.seed, batch_ways(pipeline.mesh)),
         optimizer=make_optimizer(config.optimizer),
         rate=jax.jit(partial(learning_rate, config.optimizer)),
+        max_failed=config.run.max_failed_rewards,
     )
 
 

@@ -14,6 +14,7 @@ from fopd_jax.conditioning.encoder import Conditioning, TokenIds
 from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import put_batch, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
+from fopd_jax.rewards.reward import Reward
 from fopd_jax.tasks.task import Task
 
 Encode = Callable[[Sequence[str]], Conditioning | TokenIds]
@@ -55,6 +56,7 @@ class World:
     `prepare` tells the world all the prompts that a run will encode, so that it can do so at once, before training.
     `missing` are those of them that it has still to encode, `review` what is worth telling of them, a line each.
     `pairs` makes captioned latents to train on, where the world has images.
+    `rewards`: what scores its tasks' images, by name: the world's own, and once a config has been read what it names.
     """
 
     latent_shape: tuple[int, int, int]
@@ -66,6 +68,7 @@ class World:
     missing: Callable[[Iterable[str]], list[str]] = lambda prompts: []
     review: Callable[[Iterable[str]], list[str]] = lambda prompts: []
     pairs: MakePairs | None = None
+    rewards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
 
 
 def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Conditioning:

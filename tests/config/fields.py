@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RoutedTask, Section
+from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Section, Server
 
 STAGES = {"opd": OPD, "flow_matching": FlowMatching}
 
@@ -23,10 +23,12 @@ class Field:
 
 def valid(stage: str) -> Any:
     """A config of the stage that resolves, with an entry `x` in every dict."""
+    config: Any = FlowMatching(name="any", tasks={"x": Pairs()})
     if stage == "opd":
-        return OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
-    config = FlowMatching(name="any", tasks={"x": Pairs()})
-    config.run.alarms = {"x": (0.0, 1.0)}
+        config = OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
+    else:
+        config.run.alarms = {"x": (0.0, 1.0)}
+    config.rewards, config.run.servers = {"x": RewardConfig()}, {"x": Server()}
     return config
 
 

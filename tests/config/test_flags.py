@@ -110,6 +110,30 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
     assert values(f"--config={file}", "--config.cold_start.weights.a=0.5")["cold_start.weights.a"] == 0.5
 
 
+def test_rewards_are_named_by_flags_alone():
+    before = values(MINIATURE)
+    found = values(
+        MINIATURE, "--config.tasks.text.rewards={'text': 1}", "--config.tasks.composition.rewards.quality=0.25",
+        "--config.tasks.composition.rewards.mine", "2", "--config.rewards.mine.kind=package.module:function",
+        "--config.rewards.mine.options.number=3", "--config.rewards.mine.options.share", "0.5",
+        "--config.rewards.mine.options.name=a-b", "--config.rewards.mine.options.flag",
+        "--noconfig.rewards.mine.options.other", "--config.rewards.mine.options.third=true",
+        "--config.run.servers.quality.urls=http://a:1", "--config.run.servers.quality.urls=http://b:1",
+        "--config.run.max_failed_rewards=0.5",
+    )  # fmt: skip
+    changed = {name: value for name, value in found.items() if before.get(name) != value}
+    assert changed == {
+        "tasks.text.rewards.text": 1.0, "tasks.composition.rewards.quality": 0.25,
+        "tasks.composition.rewards.mine": 2.0, "rewards.mine.kind": "package.module:function",
+        "rewards.mine.weights": "", "rewards.mine.divide_by": 1.0, "rewards.mine.options.number": 3,
+        "rewards.mine.options.share": 0.5, "rewards.mine.options.name": "a-b", "rewards.mine.options.flag": True,
+        "rewards.mine.options.other": False, "rewards.mine.options.third": True,
+        "run.servers.quality.urls": ["http://a:1", "http://b:1"], "run.servers.quality.token_file": "",
+        "run.servers.quality.timeout": 60.0, "run.servers.quality.retries": 3, "run.max_failed_rewards": 0.5,
+    }  # fmt: skip
+    assert type(changed["rewards.mine.options.number"]) is int
+
+
 # ---- mistakes in flags
 
 
@@ -144,6 +168,14 @@ def test_an_entry_that_a_file_gives_as_an_int_takes_a_float(tmp_path: Path):
         (["--config.sampler.window=(1,2,3)"], "sampler.window: found (1, 2, 3), expected a tuple of 2, each a whole "),
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
         (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
+        (["--config.tasks.text.rewards.a.b=1"], "tasks.text.rewards.a.b: no such field: 'a', only a value"),
+        (["--config.tasks.nope.rewards.a=1"], "tasks.nope.rewards.a: no such field: 'nope', only text, composition"),
+        (["--config.tasks.text.rewards.a=-1"], "tasks.text.rewards: found {'a': -1.0}, expected weights from 0 to"),
+        (["--config.tasks.text.rewards.a=b"], "flag --config.tasks.text.rewards.a=b: could not convert string to fl"),
+        (["--config.rewards.a.kinds=b"], "rewards.a.kinds: no such field: 'kinds', did you mean 'kind'?"),
+        (["--config.rewards.a=b"], "rewards.a: a section is set by its fields: kind, weights, divide_by, options"),
+        (["--config.rewards.a.kind=b c"], "rewards.a.kind: found 'b c', expected a known reward's name, package.mod"),
+        (["--config.run.servers.a.urls=http://me:word@host"], "run.servers.a.urls: found ('http://me:word@host',), "),
         (["--nope"], "Unknown command line flag 'nope'"),
         (["--learning_rate=1"], "Unknown command line flag 'learning_rate'. Did you mean --config.optimizer.learning_"),
         (["--run.steps=1"], "Unknown command line flag 'run.steps'. Did you mean --config.run.steps ?"),

@@ -27,10 +27,12 @@ OTHER: dict[Any, Any] = {
     str: "other",
     tuple[int, int] | None: (0, 2),
     tuple[str, ...]: ("x", "y"),
+    dict[str, float]: {"x": 0.5},
+    dict[str, Any]: {"x": "y"},
 }
 CHOSEN: dict[str, Any] = {
     "model.dtype": "float32", "trained": "params", "sampler.trained": (1, 2), "transition": "cps",
-    "method": "none", "merge": "factors",
+    "method": "none", "merge": "factors", "servers.x.urls": ("http://host",),
     "objective.name": "direct", "reward": "log_ratio", "weighting": "ode", "export": "raw",
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
     "reduce_once": (), "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
@@ -65,7 +67,9 @@ def test_defaults_are_left_out(stage: str):
     )
     for field in LEAVES:
         if field.stage == stage and not field.name.startswith(("cold_start.weights", "run.alarms")):
-            value = find(STAGES[stage](tasks=config.tasks), field.name)
+            blank = STAGES[stage](tasks=config.tasks, rewards=config.rewards)
+            blank.run.servers = config.run.servers
+            value = find(blank, field.name)
             assert default_of(stage, field.name) == (list(value) if isinstance(value, tuple) else value), field
 
 

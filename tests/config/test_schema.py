@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
 import re
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from fopd_jax.config import schema
-from fopd_jax.config.parse import assign, find, override, resolve, thaw
+from fopd_jax.config.identity import identity
+from fopd_jax.config.parse import assign, find, flatten, override, resolve, thaw, unflatten
 from fopd_jax.config.rules import PATH
 from tests.config.fields import EVERY, GROUPS, LEAVES, STAGES, Field, valid
 
@@ -47,9 +49,9 @@ def test_every_field_is_described():
 
 def test_every_section_is_reached_by_some_stage():
     defined = {each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, schema.Section)}
-    reached = {type(find(valid(field.stage), field.name)) for field in GROUPS}
-    entries = {type(find(valid(stage), "tasks.x")) for stage in STAGES}
-    assert defined - {schema.Section, schema.Config, *STAGES.values()} == (reached - {dict}) | entries
+    found = [find(valid(field.stage), field.name) for field in GROUPS]
+    reached = {type(each["x"] if isinstance(each, dict) else each) for each in found}
+    assert defined - {schema.Section, schema.Config, *STAGES.values()} == reached
 
 
 def test_what_the_other_tests_change_is_valid():
@@ -72,6 +74,10 @@ WRONG: dict[Any, list[Any]] = {
     dict[str, float]: [
         None, 1, (), [("x", 1.0)], {"x": None}, {"x": NAN}, {"x": INF}, {"x": HUGE}, {"x": True}, {"x": "1"},
         {1: 1.0}, {None: 1.0}, {"": 1.0}, {"a.b": 1.0}, {"a b": 1.0}, {"x\n": 1.0},
+    ],
+    dict[str, Any]: [
+        None, 1, (), {"x": None}, {"x": NAN}, {"x": -INF}, {"x": HUGE}, {"x": 2**63}, {"x": b"1"}, {"x": (1,)},
+        {"x": {}}, {"x": " 1"}, {1: 1}, {"a.b": 1},
     ],
     dict[str, tuple[float, float]]: [None, 1, (), *({"x": value} for value in [None, *PAIR]), {"a.b": (0.0, 1.0)}],
 }  # fmt: skip
@@ -120,7 +126,7 @@ def test_a_section_is_nothing_else(stage: str):
         ("tasks.x.weight", None, "tasks.x.weight: found None, expected a number"),
         ("tasks", {1: 2}, "tasks, a name in it: found 1, expected a text without dots, spaces and control characters"),
         ("tasks", {"x": schema.Pairs()}, "tasks.x: found Pairs(share=1.0, wrong_caption=0.0, degraded=0.0, images='', "
-         "test=''), expected a section RoutedTask"),
+         "test='', rewards={}), expected a section RoutedTask"),
         ("eval", 3, "eval: found 3, expected a section Evaluation"),
         ("model.resolution", "768",
          "model.resolution: found '768', expected a whole number, or a tuple of 2, each a whole number"),
@@ -185,11 +191,26 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
     "empty_caption": PROBABILITY,
+    "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
+    "rewards.x.kind": (
+        ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
+        ["", "ocr", "clip-score", "a:f", "a.b_c.d2:_f"],
+    ),
+    "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
+    "servers.x.urls": (
+        [(each,) for each in (
+            "", "host:80", "ftp://host", "http://", "http://:80", "https://user:word@host", "http://user@host",
+            "http://host:port", "http://host:99999", "http://host:0", "http://[::1", "http://host/?token=a",
+            "http://host/#a", "http://ho st",
+        )],
+        [(), ("http://127.0.0.1:18085",), ("https://host", "http://[::1]:80/a/b")],
+    ),
 }  # fmt: skip
 FREE = {  # of any value of their type: paths, names that are looked up where they are used, switches
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
-    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only",
+    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
+    "rewards.x.options", "run.servers.x.token_file",
 }  # fmt: skip
 
 
@@ -241,6 +262,24 @@ def test_several_problems_are_all_told_one_a_line():
     )  # fmt: skip
 
 
+# ---- values of whatever type
+
+
+def test_options_of_rewards_are_scalars_in_the_types_that_they_have():
+    options = {"a": 1, "b": 0.5, "c": "text", "d": True, "e": -(2**63) + 1}
+    config = resolve(override(valid("opd"), {"rewards.x.options": options}))
+    found = config.rewards["x"].options
+    assert found == options
+    assert {name: type(value) for name, value in found.items()} == {name: type(each) for name, each in options.items()}
+    assert resolve(unflatten(json.loads(json.dumps(flatten(config))))) == config
+    assert identity(config)["rewards.x.options.d"] is True
+    assert refusals("opd", {"rewards.x.options": {"a": None, "b": 2**63}}) == {
+        f"rewards.x.options.{name}": f"rewards.x.options.{name}: found {value}, expected a number within 64 bits, a "
+        "text, True or False"
+        for name, value in (("a", None), ("b", 2**63))
+    }
+
+
 # ---- what is taken in another form
 
 
@@ -256,6 +295,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
     lists = {
         "adapter.targets": ["mlp", "attn"], "optimizer.betas": [0, 0], "eval.tasks": ["x"], "run.reduce_once": ["data"],
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
+        "run.servers.x.urls": ["http://host"],
     } | ({"sampler.window": [0, 2], "sampler.trained": [1, 2]} if stage == "opd" else {})  # fmt: skip
     assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
     config = resolve(override(valid(stage), lists))
@@ -274,7 +314,8 @@ def test_ints_in_a_dict_become_floats():
 # ---- unknown fields, freezing
 
 
-SECTIONS = ["", "tasks.x", *(field.name for field in GROUPS if field.stage == "opd" and field.name != "tasks")]
+DICTS = ("tasks", "rewards", "run.servers")
+SECTIONS = ["", *(f"{field.name}{'.x' * (field.name in DICTS)}" for field in GROUPS if field.stage == "opd")]
 
 
 @pytest.mark.parametrize("group", SECTIONS)
@@ -304,7 +345,7 @@ def test_a_resolved_config_is_frozen(stage: str):
     assert config == resolve(valid(stage))
 
 
-@pytest.mark.parametrize("name", ["tasks", "cold_start.weights", "run.alarms"])
+@pytest.mark.parametrize("name", [*DICTS, "cold_start.weights", "run.alarms"])
 def test_entries_of_dicts_are_frozen_too(name: str):
     config = resolve(valid("opd"))
     entries = find(config, name)

@@ -11,9 +11,10 @@ import pytest
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.score import EvalSet, evaluate, means, noise_keys
+from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, measure, noise_keys, weighted_sum
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
 from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.rewards.reward import Reward, Scores, all_failed, collect
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
@@ -22,24 +23,30 @@ PROMPTS = ("a", "b", "c")
 Row = dict[str, np.ndarray]
 
 
-def _score(images: np.ndarray, prompts: Any) -> Row:
+def _skill(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
     """The image's mean, shifted by the prompt so that a wrong pairing shows."""
-    assert len(images) == len(prompts)
-    return {"skill": images.mean((1, 2, 3)) + 100 * np.array([ord(prompt) for prompt in prompts])}
+    assert images.dtype == np.uint8
+    assert len(images) == len(prompts) == len(metadata) > 0
+    return collect([(image.mean() + 1000 * ord(prompt), {}) for image, prompt in zip(images, prompts, strict=True)])
 
 
-def _score_two(images: np.ndarray, prompts: Any) -> Row:
-    return {"other": images.std((1, 2, 3)), **_score(images, prompts)}
+def _other(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
+    return collect([(float(image.std()), {}) for image in images])
+
+
+def _rewards(**scores: Any) -> dict[str, Reward]:
+    everyone = {"skill": _skill, "other": _other, **scores}
+    return {name: Reward(name, score, (None, None), "host") for name, score in everyone.items()}
 
 
 def _world() -> World:
-    tasks = {"one": Task("one", (), PROMPTS, _score), "two": Task("two", (), PROMPTS[::-1], _score_two)}
+    tasks = {"one": Task("one", (), PROMPTS, ("skill",)), "two": Task("two", (), PROMPTS[::-1], ("other", "skill"))}
 
     def encode(prompts: Any) -> Conditioning:
         codes = np.array([[ord(prompt)] for prompt in prompts], np.float32)
         return Conditioning(codes[:, None], codes)
 
-    return World(LATENT, tasks, encode, lambda latents: latents)
+    return World(LATENT, tasks, encode, lambda latents: latents / 8, rewards=_rewards())
 
 
 def _draw(variables: Any, adapter: Any, conditioning: Conditioning, null: None, keys: jax.Array) -> jax.Array:
@@ -53,7 +60,7 @@ SAMPLER = Sampler(_draw, guided=False, mesh=MESH)
 
 def _evaluate(samples: int, batch_size: int, *, seed: int = 0, shift: float = 0.0, world: World | None = None) -> Row:
     world = world or _world()
-    return evaluate(SAMPLER, world, EvalSet(world.tasks, samples, batch_size, seed), jnp.float32(shift), {})
+    return evaluate(SAMPLER, world, EvalSet(world.tasks, samples, batch_size, seed), jnp.float32(shift), {}).values
 
 
 def test_pairs_go_round_the_prompts_and_fill_up_the_last_batch():
@@ -86,23 +93,26 @@ def test_more_samples_only_add_pairs():
 
 
 def test_every_model_sees_the_same_pairs():
-    one, two = _evaluate(7, 4), _evaluate(7, 4, shift=10.0)
-    np.testing.assert_allclose(two["skill"] - one["skill"], 10, atol=1e-4)
-    np.testing.assert_allclose(two["other"], one["other"], atol=1e-5)
-    assert not np.allclose(_evaluate(7, 4, seed=1)["other"], one["other"], atol=1e-2)
+    one, two = _evaluate(7, 4), _evaluate(7, 4, shift=8 * 10 / 127.5)  # ten bytes, but for rounding
+    np.testing.assert_allclose(two["skill"] - one["skill"], 10, atol=0.2)
+    np.testing.assert_allclose(two["other"], one["other"], atol=0.2)
+    assert not np.allclose(_evaluate(7, 4, seed=1)["other"], one["other"], atol=1)
 
 
 def test_prompts_stay_with_their_images_and_repeats_get_fresh_noise():
     values = _evaluate(6, 4)["skill"][:6]  # task "one"
-    noise = values - 100 * np.array([ord(prompt) for prompt in PROMPTS * 2])
-    assert np.abs(noise).max() < 5
+    noise = values - 1000 * np.array([ord(prompt) for prompt in PROMPTS * 2])
+    assert np.abs(noise - 127.5).max() < 50
     assert len(np.unique(noise)) == 6
 
 
 def test_skills_that_tasks_share_are_joined_and_only_wanted_samples_count():
-    scores = _evaluate(5, 4)
-    assert {skill: len(values) for skill, values in scores.items()} == {"skill": 10, "other": 5}
-    assert means(scores) == {skill: float(values.mean()) for skill, values in scores.items()}
+    world = _world()
+    found = evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {})
+    assert {skill: len(values) for skill, values in found.values.items()} == {"skill": 10, "other": 5}
+    assert found.means() == {skill: float(values.mean()) for skill, values in found.values.items()}
+    assert list(found.values) == EvalSet(world.tasks, 5, 4, 0).skills()
+    assert (found.failed(), found.told()) == ({}, [])
 
 
 def test_progress_counts_the_wanted_samples():
@@ -193,7 +203,7 @@ def _mixed_world() -> World:
 def test_tasks_without_scores_are_not_sampled():
     counted: list[int] = []
     world = _mixed_world()
-    scores = evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {}, counted.append)
+    scores = evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {}, counted.append).values
     assert {skill: len(values) for skill, values in scores.items()} == {"other": 5, "skill": 5}
     assert counted == [4, 1]
     for skill, values in scores.items():  # what the others score is as if it were alone
@@ -218,7 +228,108 @@ def test_filling_up_batches_for_a_mesh_changes_no_score():
     world = _world()
     sets = [EvalSet(world.tasks, 7, batch_size, 0, ways) for batch_size, ways in ((2, 1), (2, 4), (3, 8), (6, 4))]
     assert [each.made_at_once for each in sets] == [2, 4, 8, 8]
-    expected, *found = [evaluate(SAMPLER, world, each, jnp.float32(0), {}) for each in sets]
+    expected, *found = [evaluate(SAMPLER, world, each, jnp.float32(0), {}).values for each in sets]
     for scores in found:
         for skill, values in expected.items():
             np.testing.assert_array_equal(scores[skill], values)
+
+
+# ---- scores that fail
+
+
+def _failing(which: Any) -> Any:
+    """A reward that scores 1, 2, 3, … in the order of the prompts `p0`, `p1`, …, and fails where `which(i)` holds."""
+
+    def score(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
+        places = [int(prompt[1:]) for prompt in prompts]
+        return collect([TimeoutError(f"no answer to p{i}") if which(i) else (i + 1.0, {}) for i in places])
+
+    return score
+
+
+def _failing_world(rewards: Any = None, **scores: Any) -> World:
+    task = Task("one", (), tuple(f"p{i}" for i in range(20)), ("a",), rewards=rewards or {})
+    return dataclasses.replace(
+        _world(), tasks={"one": task}, rewards=_rewards(**scores),
+        encode=lambda prompts: Conditioning(np.zeros((len(prompts), 1, 1)), np.zeros((len(prompts), 1))),
+    )  # fmt: skip
+
+
+def _found(world: World, samples: int = 20) -> Measured:
+    return evaluate(SAMPLER, world, EvalSet(world.tasks, samples, 8, 0), jnp.float32(0), {})
+
+
+def test_scores_that_fail_are_left_out_counted_and_told():
+    found = _found(_failing_world({"b": 0.0}, a=_failing(lambda i: i % 5 == 1), b=_failing(lambda i: False)))
+    assert np.flatnonzero(np.isnan(found.values["a"])).tolist() == [1, 6, 11, 16]
+    valid = [i + 1 for i in range(20) if i % 5 != 1]
+    assert found.means() == {"a": pytest.approx(np.mean(valid)), "b": 10.5}
+    assert found.failed() == {"a": 4}
+    assert found.told() == ["a: 4 of 20 failed: TimeoutError: no answer to p1"]
+    check_failures(found, 0.2)
+    with pytest.raises(
+        FloatingPointError, match=r"^scores of base: a: 4 of 20 failed: TimeoutError: no answer to p1 \("
+    ):
+        check_failures(found, 0.19, " of base")
+
+
+def test_means_of_nothing_are_refused_whatever_share_may_fail():
+    found = _found(_failing_world(a=_failing(lambda i: True)))
+    with pytest.raises(FloatingPointError, match=r"^scores: a: 20 of 20 failed: .*run\.max_failed_rewards is 1\)$"):
+        check_failures(found, 1.0)
+
+
+def test_a_value_that_is_not_finite_is_a_failure():
+    def score(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
+        return collect([(np.inf if prompt == "p3" else 1.0, {}) for prompt in prompts])
+
+    found = _found(_failing_world(a=score))
+    assert found.told() == ["a: 1 of 20 failed: the value is inf"]
+    assert found.means() == {"a": 1.0}
+
+
+def test_a_tasks_reward_is_the_weighted_sum_of_those_that_count():
+    places = {"a": 0, "b": 2, "c": 3}
+    scores = {name: _failing(lambda i, place=place: i == place) for name, place in places.items()}
+    world = _failing_world({"b": 0.5, "c": 2.0, "other": 0.0}, **scores)
+    found = _found(world)
+    assert list(found.values) == ["a", "b", "c", "other", "reward/one"] == EvalSet(world.tasks, 1, 1, 0).skills()
+    expected = 2.5 * (np.arange(20) + 1.0)
+    expected[[2, 3]] = np.nan
+    np.testing.assert_array_equal(found.values["reward/one"], expected)
+    assert found.told()[-1] == "reward/one: 2 of 20 failed: b: TimeoutError: no answer to p2"
+
+
+def test_a_weighted_sum_says_which_of_its_rewards_failed():
+    results: list[Any] = [(2.0, {}), (3.0, {}), OSError("z")]
+    found = {"a": collect([(1.0, {}), ValueError("x"), ValueError("y")]), "b": collect(results)}
+    total = weighted_sum(found, {"a": 0.5, "b": 2.0})
+    np.testing.assert_array_equal(total.values, [4.5, np.nan, np.nan])
+    assert total.details == ({}, {"error": "a: ValueError: x"}, {"error": "a: ValueError: y"})
+    assert weighted_sum(found, {"b": 1.0}).details[2] == {"error": "b: OSError: z"}
+
+
+def test_metadata_stand_beside_their_prompts():
+    seen: list[tuple[str, Any]] = []
+
+    def score(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
+        seen.extend(zip(prompts, metadata, strict=True))
+        return all_failed(len(images), "nothing")
+
+    beside = ({"n": 1}, {"n": 2}, {"n": 3})
+    task = Task("one", (), PROMPTS, ("a",), test_metadata=beside)
+    evaluated = dataclasses.replace(_world(), tasks={"one": task}, rewards=_rewards(a=score))
+    _found(evaluated, 7)
+    assert seen == list(zip(PROMPTS, beside, strict=True)) * 2 + [("a", {"n": 1})]
+
+
+def test_another_number_of_scores_than_of_images_is_refused():
+    rewards = _rewards(short=lambda images, prompts, metadata: collect([(1.0, {})]))
+    with pytest.raises(ValueError, match=r"^rewards\.short: found 1 scores of 2 images, expected one each$"):
+        measure(rewards, ["skill", "short"], np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+
+
+def test_an_image_that_is_not_finite_is_never_scored():
+    world = dataclasses.replace(_world(), decode=lambda latents: np.full_like(latents, np.nan))
+    with pytest.raises(ValueError, match=r"^images: 4 of 4 are not finite, the first of prompt 'a'$"):
+        _evaluate(7, 4, world=world)

@@ -279,7 +279,7 @@ def test_the_newest_checkpoint_evaluated_anew_gives_what_the_run_gave(whole: Pat
     ("changes", "step", "out", "expected"),
     [
         ({}, 1, "out", f"--step: found 1, expected one that WHOLE holds: 3, {STEPS}"),
-        ({"seed": 4}, None, "out", "WHOLE belongs to another config; only the fields of `run` and `eval` may be"),
+        ({"seed": 4}, None, "out", "WHOLE belongs to another config; only the fields of `run` and `eval` and rewards"),
         ({}, None, "mine", "--out: TMP/mine holds what no evaluation has made; name another"),
     ],
 )

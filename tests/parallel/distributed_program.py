@@ -28,6 +28,7 @@ from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import AXES, make_mesh
 from fopd_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from fopd_jax.policy.velocity import make_velocity
+from fopd_jax.rewards.reward import Reward, Scores, collect
 from fopd_jax.steps.opd.pieces import Pieces
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.opd.step import make_step
@@ -93,9 +94,11 @@ def _train(mesh: Mesh, folder: Path) -> Found:
     return {"losses": losses, "devices": [jax.device_count(), jax.local_device_count()]}
 
 
-def _score(images: np.ndarray, prompts: Any) -> dict[str, np.ndarray]:
-    """In float64, which no device would keep."""
-    return {"mean": images.mean((1, 2, 3), np.float64) + np.array([len(prompt) / 3 for prompt in prompts])}
+def _score(images: np.ndarray, prompts: Any, metadata: Any) -> Scores:
+    """In float64, which no device would keep; it fails for the prompt that is third of its task."""
+    values = images.mean((1, 2, 3), np.float64) + np.array([len(prompt) / 3 for prompt in prompts])
+    third = [ValueError("it is the third") if each["place"] == 2 else None for each in metadata]
+    return collect([error or (float(value), {}) for value, error in zip(values, third, strict=True)])
 
 
 def _evaluate(mesh: Mesh) -> Found:
@@ -109,12 +112,16 @@ def _evaluate(mesh: Mesh) -> Found:
     def draw(variables: Any, adapter: Any, conditioning: Conditioning, null: None, keys: jax.Array) -> jax.Array:
         return standard_normal(keys, LATENT) + variables * conditioning.pooled[:, :1, None, None]
 
-    world = World(LATENT, {"task": Task("task", (), ("a", "bb", "ccc"), _score)}, encode, lambda latents: 2 * latents)
+    beside = tuple({"place": place} for place in range(3))
+    task = Task("task", (), ("a", "bb", "ccc"), ("mean",), test_metadata=beside)
+    rewards = {"mean": Reward("mean", _score, (None, None), "host")}
+    world = World(LATENT, {"task": task}, encode, lambda latents: latents / 16, rewards=rewards)
     sampler = Sampler(jax.jit(draw, out_shardings=batch_sharding(mesh)), guided=False, mesh=mesh)
     weight = distributed.put_replicated(np.float32(3), replicated(mesh))
-    scores = evaluate(sampler, world, EvalSet(world.tasks, SAMPLES, BATCH, 0), weight, {})
+    found = evaluate(sampler, world, EvalSet(world.tasks, SAMPLES, BATCH, 0), weight, {})
     images = sampler(world, weight, {}, [f"prompt {row}" for row in range(BATCH)], noise_keys(0, "", np.arange(BATCH)))
-    return {"scores": scores["mean"].tolist(), "images": images.tolist(), "encoded": len(encoded)}
+    scores = [None if np.isnan(value) else value for value in found.values["mean"].tolist()]
+    return {"scores": scores, "told": found.told(), "images": images.tolist(), "encoded": len(encoded)}
 
 
 def _move() -> list[list[int]]:

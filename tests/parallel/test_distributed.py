@@ -71,10 +71,14 @@ def test_evaluation_is_shared_and_everybody_has_the_result(one_and_two: dict[int
     assert len(one["scores"]) == SAMPLES
     for found in two:
         np.testing.assert_allclose(found["images"], one["images"], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(found["scores"], one["scores"], rtol=0, atol=1e-5)
+        scores = [np.array(each["scores"], float) for each in (found, one)]  # None where they failed
+        np.testing.assert_allclose(*scores, rtol=0, atol=0.05)  # of bytes: a pixel may be rounded to another one
+        assert np.flatnonzero(np.isnan(scores[0])).tolist() == list(range(2, SAMPLES, 3))
+        assert found["told"] == one["told"] == [f"mean: 4 of {SAMPLES} failed: ValueError: it is the third"]
         assert (found["scores"], found["images"]) == (two[0]["scores"], two[0]["images"])
         assert found["encoded"] == one["encoded"] // 2
-    assert any(float(np.float32(score)) != score for score in two[0]["scores"])  # nothing was rounded on the way
+    kept = [score for score in two[0]["scores"] if score is not None]
+    assert any(float(np.float32(score)) != score for score in kept)  # nothing was rounded on the way
 
 
 def test_processes_hold_the_rows_of_their_devices(one_and_two: dict[int, list[Found]]):

@@ -12,15 +12,17 @@ import pytest
 
 from fopd_jax import main
 from fopd_jax.config.parse import assign, resolve
+from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.evaluation import sampler
 from fopd_jax.running import resources
 from fopd_jax.stages import opd, plan
 from fopd_jax.stages.opd import plan_opd
-from fopd_jax.stages.plan import check_plan, skills
+from fopd_jax.stages.plan import check_plan
 from fopd_jax.steps.opd import step as opd_step
 from fopd_jax.tasks.task import Task
 from tests.configs import EVERY, load, smoke_variant
 
+OWN = "fopd_jax.rewards.ocr:quoted_target"  # any function will do: nothing is scored here
 RUNNING = [each for each in EVERY if each[0].startswith("miniature") and each[1] != "mediocre"]  # it needs clean's base
 RUNNING += [(name, smoke_variant(variant)) for name, variant in EVERY if "teacher" not in name]
 
@@ -95,6 +97,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model.path": "pyproject.toml"}, r"model\.path: pyproject\.toml: damaged"),
     ({"adapter.rank": 97}, r"adapter\.rank: found 97, but the merged layers have rank 96 at most"),
     ({"tasks.text.teacher": "nowhere"}, r"tasks\.text\.teacher: nowhere: no such file"),
+    ({"tasks.text.rewards": {"txt": 1.0}}, r"rewards\.txt\.kind: no reward 'txt'; did you mean 'text'\?"),
+    ({"rewards": {"txt": RewardConfig()}}, r"rewards\.txt: no task names this reward; did you mean 'text'\?"),
+    ({"run.servers": {"x": Server(("http://a",))}}, r"run\.servers\.x: no task names this reward; they name compo"),
+    (
+        {"tasks.text.rewards": {"a": 1.0}, "rewards": {"a": RewardConfig(kind="nowhere:f")}},
+        r"rewards\.a\.kind: cannot import nowhere:f \(ModuleNotFoundError",
+    ),
+    (
+        {"tasks.composition.rewards": {"text": 1.0}},
+        r"tasks\.composition\.rewards\.text: OCR prompt '.*' must hold its target text in double quotes",
+    ),
+    (
+        {"tasks.text.rewards": {"composition": 1.0}},
+        r"tasks\.text\.rewards\.composition: prompt 'sign \"...\"' asks for text",
+    ),
 ]
 
 
@@ -112,7 +129,11 @@ def test_what_would_fail_later_is_refused_first(
 
 
 def test_scores_that_can_be_kept_are_those_of_the_evaluated_tasks():
-    assert skills(plan_opd(resolve(load())).setup) == ["text", "quality", "composition", "composition_strict"]
+    config = load()
+    skills = ["text", "quality", "composition", "composition_strict"]
+    assert plan_opd(resolve(config)).setup.eval_set.skills() == skills
+    assign(config, {"tasks.text.rewards": {"jpg": 1.0, "text": 0.5}, "rewards": {"jpg": RewardConfig(kind=OWN)}})
+    assert plan_opd(resolve(config)).setup.eval_set.skills() == ["text", "quality", "jpg", "reward/text", *skills[2:]]
 
 
 # ---- folders

@@ -50,8 +50,8 @@ def test_captions_stand_in_imagefolders_lines(tmp_path: Path):
 def test_a_task_is_captions_files_and_held_out_prompts(tmp_path: Path):
     _files(tmp_path, a_png="", a_txt="an ant", test_prompts="a bee\na cat\n")
     task = read_image_tasks({"style": Pairs(images=str(tmp_path), test=f"{tmp_path}/test.prompts")})["style"]
-    assert (task.train, task.test, task.images, task.score) == (
-        ("an ant",), ("a bee", "a cat"), (tmp_path / "a.png",), None,
+    assert (task.train, task.test, task.images, task.scored) == (
+        ("an ant",), ("a bee", "a cat"), (tmp_path / "a.png",), (),
     )  # fmt: skip
 
 

@@ -76,9 +76,9 @@ def _tasks(folder: Path, **changes: str) -> dict[str, RoutedTask]:
 
 def test_every_task_of_a_config_has_its_prompts_and_no_scores(tmp_path: Path):
     tasks = read_tasks(_tasks(tmp_path))
-    assert {name: (task.name, task.train, task.test, task.score) for name, task in tasks.items()} == {
-        "one": ("one", ("one",), ("one_test",), None),
-        "two": ("two", ("two",), ("two_test",), None),
+    assert {name: (task.name, task.train, task.test, task.scored) for name, task in tasks.items()} == {
+        "one": ("one", ("one",), ("one_test",), ()),
+        "two": ("two", ("two",), ("two_test",), ()),
     }
 
 

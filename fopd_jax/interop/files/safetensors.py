@@ -27,7 +27,7 @@ def save_tree(path: Path, tree: Tree, metadata: Mapping[str, Any], dtype: str = 
     Equal trees and metadata give equal bytes.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    tensors = {name: np.asarray(value.astype(np.dtype(dtype))) for name, value in flat.items()}
+    tensors = {name: np.asarray(value).astype(np.dtype(dtype), copy=False) for name, value in flat.items()}
     header = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, header)

@@ -4,6 +4,7 @@ The name tables are the only place that knows both sides; `{}` stands for the nu
 published SD3 and SD3.5 checkpoints, which transformers writes to this day.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -28,7 +29,7 @@ _CLIP_FIELDS = {  # ours → transformers'
     "layer_norm_eps": "layer_norm_eps",
     "eos_token_id": "eos_token_id",
 }
-_CLIP_NAMES = {  # our module → transformers'
+CLIP_NAMES = {  # our module → transformers'
     "token_embedding": "text_model.embeddings.token_embedding",
     "position_embedding": "text_model.embeddings.position_embedding",
     "layers/layer_norm1": "text_model.encoder.layers.{}.layer_norm1",
@@ -42,7 +43,7 @@ _CLIP_NAMES = {  # our module → transformers'
     "final_layer_norm": "text_model.final_layer_norm",
     "text_projection": "text_projection",
 }
-_CLIP_UNUSED = (r"text_model\.embeddings\.position_ids",)  # 0, 1, 2, …, which old versions wrote
+CLIP_UNUSED = (r"text_model\.embeddings\.position_ids",)  # 0, 1, 2, …, which old versions wrote
 
 _T5_FIELDS = {
     "vocab_size": "vocab_size",
@@ -90,7 +91,7 @@ def clip_component(config: Mapping[str, Any]) -> Component:
     if not isinstance(fields["eos_token_id"], int):  # transformers' type admits None and lists
         raise _wrong("eos_token_id", fields["eos_token_id"], "one id")
     ours = CLIPTextConfig(**fields)
-    return _component(ours, CLIPText(ours), _CLIP_NAMES, _CLIP_UNUSED)
+    return _component(ours, CLIPText(ours), CLIP_NAMES, CLIP_UNUSED)
 
 
 def t5_component(config: Mapping[str, Any]) -> Component:
@@ -119,18 +120,22 @@ def _component(
     config: CLIPTextConfig | T5Config, network: nn.Module, names: Mapping[str, str], unused: tuple[str, ...]
 ) -> Component:
     shapes = parameter_shapes(network.init, jnp.zeros((1, 1), jnp.int32))
-    sources = {path: source for stacked in shapes for path, source in _sources(stacked, names, config.depth).items()}
+    sources = {path: source for stacked in shapes for path, source in sources_of(stacked, names, config.depth).items()}
     return Component(config=config, shapes=shapes, sources=sources, stacks=(STACK,), unused=unused)
 
 
-def _sources(stacked: str, names: Mapping[str, str], depth: int) -> dict[str, Source]:
-    """Per-layer path → tensor, for one parameter as the network reads it."""
+def sources_of(
+    stacked: str, names: Mapping[str, str], depth: int, odd: Mapping[str, Source] | None = None
+) -> dict[str, Source]:
+    """Per-layer path → tensor, for one parameter as the network reads it; `odd`: parameters that are no module's."""
     module, _, leaf = stacked.rpartition("/")
-    name, pattern = f"{names[module]}.{_LEAVES[leaf]}", LINEAR if leaf == "kernel" else SAME
+    if (source := (odd or {}).get(stacked)) is None:
+        source = Source(f"{names[module]}.{_LEAVES[leaf]}", LINEAR if leaf == "kernel" else SAME)
     if not stacked.startswith(f"{STACK}/"):
-        return {stacked: Source(name, pattern)}
+        return {stacked: source}
     rest = stacked.removeprefix(f"{STACK}/")
-    return {f"{STACK}_{i}/{rest}": Source(name.format(i), pattern) for i in range(depth)}
+    layers = range(depth)
+    return {f"{STACK}_{i}/{rest}": dataclasses.replace(source, name=source.name.format(i)) for i in layers}
 
 
 def _wrong(field: str, found: Any, right: Any) -> ValueError:

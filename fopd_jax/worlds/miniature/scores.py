@@ -1,4 +1,4 @@
-"""Scores of the miniature's images: the text they show, the objects they hold, and how clean they look.
+"""What is in the miniature's images: the text they show, the objects they hold, and how clean they look.
 
 Closed-form stand-ins for a text recogniser, an object detector and an image-quality model. Every function takes
 images [N, 24, 24, 3] whose data range is [-1, 1]; values beyond it count as the nearest end.
@@ -7,14 +7,13 @@ images [N, 24, 24, 3] whose data range is [-1, 1]; values beyond it count as the
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
-from fopd_jax.rewards.ocr import ocr_reward
 from fopd_jax.worlds.miniature.prompts import COLOURS, SHAPES, Phrase, Scene, parse
 from fopd_jax.worlds.miniature.render import BACKGROUNDS, GLYPH_MASKS, PALETTE, SHAPE_MASKS, SIZE
 
@@ -49,36 +48,6 @@ def read_text(images: Float[np.ndarray, "n 24 24 3"]) -> list[str]:
     return [text for start in starts for text in _read_chunk(images[start : start + _CHUNK])]
 
 
-def text_score(images: Float[np.ndarray, "n 24 24 3"], prompts: Sequence[str]) -> Float[np.ndarray, "n"]:
-    """The OCR reward in [0, 1] of what is read in each image against its prompt's quoted text.
-
-    Raises:
-      ValueError: a prompt quotes no text, or the numbers of images and prompts differ.
-    """
-    _require_pairs(images, prompts)
-    return np.array([ocr_reward(text, prompt) for text, prompt in zip(read_text(images), prompts, strict=True)])
-
-
-def composition_score(
-    images: Float[np.ndarray, "n 24 24 3"], prompts: Sequence[str]
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Two scores of the objects found against those asked for, (strict, continuous), each in [0, 1].
-
-    strict: 1 where the objects' colours, shapes and numbers are exactly the prompt's, else 0.
-    continuous: the mean over phrases of min(found, asked) / max(found, asked), times asked / (asked + extra) with
-    `extra` the number of objects of kinds that the prompt does not name. It is 1 exactly where strict is 1, falls
-    with every missing or surplus object, and is 0 where nothing asked for is found.
-
-    Raises:
-      ValueError: a prompt is not a composition prompt, or the numbers of images and prompts differ.
-    """
-    _require_pairs(images, prompts)
-    found = find_objects(images)
-    shares = [_share_right(objects, _scene(prompt)) for objects, prompt in zip(found, prompts, strict=True)]
-    continuous = np.array(shares, float)
-    return (continuous == 1.0).astype(float), continuous
-
-
 def quality_score(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n"]:
     """How clean each image is, in (0, 1]: the mean over pixels of exp(-(d / 0.2)^2).
 
@@ -101,11 +70,6 @@ def find_objects(images: Float[np.ndarray, "n 24 24 3"]) -> list[Counter[tuple[s
         for plane, shape in zip(first, shapes, strict=True):
             found[plane // len(COLOURS)][COLOURS[plane % len(COLOURS)], shape] += 1
     return found
-
-
-def _require_pairs(images: Float[np.ndarray, "n 24 24 3"], prompts: Sequence[str]) -> None:
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts: give one prompt an image")
 
 
 def _unit(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 24 3"]:
@@ -247,14 +211,25 @@ def _variants(mask: Bool[np.ndarray, "height width"]) -> Iterator[Bool[np.ndarra
 # Comparing with the prompt
 
 
-def _scene(prompt: str) -> Scene:
+def scene_of(prompt: str) -> Scene:
+    """What a composition prompt asks for.
+
+    Raises:
+      ValueError: it is none.
+    """
     content = parse(prompt)
     if not isinstance(content, Scene):
         raise ValueError(f"prompt {prompt!r} asks for text: composition scores need one like 'two red squares'")
     return content
 
 
-def _share_right(found: Counter[tuple[str, str]], scene: Scene) -> float:
+def share_right(found: Counter[tuple[str, str]], scene: Scene) -> float:
+    """How much of a scene is there, in [0, 1]: 1 exactly where colours, shapes and numbers are the scene's.
+
+    The mean over phrases of min(found, asked) / max(found, asked), times asked / (asked + extra) with `extra` the
+    number of objects of kinds that no phrase names. It falls with every missing or surplus object, and is 0 where
+    nothing asked for is found.
+    """
     asked = sum(phrase.count for phrase in scene.phrases)
     extra = sum(found.values()) - sum(found[phrase.kind] for phrase in scene.phrases)
     phrases = sum(_phrase_share(found[phrase.kind], phrase) for phrase in scene.phrases) / len(scene.phrases)

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.miniature import prompts as language
 from fopd_jax.worlds.miniature.pairs import Renderings
-from fopd_jax.worlds.miniature.scores import composition_score, quality_score, text_score
+from fopd_jax.worlds.miniature.rewards import make_rewards
 from fopd_jax.worlds.world import World
 
 SIDE = 24
+MEASURED = {"text": ("text", "quality"), "composition": ("composition", "composition_strict", "quality")}
 
 
 def encode(prompts: Sequence[str]) -> Conditioning:
@@ -31,15 +31,6 @@ def encode(prompts: Sequence[str]) -> Conditioning:
     return Conditioning(np.concatenate([words, positions], axis=-1), counts)
 
 
-def _score_sign(images: Float[np.ndarray, "n h w 3"], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    return {"text": text_score(images, prompts), "quality": quality_score(images)}
-
-
-def _score_scene(images: Float[np.ndarray, "n h w 3"], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    strict, continuous = composition_score(images, prompts)
-    return {"composition": continuous, "composition_strict": strict, "quality": quality_score(images)}
-
-
 def check(prompts: Iterable[str]) -> None:
     """Refuse, before anything is drawn, what is no prompt of this world.
 
@@ -51,10 +42,11 @@ def check(prompts: Iterable[str]) -> None:
 
 def make_world() -> World:
     """Text and composition; both also measure quality, which every image has."""
-    scores = {"text": _score_sign, "composition": _score_scene}
     tasks = {
-        name: Task(name, language.prompts(name, "train"), language.prompts(name, "test"), score)
-        for name, score in scores.items()
+        name: Task(name, language.prompts(name, "train"), language.prompts(name, "test"), measured)
+        for name, measured in MEASURED.items()
     }
     pairs = partial(Renderings, tasks, encode)
-    return World((SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs)
+    return World(
+        (SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs, rewards=make_rewards()
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""Rewards of BLIP: `imagereward`, how well people like an image for its prompt, and `blip_vqa`, answers about it.
+
+ImageReward: Xu et al. 2023, arXiv 2304.05977. BLIP-VQA as T2I-CompBench asks it (Huang et al. 2023, arXiv 2307.06350):
+the product over a prompt's questions of the probability that an answer begins with "yes".
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, UInt8
+
+from fopd_jax.config.schema import RewardConfig, Server
+from fopd_jax.interop.scorers.blip import NETWORK, SPECIAL
+from fopd_jax.interop.scorers.weights import CONVERTER, load_weights
+from fopd_jax.models.blip import BLIPVQA, BLIPConfig, BLIPTextConfig, BLIPVisionConfig, ImageReward
+from fopd_jax.models.resize import cropped, fixed_point, resample, shortest_to, weights
+from fopd_jax.parallel.parts import in_parts, own_mesh
+from fopd_jax.parallel.sharding import replicated
+from fopd_jax.rewards.options import read_options
+from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed, collect
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+REWARD_MEAN, REWARD_STD = 0.16717363, 1.03333947  # of ImageReward's own training pairs [code]
+MOST_TOKENS = 35  # of a prompt or question, [code] in both
+KINDS = {"imagereward": "imagereward", "blip_vqa": "vqa"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`batch_size`: images at once a process. `questions`: at most so many an image, in `blip_vqa`.
+
+    Raises:
+      ValueError: a number is out of range, or the dtype is not known.
+    """
+
+    batch_size: int = 16
+    questions: int = 8
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "questions"):
+            if not 1 <= getattr(self, name) <= 2**16:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 to {2**16}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: found {self.dtype!r}, expected float32 or bfloat16")
+
+
+def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
+    """`imagereward`, standardised as published, without ends; `blip_vqa` in [0, 1].
+
+    A prompt's questions stand in its metadata under `questions`; without them it is asked about itself, with a "?".
+
+    Raises:
+      ValueError: an option is wrong, or `weights` is no converted BLIP of this kind; names the field.
+    """
+    options = read_options(Options, settings.options, f"rewards.{name}.options")
+    network = _Network(settings.weights, f"rewards.{name}.weights", KINDS[settings.kind or name], options)
+    if network.kind == "imagereward":
+        return Reward(name, functools.partial(_image_reward, network), (None, None), "device")
+    return Reward(name, functools.partial(_vqa, network), (0.0, 1.0), "device", functools.partial(_check, options))
+
+
+class _Network:
+    """A converted BLIP on this process's devices, its words and its compiled programs."""
+
+    def __init__(self, weights: str, field: str, kind: str, options: Options) -> None:
+        if not weights:
+            raise ValueError(f"{field}: found nothing, expected a converted BLIP: {CONVERTER}")
+        shape, params = load_weights(Path(weights), NETWORK, field)
+        if shape["kind"] != kind:
+            raise ValueError(f"{field}: {weights}: found BLIP for {shape['kind']}, expected {kind}")
+        self.kind, self.options, self.mesh = kind, options, own_mesh()
+        self.config = BLIPConfig(BLIPVisionConfig(**shape["vision"]), BLIPTextConfig(**shape["text"]))
+        self.words = Words(shape["vocabulary"], marked=shape["marked_question"] and kind == "vqa")
+        dtype = jnp.dtype(options.dtype)
+        self.params = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params), replicated(self.mesh))
+
+    @functools.cached_property
+    def image_reward(self) -> Callable[[Any, Any], Array]:
+        network, size = ImageReward(self.config, jnp.dtype(self.options.dtype)), self.config.vision.image_size
+
+        def score(params: Any, rows: Any) -> Array:
+            pixels = _pixels(rows["images"], size, crop=True).astype(network.dtype)
+            return network.apply({"params": params}, pixels, rows["ids"], rows["mask"])  # type: ignore[return-value]
+
+        return jax.jit(score)
+
+    @functools.cached_property
+    def yes(self) -> Callable[[Any, Any], Array]:
+        """Probabilities of "yes" `[b, questions]`; each image is seen once."""
+        network, size = BLIPVQA(self.config, jnp.dtype(self.options.dtype)), self.config.vision.image_size
+        start, yes = self.words.ids["[DEC]"], self.words.ids["yes"]
+
+        def ask(params: Any, rows: Any) -> Array:
+            pixels = _pixels(rows["images"], size, crop=False).astype(network.dtype)
+            answers = network.apply({"params": params}, pixels, rows["ids"], rows["mask"], start)
+            return jnp.exp(answers[..., yes])  # type: ignore[index]
+
+        return jax.jit(ask)
+
+    def over(self, program: Callable[[Any, Any], Array], rows: Any) -> np.ndarray:
+        return in_parts(functools.partial(program, self.params), rows, self.mesh, self.options.batch_size)
+
+
+class Words:
+    """BERT's tokens of texts: lower case, without accents, [CLS] before and [SEP] after.
+
+    BLIP's own VQA puts [ENC] in the first one's place (`marked`).
+
+    Raises:
+      ValueError: the vocabulary lacks a word that is needed.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], marked: bool) -> None:
+        from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
+
+        self.ids, self._marked = {word: place for place, word in enumerate(vocabulary)}, marked
+        if missing := [word for word in ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "yes", *SPECIAL) if word not in self.ids]:
+            raise ValueError(f"vocabulary: found no {missing[0]!r} among {len(vocabulary)} words")
+        self._tokenizer = BertWordPieceTokenizer(self.ids, lowercase=True)
+        self._tokenizer.enable_truncation(MOST_TOKENS)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "n s"], Bool[np.ndarray, "n s"]]:
+        """Ids, filled up to 35, and which of them are text; what is beyond is cut off, as published."""
+        ids = np.full((len(texts), MOST_TOKENS), self.ids["[PAD]"], np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, encoding in enumerate(self._tokenizer.encode_batch(list(texts))):
+            ids[row, : len(encoding.ids)], mask[row, : len(encoding.ids)] = encoding.ids, True
+        if self._marked:
+            ids[:, 0] = self.ids["[ENC]"]
+        return ids, mask
+
+
+def _pixels(images: UInt8[Array, "b h w 3"], size: int, crop: bool) -> Float[Array, "b size size 3"]:
+    """As Pillow resizes: the shorter side to `size` and the centre of it, or both sides; then normalised."""
+    count, *sides = images.shape[:3]
+    wanted = shortest_to(size, *sides) if crop else (size, size)
+    tables = (fixed_point(weights(side, to, "bicubic")) for side, to in zip(sides, wanted, strict=True))
+    rows, columns = (
+        jnp.broadcast_to(cropped(each, size, "even")[None], (count, size, each.shape[1])) for each in tables
+    )
+    resized = resample(images, rows, columns).astype(jnp.float32) / 255
+    return (resized - jnp.array(MEAN).reshape(1, 1, 1, 3)) / jnp.array(STD).reshape(1, 1, 1, 3)
+
+
+def _image_reward(
+    network: _Network, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> Scores:
+    ids, mask = network.words(prompts)
+    values = network.over(network.image_reward, {"images": images, "ids": ids, "mask": mask})
+    return collect([((float(value) - REWARD_MEAN) / REWARD_STD, {}) for value in values])
+
+
+def questions(prompt: str, metadata: Metadata) -> list[str]:
+    """What is asked about a prompt's image.
+
+    Raises:
+      ValueError: `questions` is there but no list of texts; names the prompt.
+    """
+    asked = metadata.get("questions", [f"{prompt.rstrip(' .?!')}?"])
+    if not isinstance(asked, list | tuple) or not all(isinstance(each, str) and each.strip() for each in asked):
+        raise ValueError(f"prompt {prompt!r}: found questions {asked!r}, expected a list of texts")
+    return list(asked)
+
+
+def _check(options: Options, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
+    for prompt, about in zip(prompts, metadata, strict=True):
+        if (count := len(questions(prompt, about))) > options.questions:
+            raise ValueError(f"prompt {prompt!r}: found {count} questions, expected at most {options.questions}")
+
+
+def _vqa(
+    network: _Network, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> Scores:
+    """The product over questions; 1 of none, as T2I-CompBench has it."""
+    try:
+        _check(network.options, prompts, metadata)
+    except ValueError as error:
+        return all_failed(len(images), str(error))
+    asked = [questions(*each) for each in zip(prompts, metadata, strict=True)]
+    most = network.options.questions
+    ids, mask = network.words([text for each in asked for text in (*each, *[""] * (most - len(each)))])
+    rows = {"images": images, "ids": ids.reshape(-1, most, MOST_TOKENS), "mask": mask.reshape(-1, most, MOST_TOKENS)}
+    answers = network.over(network.yes, rows)
+    said = [row[: len(each)].astype(float).tolist() for row, each in zip(answers, asked, strict=True)]
+    return collect([(math.prod(each), {"questions": q, "yes": each}) for q, each in zip(asked, said, strict=True)])

@@ -1,0 +1,45 @@
+"""The rewards that a config's tasks name: put beside the world's own, and asked about every prompt."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+
+from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.exits import naming
+from fopd_jax.rewards.registry import check_named, make_rewards
+from fopd_jax.rewards.reward import Reward
+from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.world import World
+
+
+def furnish(config: OPD | FlowMatching, world: World, evaluated: Iterable[str], others: Collection[str] = ()) -> World:
+    """The world with its tasks' rewards: their weights, and those of the `evaluated` tasks ready to score.
+
+    `others`: rewards that are wanted beside them.
+
+    Raises:
+      ValueError: settings are of a reward that no task names, or wrong; names the field.
+    """
+    weights = {name: dict(task.rewards) for name, task in config.tasks.items()}
+    tasks = {name: dataclasses.replace(task, rewards=weights.get(name, {})) for name, task in world.tasks.items()}
+    named = {
+        *others,
+        *(name for task in tasks.values() for name in task.scored),
+        *(n for w in weights.values() for n in w),
+    }
+    check_named(named, config.rewards, config.run.servers)
+    wanted = [*(name for task in evaluated for name in tasks[task].scored), *others]
+    made = make_rewards(wanted, config.rewards, config.run.servers, world.rewards)
+    return dataclasses.replace(world, tasks=tasks, rewards={**world.rewards, **made})
+
+
+def check_prompts(tasks: Mapping[str, Task], rewards: Mapping[str, Reward]) -> None:
+    """Refuse prompts that a reward of their task can never score.
+
+    Raises:
+      ValueError: names the task's field, the prompt and the reason.
+    """
+    for task in tasks.values():
+        for name in task.scored:
+            with naming(f"tasks.{task.name}.rewards.{name}"):
+                for split in ("train", "test"):
+                    rewards[name].check(getattr(task, split), task.beside(split))
