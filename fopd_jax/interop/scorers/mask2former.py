@@ -1,9 +1,10 @@
-"""Mask2Former over Swin, as transformers or mmdet 2 publishes it → our parameters and the network's shape.
+"""Mask2Former over Swin, as transformers or mmdet publishes it → our parameters and the network's shape.
 
 The tensors themselves tell the shape; transformers' `config.json` is only held to what they cannot tell.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -24,7 +25,7 @@ from fopd_jax.interop.files.tables import (
     from_tensors,
     parameter_shapes,
 )
-from fopd_jax.interop.scorers.mask2former_names import MMDET, TRANSFORMERS, Layout, Names
+from fopd_jax.interop.scorers.mask2former_names import LAYOUTS, Layout, Names
 from fopd_jax.models.mask2former import STRIDE, DecoderConfig, Mask2Former, Mask2FormerConfig
 from fopd_jax.models.pixel_decoder import LEVELS, POINTS, PixelDecoderConfig
 from fopd_jax.models.swin import EPS, PATCH, SwinConfig
@@ -53,7 +54,7 @@ _RIGHT_BACKBONE = {
 
 
 def recognises(names: Collection[str]) -> bool:
-    """Whether tensors of these names are a Mask2Former's, in either layout."""
+    """Whether tensors of these names are a Mask2Former's, in one of the layouts."""
     return _layout(names) is not None
 
 
@@ -68,19 +69,18 @@ def convert(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None)
     """
     layout = _layout(tensors)
     if layout is None:
-        marks = " or ".join(repr(each.mark) for each in (TRANSFORMERS, MMDET))
-        raise ValueError(f"Mask2Former: found no tensor whose name begins with {marks}")
+        marks = " or ".join(repr(each.mark) for each in LAYOUTS)
+        raise ValueError(f"Mask2Former: found no tensors whose names begin with one of {marks}")
     tensors = {name: tensor for name, tensor in tensors.items() if not _UNUSED.fullmatch(name)}
     ours = _read_shape(tensors, layout)
     _check_config(config or {}, ours)
     components = _components(ours, layout)
-    shapes = [component.tensor_shapes() for component in components.values()]
-    check_names(
-        {name: each.shape for name, each in tensors.items()}, _joined({k: v for s in shapes for k, v in s.items()})
-    )
+    shapes = {part: component.tensor_shapes() for part, component in components.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_names(found, _joined({name: shape for each in shapes.values() for name, shape in each.items()}))
     params = {
-        part: from_tensors(component, {name: _piece(tensors, name, layout) for name in shape}, np.float32)
-        for (part, component), shape in zip(components.items(), shapes, strict=True)
+        part: from_tensors(component, {name: _piece(tensors, name, layout) for name in shapes[part]}, np.float32)
+        for part, component in components.items()
     }
     return dataclasses.asdict(ours), params
 
@@ -94,7 +94,7 @@ def network_config(shape: Mapping[str, Any]) -> Mask2FormerConfig:
 
 
 def _layout(names: Collection[str]) -> Layout | None:
-    found = [layout for layout in (TRANSFORMERS, MMDET) if any(name.startswith(layout.mark) for name in names)]
+    found = [layout for layout in LAYOUTS if any(name.startswith(layout.mark) for name in names)]
     return found[0] if len(found) == 1 else None
 
 
@@ -164,7 +164,7 @@ def _check_config(config: Mapping[str, Any], ours: Mask2FormerConfig) -> None:
 
 def _components(ours: Mask2FormerConfig, layout: Layout) -> dict[str, Component]:
     """The three networks, whose paths begin with their names in the whole one."""
-    shapes = parameter_shapes(Mask2Former(ours).init, jnp.zeros((1, STRIDE, STRIDE, 3)))
+    shapes = _shapes(ours)
     modules, components = _modules(ours, layout), {}
     for part, stacks in _STACKS.items():
         own = {path.removeprefix(f"{part}/"): shape for path, shape in shapes.items() if path.startswith(f"{part}/")}
@@ -172,6 +172,11 @@ def _components(ours: Mask2FormerConfig, layout: Layout) -> dict[str, Component]
         sources = {path: _source(f"{part}/{path}", shape, modules) for path, shape in paths}
         components[part] = Component(config=ours, shapes=own, sources=sources, stacks=stacks)
     return components
+
+
+@functools.cache
+def _shapes(ours: Mask2FormerConfig) -> dict[str, Shape]:
+    return parameter_shapes(Mask2Former(ours).init, jnp.zeros((1, STRIDE, STRIDE, 3)))
 
 
 def _modules(ours: Mask2FormerConfig, layout: Layout) -> Names:

@@ -1,7 +1,8 @@
-"""Names of Mask2Former's tensors in transformers' files and in mmdet 2's checkpoints, beside ours.
+"""Names of Mask2Former's tensors in transformers' files and in mmdet's checkpoints, beside ours.
 
 transformers' are those of `facebook/mask2former-swin-small-coco-instance`, which its `save_pretrained` writes to this
-day; mmdet's are the `state_dict` of the checkpoint that GenEval downloads.
+day; mmdet's are the `state_dict` of its checkpoints, of version 2, which GenEval needs, or of version 3, which renamed
+the layers and which GenEval's download script has come to fetch.
 """
 
 from typing import NamedTuple
@@ -106,7 +107,7 @@ TRANSFORMERS = Layout(
 )
 MMDET = Layout(
     name="mmdet 2",
-    mark="panoptic_head.transformer_decoder.",
+    mark="panoptic_head.transformer_decoder.layers.0.attentions.",
     block_layers="backbone.stages.{}.blocks.{}.",
     pixel_layers=_THEIR_PIXELS + ".encoder.layers.{}.",
     query_layers="panoptic_head.transformer_decoder.layers.{}.",
@@ -169,3 +170,18 @@ MMDET = Layout(
     },
     merged="(c h w)",
 )
+MMDET3 = MMDET._replace(
+    name="mmdet 3",
+    mark="panoptic_head.transformer_decoder.layers.0.cross_attn.",
+    pixel_names={
+        ours: theirs.replace("attentions.0.", "self_attn.").replace("ffns.0.", "ffn.")
+        for ours, theirs in MMDET.pixel_names.items()
+    },
+    query_names={
+        ours: theirs.replace("attentions.0.", "cross_attn.")
+        .replace("attentions.1.", "self_attn.")
+        .replace("ffns.0.", "ffn.")
+        for ours, theirs in MMDET.query_names.items()
+    },
+)
+LAYOUTS = (TRANSFORMERS, MMDET, MMDET3)

@@ -1,13 +1,14 @@
 """Mask2Former's published layouts → ours. transformers' files are written by transformers itself.
 
-No checkpoint of mmdet was at hand: its names and layouts are those of its documentation and sources at 2.x, written
+No checkpoint of mmdet was at hand: its names and layouts are those of its documentation and sources, written
 down here a second time, as a way from transformers' names to mmdet's. That the network then computes the same is seen
-by the tests of the network, since both layouts must give the same parameters.
+by the tests of the network, since all layouts must give the same parameters.
 """
 
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,22 @@ def unfolded(tensor: np.ndarray) -> np.ndarray:
     return tensor[..., [ours.index(each) for each in theirs]]
 
 
+def as_mmdet3() -> dict[str, np.ndarray]:
+    """As its third version renamed the layers of both transformers."""
+    renamed = {
+        r"(pixel_decoder\.encoder\.layers\.\d+\.)attentions\.0\.": r"\1self_attn.",
+        r"(transformer_decoder\.layers\.\d+\.)attentions\.0\.": r"\1cross_attn.",
+        r"(transformer_decoder\.layers\.\d+\.)attentions\.1\.": r"\1self_attn.",
+        r"\.ffns\.0\.": ".ffn.",
+    }
+    found = {}
+    for name, tensor in as_mmdet().items():
+        for pattern, other in renamed.items():
+            name = re.sub(pattern, other, name)
+        found[name] = tensor
+    return found
+
+
 def values(tree: Any) -> np.ndarray:
     return np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
 
@@ -112,9 +129,10 @@ def test_every_number_that_transformers_saves_is_used_once(tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_both_layouts_give_the_same_float32_parameters():
-    assert recognises(as_mmdet())
-    half = {name: each.astype(np.float16) for name, each in as_mmdet().items()}
+@pytest.mark.parametrize("layout", [as_mmdet, as_mmdet3])
+def test_all_layouts_give_the_same_float32_parameters(layout: Callable[[], dict[str, np.ndarray]]):
+    assert recognises(layout())
+    half = {name: each.astype(np.float16) for name, each in layout().items()}
     ours, theirs = convert(half, None), convert(published(SMALL), config_json(SMALL))
     assert ours[0] == theirs[0]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16)), ours[1], theirs[1])
@@ -165,5 +183,5 @@ def test_another_networks_config_is_refused(change: dict[str, Any], message: str
 def test_other_networks_are_not_recognised():
     others = ["text_model.embeddings.position_embedding.weight", "model.pixel_level_module.encoder.x", "backbone.norm0"]
     assert not recognises(others)
-    with pytest.raises(ValueError, match="found no tensor whose name begins with"):
+    with pytest.raises(ValueError, match="found no tensors whose names begin with one of"):
         convert({name: np.zeros(1, np.float32) for name in others}, None)
