@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fopd_jax.performance.hlo import Collective, collectives
+from fopd_jax.performance.hlo import Collective, collectives, estimated_cycles
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 MODULE = textwrap.dedent("""\
@@ -170,3 +170,13 @@ def test_a_program_of_this_compiler_is_read():
     (found,) = collectives(text.replace(header, f"{header}\n{loop}"))
     assert (found.depth, found.executions) == (1, 7)
     assert math.prod((4, 4)) * 4 >= found.bytes
+
+
+def test_estimated_cycles_are_multiplied_by_the_loops_around_them():
+    def told(text: str, after: str, cycles: int) -> str:
+        assert text.count(after) == 1
+        return text.replace(after, f'{after}, backend_config={{"flags":[],"estimated_cycles":"{cycles}","bounds":[]}}')
+
+    assert estimated_cycles(MODULE) == 0
+    once = told(MODULE, "all-reduce(%flags), channel_id=2", 100)
+    assert estimated_cycles(told(once, "reduce-scatter(%part), channel_id=3", 7)) == 100 + 7 * 9 * 5
