@@ -195,7 +195,7 @@ def _text_component(config: BLIPTextConfig) -> Component:
 
 
 def _component(
-    shape: BLIPVisionConfig | BLIPTextConfig, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
+    network: BLIPVisionConfig | BLIPTextConfig, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
 ) -> Component:
     sources = {}
     for path, shape in shapes.items():
@@ -206,7 +206,7 @@ def _component(
         for layer in range(shape[0]) if path.startswith(f"{STACK}/") else (None,):
             ours = path if layer is None else path.replace(STACK, f"{STACK}_{layer}", 1)
             sources[ours] = Source(name.format(layer), pattern)
-    return Component(shape, shapes, sources, (STACK,))
+    return Component(network, shapes, sources, (STACK,))
 
 
 def _vision_config(
