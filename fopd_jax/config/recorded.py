@@ -6,6 +6,7 @@ from typing import Any
 
 from fopd_jax.config.parse import unflatten
 from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.files import read_regular
 
 RECORD_FILE = "run.json"
 
@@ -19,7 +20,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = json.loads(read_regular(path).decode())["starts"]
         if isinstance(starts, list) and all(isinstance(each, dict) for each in starts):
             return starts
     except (ValueError, KeyError, TypeError):

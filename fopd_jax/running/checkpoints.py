@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from fopd_jax.files import free_name, write_json
+from fopd_jax.files import free_name, read_regular, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running.guards import in_one_line
@@ -264,7 +264,7 @@ class Best:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
                 self.add(step, _read_about(folder, step)["metrics"])  # where earlier versions kept them
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
+            found = json.loads(read_regular(folder / _SCORES).decode())
             for step, value in found.get(self._name, {}).items():
                 self._note(int(step), float(value))
 
@@ -313,7 +313,7 @@ def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _read_about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / ABOUT / ABOUT_FILE).read_text(encoding="utf-8"))
+    return json.loads(read_regular(folder / str(step) / ABOUT / ABOUT_FILE).decode())
 
 
 # ---- reading one without running on
@@ -326,7 +326,7 @@ def kept_steps(workdir: Path) -> list[int]:
 
 def seal_of(workdir: Path, step: int) -> str:
     """One hash for all that a checkpoint holds: that of its manifest."""
-    return hashlib.sha256((workdir / FOLDER / str(step) / MANIFEST_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(workdir / FOLDER / str(step) / MANIFEST_FILE)).hexdigest()
 
 
 def stored_shape(workdir: Path, step: int, ending: str) -> list[int] | None:

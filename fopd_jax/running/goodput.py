@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from fopd_jax.files import write_json
+from fopd_jax.files import read_regular, write_json
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.running.guards import in_one_line
 
@@ -149,7 +149,7 @@ def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds
     A file that is missing or damaged counts as none: it is a record and holds nothing that training needs.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        content = json.loads(read_regular(path).decode()) if path else {}
         seconds = _seconds(content["seconds"])
         saved = {int(at): _seconds(then) for at, then in content["saved"].items()}
         return content["runs"] + 1, seconds, {at: then for at, then in saved.items() if at <= step}

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fopd_jax.files import read_regular
+
 MANIFEST_FILE = "manifest.json"
 _PART = re.compile(r"manifest_\d+\.json")
 Entry = Mapping[str, int | str]  # of one file: bytes, sha256
@@ -121,7 +123,7 @@ def _read(path: Path) -> dict[str, Entry]:
       OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
         files: dict[str, Entry] = {name: dict(entry) for name, entry in json.loads(text)["files"].items()}
         if text != _render(files):
             raise ValueError("not as it was written")

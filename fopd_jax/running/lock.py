@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from fopd_jax.files import read_regular
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.running.preemption import last_words
 
@@ -143,7 +144,7 @@ def _beat(path: Path, text: str, done: threading.Event) -> None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fopd_jax.files import write_text
+from fopd_jax.files import read_regular, write_text
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
@@ -165,7 +165,7 @@ class _Tail:
 def logged(workdir: Path, step: int, prefix: str) -> dict[str, float]:
     """Scalars of that step that have been written under names with that prefix, without it."""
     path = workdir / SCALARS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_regular(path).decode().splitlines() if path.exists() else []
     found = (json.loads(line) for line in lines if _step_of(line) == step)
     return {
         name.removeprefix(prefix): value for line in found for name, value in line.items() if name.startswith(prefix)
@@ -181,7 +181,7 @@ def _resumed(path: Path, step: int) -> _Tail:
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`; a line cut off by a kill is dropped too."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    kept = [line for line in read_regular(path).decode().splitlines() if _step_of(line) <= step]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.config.identity import Fields
-from fopd_jax.files import write_json
+from fopd_jax.files import read_regular, write_json
 from fopd_jax.parallel.distributed import is_main, warn
 
 FILE = "wandb.json"
@@ -69,7 +69,7 @@ def run_id(workdir: Path) -> str:
     path = workdir / FILE
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:16]})
-    return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    return str(json.loads(read_regular(path).decode())["id"])
 
 
 class Tracker:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.files import free_name, write_json
+from fopd_jax.files import free_name, read_regular, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.running import lock
 from fopd_jax.running.checkpoints import FOLDER
@@ -90,7 +90,7 @@ def _value(fields: Fields, name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_regular(path).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
     if not isinstance(fields, dict):

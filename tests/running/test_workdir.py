@@ -1,6 +1,7 @@
 """A workdir and the config it belongs to."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,9 @@ def test_values_that_no_config_has_are_damage(text: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged.*; choose another --workdir$"):
         workdir.check(tmp_path, {"stage": "opd"})
+
+
+def test_a_pipe_in_the_place_of_a_config_is_told_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(OSError, match=r"a pipe, a socket or a device, not a regular file.*config\.json"):
+        check(tmp_path, _config())

@@ -82,6 +82,7 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "tex
 
 
 _MOST_LAYERS = 1000  # ten times the deepest published
+_MOST = 2**24  # of anything else that a configuration counts: more than any vocabulary
 
 
 def make_component(name: str, config: Mapping[str, Any]) -> Component:
@@ -94,10 +95,12 @@ def make_component(name: str, config: Mapping[str, Any]) -> Component:
 
 
 def _listable(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config, if its layers can be listed one by one, as names of tensors are."""
+    """The config, if its layers can be listed one by one, as names of tensors are, and its sizes be multiplied."""
     for field, value in config.items():
-        if "layers" in field and type(value) is int and value > _MOST_LAYERS:
-            raise ValueError(f"{field}: found {value}, expected at most {_MOST_LAYERS}")
+        most = _MOST_LAYERS if "layers" in field else _MOST
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if type(each) is int and abs(each) > most:
+                raise ValueError(f"{field}: found {each}, expected at most {most}")
     return config
 
 

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from fopd_jax.console import Progress
-from fopd_jax.files import replacing
+from fopd_jax.files import read_regular, replacing
 from fopd_jax.interop.files.tables import Shape
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -265,7 +265,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return _parse(path.read_bytes(), path)
+    return _parse(read_regular(path), path)
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.exits import naming
-from fopd_jax.files import replacing_folder, write_json, write_tensors
+from fopd_jax.files import read_regular, replacing_folder, write_json, write_tensors
 from fopd_jax.interop.lora.config import LARGEST_ALPHA, LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
     PEFT_PREFIX,
@@ -91,7 +91,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 def _read_settings(path: Path) -> LoRASettings:
     with naming(path):
-        return parse_settings(_parse_json(path.read_bytes()))
+        return parse_settings(_parse_json(read_regular(path)))
 
 
 def _parse_json(text: str | bytes) -> Mapping[str, Any]:
