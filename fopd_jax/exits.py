@@ -9,6 +9,7 @@ import errno
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, NoReturn
@@ -22,7 +23,7 @@ CONVERTER = "tools/convert_sd35_weights.py"
 """What makes the folders of `model.path`."""
 _STAYS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
 }  # fmt: skip
 """Errors of the system that the same command meets again."""
 
@@ -76,6 +77,11 @@ def _system(error: OSError, place: str) -> str:
 def is_local(name: str) -> bool:
     """Whether a path means what it says: gs:// and the like, ~ and $NAME would become folders of those names."""
     return not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|~|\$", name)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text can be a path that somebody means: nothing unseen, and nothing that UTF-8 lacks."""
+    return text == text.strip() and not any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.files import check_writable, read_regular, replacing
+from fopd_jax.files import check_writable, replacing
 from fopd_jax.parallel.distributed import warn
+from fopd_jax.reading import read_regular
 
 Encode = Callable[[Sequence[str]], Conditioning]
 Encoded = Iterable[tuple[Sequence[str], Conditioning]]

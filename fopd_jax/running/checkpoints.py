@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from fopd_jax.files import free_name, read_regular, write_json
+from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.reading import read_regular
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, fingerprint
 from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
@@ -32,6 +33,7 @@ from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
 _SCORES = "scores.json"  # by metric and step
+_STEP = re.compile(r"0|[1-9][0-9]*")  # as Python spells a number, so that a step has one name
 _TEMPORARY = re.compile(r"\d+\..*tmp.*")  # what a kill has left of a save or a removal, of earlier versions' too
 
 
@@ -275,11 +277,11 @@ class Best:
 
 def newest_step(workdir: Path) -> int:
     """Step of the newest checkpoint, 0 without one. Only looks: opening `Checkpoints` makes the folder."""
-    return max(_steps(workdir / FOLDER), default=0)
+    return max((step for step in _steps(workdir / FOLDER) if (workdir / FOLDER / str(step)).is_dir()), default=0)
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if _STEP.fullmatch(path.name)]
 
 
 def _remove_temporaries(folder: Path) -> None:
@@ -295,7 +297,10 @@ def _verify(folder: Path, size: int, verified: bool = False) -> str | None:
     """
     own = None if verified else find_damage(folder, jax.process_index(), jax.process_count())
     words = share(f"checkpoint {folder.name} verified", own or "", patience(size))
-    return next((word for word in words if word), None)
+    if damage := next((word for word in words if word), None):
+        return damage
+    holds = _read_about(folder.parent, int(folder.name)).get("step")
+    return None if str(holds) == folder.name else f"{folder}/: found step {holds} under this name"
 
 
 def _describe(state: TrainState) -> list[list[Any]]:

@@ -13,6 +13,7 @@ from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import is_converted, parse_manifest
 from fopd_jax.interop.files.tensor_files import hash_file, read_json
 from fopd_jax.parallel.distributed import barrier, is_main
+from fopd_jax.reading import is_taken
 
 INPUTS_FILE = "inputs.json"
 Noted = dict[str, dict[str, str]]
@@ -53,7 +54,11 @@ def _noted(path: Path) -> Noted:
     Raises:
       ValueError: the file is damaged; names it.
     """
-    return read_json(path) if path.is_file() else {}
+    noted = read_json(path) if is_taken(path) else {}
+    for field, each in noted.items():
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), str) for key in ("path", "sha256", "stat")):
+            raise ValueError(f"{path}: {field}: found {each!r}, expected texts path, sha256 and stat")
+    return noted
 
 
 def _compare(workdir: Path, there: Noted, here: Noted) -> None:

@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from fopd_jax.files import read_regular, write_text
+from fopd_jax.files import replacing
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.reading import parse_json, read_regular
+from fopd_jax.running.aside import begin_anew
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
@@ -165,8 +168,8 @@ class _Tail:
 def logged(workdir: Path, step: int, prefix: str) -> dict[str, float]:
     """Scalars of that step that have been written under names with that prefix, without it."""
     path = workdir / SCALARS
-    lines = read_regular(path).decode().splitlines() if path.exists() else []
-    found = (json.loads(line) for line in lines if _step_of(line) == step)
+    lines = read_regular(path).splitlines() if path.exists() else []
+    found = (_parse(line) for line in lines if _step_of(line) == step)
     return {
         name.removeprefix(prefix): value for line in found for name, value in line.items() if name.startswith(prefix)
     }
@@ -180,13 +183,27 @@ def _resumed(path: Path, step: int) -> _Tail:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`; a line cut off by a kill is dropped too."""
-    kept = [line for line in read_regular(path).decode().splitlines() if _step_of(line) <= step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    """Keep the whole lines up to `step`. Where some cannot be read, the file as it was is set aside, with a line."""
+    lines = read_regular(path).splitlines()
+    steps = [_step_of(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+        if None in steps:
+            begin_anew(path, f"{steps.count(None)} of {len(lines)} lines, the first is line {steps.index(None) + 1}")
+    if step and not kept:
+        warn(f"{path}: holds nothing of the {step} updates before")
 
 
-def _step_of(line: str) -> int | float:
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line's numbers; nothing where it holds none."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        values = parse_json(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _step_of(line: bytes) -> int | None:
+    step = _parse(line).get("step")
+    return step if type(step) is int else None

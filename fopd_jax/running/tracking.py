@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.config.identity import Fields
-from fopd_jax.files import read_regular, write_json
+from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.reading import read_regular
 
 FILE = "wandb.json"
 FINISH_S = 15  # to upload what is left at the end: less than the notice of a preemption; `wandb sync` does the rest

@@ -3,7 +3,6 @@
 Until something is saved there it may still become another's: a run that failed before that blocks no folder.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.files import free_name, read_regular, write_json
+from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.reading import is_taken, parse_json, read_regular
 from fopd_jax.running import lock
 from fopd_jax.running.checkpoints import FOLDER
 
@@ -37,8 +37,11 @@ def check(workdir: Path, identity: Fields) -> None:
 
 
 def _check(workdir: Path, here: Fields) -> None:
-    path = workdir / CONFIG_FILE
-    if path.exists():
+    path, checkpoints = workdir / CONFIG_FILE, workdir / FOLDER
+    if is_taken(checkpoints) and not checkpoints.is_dir():  # a disk that is not mounted: nothing may begin again
+        what = "no folder" if checkpoints.exists() else "a link to nothing"
+        raise ValueError(f"{checkpoints}: {what}, expected the checkpoints of a run")
+    if is_taken(path):
         there = normalise(_read(path))
         differing = _differing(there, here)
         if differing and has_saved(workdir):
@@ -90,8 +93,8 @@ def _value(fields: Fields, name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(read_regular(path).decode())
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(read_regular(path))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is no run's config; choose another --workdir")

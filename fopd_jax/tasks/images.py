@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.schema import Pairs
-from fopd_jax.files import read_regular
+from fopd_jax.reading import read_regular
 from fopd_jax.tasks.prompts import read_prompts
 from fopd_jax.tasks.task import Task
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.exits import GUIDE
-from fopd_jax.files import read_regular
 from fopd_jax.parallel.distributed import warn
+from fopd_jax.reading import read_regular
 from fopd_jax.tasks.content import other_format, other_syntax
 from fopd_jax.tasks.task import Task
 

@@ -213,3 +213,12 @@ def test_a_pipe_in_the_place_of_a_config_is_told_and_not_waited_for(tmp_path: Pa
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(OSError, match=r"a pipe, a socket or a device, not a regular file.*config\.json"):
         check(tmp_path, _config())
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("not_mounted")])
+def test_what_stands_in_the_place_of_checkpoints_is_refused(make: Any, tmp_path: Path):
+    """A link to a disk that is not mounted: a run that began again would go over what it has recorded."""
+    claim(tmp_path, _config())
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"checkpoints: (no folder|a link to nothing), expected the checkpoints"):
+        check(tmp_path, _config())

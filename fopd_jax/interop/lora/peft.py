@@ -24,7 +24,7 @@ import numpy as np
 
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.exits import naming
-from fopd_jax.files import read_regular, replacing_folder, write_json, write_tensors
+from fopd_jax.files import replacing_folder, write_json, write_tensors
 from fopd_jax.interop.lora.config import LARGEST_ALPHA, LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
     PEFT_PREFIX,
@@ -36,6 +36,7 @@ from fopd_jax.interop.lora.files import (
 from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
 from fopd_jax.interop.sd3.original import module_parts
 from fopd_jax.models.mmdit import MMDiTConfig
+from fopd_jax.reading import read_regular
 
 PEFT_SETTINGS = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
