@@ -4,6 +4,7 @@
 no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended by signal n.
 """
 
+import argparse
 import contextlib
 import errno
 import re
@@ -12,7 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
 LONGEST = 1000
@@ -119,6 +120,16 @@ def tell_interrupts() -> None:
             leave(*fault)
 
     shown, sys.excepthook = sys.excepthook, hook
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, as everything else's are; flags are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (--help lists what there is)")
 
 
 def refuse(message: str) -> NoReturn:

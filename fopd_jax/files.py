@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from fopd_jax.exits import is_local, is_plain
-from fopd_jax.reading import is_taken
+from fopd_jax.reading import is_taken, real_path
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def check_apart(src: Path, dst: Path, within: Collection[str] = ()) -> None:
     Raises:
       ValueError: they are the same; begins with `dst`.
     """
-    sources, targets = ({path.resolve(), *((path / name).resolve() for name in within)} for path in (src, dst))
+    sources, targets = ({real_path(path), *(real_path(path / name) for name in within)} for path in (src, dst))
     if sources & targets:
         raise ValueError(f"dst: {dst} is the source itself; choose another")
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -53,3 +54,8 @@ def is_taken(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def real_path(path: Path) -> Path:
+    """Absolute and without links, as far as they lead anywhere: `Path.resolve` fails where they go round."""
+    return Path(os.path.realpath(path))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fopd_jax.files import (
+    check_apart,
     check_finite,
     check_writable,
     local_file,
@@ -247,6 +248,13 @@ def test_a_path_that_does_not_mean_what_it_says_is_refused(name: str):
 def test_a_path_that_nobody_can_read_as_it_is_is_refused(name: str):
     with pytest.raises(ValueError, match=r"^--workdir: found .*, expected no control characters, and no blanks"):
         local_path("--workdir", name)
+
+
+def test_links_that_go_round_are_no_traceback(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    check_apart(tmp_path / "loop", tmp_path / "new")
+    with pytest.raises(ValueError, match="is the source itself"):
+        check_apart(tmp_path / "loop", tmp_path / "loop")
 
 
 def test_a_file_to_be_written_is_checked_before_there_is_anything_to_write(tmp_path: Path):

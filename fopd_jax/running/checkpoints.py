@@ -25,7 +25,7 @@ from etils import epath
 from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
-from fopd_jax.reading import read_regular
+from fopd_jax.reading import read_regular, real_path
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, fingerprint
 from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
@@ -49,7 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, *, keep_best: str = "", config_hash: str) -> None:
         if keep < 1:
             raise ValueError(f"run.keep_checkpoints: found {keep}, expected at least 1")
-        self._folder = (workdir / FOLDER).resolve()
+        self._folder = real_path(workdir / FOLDER)
         self._config_hash = config_hash
         self._best = Best(keep_best)
         self._told: set[str] = set()  # damages that are in the log already
@@ -348,7 +348,7 @@ def read_kept(workdir: Path, step: int, state: TrainState) -> TrainState:
     Raises:
       ValueError: it is damaged, or of other shapes; names which.
     """
-    folder = (workdir / FOLDER).resolve()
+    folder = real_path(workdir / FOLDER)
     size = sum(size for _, size, _ in fingerprint(folder / str(step)))
     if damage := _verify(folder / str(step), size):
         raise ValueError(f"damaged checkpoint: {damage}")

@@ -149,7 +149,7 @@ def _beat(path: Path, text: str, done: threading.Event) -> None:
 
 def _read(path: Path) -> str | None:
     try:
-        return read_regular(path).decode()
+        return read_regular(path).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -19,6 +19,7 @@ from fopd_jax.running.checkpoints import FOLDER
 CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
+_FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
 """What may stay when a folder changes hands, beside its lock and its record."""
 
@@ -37,11 +38,9 @@ def check(workdir: Path, identity: Fields) -> None:
 
 
 def _check(workdir: Path, here: Fields) -> None:
-    path, checkpoints = workdir / CONFIG_FILE, workdir / FOLDER
-    if is_taken(checkpoints) and not checkpoints.is_dir():  # a disk that is not mounted: nothing may begin again
-        what = "no folder" if checkpoints.exists() else "a link to nothing"
-        raise ValueError(f"{checkpoints}: {what}, expected the checkpoints of a run")
+    path = workdir / CONFIG_FILE
     if is_taken(path):
+        _check_places(workdir)
         there = normalise(_read(path))
         differing = _differing(there, here)
         if differing and has_saved(workdir):
@@ -51,6 +50,25 @@ def _check(workdir: Path, here: Fields) -> None:
             )
     elif workdir.exists() and (not workdir.is_dir() or not all(map(_stays, workdir.iterdir()))):
         raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def _check_places(workdir: Path) -> None:
+    """What stands in the way of a file is found at the beginning, not where it is written, at the end.
+
+    Nor does a run begin again where its checkpoints are on a disk that is not mounted.
+
+    Raises:
+      ValueError: something else has the name of a file or of the folder of checkpoints.
+    """
+    for each in sorted(workdir.iterdir()):
+        folder = each.name == FOLDER
+        if (folder and not each.is_dir()) or (each.suffix in _FILES and not each.is_file()):
+            other = "neither a file nor a folder" if each.exists() else "a link to nothing"
+            what = "a folder" if each.is_dir() else other
+            expected = "the folder of its checkpoints" if folder else "a file that it writes"
+            raise ValueError(
+                f"{each}: found {what}, where a run has {expected}; move it away, or put back what was there"
+            )
 
 
 def _differing(there: Fields, here: Fields) -> list[str]:

@@ -42,11 +42,13 @@ def test_a_dead_process_of_this_host_is_noticed_at_once(
         assert f"process {child.pid} on " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-def test_one_that_shows_no_life_is_taken_over(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\0", b"[" * 100_000])
+def test_one_that_shows_no_life_is_taken_over(
+    tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+):
     _left(tmp_path, "elsewhere", 1)
     if content is not None:
-        (tmp_path / FILE).write_text(content)
+        (tmp_path / FILE).write_bytes(content)
     with holding(tmp_path):
         assert capsys.readouterr().err.count("taken over") == 1
     assert not list(tmp_path.iterdir())

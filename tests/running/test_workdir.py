@@ -165,7 +165,7 @@ def test_a_run_that_saved_nothing_does_not_block_its_folder(tmp_path: Path, caps
 @pytest.mark.parametrize("name", ["checkpoints/20", "checkpoints/20.damaged", "results.json", "samples.png"])
 def test_what_a_run_saved_blocks_its_folder(tmp_path: Path, name: str):
     _fail(tmp_path, _config())
-    (tmp_path / name).mkdir()
+    (Path.touch if name.endswith((".json", ".png")) else Path.mkdir)(tmp_path / name)
     before = _snapshot(tmp_path)
     with pytest.raises(ValueError, match="belongs to another config"):
         check(tmp_path, _config(seed=1))
@@ -211,14 +211,32 @@ def test_values_that_no_config_has_are_damage(text: str, tmp_path: Path):
 
 def test_a_pipe_in_the_place_of_a_config_is_told_and_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(OSError, match=r"a pipe, a socket or a device, not a regular file.*config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json: found neither a file nor a folder, where a run has a file"):
         check(tmp_path, _config())
 
 
-@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("not_mounted")])
+def _to_nothing(path: Path) -> None:
+    path.symlink_to("not_mounted")
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, _to_nothing])
 def test_what_stands_in_the_place_of_checkpoints_is_refused(make: Any, tmp_path: Path):
     """A link to a disk that is not mounted: a run that began again would go over what it has recorded."""
     claim(tmp_path, _config())
     make(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=r"checkpoints: (no folder|a link to nothing), expected the checkpoints"):
+    with pytest.raises(ValueError, match=r"checkpoints: found .*, where a run has the folder of its checkpoints"):
+        check(tmp_path, _config())
+
+
+@pytest.mark.parametrize("name", ["results.json", "student.safetensors", "metrics.jsonl", "run.json", "samples.png"])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(Path.mkdir, "a folder"), (os.mkfifo, "neither a file nor a folder"), (_to_nothing, "a link to nothing")],
+)
+def test_what_stands_in_the_place_of_a_file_is_refused_at_the_beginning(
+    make: Any, what: str, name: str, tmp_path: Path
+):
+    claim(tmp_path, _config())
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: found {what}, where a run has a file that it writes; move it away"):
         check(tmp_path, _config())

@@ -31,6 +31,7 @@ from fopd_jax.interop.sd3.diffusers import CLASS_NAME, TABLE, config_from_diffus
 from fopd_jax.interop.sd3.text_encoders import clip_component, t5_component
 from fopd_jax.models.mmdit import PRESETS, centre_crop
 from fopd_jax.parallel.sharding import parameter_shardings
+from fopd_jax.reading import real_path
 
 FORMAT = "fopd_jax/converted/1"
 MANIFEST_FILE = "manifest.json"
@@ -221,7 +222,7 @@ def save_params(folder: Path, name: str, params: Tree) -> None:
     """
     try:
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_save, (folder / name).resolve(), params).result()
+            thread.submit(_save, real_path(folder / name), params).result()
     except ValueError as error:  # tensorstore's, which has the system's error in its text only
         _wait_for_silence(folder)
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -285,7 +286,7 @@ def load_params(folder: Path, name: str, abstract: Tree) -> Tree:
     )
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            path, args = (folder / name).resolve(), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
+            path, args = real_path(folder / name), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
             stored: Any = checkpointer.metadata(path).item_metadata
             if stored is None:
                 raise ValueError("its metadata cannot be read")
