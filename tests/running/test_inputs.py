@@ -70,6 +70,9 @@ def test_a_damaged_note_is_refused_by_field(run: Path, files: dict[str, Path], n
     write_json(run / "inputs.json", {"model.path": noted})
     with pytest.raises(ValueError, match=r"inputs\.json: model\.path: found .*, expected texts path, sha256 and stat"):
         inputs.check(run, files)
+    (run / "inputs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"inputs\.json: damaged JSON .*; put back what was there, or remove it to go"):
+        inputs.check(run, files)
 
 
 def test_what_stands_in_the_place_of_the_notes_is_no_leave_to_go_on(run: Path, files: dict[str, Path]):
