@@ -10,7 +10,7 @@ from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.files import free_name, write_json
+from fopd_jax.files import check_writable, free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.reading import is_taken, parse_json, read_regular
 from fopd_jax.running import lock
@@ -55,13 +55,15 @@ def _check(workdir: Path, here: Fields) -> None:
 def _check_places(workdir: Path) -> None:
     """What stands in the way of a file is found at the beginning, not where it is written, at the end.
 
-    Nor does a run begin again where its checkpoints are on a disk that is not mounted.
+    Nor does a run begin again where its checkpoints are on a disk that is not mounted, or update what it cannot save.
 
     Raises:
-      ValueError: something else has the name of a file or of the folder of checkpoints.
+      ValueError: something else has the name of a file or of the folder of checkpoints, or that cannot be written.
     """
     for each in sorted(workdir.iterdir()):
         folder = each.name == FOLDER
+        if folder and each.is_dir():
+            check_writable(each, "--workdir")
         if (folder and not each.is_dir()) or (each.suffix in _FILES and not each.is_file()):
             other = "neither a file nor a folder" if each.exists() else "a link to nothing"
             what = "a folder" if each.is_dir() else other

@@ -1,7 +1,9 @@
 """A workdir and the config it belongs to."""
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -239,4 +241,21 @@ def test_what_stands_in_the_place_of_a_file_is_refused_at_the_beginning(
     claim(tmp_path, _config())
     make(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name}: found {what}, where a run has a file that it writes; move it away"):
+        check(tmp_path, _config())
+
+
+def test_checkpoints_that_cannot_be_saved_are_told_before_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As whoever is not root meets a folder without permission."""
+    claim(tmp_path, _config())
+    (tmp_path / "checkpoints").mkdir()
+    check(tmp_path, _config())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"^--workdir: .*checkpoints cannot be written \(Permission denied\)$"):
         check(tmp_path, _config())
