@@ -25,7 +25,7 @@ from etils import epath
 from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
-from fopd_jax.reading import read_regular, real_path
+from fopd_jax.reading import is_taken, read_regular, real_path
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, fingerprint
 from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
@@ -288,6 +288,8 @@ def _remove_temporaries(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+            if is_taken(path) and not path.is_dir():  # a file of that name would stop the save
+                path.unlink()
 
 
 def _verify(folder: Path, size: int, verified: bool = False) -> str | None:

@@ -102,7 +102,7 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     try:
         starts = read_starts(path)
     except (OSError, ValueError) as error:
-        begin_anew(path, error)
+        begin_anew(path, error if isinstance(error, OSError) else "expected the starts of a run as JSON")
         return []
     return [{**each, "status": GONE} if each.get("status") == RUNNING else each for each in starts]
 

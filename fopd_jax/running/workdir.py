@@ -19,6 +19,7 @@ from fopd_jax.running.checkpoints import FOLDER
 CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
+_FOLDERS = (FOLDER, "tensorboard")
 _FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
 """What may stay when a folder changes hands, beside its lock and its record."""
@@ -58,16 +59,16 @@ def _check_places(workdir: Path) -> None:
     Nor does a run begin again where its checkpoints are on a disk that is not mounted, or update what it cannot save.
 
     Raises:
-      ValueError: something else has the name of a file or of the folder of checkpoints, or that cannot be written.
+      ValueError: something else has the name of a file or a folder, or nothing can be written there.
     """
     for each in sorted(workdir.iterdir()):
-        folder = each.name == FOLDER
+        folder = each.name in _FOLDERS
         if folder and each.is_dir():
             check_writable(each, "--workdir")
         if (folder and not each.is_dir()) or (each.suffix in _FILES and not each.is_file()):
             other = "neither a file nor a folder" if each.exists() else "a link to nothing"
             what = "a folder" if each.is_dir() else other
-            expected = "the folder of its checkpoints" if folder else "a file that it writes"
+            expected = "a folder that it fills" if folder else "a file that it writes"
             raise ValueError(
                 f"{each}: found {what}, where a run has {expected}; move it away, or put back what was there"
             )

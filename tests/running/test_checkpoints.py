@@ -151,6 +151,7 @@ def test_a_save_that_a_kill_interrupted_is_not_taken_for_a_checkpoint(tmp_path: 
     checkpoints.close()
     for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-unsealed"):
         shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "2.tmp0").touch()  # in the place of the next save
     checkpoints = _open(tmp_path)
     assert checkpoints.latest_step() == newest_step(tmp_path) == 1
     checkpoints.save(2, _trained(2))

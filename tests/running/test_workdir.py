@@ -221,12 +221,13 @@ def _to_nothing(path: Path) -> None:
     path.symlink_to("not_mounted")
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
 @pytest.mark.parametrize("make", [Path.touch, os.mkfifo, _to_nothing])
-def test_what_stands_in_the_place_of_checkpoints_is_refused(make: Any, tmp_path: Path):
+def test_what_stands_in_the_place_of_a_folder_is_refused(make: Any, name: str, tmp_path: Path):
     """A link to a disk that is not mounted: a run that began again would go over what it has recorded."""
     claim(tmp_path, _config())
-    make(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=r"checkpoints: found .*, where a run has the folder of its checkpoints"):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: found .*, where a run has a folder that it fills"):
         check(tmp_path, _config())
 
 
