@@ -19,6 +19,7 @@ from fopd_jax.running.checkpoints import FOLDER
 CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
+_KINDS = ((Path.is_dir, "a folder"), (Path.is_file, "a file"), (Path.exists, "neither a file nor a folder"))
 _FOLDERS = (FOLDER, "tensorboard")
 _FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
@@ -66,8 +67,7 @@ def _check_places(workdir: Path) -> None:
         if folder and each.is_dir():
             check_writable(each, "--workdir")
         if (folder and not each.is_dir()) or (each.suffix in _FILES and not each.is_file()):
-            other = "neither a file nor a folder" if each.exists() else "a link to nothing"
-            what = "a folder" if each.is_dir() else other
+            what = next((words for holds, words in _KINDS if holds(each)), "a link to nothing")
             expected = "a folder that it fills" if folder else "a file that it writes"
             raise ValueError(
                 f"{each}: found {what}, where a run has {expected}; move it away, or put back what was there"

@@ -227,7 +227,10 @@ def test_what_stands_in_the_place_of_a_folder_is_refused(make: Any, name: str, t
     """A link to a disk that is not mounted: a run that began again would go over what it has recorded."""
     claim(tmp_path, _config())
     make(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}: found .*, where a run has a folder that it fills"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}: found (a file|neither .*|a link to nothing), where a run has a folder that it fills",
+    ):
         check(tmp_path, _config())
 
 
