@@ -36,7 +36,7 @@ from fopd_jax.config.flags import parse_flags, read_config
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.exits import RETRY, explained, leave
-from fopd_jax.files import write_json
+from fopd_jax.files import check_writable, local_file, local_path, write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.kept_programs import keeping
@@ -65,16 +65,18 @@ def main(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     with explained():
-        _check_folder(_JSON.value)
+        out = None if _JSON.value is None else local_file("json", _JSON.value)
+        if _PROFILE.value:
+            check_writable(local_path("profile", _PROFILE.value), "profile")
         config = _sized(read_config())
         with keeping(config.run.compiled):
-            fields = run(config, Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value))
+            fields = run(config, Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value), out)
     if not fields["update"]["fits"]:
         leave("error: the update does not fit into the device's memory", RETRY)
 
 
-def run(config: OPD, options: Options) -> Fields:
-    """Measure what the flags ask for, printing and writing as it goes: what ends early leaves what it has.
+def run(config: OPD, options: Options, out: Path | None) -> Fields:
+    """Measure what the flags ask for, printing and writing as it goes: what ends early leaves what it has in `out`.
 
     Raises:
       ValueError: names the field that is out of range.
@@ -84,7 +86,7 @@ def run(config: OPD, options: Options) -> Fields:
     matmul = matmul_peak(mesh.devices.flat[0])
     fields = circumstances(matmul)
     fields["update"] = update = measure(problem, matmul, options)
-    _write(fields)
+    _write(fields, out)
     print(f"{_describe(fields)}\n{describe(update)}", flush=True)
     plain = dataclasses.replace(options, phases=False, profile="")
     if _SWEEP.value and update["fits"]:
@@ -92,25 +94,25 @@ def run(config: OPD, options: Options) -> Fields:
             lambda count: make_problem(with_batch(config, count), mesh), config.batch_size, matmul, plain
         )
         rows = itertools.chain([update], sized)
-        print(f"\n{describe_batches(_collect(fields, 'batches', rows))}", flush=True)
+        print(f"\n{describe_batches(_collect(fields, 'batches', rows, out))}", flush=True)
     if _TEACHERS_SWEEP.value:
         rows = sweep_teachers(lambda count: make_problem(with_teachers(config, count), mesh), matmul, plain)
-        print(f"\n{describe_teachers(_collect(fields, 'teachers', rows))}", flush=True)
+        print(f"\n{describe_teachers(_collect(fields, 'teachers', rows, out))}", flush=True)
     return fields
 
 
-def _collect(fields: Fields, name: str, rows: Iterable[Fields]) -> list[Fields]:
+def _collect(fields: Fields, name: str, rows: Iterable[Fields], out: Path | None) -> list[Fields]:
     """Measure the rows one by one into `fields`."""
     fields[name] = found = []
     for row in rows:
         found.append(row)
-        _write(fields)
+        _write(fields, out)
     return found
 
 
-def _write(fields: Fields) -> None:
-    if _JSON.value is not None:
-        write_json(Path(_JSON.value), fields)
+def _write(fields: Fields, out: Path | None) -> None:
+    if out is not None:
+        write_json(out, fields)
 
 
 def circumstances(matmul: MatmulPeak) -> Fields:
@@ -141,11 +143,6 @@ def _sized(config: Config) -> OPD:
         raise ValueError(f"stage: found {type(config).__name__}, expected an OPD config")
     config = config if _BATCH.value is None else with_batch(config, _BATCH.value)
     return config if _TEACHERS.value is None else with_teachers(config, _TEACHERS.value)
-
-
-def _check_folder(path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"json: {Path(path).parent} is no folder")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_help(__file__)
 
 import sys
-from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -29,7 +28,7 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.exits import RETRY, explained, leave
-from fopd_jax.files import write_json
+from fopd_jax.files import local_file, write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.compilation import Compilation, compile_program
@@ -62,7 +61,7 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 def main(_: list[str]) -> None:
     with explained():
-        out = None if _JSON.value is None else _writable(Path(_JSON.value))
+        out = None if _JSON.value is None else local_file("json", _JSON.value)
         jax.config.update("jax_enable_compilation_cache", False)  # what is read from one takes no time to compile
         fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
         if out is not None:
@@ -70,12 +69,6 @@ def main(_: list[str]) -> None:
     print(describe(fields))
     if not fields["memory"]["fits"]:
         leave("error: the update does not fit into the chips' memory", RETRY)
-
-
-def _writable(path: Path) -> Path:
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"json: {path.parent} is no folder")
-    return path
 
 
 def run(

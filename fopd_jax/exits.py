@@ -4,14 +4,16 @@
 no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended by signal n.
 """
 
+import argparse
 import contextlib
 import errno
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 RETRY, BAD_INPUT = 1, 2
 LONGEST = 1000
@@ -22,7 +24,7 @@ CONVERTER = "tools/convert_sd35_weights.py"
 """What makes the folders of `model.path`."""
 _STAYS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
 }  # fmt: skip
 """Errors of the system that the same command meets again."""
 
@@ -84,6 +86,11 @@ def is_local(name: str) -> bool:
     return not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|~|\$", name)
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text can be a path that somebody means: nothing unseen, and nothing that UTF-8 lacks."""
+    return text == text.strip() and not any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
+
+
 @contextlib.contextmanager
 def naming(source: object) -> Iterator[None]:
     """Put a field, a file or a part of one in front of the message of a ValueError raised inside."""
@@ -119,6 +126,16 @@ def tell_interrupts() -> None:
             leave(*fault)
 
     shown, sys.excepthook = sys.excepthook, hook
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, as everything else's are; flags are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (--help lists what there is)")
 
 
 def refuse(message: str) -> NoReturn:

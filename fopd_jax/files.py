@@ -4,7 +4,6 @@ Nothing else in this package renames what it writes. What a process that is kill
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -21,7 +20,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from fopd_jax.exits import is_local
+from fopd_jax.exits import is_local, is_plain
+from fopd_jax.reading import is_taken, real_path
 
 
 @contextlib.contextmanager
@@ -132,39 +132,47 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-# ---- before anything is read
-
-
-def read_regular(path: Path) -> bytes:
-    """The content of a file; of pipes and devices, which may never end, none is read.
-
-    Raises:
-      OSError: it cannot be read, or is no regular file.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system says so itself
-        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a regular file", str(path))
-    return path.read_bytes()
-
-
 # ---- before anything is written
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to `NAME.damaged`, so that nothing written in its place removes it; the new path."""
+    return path.rename(free_name(path.with_name(f"{path.name}.damaged")))
 
 
 def free_name(path: Path, between: str = "") -> Path:
     """The path, or where something is there already, with a number behind it."""
     names = itertools.chain([path.name], (f"{path.name}{between}{count}" for count in itertools.count(2)))
-    return next(free for name in names if not (free := path.with_name(name)).exists())
+    return next(free for name in names if not is_taken(free := path.with_name(name)))
 
 
 def local_path(field: str, name: str) -> Path:
     """A path as it was given on a command line.
 
     Raises:
-      ValueError: it is empty or not local; begins with `field`.
+      ValueError: it is empty, not local or holds what nobody sees; begins with `field`.
     """
-    if not name.strip() or not is_local(name):
+    if not name or not is_local(name):
         raise ValueError(f"{field}: found {name!r}, expected a path on this machine, written out")
+    if not is_plain(name):
+        raise ValueError(f"{field}: found {name!r}, expected no control characters, and no blanks at its ends")
     return Path(name)
+
+
+def local_file(field: str, name: str) -> Path:
+    """A file to be written, as it was given on a command line; its folder is there.
+
+    Raises:
+      ValueError: as `local_path`, it is taken by something else, or its folder is none that can be written.
+    """
+    path = local_path(field, name)
+    if is_taken(path) and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise ValueError(f"{field}: {path} is {what}, expected the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{field}: {path.parent} is no folder")
+    check_writable(path.absolute().parent, field)
+    return path
 
 
 def check_apart(src: Path, dst: Path, within: Collection[str] = ()) -> None:
@@ -175,7 +183,7 @@ def check_apart(src: Path, dst: Path, within: Collection[str] = ()) -> None:
     Raises:
       ValueError: they are the same; begins with `dst`.
     """
-    sources, targets = ({path.resolve(), *((path / name).resolve() for name in within)} for path in (src, dst))
+    sources, targets = ({real_path(path), *(real_path(path / name) for name in within)} for path in (src, dst))
     if sources & targets:
         raise ValueError(f"dst: {dst} is the source itself; choose another")
 

@@ -82,7 +82,8 @@ require() {
 
 # Stop unless a parameter is empty or matches a regular expression.
 check() { # parameter, expression, in words
-  [[ ! ${!1} || ${!1} =~ ^($2)$ ]] || die "$(flag_of "$1"): found '${!1}', expected $3"
+  local value=${!1}
+  [[ ! $value || $value =~ ^($2)$ ]] || die "$(flag_of "$1"): found ${value@Q}, expected $3"
 }
 
 check_counts() {
@@ -106,8 +107,8 @@ check_names() { # as Kubernetes and Google Cloud take them
 # What the program is given: an experiment of the repository, and a folder on what all hosts share.
 check_program() {
   require CONFIG WORKDIR
-  (cd "$REPOSITORY" && [[ -r ${CONFIG%%:*} ]]) || die "--config: cannot read '${CONFIG%%:*}' in $REPOSITORY"
-  check WORKDIR '[^:]+' 'a folder that all hosts share'
+  (cd "$REPOSITORY" && [[ -f ${CONFIG%%:*} && -r ${CONFIG%%:*} ]]) || die "--config: cannot read '${CONFIG%%:*}' in $REPOSITORY"
+  check WORKDIR '[^:[:cntrl:]]+' 'a folder that all hosts share'
   [[ ! -v MOUNT ]] || check MOUNT '/.+' 'an absolute path'
 }
 

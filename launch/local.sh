@@ -65,10 +65,16 @@ wait_for() { # a child; `wait` alone also ends when a signal is trapped
 
 parse_flags "$@"
 check_counts PROCESSES GPUS SIMULATED_DEVICES
+((PROCESSES <= 1024)) || die "--processes: found $PROCESSES, expected at most 1024"
+[[ ! $GPUS || ! $SIMULATED_DEVICES ]] || die "--gpus, --simulated-devices: found both, expected one of them"
 check PORT '[1-9][0-9]{1,4}' 'a port'
+((${PORT:-0} <= 65535)) || die "--port: found $PORT, expected a port, at most 65535"
+check WORKDIR '[^[:cntrl:]]+' 'a folder'
 PORT=${PORT:-$((20000 + RANDOM % 20000))}
-[[ -r ${CONFIG%%:*} ]] || die "--config: cannot read '${CONFIG%%:*}'"
+[[ -f ${CONFIG%%:*} && -r ${CONFIG%%:*} ]] || die "--config: cannot read '${CONFIG%%:*}'"
 [[ ! $GPUS ]] || ((GPUS % PROCESSES == 0)) || die "--gpus: found $GPUS, expected a multiple of --processes ($PROCESSES)"
+[[ $DRY_RUN ]] || command -v "$PYTHON" >/dev/null || die "--python: found '$PYTHON', expected a program"
+[[ ! -e $LOGS || -d $LOGS ]] || die "--logs: $LOGS is no folder"
 [[ ! $LOGS ]] || run mkdir -p "$LOGS"
 STARTED=()
 trap stop TERM INT

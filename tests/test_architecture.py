@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("config",),
     ("files",),
-    ("console", "exits"),
+    ("console", "exits", "reading"),
 )
 """Rooms from top to bottom. A room imports itself and lower floors, so rooms of one floor do not know each other."""
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}

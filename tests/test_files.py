@@ -14,11 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fopd_jax.files import (
+    check_apart,
     check_finite,
     check_writable,
+    local_file,
     local_path,
     replacing,
     replacing_folder,
+    set_aside,
     write_json,
     write_png,
     write_private,
@@ -243,8 +246,46 @@ def test_a_link_to_nothing_is_no_folder(tmp_path: Path):
             check_writable(tmp_path / name, "workdir")
 
 
-@pytest.mark.parametrize("name", ["", " ", "gs://bucket/x", "https://host/x", "~/x", "$HOME/x"])
+@pytest.mark.parametrize("name", ["", "gs://bucket/x", "https://host/x", "~/x", "$HOME/x"])
 def test_a_path_that_does_not_mean_what_it_says_is_refused(name: str):
     with pytest.raises(ValueError, match=r"^--workdir: found .*, expected a path on this machine"):
         local_path("--workdir", name)
     assert local_path("--workdir", "a ~b/$c") == Path("a ~b/$c")
+
+
+@pytest.mark.parametrize("name", [" ", "a ", "\ta", "a\nb", "a\udcff", "\x1b[31ma"])
+def test_a_path_that_nobody_can_read_as_it_is_is_refused(name: str):
+    with pytest.raises(ValueError, match=r"^--workdir: found .*, expected no control characters, and no blanks"):
+        local_path("--workdir", name)
+
+
+def test_links_that_go_round_are_no_traceback(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    check_apart(tmp_path / "loop", tmp_path / "new")
+    with pytest.raises(ValueError, match="is the source itself"):
+        check_apart(tmp_path / "loop", tmp_path / "loop")
+
+
+def test_a_file_to_be_written_is_checked_before_there_is_anything_to_write(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    assert local_file("json", str(tmp_path / "file")) == tmp_path / "file"
+    assert local_file("json", str(tmp_path / "new")) == tmp_path / "new"
+    for name, problem in {
+        "folder": "is a folder, expected the name of a file", "link": "is no file", "pipe": "is no file",
+        "file/new": "is no folder", "none/new": "is no folder",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^json: {tmp_path}.* {problem}"):
+            local_file("json", str(tmp_path / name))
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", "link", "pipe"}
+
+
+def test_what_is_damaged_is_set_aside_under_a_name_of_its_own(tmp_path: Path):
+    for content in ("one", "two"):
+        (tmp_path / "run.json").write_text(content)
+        set_aside(tmp_path / "run.json")
+    assert [(tmp_path / f"run.json.damaged{n}").read_text() for n in ("", "2")] == ["one", "two"]
+    (tmp_path / "run.json").symlink_to("nothing")
+    assert set_aside(tmp_path / "run.json").name == "run.json.damaged3"

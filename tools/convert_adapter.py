@@ -12,7 +12,6 @@ Exit status: 0 done; 2 bad input, 1 any other error, with one line that says wha
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
 from fopd_jax.adapters.lora import Adapter
-from fopd_jax.exits import GUIDE, explained, naming
+from fopd_jax.exits import GUIDE, Arguments, explained, naming
 from fopd_jax.files import check_apart, local_path
 from fopd_jax.interop.files.converted import CUSTOM, is_converted, preset_of, read_manifest
 from fopd_jax.interop.files.safetensors import is_own_file, load_adapter, save_adapter
@@ -36,6 +35,7 @@ from fopd_jax.interop.lora.peft import (
 )
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
+from fopd_jax.reading import parse_json, read_regular
 
 WRITERS: dict[str, Callable[[Path, Adapter, MMDiTConfig], None]] = {
     "peft": write_peft,
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Arguments(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--src", required=True, help="adapter file or folder")
     parser.add_argument("--dst", required=True, help="what to write: a folder for peft, else a file")
     parser.add_argument("--to", choices=WRITERS, required=True, help="layout to write")
@@ -114,7 +114,7 @@ def config_of_model(model: Path) -> MMDiTConfig:
     if file is None:
         raise ValueError(f"{model}: found neither manifest.json nor transformer/config.json nor config.json")
     try:
-        fields = json.loads(file.read_bytes())
+        fields = parse_json(read_regular(file))
         if not isinstance(fields, dict):
             raise ValueError(f"found JSON of type {type(fields).__name__}, expected an object")
         return config_from_diffusers(fields)

@@ -23,14 +23,14 @@ from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
-from fopd_jax.exits import explained, leave
+from fopd_jax.exits import Arguments, explained, leave
 from fopd_jax.files import local_path
 from fopd_jax.interop.sd3.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True)
     parser.add_argument("--dst", required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(OUTPUT_DTYPES))

@@ -29,8 +29,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fopd_jax.exits import explained
-from fopd_jax.files import local_path
+from fopd_jax.exits import Arguments, explained
+from fopd_jax.files import check_writable, local_path
+from fopd_jax.reading import is_taken
 
 Fields = dict[str, Any]
 _CLIP = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 77}  # as published
@@ -180,12 +181,12 @@ def make_pipeline(dst: Path, sizes: dict[str, Fields], dtype: torch.dtype, shard
 
 def check_destination(dst: Path) -> None:
     """Raises ValueError where something is there: random weights must not replace anybody's."""
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    if is_taken(dst) and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"dst: {dst} exists and is not an empty folder; choose another, or give --force")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dst", required=True)
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty, too")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
@@ -202,11 +203,26 @@ def run(args: argparse.Namespace) -> None:
     dst = local_path("dst", args.dst)
     if not args.force:
         check_destination(dst)
-    wanted = args.components.split(",") if args.components else list(_CLASSES)
+    check_writable(dst, "dst")
+    make_pipeline(dst, _sizes(args), getattr(torch, args.dtype))
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Fields]:
+    """The networks that are asked for.
+
+    Raises:
+      ValueError: there is no such network, or it has no such number of layers.
+    """
+    wanted = list(_CLASSES) if args.components is None else args.components.split(",")
+    if unknown := [name for name in wanted if name not in _CLASSES]:
+        raise ValueError(f"components: found {unknown[0]!r}, expected some of {', '.join(_CLASSES)}")
     sizes = {name: SIZES[args.size][name] for name in _CLASSES if name in wanted}
-    if args.t5_layers and "text_encoder_3" in sizes:
+    if args.t5_layers is not None and "text_encoder_3" in sizes:
+        most = sizes["text_encoder_3"]["num_layers"]
+        if not 1 <= args.t5_layers <= most:
+            raise ValueError(f"t5-layers: found {args.t5_layers}, expected 1 to {most}, as --size={args.size} has")
         sizes["text_encoder_3"] = sizes["text_encoder_3"] | {"num_layers": args.t5_layers}
-    make_pipeline(dst, sizes, getattr(torch, args.dtype))
+    return sizes
 
 
 if __name__ == "__main__":

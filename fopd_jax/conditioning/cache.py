@@ -30,6 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.files import check_writable, replacing
 from fopd_jax.parallel.distributed import warn
+from fopd_jax.reading import read_regular
 
 Encode = Callable[[Sequence[str]], Conditioning]
 Encoded = Iterable[tuple[Sequence[str], Conditioning]]
@@ -204,7 +205,7 @@ def _records(batches: Encoded) -> Iterator[tuple[str, bytes]]:
 
 def _read_index(path: Path) -> list[str]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_regular(path).decode())
         names = fields["prompts"]
         if fields["format"] != FORMAT or not all(re.fullmatch("[0-9a-f]{64}", name) for name in names):
             raise ValueError(f"found format {fields['format']!r}, expected hashes in format {FORMAT!r}")

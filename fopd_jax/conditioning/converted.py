@@ -73,7 +73,8 @@ class ConvertedText:
     def review(self, prompts: Iterable[str]) -> list[str]:
         """What the encoders do not read of prompts, a line each, see `lengths.review`; loads no weights."""
         readers = [Reader(name, length, partial(self._tokenizer, name)) for name, length in self._lengths().items()]
-        return review(readers, prompts)
+        absent = [] if T5 in self.manifest.components else [f"{self.folder} holds no {T5}: CLIP alone reads them"]
+        return absent + review(readers, prompts)
 
     def load(self, mesh: Mesh) -> TextEncoders:
         """The encoders, born in their shards on `mesh`; all tokenizers come first, since they take seconds.

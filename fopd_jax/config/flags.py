@@ -19,7 +19,10 @@ from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.exits import refuse
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
+try:  # ml_collections reads --flagfile while it defines
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: file.py[:variant].")
+except flags.Error as problem:
+    refuse(re.sub(r"ERROR:: Unable to open flagfile: \[Errno \d+\] ", "--flagfile: ", str(problem)))
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -31,6 +34,12 @@ _PROCESS = flags.DEFINE_integer("process-id", None, "Of several processes: the n
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ("auto", "off"), "Whether to look for a cluster that this process is in."
 )
+_PLAINLY = (
+    (re.compile(r"invalid literal for int\(\).*"), "expected a whole number"),
+    (re.compile(r"could not convert string to float.*"), "expected a number"),
+    (re.compile(r"\('Non-boolean argument to boolean flag'.*"), "expected true or false"),
+)
+"""What absl passes on in Python's words, and ours."""
 _FIELD = re.compile(r"(--?(?:no)?config\.)([^=]*)(.*)", re.DOTALL)
 
 
@@ -87,7 +96,10 @@ def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         refuse(f"{error}{_meant(error.flagname)}")
     except flags.Error as error:
-        refuse(" ".join(str(error).split()))
+        text = " ".join(str(error).split())
+        for theirs, ours in _PLAINLY:
+            text = theirs.sub(ours, text)
+        refuse(text)
     if rest:
         refuse(f"unexpected arguments {rest}")
     return [program]

@@ -7,11 +7,11 @@ import re
 import sys
 import types
 import typing
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from fopd_jax.config.schema import OPD, Config, FlowMatching, FrozenDict, Section
+from fopd_jax.exits import is_plain
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 STAGES: dict[str, type[OPD | FlowMatching]] = {"opd": OPD, "flow_matching": FlowMatching}
@@ -242,7 +242,7 @@ def _scalar(name: str, value: Any, hint: type) -> Typed:
         return (float(value), []) if finite else (value, [_problem(name, value, "a finite number")])
     if hint is int and number and isinstance(value, int):
         return value, []
-    if hint is str and isinstance(value, str) and not _is_plain(value):
+    if hint is str and isinstance(value, str) and not is_plain(value):
         return value, [_problem(name, value, "a text without control characters, and without blanks at its ends")]
     return value, [] if type(value) is hint else [_problem(name, value, _WORDS[hint])]
 
@@ -256,12 +256,7 @@ def _any(name: str, value: Any) -> Typed:
 
 
 def _is_name(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"[^\s.]+", key) is not None and _is_plain(key)
-
-
-def _is_plain(text: str) -> bool:
-    """Whether a text can be a path that somebody means: nothing unseen, and nothing that UTF-8 lacks."""
-    return text == text.strip() and not any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
+    return isinstance(key, str) and re.fullmatch(r"[^\s.]+", key) is not None and is_plain(key)
 
 
 def _tuple(name: str, value: Any, arguments: tuple[Any, ...]) -> Typed:
@@ -329,7 +324,7 @@ def unflatten(fields: Mapping[str, Any]) -> OPD | FlowMatching:
             for part in groups:
                 node, hint = _below(node, hint, part)
             node.__setitem__(last, value) if isinstance(node, dict) else setattr(node, last, value)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # IndexError: below a value
             raise ValueError(f"{today}: no such field") from error
     return config
 

@@ -1,11 +1,11 @@
 """The configs of a run as its workdir holds them: whole, one for each time that it was started."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.parse import unflatten
 from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.reading import is_taken, parse_json, read_regular
 
 RECORD_FILE = "run.json"
 
@@ -15,16 +15,17 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
     Raises:
       ValueError: the file is damaged; names it.
+      OSError: it cannot be read, or is none.
     """
-    if not path.is_file():
+    if not is_taken(path):
         return []
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = parse_json(read_regular(path))["starts"]
         if isinstance(starts, list) and all(isinstance(each, dict) for each in starts):
             return starts
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path}: damaged, expected the starts of a run as JSON; remove it, and give --config once")
+    raise ValueError(f"{path}: damaged, expected the starts of a run as JSON")
 
 
 def recorded_config(path: Path) -> OPD | FlowMatching:
@@ -33,10 +34,14 @@ def recorded_config(path: Path) -> OPD | FlowMatching:
     Raises:
       ValueError: there is none, or it has fields that no version knows; names the file.
     """
-    starts = read_starts(path)
+    try:
+        starts = read_starts(path)
+    except (OSError, ValueError) as error:
+        problem = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{problem}; give --config once") from error
     if not starts:
         raise ValueError(f"{path}: no such file, which every run writes into its --workdir; give --config")
     try:
         return unflatten(starts[-1]["config"])
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no config of this version ({error}); give --config") from error

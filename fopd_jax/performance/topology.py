@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from typing import Any
 
 import jax
@@ -76,6 +77,10 @@ class Topology:
         return math.prod(self.shape)
 
 
+MOST_SIMULATED, MOST_CHIPS = 1024, 65536
+"""More would take minutes to be made, before anything is said."""
+
+
 def parse_topology(name: str) -> Topology:
     """`KIND:AxB[xC]` or `cpu:N`.
 
@@ -87,8 +92,11 @@ def parse_topology(name: str) -> Topology:
         raise ValueError(f"topology: found {name!r}, expected cpu:N or one of {', '.join(CHIPS)} with its shape")
     dimensions = 1 if kind == "cpu" else CHIPS[kind].dimensions
     lengths = spelled.split("x")
-    if len(lengths) != dimensions or not all(each.isdecimal() and int(each) for each in lengths):
+    if len(lengths) != dimensions or not all(re.fullmatch("[1-9][0-9]{0,8}", each) for each in lengths):
         raise ValueError(f"topology: found {name!r}, expected {kind}:{'x'.join('ABC'[:dimensions])} of lengths ≥ 1")
+    most = MOST_SIMULATED if kind == "cpu" else MOST_CHIPS
+    if (count := math.prod(map(int, lengths))) > most:
+        raise ValueError(f"topology: found {name!r}, which is {count} devices, expected at most {most}")
     return Topology(name, CHIPS.get(kind), tuple(map(int, lengths)))
 
 

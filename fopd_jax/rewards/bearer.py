@@ -5,7 +5,8 @@ import re
 import secrets
 from pathlib import Path
 
-from fopd_jax.files import read_regular, write_private
+from fopd_jax.files import write_private
+from fopd_jax.reading import read_regular
 
 VARIABLE = "FOPD_JAX_REWARD_TOKEN"
 SHORTEST, LONGEST = 16, 4096

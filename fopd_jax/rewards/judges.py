@@ -25,7 +25,7 @@ from PIL import Image
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
-from fopd_jax.files import read_regular
+from fopd_jax.reading import read_regular
 from fopd_jax.rewards import remote
 from fopd_jax.rewards.bearer import find_token
 from fopd_jax.rewards.extras import need

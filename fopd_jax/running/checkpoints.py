@@ -25,6 +25,7 @@ from etils import epath
 from fopd_jax.files import free_name, write_json
 from fopd_jax.parallel.agreement import forget, share
 from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.reading import is_taken, read_regular, real_path
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.integrity import MANIFEST_FILE, find_damage, fingerprint
 from fopd_jax.running.saving import ABOUT, ABOUT_FILE, IN_PLACE, STATE, Save, arrays_handler, patience
@@ -32,6 +33,7 @@ from fopd_jax.steps.state import TrainState
 
 FOLDER = "checkpoints"
 _SCORES = "scores.json"  # by metric and step
+_STEP = re.compile(r"0|[1-9][0-9]*")  # as Python spells a number, so that a step has one name
 _TEMPORARY = re.compile(r"\d+\..*tmp.*")  # what a kill has left of a save or a removal, of earlier versions' too
 
 
@@ -47,7 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, *, keep_best: str = "", config_hash: str) -> None:
         if keep < 1:
             raise ValueError(f"run.keep_checkpoints: found {keep}, expected at least 1")
-        self._folder = (workdir / FOLDER).resolve()
+        self._folder = real_path(workdir / FOLDER)
         self._config_hash = config_hash
         self._best = Best(keep_best)
         self._told: set[str] = set()  # damages that are in the log already
@@ -264,7 +266,7 @@ class Best:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
                 self.add(step, _read_about(folder, step)["metrics"])  # where earlier versions kept them
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
+            found = json.loads(read_regular(folder / _SCORES).decode())
             for step, value in found.get(self._name, {}).items():
                 self._note(int(step), float(value))
 
@@ -275,17 +277,19 @@ class Best:
 
 def newest_step(workdir: Path) -> int:
     """Step of the newest checkpoint, 0 without one. Only looks: opening `Checkpoints` makes the folder."""
-    return max(_steps(workdir / FOLDER), default=0)
+    return max((step for step in _steps(workdir / FOLDER) if (workdir / FOLDER / str(step)).is_dir()), default=0)
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if _STEP.fullmatch(path.name)]
 
 
 def _remove_temporaries(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+            if is_taken(path) and not path.is_dir():  # a file of that name would stop the save
+                path.unlink()
 
 
 def _verify(folder: Path, size: int, verified: bool = False) -> str | None:
@@ -295,7 +299,10 @@ def _verify(folder: Path, size: int, verified: bool = False) -> str | None:
     """
     own = None if verified else find_damage(folder, jax.process_index(), jax.process_count())
     words = share(f"checkpoint {folder.name} verified", own or "", patience(size))
-    return next((word for word in words if word), None)
+    if damage := next((word for word in words if word), None):
+        return damage
+    holds = _read_about(folder.parent, int(folder.name)).get("step")
+    return None if str(holds) == folder.name else f"{folder}/: found step {holds} under this name"
 
 
 def _describe(state: TrainState) -> list[list[Any]]:
@@ -313,7 +320,7 @@ def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _read_about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / ABOUT / ABOUT_FILE).read_text(encoding="utf-8"))
+    return json.loads(read_regular(folder / str(step) / ABOUT / ABOUT_FILE).decode())
 
 
 # ---- reading one without running on
@@ -326,7 +333,7 @@ def kept_steps(workdir: Path) -> list[int]:
 
 def seal_of(workdir: Path, step: int) -> str:
     """One hash for all that a checkpoint holds: that of its manifest."""
-    return hashlib.sha256((workdir / FOLDER / str(step) / MANIFEST_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(workdir / FOLDER / str(step) / MANIFEST_FILE)).hexdigest()
 
 
 def stored_shape(workdir: Path, step: int, ending: str) -> list[int] | None:
@@ -343,7 +350,7 @@ def read_kept(workdir: Path, step: int, state: TrainState) -> TrainState:
     Raises:
       ValueError: it is damaged, or of other shapes; names which.
     """
-    folder = (workdir / FOLDER).resolve()
+    folder = real_path(workdir / FOLDER)
     size = sum(size for _, size, _ in fingerprint(folder / str(step)))
     if damage := _verify(folder / str(step), size):
         raise ValueError(f"damaged checkpoint: {damage}")

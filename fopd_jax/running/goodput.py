@@ -1,7 +1,7 @@
 """Where a run's time goes, over all its restarts: `workdir/goodput.json`."""
 
 import contextlib
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +10,8 @@ import jax
 
 from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import warn
+from fopd_jax.reading import is_taken, parse_json, read_regular
+from fopd_jax.running.aside import begin_anew
 from fopd_jax.running.guards import in_one_line
 
 PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
@@ -146,17 +148,22 @@ def phase(name: str) -> Iterator[None]:
 def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds]]:
     """Number of this run, seconds of the ones before, and those at their checkpoints up to `step`.
 
-    A file that is missing or damaged counts as none: it is a record and holds nothing that training needs.
+    A damaged file counts as none, with a line: it is a record and holds nothing that training needs.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        seconds = _seconds(content["seconds"])
-        saved = {int(at): _seconds(then) for at, then in content["saved"].items()}
-        return content["runs"] + 1, seconds, {at: then for at, then in saved.items() if at <= step}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 1, dict.fromkeys(PHASES, 0.0), {}
+    if path is not None and is_taken(path):
+        try:
+            content = parse_json(read_regular(path))
+            seconds = _seconds(content["seconds"])
+            saved = {int(at): _seconds(then) for at, then in content["saved"].items()}
+            return int(content["runs"]) + 1, seconds, {at: then for at, then in saved.items() if at <= step}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            begin_anew(path, error)
+    return 1, dict.fromkeys(PHASES, 0.0), {}
 
 
 def _seconds(there: Mapping[str, float]) -> Seconds:
     """Earlier versions wrote negative ones."""
-    return {phase: max(0.0, float(there[phase])) for phase in PHASES}
+    seconds = {phase: max(0.0, float(there[phase])) for phase in PHASES}
+    if not all(map(math.isfinite, seconds.values())):
+        raise ValueError("seconds without end")
+    return seconds

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ class Guard:
 
     def resume(self, step: int) -> None:
         """Count the updates up to `step` that earlier runs skipped."""
-        names = [] if self._folder is None else [path.stem for path in self._folder.glob("step_*.json")]
-        found = [int(name.removeprefix("step_")) for name in names]
+        names = [] if self._folder is None else [path.name for path in self._folder.glob("step_*.json")]
+        found = [int(match[1]) for name in names if (match := re.fullmatch(r"step_([0-9]+)\.json", name))]
         self._count = largest(sum(at <= step for at in found))
 
     def skip(

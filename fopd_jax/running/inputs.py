@@ -13,12 +13,14 @@ from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import is_converted, parse_manifest
 from fopd_jax.interop.files.tensor_files import hash_file, read_json
 from fopd_jax.parallel.distributed import barrier, is_main
+from fopd_jax.reading import is_taken
 
 INPUTS_FILE = "inputs.json"
 Noted = dict[str, dict[str, str]]
 """By the config's field: `path`, `sha256`, and `stat`, a hash of sizes and times."""
 _READ = {".safetensors", ".json", ".jsonl", ".txt"}
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp"}  # of these name and size count
+_WAYS_OUT = "put back what was there, or remove it to go on with the input files as they are"
 _SHOWN = 12  # digits of a hash in a message
 
 
@@ -53,7 +55,14 @@ def _noted(path: Path) -> Noted:
     Raises:
       ValueError: the file is damaged; names it.
     """
-    return read_json(path) if path.is_file() else {}
+    try:
+        noted = read_json(path) if is_taken(path) else {}
+    except ValueError as error:
+        raise ValueError(f"{error}; {_WAYS_OUT}") from error
+    for field, each in noted.items():
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), str) for key in ("path", "sha256", "stat")):
+            raise ValueError(f"{path}: {field}: found {each!r}, expected texts path, sha256 and stat; {_WAYS_OUT}")
+    return noted
 
 
 def _compare(workdir: Path, there: Noted, here: Noted) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fopd_jax.reading import open_regular, parse_json, read_regular
+
 MANIFEST_FILE = "manifest.json"
 _PART = re.compile(r"manifest_\d+\.json")
 Entry = Mapping[str, int | str]  # of one file: bytes, sha256
@@ -73,7 +75,7 @@ def share_of(files: Mapping[str, Entry], process: int, count: int) -> list[str]:
 
 def fingerprint(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes in bytes and times of all files: changes with whatever is written through the file system."""
-    stats = {str(path): path.stat() for path in sorted(folder.rglob("*"))}
+    stats = {str(path): path.lstat() for path in sorted(folder.rglob("*"))}
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
 
 
@@ -104,7 +106,7 @@ def _describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
 
 
 def _entry(path: Path) -> Entry:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -121,8 +123,8 @@ def _read(path: Path) -> dict[str, Entry]:
       OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        files: dict[str, Entry] = {name: dict(entry) for name, entry in json.loads(text)["files"].items()}
+        text = read_regular(path).decode()
+        files: dict[str, Entry] = {name: dict(entry) for name, entry in parse_json(text)["files"].items()}
         if text != _render(files):
             raise ValueError("not as it was written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

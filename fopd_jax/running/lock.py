@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.reading import parse_json, read_regular
 from fopd_jax.running.preemption import last_words
 
 FILE = "running.lock"
@@ -78,10 +79,15 @@ def _dead(path: Path, seconds: float) -> str | None:
     """What a run that is dead left in its lock; None where there is none.
 
     Raises:
-      ValueError: it is alive.
+      ValueError: it is alive; or no run has made it.
     """
+    if path.is_symlink():  # to nothing, there is nothing to clear and no name to take
+        raise ValueError(f"{path}: a link, expected a file that a run has made; remove it")
     there = _read(path)
-    if there is not None and _may_be_alive(there) and _moves(path, seconds):
+    if there is None or not _may_be_alive(there):
+        return there
+    warn(f"{path.parent}: {_name(there)} may be running in it; looking for a sign of life for up to {seconds:.0f} s")
+    if _moves(path, seconds):
         raise ValueError(f"{path.parent}: {_name(there)} is running in it; stop that, or choose another --workdir")
     return there
 
@@ -109,8 +115,8 @@ def _clear(path: Path) -> None:
 
 def _may_be_alive(text: str) -> bool:
     """Whether the process is on another host, where nobody can look, or is one of this host's others."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        there = json.loads(text)
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+        there = parse_json(text)
         if there["host"] != socket.gethostname():
             return True
         try:
@@ -143,13 +149,13 @@ def _beat(path: Path, text: str, done: threading.Event) -> None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def _name(text: str) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        there = json.loads(text)
+        there = parse_json(text)
         return f"process {there['pid']} on {there['host']} (since {there['since']})"
     return "another run"

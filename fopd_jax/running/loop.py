@@ -106,7 +106,7 @@ class _Run:
         if first > self.settings.steps:
             raise ValueError(f"run.steps: found {self.settings.steps}, but this workdir is already at step {first}")
         self.pictures = Watch(updates=1)  # compared with the first evaluation
-        for seen in all_logged(self.watch.workdir, EVALUATION) if self.watch.workdir else ():
+        for _, seen in all_logged(self.watch.workdir, EVALUATION) if self.watch.workdir else ():
             self.pictures, _ = self.pictures.see(seen)
         self.watch.goodput.resume(first)
         self.watch.guard.resume(first)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import socket
 import struct
@@ -11,11 +10,14 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from fopd_jax.files import write_text
+from fopd_jax.files import replacing
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.reading import parse_json, read_regular
+from fopd_jax.running.aside import begin_anew
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
@@ -165,24 +167,20 @@ class _Tail:
 
 def logged(workdir: Path, step: int, prefix: str) -> dict[str, float]:
     """Scalars of that step that have been written under names with that prefix, without it."""
-    path = workdir / SCALARS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = (json.loads(line) for line in lines if _step_of(line) == step)
-    return {
-        name.removeprefix(prefix): value for line in found for name, value in line.items() if name.startswith(prefix)
-    }
+    return {name: value for at, values in all_logged(workdir, prefix) if at == step for name, value in values.items()}
 
 
-def all_logged(workdir: Path, prefix: str) -> list[dict[str, float]]:
-    """The same of every line that has such names, in their order."""
+def all_logged(workdir: Path, prefix: str) -> list[tuple[int, dict[str, float]]]:
+    """Step and scalars of every line that has such names, in their order."""
     path = workdir / SCALARS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_regular(path).splitlines() if path.exists() else []
+    read = ((_step_of(line), _parse(line)) for line in lines)
     named = (
-        {name.removeprefix(prefix): value for name, value in json.loads(line).items() if name.startswith(prefix)}
-        for line in lines
-        if math.isfinite(_step_of(line))
+        (at, {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)})
+        for at, values in read
+        if at is not None
     )
-    return [values for values in named if values]
+    return [(at, values) for at, values in named if values]
 
 
 def _resumed(path: Path, step: int) -> _Tail:
@@ -193,13 +191,27 @@ def _resumed(path: Path, step: int) -> _Tail:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`; a line cut off by a kill is dropped too."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    """Keep the whole lines up to `step`. Where some cannot be read, the file as it was is set aside, with a line."""
+    lines = read_regular(path).splitlines()
+    steps = [_step_of(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+        if None in steps:
+            begin_anew(path, f"{steps.count(None)} of {len(lines)} lines, the first is line {steps.index(None) + 1}")
+    if step and not kept:
+        warn(f"{path}: holds nothing of the {step} updates before")
 
 
-def _step_of(line: str) -> int | float:
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line's numbers; nothing where it holds none."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        values = parse_json(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _step_of(line: bytes) -> int | None:
+    step = _parse(line).get("step")
+    return step if type(step) is int else None

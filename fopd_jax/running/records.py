@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from fopd_jax.config.recorded import RECORD_FILE, read_starts
 from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.performance.host import commit, versions
+from fopd_jax.running.aside import begin_anew
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.running.guards import in_one_line
 from fopd_jax.running.preemption import Preempted, last_words
@@ -41,7 +42,9 @@ def keeping(folder: Path, config: Fields, about: Mapping[str, Any] = MappingProx
         yield
         return
     path, start = folder / RECORD_FILE, {**describe_start(folder, config), **about}
-    starts = [*_earlier(path), start][-MOST_STARTS:]
+    earlier = _earlier(path)
+    _tell_lost(folder, earlier, start["from_step"])
+    starts = [*earlier, start][-MOST_STARTS:]
 
     def end(status: str) -> None:
         start.update(status=status, ended=_now(), at_step=newest_step(folder))
@@ -98,10 +101,18 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     """The starts before this one. Who still runs by its record does not: this run holds the folder."""
     try:
         starts = read_starts(path)
-    except ValueError as error:
-        warn(f"{error}; begun anew")
+    except (OSError, ValueError) as error:
+        begin_anew(path, error if isinstance(error, OSError) else "expected the starts of a run as JSON")
         return []
     return [{**each, "status": GONE} if each.get("status") == RUNNING else each for each in starts]
+
+
+def _tell_lost(folder: Path, earlier: Sequence[dict[str, Any]], step: int) -> None:
+    """Say so where the checkpoint that the last start ended at is gone: somebody has removed it, or a disk is away."""
+    ends = [each.get("at_step") or each.get("from_step") for each in earlier[-1:]]
+    for end in (each for each in ends if isinstance(each, int) and each > step):
+        there = f"the newest is of step {step}" if step else "there is none: this begins again"
+        warn(f"{folder}: the run before ended at step {end}, whose checkpoint is gone; {there}")
 
 
 def _write(path: Path, starts: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from fopd_jax.config.identity import Fields
 from fopd_jax.files import write_json
 from fopd_jax.parallel.distributed import is_main, warn
+from fopd_jax.reading import read_regular
 
 FILE = "wandb.json"
 FINISH_S = 15  # to upload what is left at the end: less than the notice of a preemption; `wandb sync` does the rest
@@ -69,7 +70,7 @@ def run_id(workdir: Path) -> str:
     path = workdir / FILE
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:16]})
-    return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    return str(json.loads(read_regular(path).decode())["id"])
 
 
 class Tracker:

@@ -3,7 +3,6 @@
 Until something is saved there it may still become another's: a run that failed before that blocks no folder.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,18 @@ from typing import Any
 
 from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.files import free_name, write_json
+from fopd_jax.files import check_writable, free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
+from fopd_jax.reading import is_taken, parse_json, read_regular
 from fopd_jax.running import lock
 from fopd_jax.running.checkpoints import FOLDER
 
 CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
+_KINDS = ((Path.is_dir, "a folder"), (Path.is_file, "a file"), (Path.exists, "neither a file nor a folder"))
+_FOLDERS = (FOLDER, "tensorboard")
+_FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
 _EVALUATES = re.compile(r"eval\.|rewards(\.|$)|tasks\.[^.]+\.rewards(\.|$)")
 """Fields that say how a run is evaluated."""
@@ -40,7 +43,8 @@ def check(workdir: Path, identity: Fields) -> None:
 
 def _check(workdir: Path, here: Fields) -> None:
     path = workdir / CONFIG_FILE
-    if path.exists():
+    if is_taken(path):
+        _check_places(workdir)
         there = normalise(_read(path))
         differing = _differing(there, here)
         if differing and has_saved(workdir):
@@ -50,6 +54,26 @@ def _check(workdir: Path, here: Fields) -> None:
             )
     elif workdir.exists() and (not workdir.is_dir() or not all(map(_stays, workdir.iterdir()))):
         raise ValueError(f"{workdir} exists and is no run's folder (no {CONFIG_FILE}); choose another --workdir")
+
+
+def _check_places(workdir: Path) -> None:
+    """What stands in the way of a file is found at the beginning, not where it is written, at the end.
+
+    Nor does a run begin again where its checkpoints are on a disk that is not mounted, or update what it cannot save.
+
+    Raises:
+      ValueError: something else has the name of a file or a folder, or nothing can be written there.
+    """
+    for each in sorted(workdir.iterdir()):
+        folder = each.name in _FOLDERS
+        if folder and each.is_dir():
+            check_writable(each, "--workdir")
+        if (folder and not each.is_dir()) or (each.suffix in _FILES and not each.is_file()):
+            what = next((words for holds, words in _KINDS if holds(each)), "a link to nothing")
+            expected = "a folder that it fills" if folder else "a file that it writes"
+            raise ValueError(
+                f"{each}: found {what}, where a run has {expected}; move it away, or put back what was there"
+            )
 
 
 def _differing(there: Fields, here: Fields) -> list[str]:
@@ -92,8 +116,8 @@ def _value(fields: Fields, name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(read_regular(path))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --workdir") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is no run's config; choose another --workdir")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.schema import Pairs
+from fopd_jax.reading import read_regular
 from fopd_jax.tasks.sources import read_set
 from fopd_jax.tasks.task import Task
 
@@ -107,7 +108,7 @@ def _caption(text: Any, place: str) -> str:
 
 def _read(path: Path, field: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{field}: {path}: cannot be read as UTF-8 text ({error})") from error
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fopd_jax.exits import GUIDE
-from fopd_jax.files import read_regular
 from fopd_jax.parallel.distributed import warn
+from fopd_jax.reading import read_regular
 from fopd_jax.tasks.content import form_of, other_format, other_syntax
 from fopd_jax.tasks.prompt_set import PromptSet, Row
 from fopd_jax.tasks.records import read_list, read_records

@@ -152,11 +152,11 @@ def test_rewards_are_named_by_flags_alone():
         (["--noconfig.nope"], "nope: no such field: 'nope'"),
         (["--config.eval=build"], "eval: a section is set by its fields: tasks, samples, "),
         (["--config.tasks.text=none"], "tasks.text: a section is set by its fields: teacher, "),
-        (["--config.run.steps=many"], "flag --config.run.steps=many: invalid literal for int() with base 10: 'many'"),
-        (["--config.run.steps=1.5"], "flag --config.run.steps=1.5: invalid literal"),
-        (["--config.run.steps=True"], "flag --config.run.steps=True: invalid literal"),
-        (["--config.guidance=much"], "flag --config.guidance=much: could not convert string to float: 'much'"),
-        (["--config.one_timestep=maybe"], "flag --config.one_timestep=maybe: "),
+        (["--config.run.steps=many"], "flag --config.run.steps=many: expected a whole number"),
+        (["--config.run.steps=1.5"], "flag --config.run.steps=1.5: expected a whole number"),
+        (["--config.run.steps=True"], "flag --config.run.steps=True: expected a whole number"),
+        (["--config.guidance=much"], "flag --config.guidance=much: expected a number"),
+        (["--config.one_timestep=maybe"], "flag --config.one_timestep=maybe: expected true or false"),
         (["--config.run.alarms=3"], "flag --config.run.alarms=3: expected a dict as Python writes it"),
         (["--config.run.alarms={'a'"], "flag --config.run.alarms={'a': expected a dict as Python writes it"),
         (["--config.run.alarms={'a': 3}"], "run.alarms.a: found 3, expected a tuple of 2, each a number"),
@@ -171,12 +171,13 @@ def test_rewards_are_named_by_flags_alone():
         (["--config.tasks.text.rewards.a.b=1"], "tasks.text.rewards.a.b: no such field: 'a', only a value"),
         (["--config.tasks.nope.rewards.a=1"], "tasks.nope.rewards.a: no such field: 'nope', only text, composition"),
         (["--config.tasks.text.rewards.a=-1"], "tasks.text.rewards: found {'a': -1.0}, expected weights from 0 to"),
-        (["--config.tasks.text.rewards.a=b"], "flag --config.tasks.text.rewards.a=b: could not convert string to fl"),
+        (["--config.tasks.text.rewards.a=b"], "flag --config.tasks.text.rewards.a=b: expected a number"),
         (["--config.run.alarms.ratio.a=1"], "run.alarms.ratio.a: no such field: 'a', only a value"),
         (["--config.rewards.a.kinds=b"], "rewards.a.kinds: no such field: 'kinds', did you mean 'kind'?"),
         (["--config.rewards.a=b"], "rewards.a: a section is set by its fields: kind, weights, divide_by, options"),
         (["--config.rewards.a.kind=b c"], "rewards.a.kind: found 'b c', expected a known reward's name, package.mod"),
         (["--config.run.servers.a.urls=http://me:word@host"], "run.servers.a.urls: found ('http://me:word@host',), "),
+        (["--flagfile=/nowhere"], "--flagfile: No such file or directory: '/nowhere'"),
         (["--nope"], "Unknown command line flag 'nope'"),
         (["--learning_rate=1"], "Unknown command line flag 'learning_rate'. Did you mean --config.optimizer.learning_"),
         (["--run.steps=1"], "Unknown command line flag 'run.steps'. Did you mean --config.run.steps ?"),
@@ -245,6 +246,10 @@ BODIES: dict[str, tuple[str, str, str]] = {
     "endless recursion": (HEAD, "return get_config()", ", line 5: RecursionError: maximum recursion"),
     "an error that cannot be told": ("", "class E(Exception):\n    def __str__(self):\n        raise ValueError\n\n\n"
                                      "raise E", ", line 6: E: without a message"),
+    "nothing said": (HEAD, "assert False", ", line 5: AssertionError: without a message"),
+    "a ValueError that says nothing": (HEAD, "raise ValueError", ", line 5: ValueError: without a message"),
+    "what is no Exception": (HEAD, "raise GeneratorExit", ", line 5: GeneratorExit: without a message"),
+    "a coroutine": ("", "async def get_config():\n    pass", ", line 1: get_config returned coroutine, expected OPD"),
     "several lines": (HEAD, "raise KeyError('a\\n  b')", ", line 5: KeyError: 'a\\n b'"),
 }  # fmt: skip
 
@@ -286,8 +291,10 @@ def test_a_variant_of_a_file_without_any_is_one_line(tmp_path: Path):
     [
         (lambda path: None, "no such file; configs/ of a clone holds those of the project"),
         (Path.mkdir, "is a folder, expected a Python file"),
+        (os.mkfifo, "is no regular file, expected a Python file"),
+        (lambda path: path.symlink_to("nowhere"), "is no regular file, expected a Python file"),
     ],
-    ids=["missing", "a folder"],
+    ids=["missing", "a folder", "a pipe", "a link to nothing"],
 )
 def test_a_file_that_is_not_there_is_one_line(make: Callable[[Path], None], problem: str, tmp_path: Path):
     path = tmp_path / "config.py"
@@ -300,6 +307,11 @@ def test_an_unknown_variant_is_one_line_with_its_place():
     error = error_of(f"--config={ROOT}/configs/miniature_teacher.py:beauty")
     assert error.startswith(f"{ROOT}/configs/miniature_teacher.py, line ")
     assert error.endswith("variant: found 'beauty', expected text or composition or quality or smoke, or CHOICE:smoke")
+
+
+def test_a_name_that_no_file_has_is_one_line():
+    assert error_of("--config=") == "config: found '', expected FILE.py[:variant]"
+    assert error_of(f"--config={'x' * 300}.py").endswith("xxx.py: File name too long")
 
 
 def test_no_config_is_one_line():

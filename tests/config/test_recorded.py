@@ -1,7 +1,9 @@
 """Whole configs kept as JSON: they come back as they were, under the names of any version."""
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def test_names_of_earlier_versions_are_understood_and_unknown_ones_named():
     del fields["model.shift"], fields["run.steps"]
     config = unflatten(fields)
     assert (config.model.shift, config.run.steps) == (2.5, 7)
-    for name in ("later", "model.later", "model.shift.later", "tasks.text.later", "later.still"):
+    for name in ("later", "model.later", "model.shift.later", "tasks.text.later", "later.still", "name.a.b"):
         with pytest.raises(ValueError, match=f"^{re.escape(name)}: no such field"):
             unflatten(fields | {name: 1})
     with pytest.raises(ValueError, match="stage: found 'grpo', expected opd or flow_matching"):
@@ -50,6 +52,10 @@ def test_names_of_earlier_versions_are_understood_and_unknown_ones_named():
 
 
 # ---- on the command line
+
+
+def _to_nothing(path: Path) -> None:
+    path.symlink_to("nothing")
 
 
 @pytest.fixture
@@ -73,8 +79,20 @@ def test_what_is_no_runs_folder_is_one_line(workdir: Path, tmp_path: Path):
     assert error_of() == "--config: missing, expected --config=FILE.py, or --workdir=DIR of a run"
     expected = "no such file, which every run writes into its --workdir; give --config"
     assert error_of(f"--workdir={tmp_path}") == f"{tmp_path}/run.json: {expected}"
-    (workdir / RECORD_FILE).write_text('{"starts": [')
+    for content in ('{"starts": [', '{"starts": [3]}', "[" * 100_000):
+        (workdir / RECORD_FILE).write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json: damaged, expected .*; give --config once$"):
+            load_config(workdir / RECORD_FILE)
     assert error_of(f"--workdir={workdir}").startswith(f"{workdir}/run.json: damaged, expected the starts of a run")
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"), [(Path.mkdir, "Is a directory"), (os.mkfifo, "a pipe"), (_to_nothing, "No such file")]
+)
+def test_what_is_in_a_records_way_is_told(make: Callable[[Path], None], problem: str, tmp_path: Path):
+    make(tmp_path / RECORD_FILE)
+    with pytest.raises(ValueError, match=rf"run\.json: {problem}.*; give --config once$"):
+        load_config(tmp_path / RECORD_FILE)
 
 
 def test_a_record_of_a_later_version_is_one_line(workdir: Path):

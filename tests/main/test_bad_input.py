@@ -19,7 +19,7 @@ from tests.main.experiment import Overrides, Program, assert_refused, command, o
     [
         (["--config.nope=1"], "no such field: 'nope'"),
         (["--config.eval.sample=1", "--config.run.steps=1"], "no such field: 'sample', did you mean 'samples'?"),
-        (["--config.run.steps=many"], "--config.run.steps=many: invalid literal for int"),
+        (["--config.run.steps=many"], "--config.run.steps=many: expected a whole number"),
         (["--config.run.steps=-1"], "run.steps: found -1, expected at least 0"),
         (["--workdir=gs://bucket/run"], "--workdir: found 'gs://bucket/run', expected a path on this machine"),
         (["--config.model.t5_length=0"], "model.t5_length: found 0, expected at least 1"),

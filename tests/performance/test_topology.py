@@ -24,9 +24,15 @@ def test_unknown_kinds_are_named_with_the_known_ones(name: str):
         parse_topology(name)
 
 
-@pytest.mark.parametrize("name", ["v6e:4", "v6e:2x2x2", "v6e:0x4", "v6e:2xx4", "v6e:-2x4", "v6e:2x4 "])
+@pytest.mark.parametrize("name", ["v6e:4", "v6e:2x2x2", "v6e:0x4", "v6e:2xx4", "v6e:-2x4", "v6e:2x4 ", "v6e:٢x2"])
 def test_shapes_that_a_torus_cannot_have_are_named(name: str):
     with pytest.raises(ValueError, match=rf"topology: found '{name}', expected v6e:AxB of lengths ≥ 1"):
+        parse_topology(name)
+
+
+@pytest.mark.parametrize(("name", "most"), [("cpu:1025", 1024), ("cpu:999999999", 1024), ("v6e:1000x1000", 65536)])
+def test_more_than_can_be_made_is_refused_at_once(name: str, most: int):
+    with pytest.raises(ValueError, match=rf"topology: found '{name}', which is \d+ devices, expected at most {most}"):
         parse_topology(name)
 
 

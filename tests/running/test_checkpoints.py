@@ -124,12 +124,34 @@ def test_a_step_that_is_there_is_not_saved_again(tmp_path: Path):
     checkpoints.close()
 
 
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    checkpoints = _open(tmp_path)
+    checkpoints.save(1, _trained(1))
+    checkpoints.close()
+    shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints/5")
+    with pytest.raises(ValueError, match=r"checkpoints/5/: found step 1 under this name"):
+        read_kept(tmp_path, 5, _trained(0))
+    checkpoints = _open(tmp_path)
+    _same(checkpoints.restore(_trained(0)), _trained(1))
+    checkpoints.close()
+    assert "found step 1 under this name" in caplog.text
+
+
+def test_what_is_no_folder_or_no_number_is_no_step(tmp_path: Path):
+    for name in ("7", "\N{SUPERSCRIPT TWO}", "007", "-1", "1.0"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "9").touch()
+    assert newest_step(tmp_path) == 7
+    assert kept_steps(tmp_path) == [7, 9]  # the file stands in the way of a save: it is damage
+
+
 def test_a_save_that_a_kill_interrupted_is_not_taken_for_a_checkpoint(tmp_path: Path):
     checkpoints = _open(tmp_path)
     checkpoints.save(1, _trained(1))
     checkpoints.close()
     for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-unsealed"):
         shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "2.tmp0").touch()  # in the place of the next save
     checkpoints = _open(tmp_path)
     assert checkpoints.latest_step() == newest_step(tmp_path) == 1
     checkpoints.save(2, _trained(2))

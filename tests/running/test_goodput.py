@@ -89,12 +89,24 @@ def test_a_run_that_ended_well_has_lost_nothing(tmp_path: Path):
     assert (watch.seconds["step"], watch.seconds["eval"], watch.seconds["lost"]) == (16, 3, 0)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"runs": 1}', '{"runs": 1, "seconds": 3, "saved": {}}'])
-def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path, content: str):
+_SECONDS = dict.fromkeys(("init", "compile", "step", "data", "eval", "checkpoint", "lost"), 1.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", '{"runs": 1}', '{"runs": 1, "seconds": 3, "saved": {}}', "[" * 100_000,
+        json.dumps({"runs": 1, "seconds": _SECONDS | {"step": float("inf")}, "saved": {}}),
+        json.dumps({"runs": float("inf"), "seconds": _SECONDS, "saved": {}}),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "goodput.json"
     path.write_text(content)
     assert _run(path, 3, [("step", 8.0)], {}).runs == 1
     assert json.loads(path.read_text())["runs"] == 1
+    assert (tmp_path / "goodput.json.damaged").read_text() == content
+    assert capsys.readouterr().err.count(f"{path}: damaged (") == 1
 
 
 def test_nothing_is_written_before_the_run_is_known_to_go_on_nor_where_there_is_no_room(

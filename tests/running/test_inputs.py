@@ -65,6 +65,27 @@ def test_other_content_is_refused_by_field_and_file(run: Path, files: dict[str, 
     inputs.check(run, files)
 
 
+@pytest.mark.parametrize("noted", [5, None, [], {"path": "x"}, {"path": "x", "sha256": 5, "stat": ""}])
+def test_a_damaged_note_is_refused_by_field(run: Path, files: dict[str, Path], noted: object):
+    write_json(run / "inputs.json", {"model.path": noted})
+    with pytest.raises(ValueError, match=r"inputs\.json: model\.path: found .*, expected texts path, sha256 and stat"):
+        inputs.check(run, files)
+    (run / "inputs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"inputs\.json: damaged JSON .*; put back what was there, or remove it to go"):
+        inputs.check(run, files)
+
+
+def test_what_stands_in_the_place_of_the_notes_is_no_leave_to_go_on(run: Path, files: dict[str, Path]):
+    (run / "inputs.json").unlink()
+    os.mkfifo(run / "inputs.json")
+    with pytest.raises(OSError, match="a pipe, a socket or a device"):
+        inputs.check(run, files)
+    (run / "inputs.json").unlink()
+    (run / "inputs.json").symlink_to("nothing")
+    with pytest.raises(ValueError, match=r"inputs\.json: no such file"):
+        inputs.check(run, files)
+
+
 def test_every_field_that_changed_is_named(run: Path, files: dict[str, Path]):
     for field in ("model.path", "tasks.x.prompts"):
         files[field].write_bytes(b"other")

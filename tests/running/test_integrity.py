@@ -1,6 +1,7 @@
 """Damage is found, named and passed over: never loaded silently, and never in the way."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,18 @@ def _truncate(rng: Any, folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
 
 
+def _pipe(rng: Any, folder: Path) -> None:
+    path = _any_file(rng, folder)
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _link_to_nothing(rng: Any, folder: Path) -> None:
+    path = _any_file(rng, folder)
+    path.unlink()
+    path.symlink_to("nothing")
+
+
 def _flip_bit(rng: Any, folder: Path) -> None:
     path = _any_file(rng, folder)
     content = bytearray(path.read_bytes())
@@ -94,7 +107,8 @@ def _any_file(rng: Any, folder: Path) -> Path:
 
 
 KINDS: tuple[Callable[[Any, Path], None], ...] = (
-    _flip_bit, _truncate, _flip_bit, _remove, _zero, _flip_bit, _truncate, _empty_folder, _add, _exchange,
+    _flip_bit, _truncate, _flip_bit, _remove, _zero, _flip_bit, _truncate, _empty_folder, _add, _exchange, _pipe,
+    _link_to_nothing,
 )  # fmt: skip
 
 
@@ -274,7 +288,9 @@ def test_shares_are_about_as_large_and_leave_nothing_out():
     assert share_of(files, 0, 1) == sorted(files)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"files": 3}', '{"files": {"a": null}, "sha256": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", "{}", "[" * 100_000, '{"files": 3}', '{"files": {"a": null}, "sha256": ""}']
+)
 def test_a_manifest_of_another_form_is_damaged(tmp_path: Path, text: str):
     (tmp_path / MANIFEST_FILE).write_text(text, encoding="utf-8")
     assert find_damage(tmp_path) == f"{tmp_path / MANIFEST_FILE}: does not match its own digest"

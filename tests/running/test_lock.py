@@ -42,14 +42,35 @@ def test_a_dead_process_of_this_host_is_noticed_at_once(
         assert f"process {child.pid} on " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-def test_one_that_shows_no_life_is_taken_over(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\0", b"[" * 100_000])
+def test_one_that_shows_no_life_is_taken_over(
+    tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+):
     _left(tmp_path, "elsewhere", 1)
     if content is not None:
-        (tmp_path / FILE).write_text(content)
+        (tmp_path / FILE).write_bytes(content)
     with holding(tmp_path):
         assert capsys.readouterr().err.count("taken over") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pid", [10**30, float("inf"), "x", None])
+def test_a_process_of_no_number_may_be_alive_and_is_waited_for(
+    tmp_path: Path, pid: object, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / FILE).write_text(json.dumps({"host": lock.socket.gethostname(), "pid": pid, "since": "noon"}))
+    with holding(tmp_path):
+        error = capsys.readouterr().err
+    assert error.count("may be running in it; looking for a sign of life for up to ") == 1
+    assert error.count("taken over") == 1
+
+
+def test_a_link_to_nothing_is_refused_at_once(tmp_path: Path):
+    """There is nothing to be cleared, and the name is taken: without a word of its own that goes round for ever."""
+    (tmp_path / FILE).symlink_to("nothing")
+    for attempt in (lambda: lock.check(tmp_path), holding(tmp_path).__enter__):
+        with pytest.raises(ValueError, match=r"running\.lock: a link, expected a file that a run has made"):
+            attempt()
 
 
 def test_looking_refuses_what_taking_would_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

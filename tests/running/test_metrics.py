@@ -79,6 +79,29 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path, rest: str):
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 10]
 
 
+@pytest.mark.parametrize("wrong", [b'{"step": "2"}', b'{"step": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"step": [2]}'])
+def test_lines_that_are_damaged_are_counted_and_kept_elsewhere(
+    tmp_path: Path, wrong: bytes, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "metrics.jsonl"
+    _write(tmp_path, 0, range(1, 4))
+    first, _, third = path.read_bytes().splitlines()
+    path.write_bytes(damaged := first + b"\n" + wrong + b"\n" + third + b"\n")
+    _write(tmp_path, 3, range(4, 5))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert f"{path}: damaged (1 of 3 lines, the first is line 2)" in capsys.readouterr().err
+    path.write_bytes(damaged)
+    assert metrics.logged(tmp_path, 3, "train/") == {"loss": 1 / 3}
+
+
+def test_a_record_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _write(tmp_path, 0, range(1, 4))
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    _write(tmp_path, 3, range(4, 5))
+    assert f"{tmp_path}/metrics.jsonl: holds nothing of the 3 updates before" in capsys.readouterr().err
+
+
 def test_a_whole_line_without_its_newline_is_kept_apart_from_the_next(tmp_path: Path):
     _write(tmp_path, 0, range(1, 3))
     path = tmp_path / "metrics.jsonl"

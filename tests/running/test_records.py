@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_a_record_that_cannot_be_read_or_written_ends_nothing(
     with records.keeping(tmp_path, FIELDS):
         pass
     assert "run.json: damaged" in capsys.readouterr().err
+    assert (tmp_path / "run.json.damaged").read_text() == "{"
     assert len(_starts(tmp_path)) == 1
 
     def full(*_: object) -> None:
@@ -104,6 +106,18 @@ def test_a_record_that_cannot_be_read_or_written_ends_nothing(
     with records.keeping(tmp_path, FIELDS):
         pass
     assert capsys.readouterr().err.count("run.json could not be written ([Errno 28] No space left on device)") == 2
+
+
+def test_a_checkpoint_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for left, told in (([20, 40], ""), ([20], "step 40, whose checkpoint is gone; the newest is of step 20"), ([], "")):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        for step in left:
+            (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        told = told or ("" if left else "step 20, whose checkpoint is gone; there is none: this begins again")
+        with records.keeping(tmp_path, FIELDS):
+            error = capsys.readouterr().err
+        assert told in error
+        assert bool(error) == bool(told)
 
 
 def test_process_0_alone_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,9 @@
 """A workdir and the config it belongs to."""
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +167,7 @@ def test_a_run_that_saved_nothing_does_not_block_its_folder(tmp_path: Path, caps
 @pytest.mark.parametrize("name", ["checkpoints/20", "checkpoints/20.damaged", "results.json", "samples.png"])
 def test_what_a_run_saved_blocks_its_folder(tmp_path: Path, name: str):
     _fail(tmp_path, _config())
-    (tmp_path / name).mkdir()
+    (Path.touch if name.endswith((".json", ".png")) else Path.mkdir)(tmp_path / name)
     before = _snapshot(tmp_path)
     with pytest.raises(ValueError, match="belongs to another config"):
         check(tmp_path, _config(seed=1))
@@ -206,3 +209,57 @@ def test_values_that_no_config_has_are_damage(text: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged.*; choose another --workdir$"):
         workdir.check(tmp_path, {"stage": "opd"})
+
+
+def test_a_pipe_in_the_place_of_a_config_is_told_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: found neither a file nor a folder, where a run has a file"):
+        check(tmp_path, _config())
+
+
+def _to_nothing(path: Path) -> None:
+    path.symlink_to("not_mounted")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, _to_nothing])
+def test_what_stands_in_the_place_of_a_folder_is_refused(make: Any, name: str, tmp_path: Path):
+    """A link to a disk that is not mounted: a run that began again would go over what it has recorded."""
+    claim(tmp_path, _config())
+    make(tmp_path / name)
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}: found (a file|neither .*|a link to nothing), where a run has a folder that it fills",
+    ):
+        check(tmp_path, _config())
+
+
+@pytest.mark.parametrize("name", ["results.json", "student.safetensors", "metrics.jsonl", "run.json", "samples.png"])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(Path.mkdir, "a folder"), (os.mkfifo, "neither a file nor a folder"), (_to_nothing, "a link to nothing")],
+)
+def test_what_stands_in_the_place_of_a_file_is_refused_at_the_beginning(
+    make: Any, what: str, name: str, tmp_path: Path
+):
+    claim(tmp_path, _config())
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: found {what}, where a run has a file that it writes; move it away"):
+        check(tmp_path, _config())
+
+
+def test_checkpoints_that_cannot_be_saved_are_told_before_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As whoever is not root meets a folder without permission."""
+    claim(tmp_path, _config())
+    (tmp_path / "checkpoints").mkdir()
+    check(tmp_path, _config())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"^--workdir: .*checkpoints cannot be written \(Permission denied\)$"):
+        check(tmp_path, _config())

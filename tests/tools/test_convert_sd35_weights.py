@@ -153,7 +153,10 @@ def test_usage(arguments: list[str], call: Caller) -> None:
     with pytest.raises(SystemExit) as stop:
         call.tool.main(arguments)
     assert stop.value.code == 2
-    assert "usage:" in call.capfd.readouterr().err
+    error = call.capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.endswith("(--help lists what there is)\n")
+    assert error.count("\n") == 1
 
 
 def test_interrupt(call: Caller, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from fopd_jax.interop.sd3.diffusers import CLASS_NAME, TABLE, config_from_diffus
 from fopd_jax.interop.sd3.text_encoders import clip_component, t5_component
 from fopd_jax.models.mmdit import PRESETS, centre_crop
 from fopd_jax.parallel.sharding import parameter_shardings
+from fopd_jax.reading import real_path
 
 FORMAT = "fopd_jax/converted/1"
 MANIFEST_FILE = "manifest.json"
@@ -82,6 +83,7 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "tex
 
 
 _MOST_LAYERS = 1000  # ten times the deepest published
+_MOST = 2**24  # of anything else that a configuration counts: more than any vocabulary
 
 
 def make_component(name: str, config: Mapping[str, Any]) -> Component:
@@ -94,10 +96,12 @@ def make_component(name: str, config: Mapping[str, Any]) -> Component:
 
 
 def _listable(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config, if its layers can be listed one by one, as names of tensors are."""
+    """The config, if its layers can be listed one by one, as names of tensors are, and its sizes be multiplied."""
     for field, value in config.items():
-        if "layers" in field and type(value) is int and value > _MOST_LAYERS:
-            raise ValueError(f"{field}: found {value}, expected at most {_MOST_LAYERS}")
+        most = _MOST_LAYERS if "layers" in field else _MOST
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if type(each) is int and abs(each) > most:
+                raise ValueError(f"{field}: found {each}, expected at most {most}")
     return config
 
 
@@ -218,7 +222,7 @@ def save_params(folder: Path, name: str, params: Tree) -> None:
     """
     try:
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_save, (folder / name).resolve(), params).result()
+            thread.submit(_save, real_path(folder / name), params).result()
     except ValueError as error:  # tensorstore's, which has the system's error in its text only
         _wait_for_silence(folder)
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -282,7 +286,7 @@ def load_params(folder: Path, name: str, abstract: Tree) -> Tree:
     )
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            path, args = (folder / name).resolve(), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
+            path, args = real_path(folder / name), ocp.args.PyTreeRestore(placed, restore_args=restore_args)
             stored: Any = checkpointer.metadata(path).item_metadata
             if stored is None:
                 raise ValueError("its metadata cannot be read")

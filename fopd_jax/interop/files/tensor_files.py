@@ -22,6 +22,7 @@ import numpy as np
 from fopd_jax.console import Progress
 from fopd_jax.files import replacing
 from fopd_jax.interop.files.tables import Shape
+from fopd_jax.reading import read_regular
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -263,9 +264,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: the file is missing, no JSON, no object, or has a key twice; names the file.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such file")
-    return _parse(path.read_bytes(), path)
+    return _parse(read_regular(path), path)
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from fopd_jax.interop.lora.files import (
 from fopd_jax.interop.lora.modules import LoRAModule, adapter_from_modules, modules_from_adapter, places
 from fopd_jax.interop.sd3.original import module_parts
 from fopd_jax.models.mmdit import MMDiTConfig
+from fopd_jax.reading import read_regular
 
 PEFT_SETTINGS = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -91,7 +92,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 def _read_settings(path: Path) -> LoRASettings:
     with naming(path):
-        return parse_settings(_parse_json(path.read_bytes()))
+        return parse_settings(_parse_json(read_regular(path)))
 
 
 def _parse_json(text: str | bytes) -> Mapping[str, Any]:

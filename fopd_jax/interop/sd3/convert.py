@@ -55,6 +55,7 @@ from fopd_jax.interop.files.tensor_files import (
 from fopd_jax.interop.files.tokenizers import open_tokenizer
 from fopd_jax.interop.sd3 import original
 from fopd_jax.interop.sd3.diffusers import TABLE
+from fopd_jax.reading import real_path
 
 OUTPUT_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _STAGE = ".partial"
@@ -107,7 +108,7 @@ def convert(
     """
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {tuple(OUTPUT_DTYPES)}")
-    dst = dst.resolve()
+    dst = real_path(dst)
     _check_destination(src, dst)
     sources = open_sources(src, components)
     there = dict(parse_manifest(dst).components) if is_converted(dst) else {}
@@ -385,7 +386,7 @@ def write_transformer(src: Path, dst: Path, *, progress: Display) -> None:
       ValueError: `src` is no converted folder or has no transformer, or `dst` exists.
       OSError: the destination cannot be written; it is left as it was.
     """
-    manifest, dst = read_manifest(src), dst.resolve()
+    manifest, dst = read_manifest(src), real_path(dst)
     if "transformer" not in manifest.components:
         raise ValueError(f"src: {src} holds no transformer, only {', '.join(manifest.components)}")
     if dst.exists():

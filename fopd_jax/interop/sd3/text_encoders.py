@@ -88,7 +88,9 @@ def clip_component(config: Mapping[str, Any]) -> Component:
     fields = _read(config, _CLIP_FIELDS, right)
     if fields["width"] % fields["num_heads"]:
         raise _wrong("num_attention_heads", fields["num_heads"], f"a divisor of hidden_size {fields['width']}")
-    if not isinstance(fields["eos_token_id"], int):  # transformers' type admits None and lists
+    if (
+        type(fields["eos_token_id"]) is not int or fields["eos_token_id"] < 0
+    ):  # transformers' type admits None and lists
         raise _wrong("eos_token_id", fields["eos_token_id"], "one id")
     ours = CLIPTextConfig(**fields)
     return _component(ours, CLIPText(ours), CLIP_NAMES, CLIP_UNUSED)
@@ -101,7 +103,12 @@ def t5_component(config: Mapping[str, Any]) -> Component:
       ValueError: a field is missing or describes a network that T5Encoder is not; names field, found and right value.
     """
     right = {"model_type": ["t5"], "architectures": [["T5EncoderModel"]], "feed_forward_proj": ["gated-gelu"]}
-    ours = T5Config(**_read(config, _T5_FIELDS, right))
+    fields = _read(config, _T5_FIELDS, right)
+    if (least := 4) > fields["num_buckets"]:
+        raise _wrong("relative_attention_num_buckets", fields["num_buckets"], f"at least {least}")
+    if fields["max_distance"] <= (exact := fields["num_buckets"] // 4):
+        raise _wrong("relative_attention_max_distance", fields["max_distance"], f"more than {exact}")
+    ours = T5Config(**fields)
     return _component(ours, T5Encoder(ours), _T5_NAMES, _T5_UNUSED)
 
 
@@ -113,7 +120,18 @@ def _read(config: Mapping[str, Any], fields: Mapping[str, str], right: Mapping[s
     for field, values in right.items():
         if config[field] not in values:
             raise _wrong(field, repr(config[field]), " or ".join(map(repr, values)))
+    for ours, theirs in fields.items():
+        _check_number(ours, theirs, config[theirs])
     return {ours: config[theirs] for ours, theirs in fields.items()}
+
+
+def _check_number(ours: str, theirs: str, value: Any) -> None:
+    """Sizes are counted from 1; an epsilon is a small number; the rest is checked where it is known what it means."""
+    if ours.endswith("_eps"):
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise _wrong(theirs, repr(value), "a number from 0 to below 1")
+    elif ours not in ("activation", "eos_token_id") and (type(value) is not int or value < 1):
+        raise _wrong(theirs, repr(value), "a positive integer")
 
 
 def _component(

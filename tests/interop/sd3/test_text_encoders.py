@@ -195,11 +195,20 @@ REFUSED = {
     ("clip", "hidden_act", "gelu_new"): "found 'gelu_new', expected 'quick_gelu' or 'gelu'",
     ("clip", "num_attention_heads", 5): "found 5, expected a divisor of hidden_size 12",
     ("clip", "eos_token_id", None): "found None, expected one id",
+    ("clip", "eos_token_id", -1): "found -1, expected one id",
+    ("clip", "num_hidden_layers", 0): "found 0, expected a positive integer",
+    ("clip", "hidden_size", 12.0): "found 12.0, expected a positive integer",
+    ("clip", "layer_norm_eps", "1e-5"): "found '1e-5', expected a number from 0 to below 1",
     ("t5", "model_type", "umt5"): "found 'umt5', expected 't5'",
     ("t5", "architectures", ("T5ForConditionalGeneration",)): (
         "found ['T5ForConditionalGeneration'], expected ['T5EncoderModel']"
     ),
     ("t5", "feed_forward_proj", "relu"): "found 'relu', expected 'gated-gelu'",
+    ("t5", "num_layers", None): "found None, expected a positive integer",
+    ("t5", "d_kv", True): "found True, expected a positive integer",
+    ("t5", "layer_norm_epsilon", -1e-6): "found -1e-06, expected a number from 0 to below 1",
+    ("t5", "relative_attention_num_buckets", 3): "found 3, expected at least 4",
+    ("t5", "relative_attention_max_distance", 1): "found 1, expected more than 8",
 }
 
 
