@@ -19,22 +19,22 @@ KINDS: Mapping[str, str] = types.MappingProxyType({
     "aesthetic": "fopd_jax.rewards.clip_scores",
     "blip_vqa": "fopd_jax.rewards.blip_scores",
     "clipscore": "fopd_jax.rewards.clip_scores",
-    "deqa": "fopd_jax.rewards.judges",
+    "deqa": "fopd_jax.rewards.served.judges",
     "geneval": "fopd_jax.rewards.geneval.reward",
-    "geneval2": "fopd_jax.rewards.judges",
+    "geneval2": "fopd_jax.rewards.served.judges",
     "hpsv2": "fopd_jax.rewards.clip_scores",
-    "hpsv3": "fopd_jax.rewards.judges",
+    "hpsv3": "fopd_jax.rewards.served.judges",
     "imagereward": "fopd_jax.rewards.blip_scores",
     "jpeg_compressibility": "fopd_jax.rewards.jpeg",
     "ocr": "fopd_jax.rewards.ocr",
     "pickscore": "fopd_jax.rewards.clip_scores",
-    "qwenvl": "fopd_jax.rewards.judges",
-    "remote": "fopd_jax.rewards.remote",
-    "unifiedreward": "fopd_jax.rewards.judges",
+    "qwenvl": "fopd_jax.rewards.served.judges",
+    "remote": "fopd_jax.rewards.served.remote",
+    "unifiedreward": "fopd_jax.rewards.served.judges",
 })  # fmt: skip
 """The module of each kind. One that is no judge and has a server is scored there, by `remote`."""
 _REMOTE, _CUSTOM = KINDS["remote"], "fopd_jax.rewards.custom"
-_SERVED = (_REMOTE, "fopd_jax.rewards.judges")
+_SERVED = (_REMOTE, "fopd_jax.rewards.served.judges")
 
 
 def check_named(named: Collection[str], rewards: Collection[str], servers: Collection[str]) -> None:

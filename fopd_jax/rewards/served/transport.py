@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from fopd_jax.console import note
-from fopd_jax.rewards.breaker import Breaker
+from fopd_jax.rewards.served.breaker import Breaker
 
 T = TypeVar("T")
 _FINAL = (400, 413, 415, 422)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from fopd_jax.config.schema import RewardConfig, Server
-from fopd_jax.rewards import remote
 from fopd_jax.rewards.reward import Reward
-from tests.rewards.misbehaving import Behaviour, Misbehaving, hang_up, misbehaving, reply
-from tests.rewards.serving import TOKEN, Toy, closed_port, images, serving, until
+from fopd_jax.rewards.served import remote
+from tests.rewards.served.misbehaving import Behaviour, Misbehaving, hang_up, misbehaving, reply
+from tests.rewards.served.serving import TOKEN, Toy, closed_port, images, serving, until
 
 
 @pytest.fixture(autouse=True)
@@ -227,8 +227,8 @@ def test_no_token_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def start(port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.rewards.serving", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-m", "tests.rewards.served.serving", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     assert process.stdout is not None
     assert process.stdout.readline() == f"serving toy on http://127.0.0.1:{port}\n"
     return process

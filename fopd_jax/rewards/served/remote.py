@@ -15,12 +15,12 @@ from jaxtyping import UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
-from fopd_jax.rewards import wire
-from fopd_jax.rewards.bearer import VARIABLE, find_token
 from fopd_jax.rewards.extras import need
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
-from fopd_jax.rewards.transport import Call, Pace, Transport, Unanswered, check_urls
+from fopd_jax.rewards.served import wire
+from fopd_jax.rewards.served.bearer import VARIABLE, find_token
+from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls
 
 SURVEY_S = 5.0
 """In which servers must show that they are there."""
