@@ -20,9 +20,9 @@ CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
+"""What may stay when a folder changes hands, beside its lock and its record."""
 _EVALUATES = re.compile(r"eval\.|rewards(\.|$)|tasks\.[^.]+\.rewards(\.|$)")
 """Fields that say how a run is evaluated."""
-"""What may stay when a folder changes hands, beside its lock and its record."""
 
 
 def check(workdir: Path, identity: Fields) -> None:
