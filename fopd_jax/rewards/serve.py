@@ -26,13 +26,14 @@ from absl import app, flags
 from fopd_jax.config.flags import has_config, parse_flags, read_config
 from fopd_jax.config.schema import RewardConfig
 from fopd_jax.console import say
-from fopd_jax.exits import explained
+from fopd_jax.exits import explained, need
 from fopd_jax.files import local_path
-from fopd_jax.rewards.extras import need
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.rewards.served.bearer import VARIABLE, find_token, make_token
 
-_REWARD = flags.DEFINE_list("reward", [], "Names of the rewards to serve, with commas between them.")
+_REWARD = flags.DEFINE_list(
+    "reward", [], "Names of the rewards to serve, with commas between them.", allow_override=True
+)  # the program beside it has a flag of that name, too
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 18085, "Port to listen on; 0: any free one.", lower_bound=0, upper_bound=65535)
 _TOKEN_FILE = flags.DEFINE_string(

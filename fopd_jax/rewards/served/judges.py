@@ -25,8 +25,8 @@ from PIL import Image
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
+from fopd_jax.exits import need
 from fopd_jax.files import read_regular
-from fopd_jax.rewards.extras import need
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
 from fopd_jax.rewards.served import remote

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
-from fopd_jax.rewards.extras import need
+from fopd_jax.exits import need
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
 from fopd_jax.rewards.served import wire
