@@ -81,6 +81,7 @@ class _Network:
             raise ValueError(f"{field}: {weights}: holds no words; convert again with {CONVERTER} --tokenizer")
         self.words = Words(shape["vocabulary"], marked=shape["marked_question"] and kind == "vqa")
         dtype = jnp.dtype(options.dtype)
+        self._precision = "highest" if options.dtype == "float32" else "default"  # float32 means it on every device
         self.params = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params), replicated(self.mesh))
 
     @functools.cached_property
@@ -110,7 +111,8 @@ class _Network:
         how = OPEN_CLIP if self.kind == "imagereward" else BLIP_VQA
         each = self.options.batch_size
         pixels = preprocess(images, how, self.config.vision.image_size, self.mesh, each)
-        return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
+        with jax.default_matmul_precision(self._precision):
+            return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
 
 
 class Words:

@@ -105,6 +105,17 @@ def test_a_kind_of_its_own_is_the_servers_with_the_same_options():
             assert said in str(error.value)
 
 
+def test_files_may_lie_elsewhere_at_the_server():
+    theirs = {"clip": "/there/clip.safetensors", "value": "official"}
+    with serving(Toy("geneval"), kind="geneval", options=theirs) as url:
+        for ours in ({"value": "official"}, {"clip": "here.safetensors", "value": "official"}):
+            with making(url, name="geneval", options=ours) as reward:
+                assert not reward.score(images(1), ["a"], [{}]).failed[0]
+        said = r"rewards\.geneval\.options: found \{\}, but the server serves \{'value'"
+        with pytest.raises(ValueError, match=said), making(url, name="geneval", options={"clip": "a"}):
+            pass
+
+
 @pytest.mark.parametrize("where", ["env", "file"])
 def test_the_token_is_read_from_the_file_or_the_environment(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
