@@ -18,9 +18,11 @@ teachers, merge and student on the same held-out prompts and noise.
 Nothing scores the tasks by default. Their rewards are settings, evaluated beside the pictures and in the report's table
 (fopd_jax/rewards; converted weights where a network scores):
     --config.tasks.ocr.rewards.ocr=1
-    --config.tasks.pickscore.rewards.pickscore=1 --config.rewards.pickscore.weights=weights/pickscore
-        --config.rewards.pickscore.divide_by=26
-    --config.tasks.geneval.rewards.geneval=1 --config.rewards.geneval.weights=weights/geneval
+    --config.tasks.pickscore.rewards.pickscore=1 --config.rewards.pickscore.divide_by=26
+        --config.rewards.pickscore.weights=weights/pickscore.safetensors
+    --config.tasks.geneval.rewards.geneval=1 --config.tasks.geneval.test=geneval:test
+        --config.rewards.geneval.weights=weights/mask2former.safetensors
+        --config.rewards.geneval.options.clip=weights/clip_l.safetensors
 A reward that is served elsewhere has its server's address, and a score that fails is left out, counted and told:
     --config.run.servers.pickscore.urls=http://127.0.0.1:18085 --config.run.max_failed_rewards=0.05
 

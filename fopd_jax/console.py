@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jax._src.distributed import global_state
@@ -44,6 +44,17 @@ def _write(text: str, stream: Any) -> None:
     """Whole lines at once; bars that are shown step aside."""
     with tqdm.external_write_mode(stream):
         print(text, file=stream, flush=True)
+
+
+def align(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """A table of columns as wide as they have to be, two spaces apart; those numbered in `right` end where they end."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return "  ".join(cell.rjust(width) if k in right else cell.ljust(width) for k, (cell, width) in cells).rstrip()
+
+    return "\n".join(map(line, rows))
 
 
 class Track:

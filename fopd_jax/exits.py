@@ -7,6 +7,7 @@ no job manager should repeat it; 75 hung (`running/watchdog.py`); 128 + n ended 
 import argparse
 import contextlib
 import errno
+import importlib.util
 import re
 import signal
 import sys
@@ -46,6 +47,18 @@ def shorten(message: str) -> str:
         line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
         for line in message.split("\n")
     )
+
+
+def spell_error(error: BaseException) -> str:
+    """Its type and what it says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def need(field: str, extra: str, *packages: str) -> None:
+    """Raises ValueError, naming the field and the extra that brings it, for a package that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{field}: needs {package}: pip install 'fopd_jax[{extra}]'")
 
 
 def explain(error: BaseException, place: str = "") -> Fault | None:

@@ -123,3 +123,9 @@ SPELLED = [(0.0, "00:00"), (83.6, "01:24"), (7200.0, "2:00:00"), (90061.0, "1 d 
 @pytest.mark.parametrize(("seconds", "words"), SPELLED)
 def test_times_are_spelled(seconds: float, words: str):
     assert spell_seconds(seconds) == words
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [("name", "n", "what"), ("a", "1,000", ""), ("longest", "7", "it is")]
+    assert console.align(rows, right={1}) == "name         n  what\na        1,000\nlongest      7  it is"
+    assert console.align([("a", "b"), ("cc", "d")]) == "a   b\ncc  d"

@@ -280,9 +280,13 @@ def _dict(name: str, value: Any, hint: Any) -> Typed:
     return FrozenDict({key: found for key, (found, _) in typed.items()}), problems
 
 
+_PASSWORD = re.compile(r"[^\s'\"]*:[^\s'\"]*@")
+"""A user with a password before a host, and what is before them."""
+
+
 def _problem(name: str, found: Any, expected: str) -> str:
     try:
-        text = " ".join(repr(found).split())
+        text = _PASSWORD.sub("…@", " ".join(repr(found).split()))
     except Exception as error:  # of an int, whose limit is 4300 digits, or of a user's own class
         text = f"a value of type {type(found).__name__} that cannot be shown ({type(error).__name__})"
         text = "an int of more digits than Python spells" if isinstance(found, int) else text

@@ -98,10 +98,8 @@ def format_table(scores: Mapping[str, Scores], student: str) -> str:
 
     Of pairs that have a score; where some have none (NaN), the mean has a mark.
     """
-    skills, marked = (
-        list(scores[student]),
-        any(np.isnan(values).any() for each in scores.values() for values in each.values()),
-    )
+    skills = list(scores[student])
+    marked = any(np.isnan(values).any() for each in scores.values() for values in each.values())
     width = max(map(len, scores))
     lines = [" " * width + "".join(f"  {skill:>24}" for skill in skills)]
     for name, each in scores.items():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fopd_jax.console import align
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.score import measure
 from fopd_jax.exits import naming
@@ -79,9 +80,7 @@ def format_scores(rows: Sequence[Row]) -> str:
     left = len(body) - MOST_ROWS
     policies = dict.fromkeys(row["policy"] for row in rows)
     means = [_means(policy, [row for row in rows if row["policy"] == policy], names) for policy in policies]
-    table = [["file", "prompt", *names], *body[:MOST_ROWS], *means]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(each, widths, strict=True)).rstrip() for each in table]
+    lines = align([["file", "prompt", *names], *body[:MOST_ROWS], *means]).split("\n")
     if left > 0:
         lines.insert(1 + MOST_ROWS, f"… and {left} more")
     return "\n".join(lines)

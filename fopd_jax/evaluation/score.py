@@ -21,6 +21,7 @@ from fopd_jax.parallel.distributed import gather_rows
 from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards import monitors
+from fopd_jax.rewards.combine import weighted_sum
 from fopd_jax.rewards.pool import Pool, Ticket
 from fopd_jax.rewards.reward import Metadata, Reward, Scores
 from fopd_jax.tasks.task import Task
@@ -251,16 +252,6 @@ def measure(
         if len(scores) != len(pixels):
             raise ValueError(f"rewards.{name}: found {len(scores)} scores of {len(pixels)} images, expected one each")
     return found
-
-
-def weighted_sum(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
-    """Σ weight · value over `weights`, one reward at least; it fails where one of them does, and says which."""
-    details: list[Metadata] = [{} for _ in next(iter(found.values())).values]
-    for name in weights:
-        for i in np.flatnonzero(found[name].failed):
-            details[i] = details[i] or {"error": f"{name}: {found[name].details[i]['error']}"}
-    values = np.sum([weight * found[name].values for name, weight in weights.items()], axis=0)
-    return Scores(values, np.isnan(values), tuple(details))
 
 
 def _reasons(found: Mapping[str, Scores]) -> dict[str, str]:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from fopd_jax.models.clip import LayerNorm
+from fopd_jax.models.clip import LayerNorm, dense
 
 Dtype = Any
-Axes = tuple[str | None, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +53,6 @@ class BLIPConfig:
     text: BLIPTextConfig
 
 
-def _dense(features: int, axes: Axes, dtype: Dtype, name: str) -> nn.Dense:
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
-
-
 def _attend(q: Array, k: Array, v: Array, num_heads: int, mask: Bool[Array, "b 1 s t"] | None) -> Array:
     """Softmax attention in float32 over heads that lie side by side in the last axis."""
     q, k, v = (rearrange(y, "B S (N H) -> B S N H", N=num_heads) for y in (q, k, v))
@@ -86,13 +75,13 @@ class VisionLayer(nn.Module):
         config, dtype = self.config, self.dtype
         x = nn.spmd.with_logical_constraint(x, ("batch", None, None))
         y = LayerNorm(config.layer_norm_eps, dtype, name="layer_norm1")(x)
-        qkv = _dense(3 * config.width, ("embed", "heads"), dtype, "qkv")(y)
+        qkv = dense(3 * config.width, ("embed", "heads"), dtype, "qkv")(y)
         q, k, v = jnp.split(qkv, 3, axis=-1)
         y = _attend(q, k, v, config.num_heads, None)
-        x = x + _dense(config.width, ("heads", "embed"), dtype, "projection")(y)
+        x = x + dense(config.width, ("heads", "embed"), dtype, "projection")(y)
         y = LayerNorm(config.layer_norm_eps, dtype, name="layer_norm2")(x)
-        y = nn.gelu(_dense(config.mlp_dim, ("embed", "mlp"), dtype, "fc1")(y), approximate=False)
-        return x + _dense(config.width, ("mlp", "embed"), dtype, "fc2")(y), None
+        y = nn.gelu(dense(config.mlp_dim, ("embed", "mlp"), dtype, "fc1")(y), approximate=False)
+        return x + dense(config.width, ("mlp", "embed"), dtype, "fc2")(y), None
 
 
 class BLIPVision(nn.Module):
@@ -141,9 +130,9 @@ class TextAttention(nn.Module):
         self, x: Float[Array, "b s d"], states: Float[Array, "b t e"], mask: Bool[Array, "b 1 #s t"] | None
     ) -> Float[Array, "b s d"]:
         config, dtype, axes = self.config, self.dtype, ("embed", "heads")
-        q = _dense(config.width, axes, dtype, "query")(x)
-        k, v = (_dense(config.width, axes, dtype, name)(states) for name in ("key", "value"))
-        y = _dense(config.width, ("heads", "embed"), dtype, "output")(_attend(q, k, v, config.num_heads, mask))
+        q = dense(config.width, axes, dtype, "query")(x)
+        k, v = (dense(config.width, axes, dtype, name)(states) for name in ("key", "value"))
+        y = dense(config.width, ("heads", "embed"), dtype, "output")(_attend(q, k, v, config.num_heads, mask))
         return LayerNorm(config.layer_norm_eps, dtype, name="norm")(x + y)
 
 
@@ -165,8 +154,8 @@ class TextLayer(nn.Module):
         x = nn.spmd.with_logical_constraint(x, ("batch", None, None))
         x = TextAttention(config, dtype, name="attention")(x, x, mask)
         x = TextAttention(config, dtype, name="crossattention")(x, states, states_mask)
-        y = nn.gelu(_dense(config.mlp_dim, ("embed", "mlp"), dtype, "intermediate")(x), approximate=False)
-        y = _dense(config.width, ("mlp", "embed"), dtype, "output")(y)
+        y = nn.gelu(dense(config.mlp_dim, ("embed", "mlp"), dtype, "intermediate")(x), approximate=False)
+        y = dense(config.width, ("mlp", "embed"), dtype, "output")(y)
         return LayerNorm(config.layer_norm_eps, dtype, name="norm")(x + y), None
 
 

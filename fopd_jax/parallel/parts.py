@@ -18,6 +18,11 @@ def own_mesh() -> Mesh:
     return Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def at_once(mesh: Mesh, rows: int) -> int:
+    """So many rows a device; on a CPU, which gains nothing by several and would compute what fills them up, one."""
+    return batch_ways(mesh) * (1 if jax.default_backend() == "cpu" else rows)
+
+
 def in_parts(function: Callable[..., Tree], arrays: Tree, mesh: Mesh, rows: int = 1) -> Tree:
     """`function(arrays)` as numpy, a tree of arrays `[n, …]` to one of arrays `[n, …]`, so many rows at once.
 

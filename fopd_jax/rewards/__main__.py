@@ -25,13 +25,13 @@ from absl import app, flags, logging
 
 from fopd_jax.config.flags import membership, parse_flags, read_config
 from fopd_jax.config.schema import OPD, FlowMatching, RewardConfig
-from fopd_jax.console import progress, say, speaks
+from fopd_jax.console import align, progress, say, speaks
 from fopd_jax.exits import RETRY, explained, leave, refuse
 from fopd_jax.parallel.distributed import failing_together, initialize
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.rewards.cases import Case, cases_of, pictures_of
 from fopd_jax.rewards.catalogue import rows
-from fopd_jax.rewards.check import Proof, align, as_text, prove, verdict
+from fopd_jax.rewards.check import Proof, as_text, prove, verdict
 from fopd_jax.rewards.registry import close_all, make_rewards
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sources import read_set
@@ -39,9 +39,7 @@ from fopd_jax.worlds.embedded import EMBEDDED
 from fopd_jax.worlds.miniature import cases as miniature
 from fopd_jax.worlds.world import World
 
-_REWARD = flags.DEFINE_list(
-    "reward", None, "Of check: rewards, joined by commas; default: those of the config's tasks."
-)
+_REWARD = flags.DEFINE_list("reward", [], "Of check: rewards, joined by commas; default: those of the config's tasks.")
 
 COMMANDS = ("check", "list")
 

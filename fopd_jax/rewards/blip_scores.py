@@ -20,35 +20,35 @@ from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.interop.scorers.blip import NETWORK, SPECIAL
 from fopd_jax.interop.scorers.weights import CONVERTER, load_weights
 from fopd_jax.models.blip import BLIPVQA, BLIPConfig, BLIPTextConfig, BLIPVisionConfig, ImageReward
-from fopd_jax.parallel.parts import in_parts, own_mesh
+from fopd_jax.parallel.parts import at_once, in_parts, own_mesh
 from fopd_jax.parallel.sharding import replicated
+from fopd_jax.rewards.clip import DTYPES
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.preprocessing import BLIP_VQA, OPEN_CLIP, Pictures, preprocess
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed, collect
 
 REWARD_MEAN, REWARD_STD = 0.16717363, 1.03333947  # of ImageReward's own training pairs [code]
+ROWS = 16  # pictures at once on one accelerator
 MOST_TOKENS = 35  # of a prompt or question, [code] in both
 KINDS = {"imagereward": "imagereward", "blip_vqa": "vqa"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`batch_size`: images at once a process. `questions`: at most so many an image, in `blip_vqa`.
+    """`questions`: at most so many an image, in `blip_vqa`. `dtype`: in which the network computes.
 
     Raises:
       ValueError: a number is out of range, or the dtype is not known.
     """
 
-    batch_size: int = 16
     questions: int = 8
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "questions"):
-            if not 1 <= getattr(self, name) <= 2**16:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 to {2**16}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: found {self.dtype!r}, expected float32 or bfloat16")
+        if not 1 <= self.questions <= 1000:
+            raise ValueError(f"questions: found {self.questions}, expected 1 to 1000")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
 
 def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
@@ -81,6 +81,7 @@ class _Network:
             raise ValueError(f"{field}: {weights}: holds no words; convert again with {CONVERTER} --tokenizer")
         self.words = Words(shape["vocabulary"], marked=shape["marked_question"] and kind == "vqa")
         dtype = jnp.dtype(options.dtype)
+        self._precision = "highest" if options.dtype == "float32" else "default"  # float32 means it on every device
         self.params = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params), replicated(self.mesh))
 
     @functools.cached_property
@@ -108,9 +109,10 @@ class _Network:
 
     def over(self, program: Callable[[Any, Any], Array], images: Pictures, **rows: np.ndarray) -> np.ndarray:
         how = OPEN_CLIP if self.kind == "imagereward" else BLIP_VQA
-        each = self.options.batch_size
+        each = at_once(self.mesh, ROWS)
         pixels = preprocess(images, how, self.config.vision.image_size, self.mesh, each)
-        return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
+        with jax.default_matmul_precision(self._precision):
+            return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
 
 
 class Words:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from fopd_jax.console import align
+from fopd_jax.exits import spell_error
 from fopd_jax.rewards.cases import Case
 from fopd_jax.rewards.reward import Reward, Scores
 
@@ -48,8 +50,7 @@ def prove(reward: Reward, cases: Sequence[Case], pictures: Sequence[Case] = ()) 
     try:
         return _prove(asked, cases)
     except Exception as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        return Proof(reward.name, (Finding("it answers", problem),))
+        return Proof(reward.name, (Finding("it answers", spell_error(error)),))
 
 
 def _prove(asked: "_Asked", cases: Sequence[Case]) -> Proof:
@@ -131,12 +132,6 @@ def as_text(proofs: Sequence[Proof]) -> str:
     rows = [("reward", "what should hold", "better", "worse", "ok")]
     rows += [_row(proof.reward, finding) for proof in proofs for finding in proof.findings]
     return "\n".join([align(rows), "", *map(_speed, proofs)])
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """A table of columns as wide as they have to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _row(reward: str, finding: Finding) -> tuple[str, str, str, str, str]:

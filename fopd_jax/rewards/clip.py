@@ -19,14 +19,14 @@ from fopd_jax.interop.scorers.weights import CONVERTER, load_weights
 from fopd_jax.interop.scorers.words import END, make_tokenizer
 from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.clip_vision import CLIPVision
-from fopd_jax.parallel.parts import in_parts, own_mesh
-from fopd_jax.parallel.sharding import batch_ways, replicated
+from fopd_jax.parallel.parts import at_once, in_parts, own_mesh
+from fopd_jax.parallel.sharding import replicated
 from fopd_jax.rewards.preprocessing import TRANSFORMERS, Pictures, Preprocessing, preprocess
 
 DTYPES = ("float32", "bfloat16")
 """In which towers compute."""
 _ROWS = 16
-"""Pictures or texts at once on one accelerator. A CPU gains nothing by several and would compute what fills them up."""
+"""Pictures or texts at once on one accelerator."""
 
 
 class Towers:
@@ -35,7 +35,7 @@ class Towers:
     def __init__(self, shape: dict[str, Any], params: Tree, dtype: str) -> None:
         self.vision, self.text, merges = read_shape(shape)
         self.mesh = own_mesh()
-        self.rows = batch_ways(self.mesh) * (1 if jax.default_backend() == "cpu" else _ROWS)
+        self.rows = at_once(self.mesh, _ROWS)
         self.logit_scale = float(np.exp(params["logit_scale"]))
         params = jax.device_put(_stored(params, dtype), replicated(self.mesh))
         vision, text = CLIPVision(self.vision, jnp.dtype(dtype)), CLIPText(self.text, jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""From rewards to advantages: several rewards into one number a sample, compared within the groups of one prompt.
+"""Several rewards into one number a sample: their weighted sum, or advantages within the groups of one prompt.
 
 What failed takes no part: not in a mean, not in a deviation, not in the update. Flow-GRPO (2505.05470) compares the
 weighted sum of the rewards, GDPO (2601.05242) each reward by itself, so that one of small spread is still heard.
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fopd_jax.rewards.reward import Scores
+from fopd_jax.rewards.reward import Metadata, Scores
 
 Normalise = Literal["global", "group", "each"]
 """By what the distance to the group's mean is divided: 'global' is the deviation over the whole batch (Flow-GRPO),
@@ -79,6 +79,16 @@ def combine(
         dropped=int((~kept).sum()),
         flat_share=float((kept & ~lively).sum() / max(kept.sum(), 1)),
     )
+
+
+def weighted_sum(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+    """Σ weight · value over `weights`, one reward at least; it fails where one of them does, and says which."""
+    details: list[Metadata] = [{} for _ in next(iter(found.values())).values]
+    for name in weights:
+        for i in np.flatnonzero(found[name].failed):
+            details[i] = details[i] or {"error": f"{name}: {found[name].details[i]['error']}"}
+    values = np.sum([weight * found[name].values for name, weight in weights.items()], axis=0)
+    return Scores(values, np.isnan(values), tuple(details))
 
 
 Terms = Sequence[tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fopd_jax.config.schema import RewardConfig, Server
+from fopd_jax.exits import spell_error
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed, collect
 
 
@@ -32,13 +33,13 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
         )
     if settings.weights:
         raise ValueError(f"{field}.weights: found {settings.weights!r}, expected '': {path} reads its own")
-    function = _imported(f"{field}.kind", path)
+    function = import_function(f"{field}.kind", path)
 
     def score(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
         try:
             found = function(images, prompts, metadata)
         except Exception as error:  # whatever a user's own code may raise is a failure of these images
-            return all_failed(len(images), f"{path}: {_said(error)}")
+            return all_failed(len(images), f"{path}: {spell_error(error)}")
         scores = found if isinstance(found, Scores) else _as_scores(f"{field}.kind: {path}", found)
         if len(scores) != len(images):
             raise ValueError(f"{field}.kind: {path} returned {len(scores)} values for {len(images)} images")
@@ -47,19 +48,16 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     return Reward(name, score, (None, None), "host")
 
 
-def _imported(field: str, path: str) -> Callable[..., Any]:
+def import_function(field: str, path: str) -> Callable[..., Any]:
+    """What `package.module:function` names; ValueError, naming the field, where that is none."""
     module, _, attribute = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # at import, too, anything may go wrong
-        raise ValueError(f"{field}: cannot import {path} ({_said(error)})") from error
+        raise ValueError(f"{field}: cannot import {path} ({spell_error(error)})") from error
     if not callable(function):
         raise ValueError(f"{field}: {path} is of type {type(function).__name__}, expected a function")
     return function
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _as_scores(place: str, found: Any) -> Scores:

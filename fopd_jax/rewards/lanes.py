@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
+from fopd_jax.exits import spell_error
 from fopd_jax.rewards.reward import Scores, all_failed
 
 CLOSED = "the pool of rewards is closed"
@@ -125,8 +126,3 @@ def join(threads: Sequence[threading.Thread], deadline: float) -> None:
     """Wait for their ends, but not beyond a time of `time.monotonic`."""
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0.0))
-
-
-def spell_error(error: Exception) -> str:
-    """Its type and what it says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

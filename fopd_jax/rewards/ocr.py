@@ -6,7 +6,6 @@ miniature reads its glyphs itself and takes the rule alone.
 
 import dataclasses
 import functools
-import importlib.util
 import re
 from collections.abc import Sequence
 
@@ -14,11 +13,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
+from fopd_jax.exits import need
+from fopd_jax.rewards.cores import cores
 from fopd_jax.rewards.options import read_options
-from fopd_jax.rewards.recogniser import MOST_WORKERS, Recogniser, cores
+from fopd_jax.rewards.recogniser import MOST_WORKERS, Recogniser
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
 
-PACKAGES = ("rapidocr", "onnxruntime")
 _QUOTED = (
     re.compile(r'"([^"]*)"'),
     re.compile(r"“([^“”]*)”"),
@@ -66,8 +66,7 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     options = read_options(Options, settings.options, f"rewards.{name}.options")
     if settings.weights:
         raise ValueError(f"rewards.{name}.weights: found {settings.weights!r}, expected none: rapidocr has its models")
-    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
-        raise ValueError(f"rewards.{name}: needs {' and '.join(missing)}: pip install 'fopd_jax[ocr]'")
+    need(f"rewards.{name}", "ocr", "rapidocr", "onnxruntime")
     try:
         recogniser = Recogniser(options.workers or min(cores(), MOST_WORKERS), options.timeout)
     except ValueError as error:

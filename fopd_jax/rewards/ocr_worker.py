@@ -17,6 +17,8 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import UInt8
 
+from fopd_jax.exits import spell_error
+
 Read = Callable[[UInt8[np.ndarray, "h w 3"]], list[str]]
 """An image, RGB, to the lines of text in it."""
 HEADER = struct.Struct("!II")
@@ -56,7 +58,7 @@ def _told(error: Exception) -> str:
     """In one line: what began it, for RapidOCR wraps errors in errors that tell less."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return spell_error(error)
 
 
 def _receive(images: queue.SimpleQueue) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fopd_jax.console import note
-from fopd_jax.exits import Outage
-from fopd_jax.rewards.lanes import CLOSED, Job, Lane, spell_error
+from fopd_jax.exits import Outage, spell_error
+from fopd_jax.rewards.lanes import CLOSED, Job, Lane
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
 
 LEAST = 64

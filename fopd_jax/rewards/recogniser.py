@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from fopd_jax.rewards.ocr_worker import HEADER
 WORKER = (sys.executable, "-m", "fopd_jax.rewards.ocr_worker")
 MOST_WORKERS = 32
 """Where nobody asks for more: each takes 0.4 GB, and 32 read some 200 images a second."""
-_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _STARTS_WITHIN = 120.0  # seconds
 _ENDS_WITHIN = 2.0
 
@@ -33,16 +31,6 @@ class ReadingError(Exception):
 
 class WorkerEndedError(ReadingError):
     """The process that was to read it has ended."""
-
-
-def cores() -> int:
-    """Cores that this process may use: its affinity's, or its container's if that allows fewer."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_LIMIT.read_text().split()
-        return max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group of version 2, or no limit ("max")
-        return allowed
 
 
 class Recogniser:

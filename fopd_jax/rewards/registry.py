@@ -9,6 +9,7 @@ import difflib
 import importlib
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,22 +20,26 @@ KINDS: Mapping[str, str] = types.MappingProxyType({
     "aesthetic": "fopd_jax.rewards.clip_scores",
     "blip_vqa": "fopd_jax.rewards.blip_scores",
     "clipscore": "fopd_jax.rewards.clip_scores",
-    "deqa": "fopd_jax.rewards.judges",
+    "deqa": "fopd_jax.rewards.served.judges",
     "geneval": "fopd_jax.rewards.geneval.reward",
-    "geneval2": "fopd_jax.rewards.judges",
+    "geneval2": "fopd_jax.rewards.served.judges",
     "hpsv2": "fopd_jax.rewards.clip_scores",
-    "hpsv3": "fopd_jax.rewards.judges",
+    "hpsv3": "fopd_jax.rewards.served.judges",
     "imagereward": "fopd_jax.rewards.blip_scores",
     "jpeg_compressibility": "fopd_jax.rewards.jpeg",
     "ocr": "fopd_jax.rewards.ocr",
     "pickscore": "fopd_jax.rewards.clip_scores",
-    "qwenvl": "fopd_jax.rewards.judges",
-    "remote": "fopd_jax.rewards.remote",
-    "unifiedreward": "fopd_jax.rewards.judges",
+    "qwenvl": "fopd_jax.rewards.served.judges",
+    "remote": "fopd_jax.rewards.served.remote",
+    "unifiedreward": "fopd_jax.rewards.served.judges",
 })  # fmt: skip
 """The module of each kind. One that is no judge and has a server is scored there, by `remote`."""
+FILE_OPTIONS: Mapping[str, str] = types.MappingProxyType({
+    "aesthetic": "head", "deqa": "template", "geneval": "clip", "qwenvl": "template", "unifiedreward": "template",
+})  # fmt: skip
+"""Of kinds that read another file beside their weights, the option that names it."""
 _REMOTE, _CUSTOM = KINDS["remote"], "fopd_jax.rewards.custom"
-_SERVED = (_REMOTE, "fopd_jax.rewards.judges")
+_SERVED = (_REMOTE, "fopd_jax.rewards.served.judges")
 
 
 def check_named(named: Collection[str], rewards: Collection[str], servers: Collection[str]) -> None:
@@ -48,6 +53,16 @@ def check_named(named: Collection[str], rewards: Collection[str], servers: Colle
             close = difflib.get_close_matches(name, named, 1)
             there = f"did you mean {close[0]!r}?" if close else f"they name {', '.join(sorted(named)) or 'none'}"
             raise ValueError(f"{field}.{name}: no task names this reward; {there} (see tasks.NAME.rewards)")
+
+
+def files_of(rewards: Mapping[str, RewardConfig]) -> dict[str, Path]:
+    """The files that settings of rewards name, by field."""
+    named: dict[str, str] = {}
+    for name, settings in rewards.items():
+        named[f"rewards.{name}.weights"] = settings.weights
+        if option := FILE_OPTIONS.get(settings.kind or name):
+            named[f"rewards.{name}.options.{option}"] = str(settings.options.get(option, ""))
+    return {field: Path(file) for field, file in named.items() if file}
 
 
 def make_rewards(
@@ -82,8 +97,6 @@ def close_all(rewards: Mapping[str, Reward]) -> None:
 
 
 def _make(name: str, settings: RewardConfig, server: Server | None, own: Mapping[str, Reward]) -> Reward:
-    if server is not None and not server.urls:
-        raise ValueError(f"run.servers.{name}.urls: found none, expected at least one, like http://127.0.0.1:18085")
     if name in own and not settings.kind and server is None:
         for field, found in (("weights", settings.weights), ("options", dict(settings.options))):
             if found:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from fopd_jax.exits import spell_error
+
 Metadata = Mapping[str, Any]
 """What stands beside a prompt in its set, as JSON: GenEval's record, an OCR target; {} where there is nothing."""
 
@@ -45,7 +47,7 @@ def collect(results: Sequence[tuple[float, Metadata] | Exception]) -> Scores:
     values, details = np.full(len(results), np.nan), []
     for i, result in enumerate(results):
         if isinstance(result, Exception):
-            details.append({"error": f"{type(result).__name__}: {result}"})
+            details.append({"error": spell_error(result)})
         elif not np.isfinite(result[0]):
             details.append({**result[1], "error": f"the value is {result[0]}"})
         else:

@@ -26,13 +26,14 @@ from absl import app, flags
 from fopd_jax.config.flags import has_config, parse_flags, read_config
 from fopd_jax.config.schema import RewardConfig
 from fopd_jax.console import say
-from fopd_jax.exits import explained
+from fopd_jax.exits import explained, need
 from fopd_jax.files import local_path
-from fopd_jax.rewards.bearer import VARIABLE, find_token, make_token
-from fopd_jax.rewards.extras import need
 from fopd_jax.rewards.reward import Reward
+from fopd_jax.rewards.served.bearer import VARIABLE, find_token, make_token
 
-_REWARD = flags.DEFINE_list("reward", [], "Names of the rewards to serve, with commas between them.")
+_REWARD = flags.DEFINE_list(
+    "reward", [], "Names of the rewards to serve, with commas between them.", allow_override=True
+)  # the program beside it has a flag of that name, too
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 18085, "Port to listen on; 0: any free one.", lower_bound=0, upper_bound=65535)
 _TOKEN_FILE = flags.DEFINE_string(
@@ -42,7 +43,7 @@ _TOKEN_FILE = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     need("--reward", "serve", "starlette", "uvicorn")
-    from fopd_jax.rewards.listening import bind
+    from fopd_jax.rewards.served.listening import bind
 
     settings = chosen_settings(_REWARD.value, configured())
     token = known_token(_TOKEN_FILE.value, _HOST.value)
@@ -84,7 +85,7 @@ def known_token(file: str, host: str) -> str | None:
     Raises:
       ValueError: it cannot be read, or there is none and others than this machine could ask.
     """
-    from fopd_jax.rewards.listening import is_loopback
+    from fopd_jax.rewards.served.listening import is_loopback
 
     if file and not local_path("--token-file", file).exists():
         return None
@@ -109,9 +110,9 @@ def serve(
     settings: Mapping[str, RewardConfig], rewards: Mapping[str, Reward], token: str, bound: socket.socket
 ) -> None:
     """Serve on a bound socket until a signal ends it."""
-    from fopd_jax.rewards.listening import make_server
-    from fopd_jax.rewards.service import Served, Service
-    from fopd_jax.rewards.wire import Limits
+    from fopd_jax.rewards.served.listening import make_server
+    from fopd_jax.rewards.served.service import Served, Service
+    from fopd_jax.rewards.served.wire import Limits
 
     served = {name: Served(rewards[name], each.kind or name, each.options) for name, each in settings.items()}
     host, port = bound.getsockname()[:2]

@@ -23,9 +23,9 @@ _KINDS = ((Path.is_dir, "a folder"), (Path.is_file, "a file"), (Path.exists, "ne
 _FOLDERS = (FOLDER, "tensorboard")
 _FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
+"""What may stay when a folder changes hands, beside its lock and its record."""
 _EVALUATES = re.compile(r"eval\.|rewards(\.|$)|tasks\.[^.]+\.rewards(\.|$)")
 """Fields that say how a run is evaluated."""
-"""What may stay when a folder changes hands, beside its lock and its record."""
 
 
 def check(workdir: Path, identity: Fields) -> None:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
+from fopd_jax.rewards.registry import files_of
 from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.tasks.sources import file_of
 from fopd_jax.worlds.embedded import EMBEDDED
 
 
 def input_files(config: Config) -> dict[str, Path]:
-    """Base, teachers, anchor, and what the world's tasks are read from; fields that are empty, and sets that are
-    generated, name none.
+    """Base, teachers, anchor, what the world's tasks are read from, and what rewards read; fields that are empty, and
+    sets that are generated, name none.
 
     A folder in place of a whole network that no conversion wrote is left out: it is refused, and may be large.
     """
@@ -30,7 +31,7 @@ def input_files(config: Config) -> dict[str, Path]:
     paths = {field: weight_path(name) for field, name in weights.items() if name}
     found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
     read = {field: file_of(name, field) for field, name in texts.items() if name}
-    return found | {field: path for field, path in read.items() if path is not None}
+    return found | {field: path for field, path in read.items() if path is not None} | files_of(config.rewards)
 
 
 def _is_refused(config: Config, field: str, path: Path) -> bool:

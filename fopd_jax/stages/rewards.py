@@ -1,4 +1,4 @@
-"""The rewards that a config's tasks name: put beside the world's own, and asked about every prompt."""
+"""The rewards that a config's tasks name: put beside the world's own, and asked about the prompts to score."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -33,7 +33,7 @@ def furnish(config: OPD | FlowMatching, world: World, evaluated: Iterable[str], 
 
 
 def check_prompts(tasks: Mapping[str, Task], rewards: Mapping[str, Reward]) -> None:
-    """Refuse prompts that a reward of their task can never score.
+    """Refuse held-out prompts that a reward of their task can never score; those to train on are not scored.
 
     Raises:
       ValueError: names the task's field, the prompt and the reason.
@@ -41,5 +41,4 @@ def check_prompts(tasks: Mapping[str, Task], rewards: Mapping[str, Reward]) -> N
     for task in tasks.values():
         for name in task.scored:
             with naming(f"tasks.{task.name}.rewards.{name}"):
-                for split in ("train", "test"):
-                    rewards[name].check(getattr(task, split), task.beside(split))
+                rewards[name].check(task.test, task.beside("test"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.exits import need
 from fopd_jax.parallel.distributed import barrier, is_main
 from fopd_jax.tasks.prompt_set import PromptSet
 
@@ -86,10 +87,9 @@ def _check_same(folder: Path, splits: Mapping[str, PromptSet]) -> None:
 
 
 def _library(field: str) -> Any:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ValueError(f"{field}: needs tensorflow-datasets: pip install 'fopd_jax[prompt-sets]'") from error
+    need(field, "prompt-sets", "tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     tfds.disable_progress_bar()
     return tfds
 

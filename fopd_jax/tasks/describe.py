@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fopd_jax.console import align
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.prompts import plain
 from fopd_jax.tasks.sampling import Shares
@@ -179,10 +180,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns of equal width; numbers, and what stands above them, to the right."""
     rows = list(rows)
     words = [list(head), *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[k]) for row in words) for k in range(len(head))]
-    right = [all(isinstance(row[k], int) for row in rows) for k in range(len(head))]
-    lines = []
-    for row in words:
-        cells = zip(row, widths, right, strict=True)
-        lines.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
-    return "\n".join(map(str.rstrip, lines))
+    return align(words, {k for k in range(len(head)) if all(isinstance(row[k], int) for row in rows)})

@@ -11,7 +11,7 @@ import pytest
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, measure, noise_keys, weighted_sum
+from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, measure, noise_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, standard_normal
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.rewards.reward import Reward, Scores, all_failed, collect
@@ -298,15 +298,6 @@ def test_a_tasks_reward_is_the_weighted_sum_of_those_that_count():
     expected[[2, 3]] = np.nan
     np.testing.assert_array_equal(found.values["reward/one"], expected)
     assert found.told()[-1] == "reward/one: 2 of 20 failed: b: TimeoutError: no answer to p2"
-
-
-def test_a_weighted_sum_says_which_of_its_rewards_failed():
-    results: list[Any] = [(2.0, {}), (3.0, {}), OSError("z")]
-    found = {"a": collect([(1.0, {}), ValueError("x"), ValueError("y")]), "b": collect(results)}
-    total = weighted_sum(found, {"a": 0.5, "b": 2.0})
-    np.testing.assert_array_equal(total.values, [4.5, np.nan, np.nan])
-    assert total.details == ({}, {"error": "a: ValueError: x"}, {"error": "a: ValueError: y"})
-    assert weighted_sum(found, {"b": 1.0}).details[2] == {"error": "b: OSError: z"}
 
 
 def test_metadata_stand_beside_their_prompts():

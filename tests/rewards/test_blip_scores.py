@@ -41,7 +41,7 @@ def _written(folder: Path, tensors, vocabulary: Path, config=None) -> RewardConf
     shape, tree = convert(tensors, config)
     path = folder / f"{shape['kind']}.safetensors"
     save_weights(path, "blip", add_tokenizer(shape, vocabulary), tree, {})
-    return RewardConfig(weights=str(path), options={"batch_size": 2})
+    return RewardConfig(weights=str(path))
 
 
 def _images(count: int = 3) -> np.ndarray:
@@ -140,8 +140,8 @@ def test_wrong_settings_are_refused_by_field(tmp_path: Path, model, vocabulary: 
         r"rewards\.x\.weights: found nothing, expected a converted BLIP: tools/convert_reward": {"weights": ""},
         r"rewards\.x\.weights: .*none: no such file; tools/convert_reward_weights\.py makes it": {"weights": "none"},
         r"rewards\.x\.weights: .*: found BLIP for imagereward, expected vqa": {"kind": "blip_vqa"},
-        r"rewards\.x\.options\.batch_size: found 0, expected 1 to": {"options": {"batch_size": 0}},
-        r"rewards\.x\.options\.dtype: found 'int8', expected float32 or bfloat16": {"options": {"dtype": "int8"}},
+        r"rewards\.x\.options\.questions: found 0, expected 1 to": {"options": {"questions": 0}},
+        r"rewards\.x\.options\.dtype: found 'int8', expected one of float32, bfloat16": {"options": {"dtype": "int8"}},
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fopd_jax.rewards.combine import combine, group_keys, merge_equal_prompts
-from fopd_jax.rewards.reward import Scores
+from fopd_jax.rewards.combine import combine, group_keys, merge_equal_prompts, weighted_sum
+from fopd_jax.rewards.reward import Scores, collect
 
 NAN = float("nan")
 
@@ -208,3 +208,12 @@ def test_equal_prompts_can_be_merged_as_flow_grpo_does():
 def test_what_does_not_fit_is_refused(found: dict[str, Scores], weights: dict[str, float], problem: str):
     with pytest.raises(ValueError, match=problem):
         combine(found, weights, np.zeros(2, int))
+
+
+def test_a_weighted_sum_says_which_of_its_rewards_failed():
+    results: list[Any] = [(2.0, {}), (3.0, {}), OSError("z")]
+    found = {"a": collect([(1.0, {}), ValueError("x"), ValueError("y")]), "b": collect(results)}
+    total = weighted_sum(found, {"a": 0.5, "b": 2.0})
+    np.testing.assert_array_equal(total.values, [4.5, np.nan, np.nan])
+    assert total.details == ({}, {"error": "a: ValueError: x"}, {"error": "a: ValueError: y"})
+    assert weighted_sum(found, {"b": 1.0}).details[2] == {"error": "b: OSError: z"}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fopd_jax.rewards import recogniser
-from fopd_jax.rewards.recogniser import ReadingError, Recogniser, WorkerEndedError, cores
+from fopd_jax.rewards.recogniser import ReadingError, Recogniser, WorkerEndedError
 
 FAKE = """
 import os, signal, sys, time
@@ -215,14 +215,3 @@ def test_what_takes_too_long_to_start_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(recogniser, "_STARTS_WITHIN", 0.5)
     with pytest.raises(ValueError, match=r"took more than 0\.5 s starting"):
         Recogniser(1, 1.0, (sys.executable, "-c", "import time; time.sleep(60)"))
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)]
-)
-def test_cores_are_those_of_the_container(
-    limit: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(recogniser, "_CPU_LIMIT", tmp_path / "cpu.max")
-    assert cores() == expected or (expected is None and cores() == len(os.sched_getaffinity(0)))

@@ -63,7 +63,7 @@ def test_kinds_are_made_by_their_modules_with_their_settings(asked: Asked):
     assert [(module, name, found.kind, server) for module, name, found, server in asked] == [
         ("fopd_jax.rewards.ocr", "ocr", "ocr", None),
         ("fopd_jax.rewards.clip_scores", "sharp", "pickscore", None),
-        ("fopd_jax.rewards.judges", "deqa", "deqa", SERVER),
+        ("fopd_jax.rewards.served.judges", "deqa", "deqa", SERVER),
     ]
     assert (asked[0][2].weights, asked[1][2].options) == ("file", {"a": 1})
     assert settings["ocr"].kind == ""  # the config is as it was
@@ -73,7 +73,7 @@ def test_what_has_a_server_is_scored_there(asked: Asked):
     servers = dict.fromkeys(("pickscore", "text", "mine", "far"), SERVER)
     settings = {"mine": RewardConfig(kind="package.module:function"), "far": RewardConfig(kind="remote")}
     make_rewards(servers, settings, servers, {"text": _reward("text")})
-    assert {module for module, *_ in asked} == {"fopd_jax.rewards.remote"}
+    assert {module for module, *_ in asked} == {"fopd_jax.rewards.served.remote"}
     assert [found.kind for _, _, found, _ in asked] == ["pickscore", "text", "package.module:function", "remote"]
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fopd_jax.config.schema import RewardConfig, Server
-from fopd_jax.rewards import remote
-from fopd_jax.rewards.bearer import find_token, make_token
-from fopd_jax.rewards.listening import bind, is_loopback
 from fopd_jax.rewards.serve import chosen_settings, known_token, new_token
-from tests.rewards.serving import TOKEN, images, raw
+from fopd_jax.rewards.served import remote
+from fopd_jax.rewards.served.bearer import find_token, make_token
+from fopd_jax.rewards.served.listening import bind, is_loopback
+from tests.rewards.served.serving import TOKEN, images, raw
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fopd_jax.config.parse import resolve
-from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Model, Pairs, RoutedTask
+from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Model, Pairs, RewardConfig, RoutedTask
 from fopd_jax.files import write_json
 from fopd_jax.interop.files import converted
 from fopd_jax.running import inputs
@@ -172,6 +172,25 @@ def test_the_files_of_a_run_are_those_its_fields_name(tmp_path: Path):
     assert "model.path" in input_files(resolve(config))
     pairs = FlowMatching("x", tasks={"x": Pairs(images="data/x", test="data/test.txt")})
     assert {*input_files(resolve(pairs))} == {"tasks.x.images", "tasks.x.test"}
+
+
+def test_the_files_of_rewards_are_among_them(tmp_path: Path):
+    rewards = {
+        "pickscore": RewardConfig(weights="p"), "looks": RewardConfig("aesthetic", "l", options={"head": "h"}),
+        "geneval": RewardConfig(weights="g", options={"clip": "c", "colours": "clip"}), "ocr": RewardConfig(),
+        "deqa": RewardConfig(options={"template": f"{tmp_path}/asked.txt"}), "mine": RewardConfig("a:b"),
+    }  # fmt: skip
+    files = input_files(resolve(OPD("x", rewards=rewards)))
+    assert {field: str(path) for field, path in files.items()} == {
+        "rewards.pickscore.weights": "p", "rewards.looks.weights": "l", "rewards.looks.options.head": "h",
+        "rewards.geneval.weights": "g", "rewards.geneval.options.clip": "c",
+        "rewards.deqa.options.template": f"{tmp_path}/asked.txt",
+    }  # fmt: skip
+    (tmp_path / "asked.txt").write_text("How good is it?")
+    inputs.keep(tmp_path, inputs.check(tmp_path, files))  # of files that are elsewhere, such as a server's, none
+    (tmp_path / "asked.txt").write_text("How bad is it?")
+    with pytest.raises(ValueError, match=r"^rewards\.deqa\.options\.template: .*asked\.txt holds other content"):
+        inputs.check(tmp_path, files)
 
 
 def test_a_source_counts_by_the_file_that_it_reads(tmp_path: Path):

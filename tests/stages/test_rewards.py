@@ -46,7 +46,7 @@ def test_settings_of_another_tasks_reward_are_no_mistake_and_of_nobodys_are():
     furnish(config, make_world(), ["text"], ["other"])
 
 
-def test_every_reward_sees_every_prompt_of_its_task_with_its_metadata():
+def test_every_reward_sees_the_held_out_prompts_of_its_task_with_their_metadata():
     seen: list[tuple[Any, ...]] = []
 
     def check(prompts: Sequence[str], metadata: Sequence[Any]) -> None:
@@ -55,8 +55,8 @@ def test_every_reward_sees_every_prompt_of_its_task_with_its_metadata():
             raise ValueError("prompt 'bad': has nothing to score")
 
     reward = Reward("a", lambda images, *_: all_failed(len(images), "none"), (None, None), "host", check)
-    task = Task("one", ("x", "y"), ("z",), ("a",), train_metadata=({"n": 1}, {"n": 2}))
+    task = Task("one", ("x", "y"), ("z",), ("a",), test_metadata=({"n": 3},))
     check_prompts({"one": task, "two": Task("two", ("bad",), ())}, {"a": reward})
-    assert seen == [(("x", "y"), ({"n": 1}, {"n": 2})), (("z",), ({},))]
+    assert seen == [(("z",), ({"n": 3},))]
     with pytest.raises(ValueError, match=r"^tasks\.one\.rewards\.a: prompt 'bad': has nothing to score$"):
         check_prompts({"one": Task("one", (), ("bad",), rewards={"a": 1.0})}, {"a": reward})

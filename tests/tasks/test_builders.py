@@ -82,7 +82,7 @@ def test_a_damaged_set_is_named_with_field_and_folder(tmp_path: Path, damage: st
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = build("ocr", {"train": TRAIN}, tmp_path, "")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"^f: needs tensorflow-datasets: pip install 'fopd_jax\[prompt-sets\]'$"):
+    with pytest.raises(ValueError, match=r"^f: needs tensorflow_datasets: pip install 'fopd_jax\[prompt-sets\]'$"):
         read_set(str(folder), "f")
     assert builders.is_built(folder)
 

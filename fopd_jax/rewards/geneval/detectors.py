@@ -1,9 +1,8 @@
 """The detector that a config names."""
 
-import importlib
 from pathlib import Path
-from typing import cast
 
+from fopd_jax.rewards.custom import import_function
 from fopd_jax.rewards.geneval import onnx
 from fopd_jax.rewards.geneval.detections import Detect
 
@@ -21,7 +20,7 @@ def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str
     if ":" in name:
         if weights:
             raise ValueError(f"{field}.weights: found {weights!r}, expected '': {name} reads its own")
-        return _imported(name, field)
+        return import_function(f"{field}.options.detector", name)
     if name not in (MASK2FORMER, ONNX):
         raise ValueError(
             f"{field}.options.detector: found {name!r}, expected mask2former, onnx or package.module:function"
@@ -33,14 +32,3 @@ def find_detector(name: str, weights: str, options: onnx.OnnxOptions, field: str
     from fopd_jax.rewards.geneval import mask2former
 
     return mask2former.make_detector(Path(weights), f"{field}.weights")
-
-
-def _imported(name: str, field: str) -> Detect:
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # at import anything may go wrong
-        raise ValueError(f"{field}.options.detector: cannot import {name}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{field}.options.detector: {name}: found {found!r}, expected a function of images")
-    return cast(Detect, found)

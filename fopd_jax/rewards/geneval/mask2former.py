@@ -11,13 +11,13 @@ from fopd_jax.interop.scorers.mask2former import network_config
 from fopd_jax.interop.scorers.weights import load_weights
 from fopd_jax.models.instances import Instances, detect
 from fopd_jax.models.mask2former import Mask2Former
-from fopd_jax.parallel.parts import in_parts, own_mesh
-from fopd_jax.parallel.sharding import batch_ways, replicated
+from fopd_jax.parallel.parts import at_once, in_parts, own_mesh
+from fopd_jax.parallel.sharding import replicated
 from fopd_jax.rewards.geneval.detections import CLASSES, Detect, Detections
 
 NETWORK = "mask2former"
 ROWS = 4
-"""Pictures a device at once, at most: what deformable attention gathers of one takes most of a gigabyte."""
+"""Pictures at once on one accelerator: what deformable attention gathers of one takes most of a gigabyte."""
 LOWEST_SCORE = 0.05
 """Detections below are left out; GenEval's own limits are far above."""
 
@@ -41,9 +41,8 @@ def make_detector(weights: Path, field: str) -> Detect:
     program = jax.jit(functools.partial(detect, Mask2Former(config)))
 
     def find(images: UInt8[np.ndarray, "b h w 3"]) -> list[Detections]:
-        rows = min(len(images), ROWS * batch_ways(mesh))
         with jax.default_matmul_precision("high"):
-            found = in_parts(functools.partial(program, params), images, mesh, rows)
+            found = in_parts(functools.partial(program, params), images, mesh, at_once(mesh, ROWS))
         return [_detections(found, i, images.shape[2]) for i in range(len(images))]
 
     return find

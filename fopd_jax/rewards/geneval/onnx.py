@@ -10,7 +10,6 @@ Four layouts, of b images:
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from fopd_jax.exits import naming
+from fopd_jax.exits import naming, need
+from fopd_jax.rewards.cores import cores
 from fopd_jax.rewards.geneval.boxes import keep_apart
 from fopd_jax.rewards.geneval.detections import Detect, Detections
 
@@ -258,14 +258,13 @@ def _found(outputs: Sequence[np.ndarray], image: tuple[int, int], size: tuple[in
 
 
 def _session(weights: Path, options: OnnxOptions, field: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError(f"{field}: needs onnxruntime: pip install 'fopd_jax[detector]'") from error
+    need(field, "detector", "onnxruntime")
+    import onnxruntime
+
     if not weights.is_file():
         raise ValueError(f"{field}.weights: {weights}: no such file, expected a COCO detector as ONNX")
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = min(options.threads, len(os.sched_getaffinity(0)))
+    settings.intra_op_num_threads = min(options.threads, cores())
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would take whole cores
     try:

@@ -78,7 +78,7 @@ def ordered(found: tuple[np.ndarray, ...]) -> list[np.ndarray]:
 
 def test_detections_are_mmdets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three pictures, two at once, of 20 x 400 pixels, which become 67 x 1333 and are filled up to 96 x 1344."""
-    monkeypatch.setattr("fopd_jax.rewards.geneval.mask2former.ROWS", 2)
+    monkeypatch.setattr("fopd_jax.rewards.geneval.mask2former.at_once", lambda *_: 2)
     check(SMALL, write(tmp_path / "weights.safetensors", SMALL), pictures(3, 20, 400))
 
 

@@ -258,7 +258,7 @@ def test_mask2former_and_clip_run_on_the_device(monkeypatch: pytest.MonkeyPatch)
 
     def module(name: str, function: str, result: object) -> None:
         there = types.ModuleType(f"fopd_jax.rewards.{name}")
-        setattr(there, function, lambda path, field: made.append((name, str(path), field)) or result)
+        setattr(there, function, lambda path, field, *_: made.append((name, str(path), field)) or result)
         monkeypatch.setitem(sys.modules, there.__name__, there)
         parent, _, last = there.__name__.rpartition(".")
         monkeypatch.setattr(sys.modules[parent], last, there, raising=False)
@@ -283,14 +283,13 @@ def test_a_detector_of_one_s_own():
 @pytest.mark.parametrize(
     ("detector", "message"),
     [
-        ("nowhere.at_all:read", "nowhere.at_all:read: No module named 'nowhere'"),
-        ("json:nothing", "json:nothing: module 'json' has no attribute 'nothing'"),
-        ("json:__name__", "json:__name__: found 'json', expected a function of images"),
-        (":read", ":read: Empty module name"),
+        ("nowhere.at_all:read", "cannot import nowhere.at_all:read (ModuleNotFoundError: No module named 'nowhere')"),
+        ("json:nothing", "cannot import json:nothing (AttributeError: module 'json' has no attribute 'nothing')"),
+        ("json:__name__", "json:__name__ is of type str, expected a function"),
+        (":read", "cannot import :read (ValueError: Empty module name)"),
     ],
 )
 def test_detectors_that_are_not_there_are_named(detector: str, message: str):
     with pytest.raises(ValueError) as error:
         make("geneval", config("", detector=detector), None)
-    assert str(error.value).startswith("rewards.geneval.options.detector: cannot import ") or "found" in message
-    assert message in str(error.value)
+    assert str(error.value) == f"rewards.geneval.options.detector: {message}"

@@ -20,10 +20,10 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
+from fopd_jax.config.rules import URLS
 from fopd_jax.console import note
-from fopd_jax.rewards.breaker import Breaker
+from fopd_jax.rewards.served.breaker import Breaker
 
 T = TypeVar("T")
 _FINAL = (400, 413, 415, 422)
@@ -330,15 +330,9 @@ def check_urls(urls: Sequence[str], field: str) -> None:
     if len(set(urls)) != len(urls):
         raise ValueError(f"{field}: names a server twice")
     for url in urls:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise ValueError(f"{field}: found {url!r}: {error}") from error
-        if parts.username is not None or parts.password is not None:
+        if "@" in url:
             raise ValueError(f"{field}: an address holds a name or a password; the token's place is token_file")
-        plain = not (parts.query or parts.fragment) and url.isascii() and url.isprintable() and " " not in url
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain:
+        if not URLS.holds((url,)) or not (url.isascii() and url.isprintable()):
             raise ValueError(f"{field}: found {url!r}, expected an address such as http://127.0.0.1:18085")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
-from fopd_jax.rewards.wire import Request, encode_results
+from fopd_jax.rewards.served.wire import Request, encode_results
 
 Scored = Callable[[str, int, int], None]
 """Told of each batch: the reward, how many images, how many of them failed."""

@@ -1,4 +1,4 @@
-from fopd_jax.rewards.breaker import Breaker
+from fopd_jax.rewards.served.breaker import Breaker
 
 
 def test_it_opens_after_failures_in_a_row_and_closes_by_a_success():

@@ -26,10 +26,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fopd_jax.exits import shorten
-from fopd_jax.rewards import wire
-from fopd_jax.rewards.batching import Batcher, Full
-from fopd_jax.rewards.prometheus import Meters
 from fopd_jax.rewards.reward import Reward
+from fopd_jax.rewards.served import wire
+from fopd_jax.rewards.served.batching import Batcher, Full
+from fopd_jax.rewards.served.prometheus import Meters
 
 PROTOCOL = 1
 BODY_SECONDS = 60.0

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fopd_jax.rewards.png import decode_png, encode_png, png_size
-from tests.rewards.malformed import pictures, png
+from fopd_jax.rewards.served.png import decode_png, encode_png, png_size
+from tests.rewards.served.malformed import pictures, png
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 5, 3), (64, 33, 3)])

@@ -13,9 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fopd_jax.rewards import listening, service, wire
-from tests.rewards.malformed import bodies
-from tests.rewards.serving import HEADERS, LIMITS, TOKEN, Toy, get, good_body, images, post, raw, served, serving, until
+from fopd_jax.rewards.served import listening, service, wire
+from tests.rewards.served.malformed import bodies
+from tests.rewards.served.serving import (
+    HEADERS,
+    LIMITS,
+    TOKEN,
+    Toy,
+    get,
+    good_body,
+    images,
+    post,
+    raw,
+    served,
+    serving,
+    until,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from fopd_jax.rewards import wire
-from fopd_jax.rewards.listening import bind, make_server
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
-from fopd_jax.rewards.service import Served, Service
+from fopd_jax.rewards.served import wire
+from fopd_jax.rewards.served.listening import bind, make_server
+from fopd_jax.rewards.served.service import Served, Service
 
 LIMITS = wire.Limits(body_bytes=2**20)
 TOKEN = "a-token-of-these-tests"
@@ -117,7 +117,7 @@ def closed_port() -> int:
         return free.getsockname()[1]
 
 
-if __name__ == "__main__":  # python -m tests.rewards.serving PORT
+if __name__ == "__main__":  # python -m tests.rewards.served.serving PORT
     from fopd_jax.config.schema import RewardConfig
     from fopd_jax.rewards.serve import serve
 

@@ -25,15 +25,15 @@ from PIL import Image
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
+from fopd_jax.exits import need
 from fopd_jax.reading import read_regular
-from fopd_jax.rewards import remote
-from fopd_jax.rewards.bearer import find_token
-from fopd_jax.rewards.extras import need
 from fopd_jax.rewards.options import read_options
-from fopd_jax.rewards.png import encode_png
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
-from fopd_jax.rewards.transport import Call, Pace, Transport, Unanswered, check_urls
-from fopd_jax.rewards.verdicts import (
+from fopd_jax.rewards.served import remote
+from fopd_jax.rewards.served.bearer import find_token
+from fopd_jax.rewards.served.png import encode_png
+from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls
+from fopd_jax.rewards.served.verdicts import (
     LIKELIEST,
     Choice,
     answer_mass,
@@ -42,7 +42,7 @@ from fopd_jax.rewards.verdicts import (
     read_choice,
     read_rating,
 )
-from fopd_jax.rewards.wire import parse_json, shown
+from fopd_jax.rewards.served.wire import parse_json, shown
 
 IN_FLIGHT = 16
 """Requests at a time, a replica: such servers batch whatever is under way."""

@@ -15,12 +15,13 @@ from jaxtyping import UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.console import note
-from fopd_jax.rewards import wire
-from fopd_jax.rewards.bearer import VARIABLE, find_token
-from fopd_jax.rewards.extras import need
+from fopd_jax.exits import need
 from fopd_jax.rewards.options import read_options
+from fopd_jax.rewards.registry import FILE_OPTIONS
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
-from fopd_jax.rewards.transport import Call, Pace, Transport, Unanswered, check_urls
+from fopd_jax.rewards.served import wire
+from fopd_jax.rewards.served.bearer import VARIABLE, find_token
+from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls
 
 SURVEY_S = 5.0
 """In which servers must show that they are there."""
@@ -150,11 +151,13 @@ def _read_offer(body: bytes, asked: str) -> _Offer:
 
 
 def _check_same(name: str, settings: RewardConfig, offer: _Offer) -> None:
-    """The server was started with the same config, so far as it says what a value is."""
-    for what, ours, theirs in (
-        ("kind", settings.kind or name, offer.kind),
-        ("options", wire.as_json(settings.options), offer.options),
-    ):
+    """The server was started with the same config, so far as it says what a value is; where its files lie does not."""
+    kind = settings.kind or name
+    options = [
+        {option: value for option, value in each.items() if option != FILE_OPTIONS.get(kind)}
+        for each in (wire.as_json(settings.options), offer.options)
+    ]
+    for what, ours, theirs in (("kind", kind, offer.kind), ("options", *options)):
         if ours != theirs:
             raise ValueError(f"rewards.{name}.{what}: found {ours!r}, but the server serves {theirs!r}: restart either")
 

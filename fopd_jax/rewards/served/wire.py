@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fopd_jax.exits import shorten
-from fopd_jax.rewards.png import decode_png, encode_png, png_size
 from fopd_jax.rewards.reward import Metadata, Scores
+from fopd_jax.rewards.served.png import decode_png, encode_png, png_size
 
 MOST_DEPTH = 32
 """Of JSON inside JSON."""

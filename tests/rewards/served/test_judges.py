@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from fopd_jax.config.schema import RewardConfig, Server
-from fopd_jax.rewards import judges
 from fopd_jax.rewards.reward import Reward, Scores
-from tests.rewards.misbehaving import Misbehaving, misbehaving, reply
-from tests.rewards.serving import Toy, images, serving
-from tests.rewards.test_verdicts import completion
+from fopd_jax.rewards.served import judges
+from tests.rewards.served.misbehaving import Misbehaving, misbehaving, reply
+from tests.rewards.served.serving import Toy, images, serving
+from tests.rewards.served.test_verdicts import completion
 from tests.shared_data import shared
 
 

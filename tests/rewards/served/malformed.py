@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.rewards.serving import good_body, images
+from tests.rewards.served.serving import good_body, images
 
 Case = tuple[str, bytes]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from fopd_jax.rewards import wire
-from fopd_jax.rewards.png import decode_png, encode_png
 from fopd_jax.rewards.reward import Scores, collect
-from tests.rewards.serving import images
+from fopd_jax.rewards.served import wire
+from fopd_jax.rewards.served.png import decode_png, encode_png
+from tests.rewards.served.serving import images
 
 LIMITS = wire.Limits()
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fopd_jax.rewards import remote
-from fopd_jax.rewards.transport import Pace, Transport
-from tests.rewards.misbehaving import Behaviour, Misbehaving, cut, hang_up, misbehaving, reply, results, right
-from tests.rewards.serving import TOKEN, closed_port, images, until
+from fopd_jax.rewards.served import remote
+from fopd_jax.rewards.served.transport import Pace, Transport
+from tests.rewards.served.misbehaving import Behaviour, Misbehaving, cut, hang_up, misbehaving, reply, results, right
+from tests.rewards.served.serving import TOKEN, closed_port, images, until
 
 QUICK = Pace(timeout=0.3, retries=3, in_flight=4, pause=0.001, longest_pause=0.002)
 AT_ONCE = Pace(timeout=30.0, retries=0, in_flight=4)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fopd_jax.rewards.verdicts import (
+from fopd_jax.rewards.served.verdicts import (
     Choice,
     answer_mass,
     average,

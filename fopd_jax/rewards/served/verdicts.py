@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fopd_jax.rewards.wire import parse_json, read_number, shown
+from fopd_jax.rewards.served.wire import parse_json, read_number, shown
 
 LIKELIEST = 20
 """Tokens whose log-probabilities are asked for: the most that OpenAI's protocol has."""

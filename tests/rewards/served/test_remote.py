@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from fopd_jax.config.schema import RewardConfig, Server
-from fopd_jax.rewards import remote
 from fopd_jax.rewards.reward import Reward
-from tests.rewards.misbehaving import Behaviour, Misbehaving, hang_up, misbehaving, reply
-from tests.rewards.serving import TOKEN, Toy, closed_port, images, serving, until
+from fopd_jax.rewards.served import remote
+from tests.rewards.served.misbehaving import Behaviour, Misbehaving, hang_up, misbehaving, reply
+from tests.rewards.served.serving import TOKEN, Toy, closed_port, images, serving, until
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,17 @@ def test_a_kind_of_its_own_is_the_servers_with_the_same_options():
             with pytest.raises(ValueError) as error, making(url, name="text", **settings):
                 pass
             assert said in str(error.value)
+
+
+def test_files_may_lie_elsewhere_at_the_server():
+    theirs = {"clip": "/there/clip.safetensors", "value": "official"}
+    with serving(Toy("geneval"), kind="geneval", options=theirs) as url:
+        for ours in ({"value": "official"}, {"clip": "here.safetensors", "value": "official"}):
+            with making(url, name="geneval", options=ours) as reward:
+                assert not reward.score(images(1), ["a"], [{}]).failed[0]
+        said = r"rewards\.geneval\.options: found \{\}, but the server serves \{'value'"
+        with pytest.raises(ValueError, match=said), making(url, name="geneval", options={"clip": "a"}):
+            pass
 
 
 @pytest.mark.parametrize("where", ["env", "file"])
@@ -195,7 +206,8 @@ def test_a_silent_server_is_refused_in_seconds(bad: Misbehaving, monkeypatch: py
         (("127.0.0.1:18085",), "expected an address such as http://127.0.0.1:18085"),
         (("ftp://a",), "expected an address"),
         (("http://",), "expected an address"),
-        (("http://a:99999",), "Port out of range"),
+        (("http://a:99999",), "expected an address"),
+        (("http://user:secret@a:99999",), "the token's place is token_file"),
         (("http://a?b=c",), "expected an address"),
         (("http://a b",), "expected an address"),
         (("http://a:1", "http://a:1"), "names a server twice"),
@@ -227,8 +239,8 @@ def test_no_token_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def start(port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.rewards.serving", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-m", "tests.rewards.served.serving", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     assert process.stdout is not None
     assert process.stdout.readline() == f"serving toy on http://127.0.0.1:{port}\n"
     return process

@@ -1,0 +1,1 @@
+"""Rewards over HTTP: what is said (`wire`), who serves it (`service`), who asks (`remote`), and judges."""
