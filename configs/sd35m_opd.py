@@ -6,7 +6,7 @@
 Needs, by default in the working directory (any path can be set by its field); docs/weights-and-prompts.md gets them:
     weights/sd35m                     the converted base (tools/convert_sd35_weights.py)
     teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours
-    data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line
+    data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line or as GenEval's
 
 First the run encodes every prompt that it will draw, once, and keeps the encodings in `run.encoding.cache` for itself
 and later runs: at most 1.7 MB a prompt with 77 + 128 text tokens, so up to 86 GB for 51,200 distinct prompts, less what

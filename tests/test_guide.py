@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fopd_jax.interop.sd3.convert import _tokenizer_files, byte_bar, convert
 from fopd_jax.stages.pipeline import load_policy, make_pipeline
 from fopd_jax.tasks.images import read_captions
 from fopd_jax.tasks.prompts import read_prompts
+from fopd_jax.tasks.sources import read_set
 from tests.configs import load, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +35,32 @@ def test_the_page_makes_what_the_config_reads():
         assert folder == f"data/{name}" == str(Path(task.test).parent)
 
 
-def test_the_pages_line_of_python_reads_geneval(tmp_path: Path):
-    source = re.search(r"python -c '(.*?)' \\", PAGE)
-    assert source
-    rows = [{"tag": "counting", "prompt": text} for text in ("a photo of two cats", "a photo of a dog")]
-    lines = "\n".join(json.dumps(row) for row in (*rows, rows[0]))
-    done = subprocess.run([sys.executable, "-c", source[1]], input=lines, capture_output=True, text=True, check=True)
-    (tmp_path / "train.txt").write_text(done.stdout)
-    assert read_prompts(tmp_path / "train.txt", "prompts") == ("a photo of two cats", "a photo of a dog")
+def test_the_pages_lines_lay_the_prompts_where_the_config_reads_them(tmp_path: Path):
+    lines = re.search(r"^mkdir .*?^done$", PAGE, re.DOTALL | re.MULTILINE)
+    assert lines
+    for split in ("train", "test"):
+        record = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": f"{split}: two cats"}
+        for name, text in (
+            (f"geneval/{split}_metadata.jsonl", "\n".join([json.dumps(record)] * 2)),
+            (f"ocr/{split}.txt", f'{split}: a sign "open"'),
+            (f"pickscore_sfw/{split}.txt", f"{split}: a dog"),
+        ):
+            write_text(tmp_path / "flow_grpo/dataset" / name, text)
+    subprocess.run(["bash", "-euc", lines[0]], cwd=tmp_path, check=True)
+    found = {
+        f"{name}.{split}": read_set(str(tmp_path / source), "prompts", split)
+        for name, task in load("sd35m_opd").tasks.items()
+        for split, source in (("train", task.prompts), ("test", task.test))
+    }
+    assert found["geneval.train"].texts == ("train: two cats",) * 2
+    assert found["geneval.test"].metadata[1]["include"] == [{"class": "cat", "count": 2}]
+    assert found["ocr.test"].texts == ('test: a sign "open"',)
+    assert found["pickscore.train"].texts == ("train: a dog",)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def load_nothing(source: str, preset: str = "miniature") -> Any:

@@ -50,10 +50,14 @@ class _FileParser(flags.ArgumentParser):
         path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
-            for field, text in _fields(sys.argv):
+            fields = list(_fields(sys.argv))
+            named = {field for field, _ in fields}
+            for field, text in fields:
                 open_entry(config, field, text)
                 if isinstance(value := find(config, field), Section):
                     raise ValueError(f"{field}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
+                if (whole := field.rpartition(".")[0]) in named:
+                    raise ValueError(f"{field}: {whole} is set as a whole, too; expected one flag, or one an entry")
         except ValueError as error:
             raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config
         return thaw(settle(config)[0])  # ml_collections reads an entry of a dict in the type that it has

@@ -76,7 +76,7 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
         functools.partial(_score, recogniser, options),
         (0.0, 1.0),
         "host",
-        check=functools.partial(_check, name, options),
+        check=functools.partial(_check, options),
         close=recogniser.close,
     )
 
@@ -106,7 +106,7 @@ def _rate(
     return value, {"read": read, "target": target, "distance": distance}
 
 
-def _check(name: str, options: Options, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
+def _check(options: Options, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
     wrong = []
     for prompt, record in zip(prompts, metadata, strict=True):
         try:
@@ -115,7 +115,7 @@ def _check(name: str, options: Options, prompts: Sequence[str], metadata: Sequen
             wrong.append(error)
     if wrong:
         among = f" (one of {len(wrong)} such among {len(prompts)})" if len(wrong) > 1 else ""
-        raise ValueError(f"rewards.{name}: {wrong[0]}{among}")
+        raise ValueError(f"{wrong[0]}{among}")
 
 
 # ---- the rule

@@ -65,6 +65,8 @@ def describe(config: OPD | FlowMatching) -> None:
       OSError: the file cannot be written.
     """
     out = None if _JSON.value is None else local_path("--json", _JSON.value)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"--json: {out.parent} is no folder")
     sets, measure = read(config), measure_of(config.model.path)
     profiles = {name: profile(prompts, measure) for name, prompts in sets.items()}
     shared, turns = overlaps(sets), turns_of(config, sets)

@@ -172,6 +172,7 @@ def test_rewards_are_named_by_flags_alone():
         (["--config.tasks.nope.rewards.a=1"], "tasks.nope.rewards.a: no such field: 'nope', only text, composition"),
         (["--config.tasks.text.rewards.a=-1"], "tasks.text.rewards: found {'a': -1.0}, expected weights from 0 to"),
         (["--config.tasks.text.rewards.a=b"], "flag --config.tasks.text.rewards.a=b: expected a number"),
+        (["--config.tasks.text.rewards={}", "--config.tasks.text.rewards.a=1"], "tasks.text.rewards.a: tasks.text.rew"),
         (["--config.run.alarms.ratio.a=1"], "run.alarms.ratio.a: no such field: 'a', only a value"),
         (["--config.rewards.a.kinds=b"], "rewards.a.kinds: no such field: 'kinds', did you mean 'kind'?"),
         (["--config.rewards.a=b"], "rewards.a: a section is set by its fields: kind, weights, divide_by, options"),

@@ -59,7 +59,9 @@ def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program:
     files = {path.name for path in whole.iterdir()}
     assert files == OUTPUTS | {"checkpoints", "tensorboard"}  # and no temporary file
     assert [line["step"] for line in logged(whole) if "train/loss" in line] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in logged(whole) if "train/loss" not in line] == [2, 4]
+    evaluations = [line for line in logged(whole) if "train/loss" not in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert all(0 <= line["eval/monitors/dark_share"] <= 1 for line in evaluations)
     assert json.loads((whole / "config.json").read_text())["batch_size"] == 4
     assert json.loads((whole / "timing.json").read_text()).keys() == {
         "setup_seconds", "train_seconds", "report_seconds",
@@ -77,6 +79,10 @@ def test_the_metrics_hold_the_learning_rate_and_beside_them_time_and_memory(whol
     rates = [line["train/learning_rate"] for line in logged(whole) if "train/loss" in line]
     np.testing.assert_allclose(rates, [5e-3, 1e-2, 1e-2, 1e-2])  # warmed up over two updates
     *lines, last = logged(whole, "performance.jsonl")
+    scored = [line for line in lines if "eval/rewards/text/latency" in line]
+    assert [line["step"] for line in scored] == [2, 4]
+    assert all(line["eval/rewards/text/failed"] == 0 for line in scored)
+    lines = [line for line in lines if line not in scored]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["memory/host_peak_gib"] > 0 for line in lines)
     first, *later = ("time/step_seconds" in line for line in lines)

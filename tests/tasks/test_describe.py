@@ -159,6 +159,7 @@ def test_published_lists_are_described_in_clip_tokens(tmp_path: Path, converted:
             "error: found '--config=c.py', expected one of describe, build, then flags; --help says more",
         ),
         (["describe", "--config=c.py"], "error: tasks.x.prompts: cannot read 'none.txt'"),
+        (["describe", "--config=c.py", "--json=none/out.json"], "error: --json: none is no folder"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(tmp_path: Path, arguments: list[str], message: str):

@@ -182,7 +182,7 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
             try:
                 judge.check(each)
             except ValueError as error:
-                raise ValueError(f"{name}: prompt {prompt!r}: {error}") from error
+                raise ValueError(f"prompt {prompt!r}: {error}") from error
 
     return Reward(name, score, judge.limits, "remote", check, transport.close)
 

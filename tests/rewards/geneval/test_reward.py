@@ -14,6 +14,7 @@ from fopd_jax.config.schema import RewardConfig
 from fopd_jax.rewards.geneval.colours import Crop, pixel_colours
 from fopd_jax.rewards.geneval.detections import CLASSES, Detections
 from fopd_jax.rewards.geneval.reward import Options, geneval_reward, make
+from fopd_jax.rewards.preprocessing import OPEN_CLIP
 from tests.rewards.geneval.onnx_files import write_model
 
 PLAIN = Options(detector="onnx", colours="pixels")
@@ -258,7 +259,7 @@ def test_mask2former_and_clip_run_on_the_device(monkeypatch: pytest.MonkeyPatch)
 
     def module(name: str, function: str, result: object) -> None:
         there = types.ModuleType(f"fopd_jax.rewards.{name}")
-        setattr(there, function, lambda path, field, *_: made.append((name, str(path), field)) or result)
+        setattr(there, function, lambda path, *others: made.append((name, str(path), *others)) or result)
         monkeypatch.setitem(sys.modules, there.__name__, there)
         parent, _, last = there.__name__.rpartition(".")
         monkeypatch.setattr(sys.modules[parent], last, there, raising=False)
@@ -268,7 +269,7 @@ def test_mask2former_and_clip_run_on_the_device(monkeypatch: pytest.MonkeyPatch)
     reward = make("eyes", RewardConfig(weights="m.safetensors", options={"clip": "c.safetensors"}), None)
     assert made == [
         ("geneval.mask2former", "m.safetensors", "rewards.eyes.weights"),
-        ("clip", "c.safetensors", "rewards.eyes.options.clip"),
+        ("clip", "c.safetensors", "rewards.eyes.options.clip", OPEN_CLIP),
     ]
     assert reward.runs == "device"
     assert reward.score(np.stack([CAT, BLUE_CAT]), ["", ""], [COLOR, COLOR]).values.tolist() == [1, 1]

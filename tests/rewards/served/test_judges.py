@@ -169,7 +169,7 @@ def test_all_published_questions_can_be_asked():
 )
 def test_prompts_without_questions_are_refused_before_and_failures_after(metadata: Any, fake: Misbehaving):
     with judging("geneval2", fake.url) as reward:
-        with pytest.raises(ValueError, match="judge: prompt 'a cat': vqa_list"):
+        with pytest.raises(ValueError, match=r"^prompt 'a cat': vqa_list"):
             reward.check(["a cat"], [metadata])
         scores = score(reward, images(1), [metadata])
     assert "vqa_list" in scores.details[0]["error"]
