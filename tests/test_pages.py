@@ -40,7 +40,9 @@ def commands(page: str) -> Iterator[list[str]]:
 def sources(words: list[str]) -> list[Path]:
     """The program that a command starts, and what defines its flags beside it."""
     if words[1] == "-m":
-        return [ROOT / f"{words[2].replace('.', '/')}.py", ROOT / "fopd_jax/config/flags.py"]
+        module = ROOT / words[2].replace(".", "/")
+        program = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+        return [program, ROOT / "fopd_jax/config/flags.py"]
     return [ROOT / words[1]] if words[1].endswith(".py") else []
 
 
