@@ -34,6 +34,10 @@ class Outage(RuntimeError):
     """Something beside the program does not do its work; the message says it all, and the next try may go better."""
 
 
+class Unreachable(ValueError):
+    """A field names something that does not answer just now: told as bad input is, but the next try may go better."""
+
+
 class Fault(NamedTuple):
     """What is told, and the status to exit with."""
 
@@ -71,7 +75,7 @@ def explain(error: BaseException, place: str = "") -> Fault | None:
         case KeyboardInterrupt():
             return Fault("interrupted", 128 + signal.SIGINT)
         case ValueError():
-            return Fault(shorten(f"error: {error}"), BAD_INPUT)
+            return Fault(shorten(f"error: {error}"), RETRY if isinstance(error, Unreachable) else BAD_INPUT)
         case FloatingPointError():
             return Fault(f"error: {error}", RETRY)
         case Outage():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fopd_jax.exits import BAD_INPUT, RETRY, Outage, explain, explained, refuse
+from fopd_jax.exits import BAD_INPUT, RETRY, Outage, Unreachable, explain, explained, refuse
 from fopd_jax.parallel import mesh
 from fopd_jax.parallel.rollcall import roll_call
 
@@ -37,6 +37,7 @@ def system(number: int, *names: str) -> OSError:
         (OSError(), "error: OSError", RETRY),
         (TimeoutError("barrier 'x': process 1"), "error: barrier 'x': process 1", RETRY),
         (FloatingPointError("loss"), "error: loss", RETRY),
+        (Unreachable("run.servers.ocr.urls: none"), "error: run.servers.ocr.urls: none", RETRY),
         (Outage("rewards.ocr: 60% failed"), "error: rewards.ocr: 60% failed", RETRY),
         (MemoryError(), "error: out of memory: this host", RETRY),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\n  Largest: 3"),

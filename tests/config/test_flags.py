@@ -177,7 +177,7 @@ def test_rewards_are_named_by_flags_alone():
         (["--config.rewards.a.kinds=b"], "rewards.a.kinds: no such field: 'kinds', did you mean 'kind'?"),
         (["--config.rewards.a=b"], "rewards.a: a section is set by its fields: kind, weights, divide_by, options"),
         (["--config.rewards.a.kind=b c"], "rewards.a.kind: found 'b c', expected a known reward's name, package.mod"),
-        (["--config.run.servers.a.urls=http://me:word@host"], "run.servers.a.urls: found ('…@host',), expected http(s)"),
+        (["--config.run.servers.a.urls=http://me:word@host"], "run.servers.a.urls: found ('…@host',), expected http"),
         (["--flagfile=/nowhere"], "--flagfile: No such file or directory: '/nowhere'"),
         (["--nope"], "Unknown command line flag 'nope'"),
         (["--learning_rate=1"], "Unknown command line flag 'learning_rate'. Did you mean --config.optimizer.learning_"),

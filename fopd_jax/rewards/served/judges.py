@@ -32,7 +32,7 @@ from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
 from fopd_jax.rewards.served import remote
 from fopd_jax.rewards.served.bearer import find_token
 from fopd_jax.rewards.served.png import encode_png
-from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls
+from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls, none_of
 from fopd_jax.rewards.served.verdicts import (
     LIKELIEST,
     Choice,
@@ -264,7 +264,7 @@ def _find_model(name: str, wanted: str, transport: Transport, field: str) -> str
     if len(models) > 1:
         raise ValueError(f"{field}.urls: its servers have different models: {', '.join(sorted(models))}")
     if not models:
-        raise ValueError(f"{field}.urls: no server can judge: {problems}")
+        raise none_of(found, f"{field}.urls: no server can judge: {problems}")
     if problems:
         note(f"reward {name}: goes on without {problems}")
     return models.pop()

@@ -21,7 +21,7 @@ from fopd_jax.rewards.registry import FILE_OPTIONS
 from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed
 from fopd_jax.rewards.served import wire
 from fopd_jax.rewards.served.bearer import VARIABLE, find_token
-from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls
+from fopd_jax.rewards.served.transport import Call, Pace, Transport, Unanswered, check_urls, none_of
 
 SURVEY_S = 5.0
 """In which servers must show that they are there."""
@@ -53,7 +53,8 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     """A reward at servers, at least one of which is there and serves it.
 
     Raises:
-      ValueError: there is no address, no token, or no server that serves it; names fields, servers and reasons.
+      ValueError: there is no address, no token, or no server that serves it (`Unreachable` where one is silent); names
+        fields, servers and reasons.
     """
     field = f"run.servers.{name}"
     own = (settings.kind or name) in _SERVERS_OWN
@@ -127,7 +128,7 @@ def _find_offer(name: str, asked: str, transport: Transport, field: str) -> _Off
     offers = [offer for offer in found.values() if isinstance(offer, _Offer)]
     problems = "; ".join(f"{url}: {said}" for url, said in found.items() if isinstance(said, Unanswered))
     if not offers:
-        raise ValueError(f"{field}.urls: no server serves {asked!r}: {problems}")
+        raise none_of(found, f"{field}.urls: no server serves {asked!r}: {problems}")
     if problems:
         note(f"reward {name}: goes on without {problems}")
     if any(offer != offers[0] for offer in offers):

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from fopd_jax.config.rules import URLS
 from fopd_jax.console import note
+from fopd_jax.exits import Unreachable
 from fopd_jax.rewards.served.breaker import Breaker
 
 T = TypeVar("T")
@@ -37,8 +38,16 @@ class Unanswered(Exception):
     """Why a call has no answer: every server that was asked, and what was wrong with it."""
 
 
+class Silent(Unanswered):
+    """It was a server that cannot be reached, or not in time, or that is too busy."""
+
+
 class _Failed(Exception):
     """Why an attempt failed."""
+
+
+class _Silent(_Failed):
+    """The server said nothing."""
 
 
 class _Busy(Exception):
@@ -129,7 +138,9 @@ class Transport:
         async def one(replica: _Replica) -> T | Unanswered:
             try:
                 return await self._attempt(replica, path, None, read, min(within, self._pace.timeout))
-            except (_Failed, _Busy) as failed:
+            except (_Silent, _Busy) as silent:
+                return Silent(str(silent))
+            except _Failed as failed:
                 return Unanswered(str(failed))
             except Unanswered as refused:
                 return refused
@@ -283,9 +294,9 @@ class Transport:
             async with asyncio.timeout(within):
                 status, headers, answer = await self._exchange(replica.url + path, body)
         except TimeoutError as error:
-            raise _Failed(f"no answer within {within:g} s") from error
+            raise _Silent(f"no answer within {within:g} s") from error
         except self._errors as error:
-            raise _Failed(self._words(_cause(error))) from error
+            raise _Silent(self._words(_cause(error))) from error
         finally:
             replica.outstanding -= 1
         if status == _BUSY:
@@ -321,6 +332,12 @@ class Transport:
             text = text.replace(self._token, "[token]")
         text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
         return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}…"
+
+
+def none_of(found: Mapping[str, object], message: str) -> ValueError:
+    """That no surveyed server does; while one is silent, the next try may go better."""
+    silent = any(isinstance(said, Silent) for said in found.values())
+    return (Unreachable if silent else ValueError)(message)
 
 
 def check_urls(urls: Sequence[str], field: str) -> None:

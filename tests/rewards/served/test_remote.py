@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.config.schema import RewardConfig, Server
+from fopd_jax.exits import Unreachable
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.rewards.served import remote
 from tests.rewards.served.misbehaving import Behaviour, Misbehaving, hang_up, misbehaving, reply
@@ -148,8 +149,10 @@ def refused(*urls: str, **how: Any) -> str:
     return str(error.value)
 
 
-def test_servers_that_are_not_there_are_refused_by_name():
+def test_servers_that_are_not_there_are_refused_by_name_and_may_be_there_at_the_next_try():
     one, two = (f"http://127.0.0.1:{closed_port()}" for _ in range(2))
+    with pytest.raises(Unreachable), making(one, two, kind="remote"):
+        pass
     said = refused(one, two)
     assert said.startswith("run.servers.toy.urls: no server serves 'toy': ")
     assert f"{one}: Connection refused; {two}: Connection refused" in said
