@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -123,6 +124,8 @@ def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Ite
 
     `speaks`: whether this process is the one to tell of what all of them meet.
     """
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there may be something to clean up
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -132,8 +135,16 @@ def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Ite
         leave(*(fault if speaks() else ("", fault.status)))
 
 
+def _interrupted(*_: object) -> None:
+    """End at once: an exception raised within a callback of the garbage collector's would be told, and forgotten."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
 def tell_interrupts() -> None:
     """Ctrl-C where nothing catches it yet, as during imports, ends the program with one line and status 130 as well."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         fault = explain(error) if isinstance(error, KeyboardInterrupt) else None
