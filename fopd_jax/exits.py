@@ -135,6 +135,17 @@ def explained(place: str = "", speaks: Callable[[], bool] = lambda: True) -> Ite
         leave(*(fault if speaks() else ("", fault.status)))
 
 
+def report(dst: str, convert: Callable[[], str]) -> None:
+    """Print what a converter to `dst` says it did, or leave with one line and a status."""
+    with explained(dst):
+        try:
+            print(convert())
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error  # libraries' own have several lines
+        except KeyboardInterrupt:
+            leave(f"error: interrupted; nothing half-written is left in {dst}", 128 + signal.SIGINT)
+
+
 def _interrupted(*_: object) -> None:
     """End at once: an exception raised within a callback of the garbage collector's would be told, and forgotten."""
     os.write(2, b"interrupted\n")

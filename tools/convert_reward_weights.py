@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
 import numpy as np
 
-from fopd_jax.exits import explained, leave, naming
+from fopd_jax.exits import Arguments, naming, report
 from fopd_jax.files import check_apart, check_writable, local_path
 from fopd_jax.interop.files.tensor_files import (
     TensorFiles,
@@ -47,7 +47,7 @@ Tensors = dict[str, np.ndarray]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True)
     parser.add_argument("--dst", required=True)
     parser.add_argument("--network", choices=NETWORKS, help="default: recognised by the names of the tensors")
@@ -196,13 +196,7 @@ def unwrap(loaded: Any) -> Mapping[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    with explained(args.dst):
-        try:
-            print(run(args))
-        except ValueError as error:
-            raise ValueError(" ".join(str(error).split())) from error  # libraries' own have several lines
-        except KeyboardInterrupt:
-            leave(f"error: interrupted; nothing half-written is left in {args.dst}", 128 + signal.SIGINT)
+    report(args.dst, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator, and must not occupy one
 
-from fopd_jax.exits import Arguments, explained, leave
+from fopd_jax.exits import Arguments, report
 from fopd_jax.files import local_path
 from fopd_jax.interop.sd3.convert import OUTPUT_DTYPES, byte_bar, convert, write_transformer
 
@@ -52,13 +52,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    with explained(args.dst):
-        try:
-            print(run(args))
-        except ValueError as error:
-            raise ValueError(" ".join(str(error).split())) from error  # libraries' own have several lines
-        except KeyboardInterrupt:
-            leave(f"error: interrupted; nothing half-written is left in {args.dst}", 128 + signal.SIGINT)
+    report(args.dst, lambda: run(args))
 
 
 def silence_libraries() -> None:

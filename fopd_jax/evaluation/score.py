@@ -29,7 +29,6 @@ from fopd_jax.worlds.world import World
 
 SUM = "reward/"
 """Before a task's name: the weighted sum of its rewards."""
-MONITORS = tuple(f"monitors/{name}" for name in ("dark_share", "edge_density", "colour_entropy", "extra_text"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ def evaluate(
     shared = share("failed scores", json.dumps(reasons)) if rows else []
     reasons = {skill: reason for each in reversed(shared) for skill, reason in json.loads(each).items()}
     values = {name: np.concatenate(parts) for name, parts in rows.items()}
-    seen = {name: values.pop(name) for name in MONITORS if name in values}
+    seen = {name: values.pop(name) for name in list(values) if name.startswith(monitors.PREFIX)}
     return Measured(values, reasons, seen, clocked)
 
 
@@ -231,8 +230,8 @@ def _monitors(pixels: UInt8[np.ndarray, "n h w 3"], found: Mapping[str, Scores])
     """Each image's monitors, NaN where one has none: what was read beyond a target is known of OCR's alone."""
     read = next((each.details for each in found.values() if any("read" in about for about in each.details)), None)
     extra = [monitors.extra_text([about]) for about in read or [{}] * len(pixels)]
-    seen = (monitors.dark_share(pixels), monitors.edge_density(pixels), monitors.colour_entropy(pixels))
-    return dict(zip(MONITORS, (*seen, np.array([each[0] if len(each) else np.nan for each in extra])), strict=True))
+    alone = np.array([each[0] if len(each) else np.nan for each in extra])
+    return {**monitors.of_images(pixels), f"{monitors.PREFIX}extra_text": alone}
 
 
 def measure(

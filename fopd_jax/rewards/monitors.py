@@ -16,6 +16,8 @@ from scipy import ndimage
 
 from fopd_jax.rewards.reward import Metadata
 
+PREFIX = "monitors/"
+"""Of every monitor's name: none is a score."""
 DARK = 0.15
 """Brightness in [0, 1] below which a pixel is dark, as in that run."""
 EDGE = 0.1
@@ -39,13 +41,20 @@ def monitor(
     embeddings, compared by direction alone; without them small copies of the images are compared.
     """
     found = {
-        "dark_share": dark_share(images),
-        "edge_density": edge_density(images),
-        "colour_entropy": colour_entropy(images),
-        "extra_text": extra_text(details or ()),
-        "diversity": diversity(pixel_features(images) if features is None else _directions(features), groups),
+        **of_images(images),
+        f"{PREFIX}extra_text": extra_text(details or ()),
+        f"{PREFIX}diversity": diversity(pixel_features(images) if features is None else _directions(features), groups),
     }
-    return {f"monitors/{name}": float(values.mean()) for name, values in found.items() if len(values)}
+    return {name: float(values.mean()) for name, values in found.items() if len(values)}
+
+
+def of_images(images: UInt8[np.ndarray, "n h w 3"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """What every image has by itself."""
+    return {
+        f"{PREFIX}dark_share": dark_share(images),
+        f"{PREFIX}edge_density": edge_density(images),
+        f"{PREFIX}colour_entropy": colour_entropy(images),
+    }
 
 
 def dark_share(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
@@ -141,11 +150,11 @@ class Band:
 
 
 BANDS: Mapping[str, Band] = {
-    "monitors/dark_share": Band(high=2.0, least=0.1),
-    "monitors/edge_density": Band(low=0.5, high=3.0, least=0.05),
-    "monitors/colour_entropy": Band(low=0.5),
-    "monitors/diversity": Band(low=0.5),
-    "monitors/extra_text": Band(high=0.5, absolute=True),
+    f"{PREFIX}dark_share": Band(high=2.0, least=0.1),
+    f"{PREFIX}edge_density": Band(low=0.5, high=3.0, least=0.05),
+    f"{PREFIX}colour_entropy": Band(low=0.5),
+    f"{PREFIX}diversity": Band(low=0.5),
+    f"{PREFIX}extra_text": Band(high=0.5, absolute=True),
 }
 """Half or twice of where a run began; of sharp photographs 1% to 8% of the pixels are edges, of noise half of them."""
 

@@ -15,7 +15,7 @@ from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
 from fopd_jax.parallel.agreement import agree, overheard
 from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, fetch, is_main, largest, warn
-from fopd_jax.rewards.monitors import Watch
+from fopd_jax.rewards.monitors import PREFIX, Watch
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.display import Display
@@ -27,7 +27,7 @@ from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
 EVALUATION = "eval/"  # prefix of an evaluation's scalars
-MONITORS, CLOCKED = "monitors/", "rewards/"  # those of them that are no scores
+CLOCKED = "rewards/"  # those of them that say how fast rewards were
 FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing
 MEANS = "means"  # among a checkpoint's notes
 
@@ -208,7 +208,7 @@ class _Run:
             warn(f"step {step}: the evaluation failed ({problem}); training goes on")
             self.writer.write_scalars(step, {FAILED: float(self.failed)})
             return
-        shown = {name: value for name, value in scores.items() if not name.startswith((MONITORS, CLOCKED))}
+        shown = {name: value for name, value in scores.items() if not name.startswith((PREFIX, CLOCKED))}
         self.display.scored(step, shown)
         named = {f"{EVALUATION}{name}": value for name, value in scores.items()}
         clocked = {name: value for name, value in named.items() if name.startswith(f"{EVALUATION}{CLOCKED}")}

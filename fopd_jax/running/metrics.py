@@ -174,11 +174,10 @@ def all_logged(workdir: Path, prefix: str) -> list[tuple[int, dict[str, float]]]
     """Step and scalars of every line that has such names, in their order."""
     path = workdir / SCALARS
     lines = read_regular(path).splitlines() if path.exists() else []
-    read = ((_step_of(line), _parse(line)) for line in lines)
+    read = [values for values in map(_parse, lines) if type(values.get("step")) is int]
     named = (
-        (at, {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)})
-        for at, values in read
-        if at is not None
+        (line["step"], {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)})
+        for line in read
     )
     return [(at, values) for at, values in named if values]
 

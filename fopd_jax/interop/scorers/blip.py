@@ -16,6 +16,7 @@ import numpy as np
 from fopd_jax.interop.files.safetensors import Tree
 from fopd_jax.interop.files.tables import CONVOLUTION, LINEAR, SAME, Component, Source, from_tensors, parameter_shapes
 from fopd_jax.interop.scorers import aesthetic
+from fopd_jax.interop.scorers.weights import depth_of, shape_of
 from fopd_jax.models.blip import BLIPConfig, BLIPText, BLIPTextConfig, BLIPVision, BLIPVisionConfig
 
 NETWORK, STACK = "blip", "layers"
@@ -213,26 +214,26 @@ def _vision_config(
     tensors: Mapping[str, np.ndarray], names: Mapping[str, str], config: Mapping[str, Any] | None
 ) -> BLIPVisionConfig:
     """Everything but heads and epsilons can be read off the tensors."""
-    kernel = _shape(tensors, f"{names['patch_embedding']}.weight", 4)
-    positions = _shape(tensors, names["position_embedding"], 3)[1] - 1
-    depth = _depth(tensors, names["layers/qkv"])
+    kernel = shape_of(tensors, f"{names['patch_embedding']}.weight", 4)
+    positions = shape_of(tensors, names["position_embedding"], 3)[1] - 1
+    depth = depth_of(tensors, names["layers/qkv"])
     theirs = _transformers(config).vision_config if config else None
     heads = theirs.num_attention_heads if theirs else _heads(kernel[0])
     return BLIPVisionConfig(
-        kernel[0], depth, heads, _shape(tensors, f"{names['layers/fc1'].format(0)}.weight", 2)[0],
+        kernel[0], depth, heads, shape_of(tensors, f"{names['layers/fc1'].format(0)}.weight", 2)[0],
         math.isqrt(positions) * kernel[2], kernel[2], theirs.layer_norm_eps if theirs else 1e-6,
     )  # fmt: skip
 
 
 def _text_config(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) -> BLIPTextConfig:
-    vocabulary, width = _shape(tensors, "embeddings.word_embeddings.weight", 2)
+    vocabulary, width = shape_of(tensors, "embeddings.word_embeddings.weight", 2)
     theirs = _transformers(config).text_config if config else None
     return BLIPTextConfig(
-        vocabulary, width, _depth(tensors, _TEXT["layers/intermediate"]),
+        vocabulary, width, depth_of(tensors, _TEXT["layers/intermediate"]),
         theirs.num_attention_heads if theirs else _heads(width),
-        _shape(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
-        _shape(tensors, "embeddings.position_embeddings.weight", 2)[0],
-        _shape(tensors, "encoder.layer.0.crossattention.self.key.weight", 2)[1],
+        shape_of(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
+        shape_of(tensors, "embeddings.position_embeddings.weight", 2)[0],
+        shape_of(tensors, "encoder.layer.0.crossattention.self.key.weight", 2)[1],
         theirs.layer_norm_eps if theirs else 1e-12,
     )  # fmt: skip
 
@@ -248,16 +249,3 @@ def _transformers(config: Mapping[str, Any]) -> Any:
     from transformers import BlipConfig
 
     return BlipConfig(**config)
-
-
-def _depth(tensors: Mapping[str, np.ndarray], name: str) -> int:
-    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"\.weight")
-    return 1 + max((int(found[1]) for each in tensors if (found := pattern.fullmatch(each))), default=0)
-
-
-def _shape(tensors: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"tensor {name!r}: missing")
-    if tensors[name].ndim != rank:
-        raise ValueError(f"tensor {name!r}: found shape {tensors[name].shape}, expected {rank} axes")
-    return tensors[name].shape

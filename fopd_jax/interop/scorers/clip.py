@@ -15,6 +15,7 @@ import numpy as np
 
 from fopd_jax.interop.files.safetensors import Tree
 from fopd_jax.interop.files.tables import LINEAR, SAME, Component, Source, check_names, from_tensors, parameter_shapes
+from fopd_jax.interop.scorers.weights import depth_of, shape_of
 from fopd_jax.interop.scorers.words import read_merges
 from fopd_jax.interop.sd3.text_encoders import CLIP_NAMES, STACK, sources_of
 from fopd_jax.models.clip import LEGACY_EOS_TOKEN_ID, Activation, CLIPText, CLIPTextConfig, CLIPTowerConfig
@@ -201,15 +202,15 @@ def _measured(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the tensors alone tell of the vision tower and of the text tower."""
     text, vision = layouts["text"], layouts["vision"]
-    vocabulary, text_width = _shape(tensors, text.name("token_embedding/embedding"), 2)
-    width, _, patch, _ = _shape(tensors, vision.name("patch_embedding/kernel"), 4)
-    patches = _shape(tensors, vision.name("position_embedding/embedding"), 2)[0] - 1
+    vocabulary, text_width = shape_of(tensors, text.name("token_embedding/embedding"), 2)
+    width, _, patch, _ = shape_of(tensors, vision.name("patch_embedding/kernel"), 4)
+    patches = shape_of(tensors, vision.name("position_embedding/embedding"), 2)[0] - 1
     fc1 = f"{STACK}/mlp/fc1/kernel"
     return (
         {
             "width": width,
-            "depth": _depth(tensors, vision.names[f"{STACK}/mlp/fc1"]),
-            "mlp_dim": _shape(tensors, vision.name(fc1), 2)[0],
+            "depth": depth_of(tensors, vision.names[f"{STACK}/mlp/fc1"]),
+            "mlp_dim": shape_of(tensors, vision.name(fc1), 2)[0],
             "projection_dim": _projected(tensors, vision.name("visual_projection/kernel")),
             "image_size": math.isqrt(patches) * patch,
             "patch_size": patch,
@@ -217,31 +218,18 @@ def _measured(
         {
             "vocab_size": vocabulary,
             "width": text_width,
-            "depth": _depth(tensors, text.names[f"{STACK}/mlp/fc1"]),
-            "mlp_dim": _shape(tensors, text.name(fc1), 2)[0],
-            "max_length": _shape(tensors, text.name("position_embedding/embedding"), 2)[0],
+            "depth": depth_of(tensors, text.names[f"{STACK}/mlp/fc1"]),
+            "mlp_dim": shape_of(tensors, text.name(fc1), 2)[0],
+            "max_length": shape_of(tensors, text.name("position_embedding/embedding"), 2)[0],
             "projection_dim": _projected(tensors, text.name("text_projection/kernel")),
         },
     )
 
 
-def _shape(tensors: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"tensor {name!r}: missing")
-    if tensors[name].ndim != rank:
-        raise ValueError(f"tensor {name!r}: found shape {tensors[name].shape}, expected {rank} axes")
-    return tensors[name].shape
-
-
 def _projected(tensors: Mapping[str, np.ndarray], name: str) -> int:
     """The projection's other side: transformers' is `[P, D]`, open_clip's `[D, P]`."""
-    shape = _shape(tensors, name, 2)
+    shape = shape_of(tensors, name, 2)
     return shape[0] if name.endswith(".weight") else shape[1]
-
-
-def _depth(tensors: Mapping[str, np.ndarray], name: str) -> int:
-    pattern = re.compile(re.escape(f"{name}.weight").replace(r"\{\}", r"(\d+)"))
-    return 1 + max((int(found[1]) for each in tensors if (found := pattern.fullmatch(each))), default=-1)
 
 
 def _transformers_shape(

@@ -1,8 +1,11 @@
 """Weights of a scoring network as one file of ours: which network, its shape, its parameters, where they came from."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fopd_jax.interop.files.safetensors import Tree, load_tree, save_tree
 
@@ -31,3 +34,25 @@ def load_weights(path: Path, network: str, field: str) -> tuple[dict[str, Any], 
         found = metadata.get("network", "no scoring network")
         raise ValueError(f"{field}: {path}: found {found}, expected {network}, as {CONVERTER} makes it")
     return metadata["shape"], params
+
+
+# ---- what the tensors of a published file say of its network
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
+    """A tensor's shape.
+
+    Raises:
+      ValueError: it is missing, or has not so many axes; names it.
+    """
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r}: missing")
+    if tensors[name].ndim != rank:
+        raise ValueError(f"tensor {name!r}: found shape {tensors[name].shape}, expected {rank} axes")
+    return tensors[name].shape
+
+
+def depth_of(names: Iterable[str], module: str) -> int:
+    """How many layers have a weight of `module`, in whose name `{}` stands for the number of a layer."""
+    pattern = re.compile(re.escape(module).replace(r"\{\}", r"(\d+)") + r"\.weight")
+    return 1 + max((int(found[1]) for each in names if (found := pattern.fullmatch(each))), default=-1)
