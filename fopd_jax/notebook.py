@@ -20,7 +20,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
+from fopd_jax.config.schema import OPD, RoutedTask, StageConfig
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
@@ -34,8 +34,9 @@ from fopd_jax.stages.setup import eval_sampler, null_conditioning
 from fopd_jax.stages.teachers import conform_all, make_bank
 from fopd_jax.steps.opd.pieces import Metrics
 from fopd_jax.steps.opd.replay import collect, loss_and_gradient
-from fopd_jax.steps.opd.spec import Frozen, Stored
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState, make_optimizer
+from fopd_jax.steps.visits import Stored
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import embed_prompts
@@ -45,13 +46,13 @@ from fopd_jax.worlds.world import embed_prompts
 class Session:
     """A config, its pipeline, the base's variables, and the sampler of its section `eval`."""
 
-    config: OPD | FlowMatching
+    config: StageConfig
     pipeline: Pipeline
     variables: Tree
     sampler: Sampler
 
 
-def load_config(path: str | Path, variant: str = "", **changes: Any) -> OPD | FlowMatching:
+def load_config(path: str | Path, variant: str = "", **changes: Any) -> StageConfig:
     """The config of a file, with fields changed by their names, dots as two underscores: `run__steps=3`.
 
     Raises:
@@ -61,7 +62,7 @@ def load_config(path: str | Path, variant: str = "", **changes: Any) -> OPD | Fl
     return resolve(override(load.load_config(path, variant), named))
 
 
-def load_pipeline(config: OPD | FlowMatching) -> Session:
+def load_pipeline(config: StageConfig) -> Session:
     """Network, world and base weights of a config, on all devices of this process.
 
     Raises:

@@ -11,7 +11,7 @@ import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import OPD, Config, Evaluation, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask, StageConfig
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
@@ -83,7 +83,7 @@ class Setup:
         close_all(self.pipeline.world.rewards)
 
 
-def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
+def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
     """Build what every stage needs; `tasks`: see `make_pipeline`.
 
     Raises:

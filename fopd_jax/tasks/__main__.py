@@ -25,7 +25,7 @@ import jax
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.schema import OPD, FlowMatching, StageConfig
 from fopd_jax.console import say, speaks
 from fopd_jax.exits import explained, refuse
 from fopd_jax.files import local_path, write_json
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             _COMMANDS[argv[1]](config)
 
 
-def describe(config: OPD | FlowMatching) -> None:
+def describe(config: StageConfig) -> None:
     """Print the figures, and write them where asked.
 
     Raises:
@@ -80,7 +80,7 @@ def describe(config: OPD | FlowMatching) -> None:
         write_json(out, figures | {"schedule": [dataclasses.asdict(each) for each in turns]})
 
 
-def materialise(config: OPD | FlowMatching) -> None:
+def materialise(config: StageConfig) -> None:
     """Write every task's set, and print the flags that read it.
 
     Raises:
@@ -102,7 +102,7 @@ def materialise(config: OPD | FlowMatching) -> None:
 _COMMANDS = {"describe": describe, "build": materialise}
 
 
-def read(config: OPD | FlowMatching) -> dict[str, PromptSet]:
+def read(config: StageConfig) -> dict[str, PromptSet]:
     """Every set of a config, `TASK.prompts` (of images their captions) and `TASK.test`.
 
     Raises:
@@ -123,7 +123,7 @@ def read(config: OPD | FlowMatching) -> dict[str, PromptSet]:
     return {f"{name}.{field}": found[f"{name}.{field}"] for name in config.tasks for field in ("prompts", "test")}
 
 
-def _own(config: OPD | FlowMatching) -> dict[str, PromptSet]:
+def _own(config: StageConfig) -> dict[str, PromptSet]:
     world, found = EMBEDDED[config.model.preset](), {}
     for name in config.tasks:
         if name not in world.tasks:
@@ -134,7 +134,7 @@ def _own(config: OPD | FlowMatching) -> dict[str, PromptSet]:
     return found
 
 
-def turns_of(config: OPD | FlowMatching, sets: dict[str, PromptSet]) -> list[Turn]:
+def turns_of(config: StageConfig, sets: dict[str, PromptSet]) -> list[Turn]:
     """The schedule of a config's tasks.
 
     Raises:
