@@ -20,7 +20,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, RoutedTask, StageConfig
+from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask, StageConfig
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
@@ -68,7 +68,7 @@ def load_pipeline(config: StageConfig) -> Session:
     Raises:
       ValueError: a field names something that does not exist, or does not fit the machine.
     """
-    tasks = partial(read_tasks, config.tasks) if isinstance(config, OPD) else dict
+    tasks = dict if isinstance(config, FlowMatching) else partial(read_tasks, config.tasks)
     in_memory = override(config, {"run.encoding.cache": ""}).run
     pipeline = make_pipeline(config.model, in_memory, tasks)
     pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, pipeline.world.tasks))

@@ -44,7 +44,7 @@ from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override
-from fopd_jax.config.schema import OPD, StageConfig
+from fopd_jax.config.schema import OPD, FlowMatching, StageConfig
 from fopd_jax.config.sizes import describe_size
 from fopd_jax.console import progress, say, speaks
 from fopd_jax.evaluation.sample_scores import Row, Scored, Scoring, format_scores, to_lines
@@ -132,7 +132,7 @@ def run(config: StageConfig, out: Path) -> None:
     in_memory = override(config, {"run.encoding.cache": ""}).run  # what is drawn once needs no cache
     # With prompts given, the config's own prompt files need not be there.
     pipeline = make_pipeline(
-        config.model, in_memory, partial(read_tasks, {} if given or not isinstance(config, OPD) else config.tasks)
+        config.model, in_memory, partial(read_tasks, {} if given or isinstance(config, FlowMatching) else config.tasks)
     )
     sampler = dataclasses.replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=_NEGATIVE.value)
     held_out = [] if given else _held_out(pipeline.world)

@@ -25,7 +25,7 @@ import jax
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config
-from fopd_jax.config.schema import OPD, FlowMatching, StageConfig
+from fopd_jax.config.schema import FlowMatching, StageConfig
 from fopd_jax.console import say, speaks
 from fopd_jax.exits import explained, refuse
 from fopd_jax.files import local_path, write_json
@@ -87,8 +87,8 @@ def materialise(config: StageConfig) -> None:
       ValueError: a source is wrong, or the config's training prompts are captions of images; names field and file.
       OSError: the folder cannot be written.
     """
-    if not isinstance(config, OPD):
-        raise ValueError(f"stage: found {config.stage!r}, expected 'opd': captions stay beside their images")
+    if isinstance(config, FlowMatching):
+        raise ValueError(f"stage: found {config.stage!r}, expected another: captions stay beside their images")
     folder, sets, options = local_path("--data-dir", _DATA_DIR.value), read(config), []
     for name in config.tasks:
         splits = {"train": sets[f"{name}.prompts"], "test": sets[f"{name}.test"]}
@@ -110,7 +110,7 @@ def read(config: StageConfig) -> dict[str, PromptSet]:
     """
     if config.model.preset in EMBEDDED:
         return _own(config)
-    if isinstance(config, OPD):
+    if not isinstance(config, FlowMatching):
         sources = {f"tasks.{name}.prompts": (task.prompts, "train") for name, task in config.tasks.items()}
     else:
         sources = {}
@@ -141,7 +141,7 @@ def turns_of(config: StageConfig, sets: dict[str, PromptSet]) -> list[Turn]:
       ValueError: as `Shares`.
     """
     sizes = {name: len(sets[f"{name}.prompts"]) for name in config.tasks}
-    if isinstance(config, OPD):
+    if not isinstance(config, FlowMatching):
         weights, draws = {name: task.weight for name, task in config.tasks.items()}, config.batch_size
         return schedule(sizes, weights, draws // config.images_per_prompt, config.run.steps)
     shares = {name: pairs.share for name, pairs in config.tasks.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fopd_jax.config.schema import RoutedTask
+from fopd_jax.config.schema import RewardedTask, RoutedTask
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.reading import read_file
 from fopd_jax.tasks.sources import read_sets
@@ -44,7 +44,7 @@ def plain(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def read_tasks(tasks: Mapping[str, RoutedTask]) -> dict[str, Task]:
+def read_tasks(tasks: Mapping[str, RoutedTask] | Mapping[str, RewardedTask]) -> dict[str, Task]:
     """The tasks whose prompts are read or generated (`tasks.sources`); they have no scores of their own.
 
     Raises:

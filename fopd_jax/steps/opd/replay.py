@@ -4,6 +4,7 @@ One body does both (`steps.visits`), so that on policy the ratio is exactly 1. `
 given trajectory, for whoever has an optimizer of their own.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -146,7 +147,7 @@ def replayed_gradients(
     levels = spec.levels(0, spec.window[1])
     if asks:
         room = blank(course, pieces.groups, batch, levels, stored.x[0], _count(pieces))
-        stored = stored.replace(targets=room.targets)
+        stored = dataclasses.replace(stored, targets=room.targets)
     keys = jnp.broadcast_to(jax.random.key(0), (levels.sigma.shape[0], batch.route.shape[0]))  # nothing is drawn
     with jax.named_scope("opd_replay"):
         _, _, gradients, totals = visit(
