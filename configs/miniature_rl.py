@@ -3,7 +3,8 @@
 python -m fopd_jax.main --config=configs/miniature_rl.py:text
 """
 
-from fopd_jax.config.schema import EMA, GRPO, Evaluation, Model, Optimizer, PolicyGradient, RewardedTask, Rollouts, Run
+from fopd_jax.config.learning import GRPO, PolicyGradient, RewardedTask, Rollouts
+from fopd_jax.config.schema import EMA, Evaluation, Model, Optimizer, Run
 from fopd_jax.config.variants import smoke, split_variant
 
 TASKS = {

@@ -44,8 +44,9 @@ from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override
-from fopd_jax.config.schema import OPD, FlowMatching, StageConfig
+from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import progress, say, speaks
 from fopd_jax.evaluation.sample_scores import Row, Scored, Scoring, format_scores, to_lines
 from fopd_jax.evaluation.sampler import Request, Sampler, generate

@@ -14,9 +14,10 @@ from ml_collections import config_flags
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import Config, Section, StageConfig
+from fopd_jax.config.schema import Config, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import refuse
 
 try:  # ml_collections reads --flagfile while it defines

@@ -11,7 +11,7 @@ from pathlib import Path
 from fopd_jax.config import schema
 from fopd_jax.config.parse import STAGES
 from fopd_jax.config.recorded import RECORD_FILE, recorded_config
-from fopd_jax.config.schema import StageConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.reading import is_taken
 
 

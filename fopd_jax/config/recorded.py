@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.parse import unflatten
-from fopd_jax.config.schema import StageConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.reading import is_taken, parse_json, read_regular
 
 RECORD_FILE = "run.json"

@@ -2,18 +2,9 @@
 
 from dataclasses import replace
 
+from fopd_jax.config.learning import GRPO, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
-from fopd_jax.config.schema import (
-    GRPO,
-    OPD,
-    Anchor,
-    FlowMatching,
-    NoiseWindow,
-    Pairs,
-    Reinforced,
-    RewardedTask,
-    RoutedTask,
-)
+from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
 
 SMOKE = "smoke"
 _SKILLS = ("text", "composition")

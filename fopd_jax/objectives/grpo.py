@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from fopd_jax.config.schema import PolicyGradient
+from fopd_jax.config.learning import PolicyGradient
 from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import SDE, Transition
 from fopd_jax.flow.weighting import check_weighting, weight

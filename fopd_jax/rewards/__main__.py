@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import membership, parse_flags, read_config
-from fopd_jax.config.schema import RewardConfig, StageConfig
+from fopd_jax.config.schema import RewardConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import align, progress, say, speaks
 from fopd_jax.exits import RETRY, explained, leave, refuse
 from fopd_jax.parallel.distributed import failing_together, initialize

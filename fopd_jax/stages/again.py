@@ -6,7 +6,7 @@ from pathlib import Path
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten, override, resolve
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import StageConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.files import check_writable
 from fopd_jax.parallel.distributed import barrier, is_main
 from fopd_jax.running import inputs, records, workdir

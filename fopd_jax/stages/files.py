@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fopd_jax.config.schema import OPD, Config, FlowMatching, Reinforced
+from fopd_jax.config.learning import Reinforced
+from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
 from fopd_jax.stages.pipeline import weight_path

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config import schema as settings
+from fopd_jax.config import learning as settings
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import replicated
 from fopd_jax.policy.velocity import Tree

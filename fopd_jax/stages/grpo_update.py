@@ -6,8 +6,8 @@ from typing import Any
 import optax
 
 from fopd_jax.backbones.registry import family_of
+from fopd_jax.config.learning import GRPO
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import GRPO
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated

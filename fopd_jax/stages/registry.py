@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.schema import Config
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
@@ -32,7 +32,7 @@ class Kind:
 
 STAGES: dict[type[Config], Kind] = {
     schema.OPD: Kind(OPD, plan_opd, opd_programs),
-    schema.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: []),
+    learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: []),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
 }
 

@@ -17,7 +17,7 @@ from fopd_jax.adapters.lora import effective, init_adapter
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.identity import config_hash
-from fopd_jax.config.schema import Reinforced
+from fopd_jax.config.learning import Reinforced
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
@@ -105,7 +105,7 @@ class _Ahead:
 class ReinforcementLearning:
     """The stage, see `running.stage.Stage`."""
 
-    def __init__(self, config: Any, workdir: Path, plan: ReinforcedPlan) -> None:
+    def __init__(self, config: Reinforced, workdir: Path, plan: ReinforcedPlan) -> None:
         check_plan(plan, config, workdir)
         say(describe_run(plan, config, workdir))
         self.config, self.workdir = config, workdir

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
-from fopd_jax.config.schema import StageConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import naming
 from fopd_jax.rewards.registry import check_named, make_rewards
 from fopd_jax.rewards.reward import Reward

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from fopd_jax.config.schema import Comparison
+from fopd_jax.config.learning import Comparison
 from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import check_finite
 from fopd_jax.parallel.agreement import together

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.learning import Reinforced, RewardedTask
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import Config, Evaluation, Pairs, Reinforced, RewardedTask, RoutedTask, StageConfig
+from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid

@@ -6,7 +6,8 @@ from typing import Any
 
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import Config, StageConfig
+from fopd_jax.config.schema import Config
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_shape

@@ -12,6 +12,7 @@ Part p of n holds the rows p, p + n, p + 2n, …: of every device's rows as many
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -110,44 +111,52 @@ def visit(
         slot = jnp.clip(t - first, 0, count - 1)
         at = jax.tree.map(lambda leaf: leaf[slot], stored)
         x = jnp.where(draws, x, at.x)
-        differentiates = inside & trains
         targets = jax.lax.cond(inside & asks, lambda: course.ask(rows, x, level, slot), lambda: at.targets)
         here = dataclasses.replace(at, x=x, targets=targets)
+        differentiates = inside & trains
 
         def differentiate(parameters: Tree, members: Tree) -> tuple[Tree, Tree]:
-            rows, here, keys = members
-
-            def loss(parameters: Tree) -> tuple[Array, Tree]:
-                v = course.velocity(parameters, rows, here.x, level.sigma)
-                drawn, _ = draw(course.transition, level, here.x, v, keys)
-                # The state that is stored is the one that is measured: not computed a second time beside its density.
-                x_next = jax.lax.optimization_barrier(jnp.where(draws, drawn, here.x_next))
-                log_prob = log_density(course.transition, level, here.x, v, x_next)
-                old = jnp.where(draws, jax.lax.stop_gradient(log_prob), here.log_prob)
-                acted = dataclasses.replace(here, x_next=x_next, log_prob=old)
-                if here.velocity is not None:
-                    v_old = jnp.where(draws, v.astype(here.velocity.dtype), here.velocity)
-                    acted = dataclasses.replace(acted, velocity=jax.lax.stop_gradient(v_old))
-                terms = course.terms(level, slot, v, acted, log_prob, rows)
-                return terms["loss"].sum(), (acted, terms)
-
-            total, backward, (acted, terms) = jax.vjp(loss, parameters, has_aux=True)
-            gradients = jax.lax.cond(
-                differentiates, lambda: backward(jnp.ones_like(total))[0], lambda: _zeros(parameters)
-            )
-            return gradients, (acted, terms)
+            loss = partial(_timestep, course, level, slot, draws, members)
+            total, backward, seen = jax.vjp(loss, parameters, has_aux=True)
+            taken = lambda: backward(jnp.ones_like(total))[0]  # noqa: E731
+            return jax.lax.cond(differentiates, taken, lambda: _zeros(parameters)), seen
 
         grads, (acted, terms) = groups.gradient(differentiate, parameters, (rows, here, keys[t]))
-        writes = inside & (draws | asks)
-        stored = jax.tree.map(
-            lambda kept, old, new: kept.at[slot].set(jnp.where(writes, new, old).astype(kept.dtype)), stored, at, acted
-        )
+        kept = jax.tree.map(lambda old, new: jnp.where(inside & (draws | asks), new, old), at, acted)
+        stored = jax.tree.map(lambda whole, new: whole.at[slot].set(new.astype(whole.dtype)), stored, kept)
         counted = {name: jnp.where(differentiates, value, 0.0) for name, value in terms.items()}
         return acted.x_next, stored, add(gradients, grads), add(totals, counted)
 
     totals = {name: jnp.zeros(size) for name in course.names}
     init = (x, stored, groups.zeros(parameters), totals)
     return jax.lax.fori_loop(ends[0], ends[1], body, init)
+
+
+def _timestep(
+    course: Course, level: Level, slot: Array, draws: Any, members: Tree, parameters: Tree
+) -> tuple[Array, tuple[Stored, Totals]]:
+    """The loss of one timestep, and what was done there: the action that was drawn now, or the stored one."""
+    rows, here, keys = members
+    v = course.velocity(parameters, rows, here.x, level.sigma)
+    drawn, _ = draw(course.transition, level, here.x, v, keys)
+    # The state that is stored is the one that is measured: not computed a second time beside its density.
+    x_next = jax.lax.optimization_barrier(jnp.where(draws, drawn, here.x_next))
+    log_prob = log_density(course.transition, level, here.x, v, x_next)
+    old = jnp.where(draws, jax.lax.stop_gradient(log_prob), here.log_prob)
+    acted = dataclasses.replace(here, x_next=x_next, log_prob=old)
+    if here.velocity is not None:
+        v_old = jax.lax.stop_gradient(v.astype(here.velocity.dtype))
+        acted = dataclasses.replace(acted, velocity=jnp.where(draws, v_old, here.velocity))
+    terms = course.terms(level, slot, v, acted, log_prob, rows)
+    return terms["loss"].sum(), (acted, terms)
+
+
+def add(left: Tree, right: Tree) -> Tree:
+    return jax.tree.map(jnp.add, left, right)
+
+
+def _zeros(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def blank(
@@ -194,14 +203,6 @@ def land_if(
         return land(sums.weight > 0, updated, state), _zeros(sums), norm, skipped
 
     return jax.lax.cond(lands, update, lambda: (state, sums, jnp.zeros(()), jnp.array(False)))
-
-
-def add(left: Tree, right: Tree) -> Tree:
-    return jax.tree.map(jnp.add, left, right)
-
-
-def _zeros(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 # ---- parts of a batch

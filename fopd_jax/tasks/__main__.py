@@ -25,7 +25,8 @@ import jax
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config
-from fopd_jax.config.schema import FlowMatching, StageConfig
+from fopd_jax.config.schema import FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import say, speaks
 from fopd_jax.exits import explained, refuse
 from fopd_jax.files import local_path, write_json

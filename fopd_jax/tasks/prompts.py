@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fopd_jax.config.schema import RewardedTask, RoutedTask
+from fopd_jax.config.learning import RewardedTask
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.reading import read_file
 from fopd_jax.tasks.sources import read_sets

@@ -9,7 +9,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Int
 
-from fopd_jax.config.schema import RewardedTask, RoutedTask
+from fopd_jax.config.learning import RewardedTask
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sampling import Shares, Walk
 from fopd_jax.worlds.foreseen import foresee

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import NoiseWindow, PolicyGradient
+from fopd_jax.config.learning import NoiseWindow, PolicyGradient
 from fopd_jax.flow.schedule import Level, make_levels
 from fopd_jax.flow.transition import Transition
 from fopd_jax.objectives.grpo import check_objective
