@@ -1,4 +1,4 @@
-"""What reinforcement learning of the miniature's teachers costs and brings: curves, a table, and what it does off its task.
+"""What the miniature's teachers cost by reinforcement learning, and what it does off their task: curves and a table.
 
     pip install -e '.[plots]'
     python benchmarks/reinforcement.py --work=FOLDER [--only text text-nft …]
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from fopd_jax.config.load import load_config
 from fopd_jax.config.learning import Reinforced
+from fopd_jax.config.load import load_config
 from fopd_jax.files import replacing, write_json
 from fopd_jax.performance.host import commit, hardware, versions
 
