@@ -32,6 +32,9 @@ MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
+PAPER_GUIDANCE = 4.5
+"""The scale of the paper's teachers: of one that neither config nor file gives another."""
+_GUIDANCE_DOC = "The scale under which the teacher was trained; 1: none; None: what its file says, else the paper's."
 _FROZEN = "settings are frozen once a run has begun"
 _REWARDS_DOC = (
     "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, no stage trains on them yet; "
@@ -301,9 +304,7 @@ class RoutedTask(Section):
         rules.PATH,
     )  # fmt: skip
     test: str = setting("", "Held-out prompts, likewise.", rules.PATH)
-    guidance: float = setting(
-        4.5, "The scale under which the teacher was trained; 1: none.", at_least(0, 100), "[paper] 4.5"
-    )
+    guidance: float | None = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
@@ -316,7 +317,7 @@ class Anchor(Section):
 
     name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
     adapter: str = setting("", "Its weights; empty: the base is the anchor.", rules.PATH)
-    guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
+    guidance: float | None = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
     every: int = setting(
         1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
     )

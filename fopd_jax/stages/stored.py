@@ -10,6 +10,7 @@ from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_shape
+from fopd_jax.stages.cards import Origin, base_hash, make_card
 from fopd_jax.stages.export import export, export_name, exported_weights
 from fopd_jax.stages.files import input_files
 from fopd_jax.stages.pipeline import Pipeline, load_base
@@ -65,8 +66,10 @@ def _sized(config: OPD | FlowMatching, workdir: Path, step: int) -> Config:
     return resolve(override(config, {"adapter.rank": shape[-1], "adapter.alpha": config.adapter.scale * shape[-1]}))
 
 
-def export_stored(config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int, out: Path) -> None:
-    """Write what a run's end would have written of a checkpoint's weights.
+def export_stored(
+    config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int, out: Path, origin: Origin
+) -> None:
+    """Write what a run's end would have written of a checkpoint's weights; `origin`: what its stage says of them.
 
     Raises:
       ValueError: as `load_stored`.
@@ -75,4 +78,5 @@ def export_stored(config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path,
     stored = load_stored(config, pipeline, workdir, step)
     whole = config.trained == "params"
     constants = load_base(config.model, pipeline, config.seed)["constants"] if whole else {}
-    export(out, export_name(config), stored.weights, constants, pipeline, config.model)
+    card = make_card(config, pipeline, base_hash(config.model, pipeline), origin, step, workdir)
+    export(out, export_name(config), stored.weights, constants, pipeline, config.model, card)
