@@ -1,7 +1,6 @@
 """Cards of adapters: what a stage writes of what it trained, and what it takes from a teacher's or refuses it for."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.parse import AnyConfig, override, resolve
 from fopd_jax.config.schema import OPD, PAPER_GUIDANCE, Config, Model
 from fopd_jax.exits import naming
-from fopd_jax.interop.files.tensor_files import hash_file
+from fopd_jax.interop.files.converted import weights_hash
 from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
@@ -75,18 +74,9 @@ def size_of(config: Config, pipeline: Pipeline) -> tuple[int, int]:
     return config.model.size if pipeline.manifest is not None else pipeline.world.latent_shape[:2]
 
 
-def base_hash(model: Model, pipeline: Pipeline) -> str:
-    """Which weights a base is: SHA-256 of their file, or of a converted folder's source; '' for random weights.
-
-    A manifest knows its transformer's source files by their hashes: nothing large is read, and a base is the same in
-    float32 and in bfloat16. Several files count as the hash of their sorted hashes. The same numbers in other files,
-    as in the authors' and in diffusers' layout, are another base.
-    """
-    if pipeline.manifest is None:
-        return hash_file(weight_path(model.path)) if model.path else ""
-    source = pipeline.manifest.components["transformer"].source
-    hashes = sorted(digest for name, digest in source.items() if name.endswith(".safetensors"))
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+def base_hash(model: Model) -> str:
+    """Which weights the base is, see `weights_hash`; '' for random ones."""
+    return weights_hash(weight_path(model.path)) if model.path else ""
 
 
 # ---- what teachers' cards say

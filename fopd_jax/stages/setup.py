@@ -97,7 +97,7 @@ def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task
     chosen = select_tasks(pipeline.world, names)
     return Setup(
         pipeline=pipeline,
-        base=base_hash(config.model, pipeline),
+        base=base_hash(config.model),
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
         eval_set=EvalSet(
             chosen,

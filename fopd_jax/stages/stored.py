@@ -78,5 +78,5 @@ def export_stored(
     stored = load_stored(config, pipeline, workdir, step)
     whole = config.trained == "params"
     constants = load_base(config.model, pipeline, config.seed)["constants"] if whole else {}
-    card = make_card(config, pipeline, base_hash(config.model, pipeline), origin, step, workdir)
+    card = make_card(config, pipeline, base_hash(config.model), origin, step, workdir)
     export(out, export_name(config), stored.weights, constants, pipeline, config.model, card)

@@ -24,6 +24,7 @@ OTHER: dict[Any, Any] = {
     int: 7,
     int | tuple[int, int]: (768, 512),
     float: 0.25,
+    float | None: 0.25,
     str: "other",
     tuple[int, int] | None: (0, 2),
     tuple[str, ...]: ("x", "y"),
