@@ -45,7 +45,7 @@ def evaluate(
         pipeline = make_pipeline(idle.model, idle.run, dict)
         _make(out)
         with records.keeping(out, flatten(config), about):
-            export_stored(idle, pipeline, folder, step, out, find_stage(idle).origin(idle))
+            export_stored(idle, pipeline, folder, step, out, find_stage(idle).origin)
         return out
     # Rewards may be others than the run's.
     inputs.check(folder, {field: path for field, path in input_files(idle).items() if not field.startswith("rewards.")})

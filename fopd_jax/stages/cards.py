@@ -1,13 +1,15 @@
 """Cards of adapters: what a stage writes of what it trained, and what it takes from a teacher's or refuses it for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fopd_jax import __version__
 from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.parse import AnyConfig, override, resolve
+from fopd_jax.config.recorded import RECORD_FILE, recorded_config
 from fopd_jax.config.schema import OPD, PAPER_GUIDANCE, Config, Model
 from fopd_jax.exits import naming
 from fopd_jax.interop.files.converted import weights_hash
@@ -34,18 +36,23 @@ class Origin:
     train_steps: int | None = None
 
 
-def make_card(config: Config, pipeline: Pipeline, base: str, origin: Origin, step: int, run: Path) -> AdapterCard:
+def make_card(
+    config: Config, pipeline: Pipeline, base: str, origin: Callable[[Any], Origin], step: int, run: Path
+) -> AdapterCard:
     """Of what trained, after `step` updates; `base`: as `base_hash` found it when the run began.
 
-    `run`: the folder whose metrics tell the newest scores. Rank and alpha are the adapter's own, see `export`.
+    `run`: the folder of the run, whose metrics tell the newest scores, and whose record its config: that of an
+    evaluation made later may differ. Rank and alpha are the adapter's own, see `export`.
     """
+    config = _run_config(config, run)
     scored_at, scores = _newest_scores(run, step)
+    said = origin(config)
     return AdapterCard(
-        algorithm=origin.algorithm,
-        rewards=dict(origin.rewards),
-        guidance=origin.guidance,
+        algorithm=said.algorithm,
+        rewards=dict(said.rewards),
+        guidance=said.guidance,
         resolution=size_of(config, pipeline),
-        train_steps=origin.train_steps,
+        train_steps=said.train_steps,
         eval_steps=config.eval.num_steps,
         preset=pipeline.preset,
         base=base,
@@ -57,6 +64,14 @@ def make_card(config: Config, pipeline: Pipeline, base: str, origin: Origin, ste
         config_hash=config_hash(config),
         version=__version__,
     )
+
+
+def _run_config(config: Config, run: Path) -> Config:
+    """A run's own, where its folder still holds it."""
+    try:
+        return resolve(recorded_config(run / RECORD_FILE))
+    except ValueError:
+        return config
 
 
 def _newest_scores(run: Path, step: int) -> tuple[int | None, dict[str, float]]:

@@ -171,7 +171,7 @@ class FlowMatching:
         pipeline, setup = self.pipeline, self.setup
         setup.close()
         name, constants, step = export_name(self.config), self.frozen["constants"], int(state.step)
-        card = make_card(self.config, pipeline, setup.base, origin(self.config), step, self.run)
+        card = make_card(self.config, pipeline, setup.base, origin, step, self.run)
         export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
         model = self.model(state.ema)
         draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, pipeline.world, setup.eval_set, [model])

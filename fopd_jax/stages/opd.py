@@ -189,7 +189,7 @@ class OPD:
         """
         student = exported_weights(self.config, state)
         name, constants = export_name(self.config), self.frozen.variables["constants"]
-        card = make_card(self.config, self.pipeline, self.setup.base, origin(self.config), int(state.step), self.run)
+        card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
         export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}

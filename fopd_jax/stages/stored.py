@@ -1,6 +1,7 @@
 """What a run's workdir holds of what trained: any kept checkpoint, to sample from, to evaluate or to export."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _sized(config: OPD | FlowMatching, workdir: Path, step: int) -> Config:
 
 
 def export_stored(
-    config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int, out: Path, origin: Origin
+    config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int, out: Path, origin: Callable[[Any], Origin]
 ) -> None:
     """Write what a run's end would have written of a checkpoint's weights; `origin`: what its stage says of them.
 

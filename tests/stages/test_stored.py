@@ -31,7 +31,7 @@ def _save(folder: Path, config: Any, last: Any, average: Any) -> None:
 
 def _export(config: Any, folder: Path, out: Path) -> list[Path]:
     out.mkdir()
-    pipeline, origin = make_pipeline(config.model, config.run, dict), find_stage(config).origin(config)
+    pipeline, origin = make_pipeline(config.model, config.run, dict), find_stage(config).origin
     export_stored(config, pipeline, folder, find_step(folder, None), out, origin)
     return list(out.iterdir())
 
