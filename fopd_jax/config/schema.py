@@ -1,9 +1,10 @@
 """Every setting of a run: default, meaning, what is allowed, and what the method's authors used.
 
-One dataclass a section and one a stage. A config file's `get_config()` returns a stage's (`OPD`, `FlowMatching`) and
-names what deviates; `--config.a.b=value` overrides any field; `parse.resolve` checks and freezes the whole, once.
-Below the stages each function takes its own section. The section `run` changes no number of a run, or only its length:
-it is no part of a run's identity, and identity leaves defaults out, so that a new field locks no workdir out.
+One dataclass a section and one a stage. A config file's `get_config()` returns a stage's (`OPD`, `FlowMatching`, those
+of `config.learning`) and names what deviates; `--config.a.b=value` overrides any field; `parse.resolve` checks and
+freezes the whole, once. Below the stages each function takes its own section. The section `run` changes no number of a
+run, or only its length: it is no part of a run's identity, and identity leaves defaults out, so that a new field locks
+no workdir out.
 
 In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
@@ -39,7 +40,7 @@ PAPER_GUIDANCE = 4.5
 _GUIDANCE_DOC = "The scale under which the teacher is asked; 1: none; None: what its file says, else the paper's."
 _FROZEN = "settings are frozen once a run has begun"
 _REWARDS_DOC = (
-    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, no stage trains on them yet; "
+    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, not trained on; "
     "0: beside the weighted sum."
 )
 
@@ -243,6 +244,13 @@ class Run(Section):
     )
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
+    micro_batches: int = setting(
+        1, "Parts of a minibatch that go through the network one after the other, their gradients summed: less memory. "
+        "In stages that store rollouts.", at_least(1, MOST_ROWS),
+    )  # fmt: skip
+    one_program: bool = setting(
+        True, "Where every reward is in JAX: roll out, decode, score and update as one compiled program."
+    )
     compiled: str = setting(
         "auto", "Folder of compiled programs, shared by runs; 'auto': $JAX_COMPILATION_CACHE_DIR, else `compiled` in "
         "$FOPD_JAX_CACHE, else the user's cache (several processes: `.compiled` beside the workdir); empty: none.",
