@@ -29,6 +29,7 @@ from fopd_jax.stages.cards import base_hash, settled
 from fopd_jax.stages.opd import plan_opd
 from fopd_jax.stages.pipeline import make_pipeline, weight_path
 from fopd_jax.stages.registry import find_stage
+from fopd_jax.stages.reinforced import trained_rewards
 from fopd_jax.stages.stored import export_stored
 from fopd_jax.steps.state import init_state, make_optimizer
 from tests.configs import load
@@ -265,6 +266,11 @@ def _save(folder: Path, config: Any, weights: Any, step: int) -> None:
     [
         ("miniature", [], {"algorithm": "opd", "guidance": 1.5, "train_steps": 6}),
         ("miniature_teacher", ["text"], {"algorithm": "flow_matching", "guidance": 1.0}),
+        (
+            "miniature_rl",
+            ["quality"],
+            {"algorithm": "flow_grpo", "guidance": 1.0, "train_steps": 6, "rewards": {"quality": 1.0}},
+        ),
     ],
 )
 def test_a_stage_says_how_to_use_what_it_trained(
@@ -292,3 +298,9 @@ def test_a_stage_says_how_to_use_what_it_trained(
     assert card.scale == packaged.scale == load_adapter(path)[0].scale
     found = load_adapter(path)[0]
     jax.tree.map(np.testing.assert_array_equal, found.weights, packaged.weights)
+
+
+def test_rewards_count_by_the_prompts_that_they_score():
+    config = load("miniature_rl", "quality")
+    config.tasks["text"].weight, config.tasks["text"].rewards = 3.0, {"text": 2.0, "quality": 1.0, "composition": 0.0}
+    assert trained_rewards(resolve(config)) == {"text": 1.5, "quality": 1.0}
