@@ -193,6 +193,14 @@ class Encoding(Section):
 
 
 @dataclasses.dataclass
+class Decoding(Section):
+    """How rollouts become the images that rewards see."""
+
+    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
+    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
+
+
+@dataclasses.dataclass
 class RewardConfig(Section):
     """One reward: what it is and what it needs. Tasks name it with a weight."""
 
