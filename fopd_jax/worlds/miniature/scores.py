@@ -72,7 +72,7 @@ def find_objects(images: Float[np.ndarray, "n 24 24 3"]) -> list[Counter[tuple[s
     return found
 
 
-def to_unit(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 24 3"]:
+def to_unit(images: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """Data range [-1, 1] to RGB in [0, 1]."""
     return np.clip((np.asarray(images, np.float32) + 1) / 2, 0, 1)
 
