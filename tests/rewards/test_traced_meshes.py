@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from fopd_jax.config.schema import Decoding, MeshShape
 from fopd_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.parallel.distributed import spread
+from fopd_jax.parallel.mesh import AXES, make_mesh
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.performance.hlo import collectives
 from fopd_jax.rewards.advantages import advantages
@@ -64,10 +65,24 @@ def compared(mesh: Mesh) -> dict[str, Any]:
     return {mode: each.tolist() for mode, each in found.items()}
 
 
+def weights_lie_once(mesh: Mesh) -> bool:
+    """What is whole on every device already, in another order of them, is not copied."""
+    params = {"a": jnp.arange(4.0), "b": np.ones(2)}
+    there = jax.device_put(params["a"], replicated(Mesh(mesh.devices.ravel()[::-1].reshape(-1, 1, 1), AXES)))
+    placed = spread({"a": there, "b": params["b"]}, mesh)
+    before, after = (
+        {shard.device: shard.data.unsafe_buffer_pointer() for shard in each.addressable_shards}
+        for each in (there, placed["a"])
+    )
+    assert all(leaf.sharding == replicated(mesh) for leaf in jax.tree.leaves(placed))
+    assert all(np.array_equal(placed[name], params[name]) for name in params)
+    return before == after
+
+
 def outcome(name: str) -> dict[str, Any]:
     mesh = make_mesh(MESHES[name], jax.devices()[: 1 if name == "one" else None])
     with jax.set_mesh(mesh):
-        return {**decoded_and_scored(mesh), "advantages": compared(mesh)}
+        return {**decoded_and_scored(mesh), "advantages": compared(mesh), "lie once": weights_lie_once(mesh)}
 
 
 def test_eight_devices_compute_what_one_does():
@@ -81,6 +96,8 @@ def test_eight_devices_compute_what_one_does():
     assert np.ptp(one["values"][1]) > 1e-3
     assert eight["advantages"] == one["advantages"]  # to the bit
     assert eight["message"] <= FLAG
+    assert one["lie once"]
+    assert eight["lie once"]
 
 
 if __name__ == "__main__":
