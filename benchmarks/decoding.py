@@ -32,7 +32,8 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from fopd_jax.config.schema import Decoding, RewardConfig
+from fopd_jax.config.learning import Decoding
+from fopd_jax.config.schema import RewardConfig
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.converted import load_sharded, read_manifest
 from fopd_jax.models.autoencoder import SD3_VAE, Autoencoder, AutoencoderConfig

@@ -21,6 +21,7 @@ from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.sharding import batch_sharding
@@ -34,8 +35,9 @@ from fopd_jax.stages.setup import eval_sampler, null_conditioning
 from fopd_jax.stages.teachers import conform_all, make_bank
 from fopd_jax.steps.opd.pieces import Metrics
 from fopd_jax.steps.opd.replay import collect, loss_and_gradient
-from fopd_jax.steps.opd.spec import Frozen, Stored
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState, make_optimizer
+from fopd_jax.steps.visits import Stored
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch
 from fopd_jax.worlds.world import embed_prompts
@@ -45,13 +47,13 @@ from fopd_jax.worlds.world import embed_prompts
 class Session:
     """A config, its pipeline, the base's variables, and the sampler of its section `eval`."""
 
-    config: OPD | FlowMatching
+    config: StageConfig
     pipeline: Pipeline
     variables: Tree
     sampler: Sampler
 
 
-def load_config(path: str | Path, variant: str = "", **changes: Any) -> OPD | FlowMatching:
+def load_config(path: str | Path, variant: str = "", **changes: Any) -> StageConfig:
     """The config of a file, with fields changed by their names, dots as two underscores: `run__steps=3`.
 
     Raises:
@@ -61,13 +63,13 @@ def load_config(path: str | Path, variant: str = "", **changes: Any) -> OPD | Fl
     return resolve(override(load.load_config(path, variant), named))
 
 
-def load_pipeline(config: OPD | FlowMatching) -> Session:
+def load_pipeline(config: StageConfig) -> Session:
     """Network, world and base weights of a config, on all devices of this process.
 
     Raises:
       ValueError: a field names something that does not exist, or does not fit the machine.
     """
-    tasks = partial(read_tasks, config.tasks) if isinstance(config, OPD) else dict
+    tasks = dict if isinstance(config, FlowMatching) else partial(read_tasks, config.tasks)
     in_memory = override(config, {"run.encoding.cache": ""}).run
     pipeline = make_pipeline(config.model, in_memory, tasks)
     pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, pipeline.world.tasks))

@@ -46,6 +46,7 @@ from fopd_jax.config.flags import config_source, membership, parse_flags, read_c
 from fopd_jax.config.parse import override
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import progress, say, speaks
 from fopd_jax.evaluation.sample_scores import Row, Scored, Scoring, format_scores, to_lines
 from fopd_jax.evaluation.sampler import Request, Sampler, generate
@@ -114,7 +115,7 @@ def main(_: list[str]) -> None:
             run(config, local_path("out", f"samples/{config.name}" if _OUT.value is None else _OUT.value))
 
 
-def run(config: OPD | FlowMatching, out: Path) -> None:
+def run(config: StageConfig, out: Path) -> None:
     """Check everything, then sample and write.
 
     Raises:
@@ -132,7 +133,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
     in_memory = override(config, {"run.encoding.cache": ""}).run  # what is drawn once needs no cache
     # With prompts given, the config's own prompt files need not be there.
     pipeline = make_pipeline(
-        config.model, in_memory, partial(read_tasks, {} if given or not isinstance(config, OPD) else config.tasks)
+        config.model, in_memory, partial(read_tasks, {} if given or isinstance(config, FlowMatching) else config.tasks)
     )
     sampler = dataclasses.replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=_NEGATIVE.value)
     held_out = [] if given else _held_out(pipeline.world)
@@ -159,7 +160,7 @@ def run(config: OPD | FlowMatching, out: Path) -> None:
 
 
 def _draw(
-    config: OPD | FlowMatching,
+    config: StageConfig,
     out: Path,
     pipeline: Pipeline,
     sampler: Sampler,
@@ -208,9 +209,7 @@ def _with_scores(
         yield from zip(index, batch, scored, strict=True)
 
 
-def _make_scoring(
-    config: OPD | FlowMatching, world: World, asked: Asked, held_out: Sequence[tuple[Task, int]]
-) -> Scoring:
+def _make_scoring(config: StageConfig, world: World, asked: Asked, held_out: Sequence[tuple[Task, int]]) -> Scoring:
     """The rewards of --rewards for every prompt, else those that the config names for the task of each.
 
     Raises:
@@ -243,7 +242,7 @@ def _held_out(world: World) -> list[tuple[Task, int]]:
     return [(task, place) for task in world.tasks.values() for place in range(min(share, len(task.test)))]
 
 
-def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Policy]:
+def _load_policies(config: StageConfig, pipeline: Pipeline) -> list[Policy]:
     """The base alone, what alone is given beside it, or several, the base among them."""
     trained = _stored_source(config)
     given = list(dict.fromkeys([*trained, *_ADAPTER.value]))
@@ -264,7 +263,7 @@ def _load_policies(config: OPD | FlowMatching, pipeline: Pipeline) -> list[Polic
     return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]
 
 
-def _stored_source(config: OPD | FlowMatching) -> dict[str, tuple[Path, int]]:
+def _stored_source(config: StageConfig) -> dict[str, tuple[Path, int]]:
     """The workdir and step that are to be drawn, if they are, by a path that names them."""
     if (given := read_workdir()) is None:
         return {}
@@ -273,7 +272,7 @@ def _stored_source(config: OPD | FlowMatching) -> dict[str, tuple[Path, int]]:
     return {f"{folder}/{export_name(config)}_step_{step}": (folder, step)}
 
 
-def _settings(config: OPD | FlowMatching, pipeline: Pipeline, shape: tuple[int, ...]) -> dict[str, Any]:
+def _settings(config: StageConfig, pipeline: Pipeline, shape: tuple[int, ...]) -> dict[str, Any]:
     evaluation = config.eval
     return {
         "model": config.model.path or f"random {pipeline.preset}",
@@ -290,7 +289,7 @@ def _settings(config: OPD | FlowMatching, pipeline: Pipeline, shape: tuple[int, 
     }
 
 
-def _base_hash(config: OPD | FlowMatching, pipeline: Pipeline) -> str | None:
+def _base_hash(config: StageConfig, pipeline: Pipeline) -> str | None:
     """Of the base's file, of a converted folder's sources, or None for random weights."""
     if pipeline.manifest is None:
         return _content_hash(weight_path(config.model.path)) if config.model.path else None
@@ -306,7 +305,7 @@ def _content_hash(path: Path) -> str:
 
 
 def _tell(
-    config: OPD | FlowMatching,
+    config: StageConfig,
     out: Path,
     asked: Asked,
     policies: list[Policy],
@@ -323,7 +322,7 @@ def _tell(
         say(_hint(config))
 
 
-def _hint(config: OPD | FlowMatching) -> str:
+def _hint(config: StageConfig) -> str:
     """Where what draws better than the base is, or how it is made."""
     if not config.model.path:
         return "note: config.model.path is empty, so that random weights were drawn"

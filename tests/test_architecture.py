@@ -43,7 +43,7 @@ LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 LEVELS["__main__"] = LEVELS["main"]  # a room's command line
 PURE = ("models", "flow", "objectives", "adapters")
 """Know nothing of files, flags, devices or meshes."""
-WHOLE_CONFIGS = {"Config", "OPD", "FlowMatching"}
+WHOLE_CONFIGS = {"Config", "OPD", "FlowMatching", "Reinforced", "GRPO", "StageConfig"}
 MOST_LINES, LONGEST = 450, 60
 
 KNOWN: dict[tuple[str, str], str] = {}
@@ -136,7 +136,9 @@ def purity(source: Source) -> Iterator[str]:
     for name in imports(source.text):
         if name.split(".")[0] in {"pathlib", "os", "io", "shutil", "tempfile", "absl", "ml_collections"}:
             yield f"imports {name.split('.')[0]}"
-        if name in meshes or (name.startswith(f"{PACKAGE}.config.") and "schema" not in name.split(".")):
+        if name in meshes or (
+            name.startswith(f"{PACKAGE}.config.") and not {"schema", "learning"} & {*name.split(".")}
+        ):
             yield f"imports {name}"
     for node in nodes(source.text):
         text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
@@ -167,9 +169,9 @@ def typed_configs(source: Source) -> Iterator[str]:
         for node in nodes(source.text)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
-        if alias.name.rpartition(".")[2] == "schema"
+        if alias.name.rpartition(".")[2] in ("schema", "learning")
     }
-    found = {name.rpartition(".")[2] for name in imports(source.text) if name.startswith(f"{PACKAGE}.config.schema.")}
+    found = {name.rpartition(".")[2] for name in imports(source.text) if name.startswith(f"{PACKAGE}.config.")}
     for node in nodes(source.text):
         if isinstance(node, ast.Attribute) and node.attr in WHOLE_CONFIGS:
             found |= {node.attr} if ast.unparse(node.value).rpartition(".")[2] in aliases else set()

@@ -14,9 +14,10 @@ from ml_collections import config_flags
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import OPD, Config, FlowMatching, Section
+from fopd_jax.config.schema import Config, Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import refuse
 
 try:  # ml_collections reads --flagfile while it defines
@@ -46,7 +47,7 @@ _FIELD = re.compile(r"(--?(?:no)?config\.)([^=]*)(.*)", re.DOTALL)
 class _FileParser(flags.ArgumentParser):
     """In place of ml_collections' own: what is wrong with a file or with the names of fields is one line."""
 
-    def parse(self, argument: str) -> OPD | FlowMatching:
+    def parse(self, argument: str) -> StageConfig:
         path, _, variant = (argument, "", "") if argument.endswith(f"/{RECORD_FILE}") else argument.partition(":")
         try:
             config = load_config(path, variant)
@@ -131,7 +132,7 @@ def has_config() -> bool:
     return CONFIG.value is not None
 
 
-def read_config() -> OPD | FlowMatching:
+def read_config() -> StageConfig:
     """The config of the command line, checked and frozen; to be called once.
 
     Raises:

@@ -11,11 +11,11 @@ from pathlib import Path
 from fopd_jax.config import schema
 from fopd_jax.config.parse import STAGES
 from fopd_jax.config.recorded import RECORD_FILE, recorded_config
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.reading import is_taken
 
 
-def load_config(path: str | Path, variant: str = "") -> OPD | FlowMatching:
+def load_config(path: str | Path, variant: str = "") -> StageConfig:
     """What the file's `get_config` returns, or what a workdir's record holds; neither checked nor frozen.
 
     Raises:

@@ -10,11 +10,12 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from fopd_jax.config.schema import OPD, Config, FlowMatching, FrozenDict, Section
+from fopd_jax.config.schema import Config, FrozenDict, Section
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import is_plain
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-STAGES: dict[str, type[OPD | FlowMatching]] = {"opd": OPD, "flow_matching": FlowMatching}
+STAGES: dict[str, type[StageConfig]] = {kind().stage: kind for kind in typing.get_args(StageConfig)}
 LONGEST = 200  # characters of a value in a message
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 RENAMED = {
@@ -309,7 +310,7 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def unflatten(fields: Mapping[str, Any]) -> OPD | FlowMatching:
+def unflatten(fields: Mapping[str, Any]) -> StageConfig:
     """The config that `flatten` made flat, by today's or earlier names, neither checked nor frozen.
 
     Fields that are not there have their defaults.

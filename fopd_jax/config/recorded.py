@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.parse import unflatten
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.reading import is_taken, parse_json, read_regular
 
 RECORD_FILE = "run.json"
@@ -28,7 +28,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path}: damaged, expected the starts of a run as JSON")
 
 
-def recorded_config(path: Path) -> OPD | FlowMatching:
+def recorded_config(path: Path) -> StageConfig:
     """The config of the last start, neither checked nor frozen.
 
     Raises:

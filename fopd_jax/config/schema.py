@@ -1,9 +1,10 @@
 """Every setting of a run: default, meaning, what is allowed, and what the method's authors used.
 
-One dataclass a section and one a stage. A config file's `get_config()` returns a stage's (`OPD`, `FlowMatching`) and
-names what deviates; `--config.a.b=value` overrides any field; `parse.resolve` checks and freezes the whole, once.
-Below the stages each function takes its own section. The section `run` changes no number of a run, or only its length:
-it is no part of a run's identity, and identity leaves defaults out, so that a new field locks no workdir out.
+One dataclass a section and one a stage. A config file's `get_config()` returns a stage's (`OPD`, `FlowMatching`, those
+of `config.learning`) and names what deviates; `--config.a.b=value` overrides any field; `parse.resolve` checks and
+freezes the whole, once. Below the stages each function takes its own section. The section `run` changes no number of a
+run, or only its length: it is no part of a run's identity, and identity leaves defaults out, so that a new field locks
+no workdir out.
 
 In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
@@ -34,7 +35,7 @@ ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
 _FROZEN = "settings are frozen once a run has begun"
 _REWARDS_DOC = (
-    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, no stage trains on them yet; "
+    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, not trained on; "
     "0: beside the weighted sum."
 )
 
@@ -193,14 +194,6 @@ class Encoding(Section):
 
 
 @dataclasses.dataclass
-class Decoding(Section):
-    """How rollouts become the images that rewards see."""
-
-    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
-    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
-
-
-@dataclasses.dataclass
 class RewardConfig(Section):
     """One reward: what it is and what it needs. Tasks name it with a weight."""
 
@@ -246,6 +239,13 @@ class Run(Section):
     )
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
+    micro_batches: int = setting(
+        1, "Parts of a minibatch that go through the network one after the other, their gradients summed: less memory. "
+        "In stages that store rollouts.", at_least(1, MOST_ROWS),
+    )  # fmt: skip
+    one_program: bool = setting(
+        True, "Where every reward is in JAX: roll out, decode, score and update as one compiled program."
+    )
     compiled: str = setting(
         "auto", "Folder of compiled programs, shared by runs; 'auto': $JAX_COMPILATION_CACHE_DIR, else `compiled` in "
         "$FOPD_JAX_CACHE, else the user's cache (several processes: `.compiled` beside the workdir); empty: none.",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from fopd_jax.config.learning import GRPO, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
 from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
 
@@ -52,6 +53,8 @@ def smoke(config: AnyConfig) -> AnyConfig:
     config.rewards, run.servers = {}, {}
     if isinstance(config, OPD):
         _shrink_teaching(config)
+    elif isinstance(config, Reinforced):
+        _shrink_learning(config)
     elif isinstance(config, FlowMatching):
         shrunk = {"images": "", "test": "", "rewards": {}}
         config.tasks = {name: replace(config.tasks.get(name, Pairs()), **shrunk) for name in _SKILLS}
@@ -64,3 +67,11 @@ def _shrink_teaching(config: OPD) -> None:
     config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+
+
+def _shrink_learning(config: Reinforced) -> None:
+    """The miniature's own rewards in place of the config's, at as few steps as it takes to train two of them."""
+    config.tasks = {name: RewardedTask(rewards={name: 1.0}) for name in _SKILLS}
+    config.images_per_prompt, config.rollouts.num_steps = 4, 3
+    if isinstance(config, GRPO):
+        config.window = NoiseWindow()

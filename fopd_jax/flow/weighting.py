@@ -40,15 +40,15 @@ def weight(
     return divergence if name == "kl" else step * divergence
 
 
-def check_weighting(name: str, transition: Transition) -> None:
-    """Raises ValueError for an unknown weighting, and for one that the transition cannot carry."""
+def check_weighting(name: str, transition: Transition, field: str = "objective.weighting") -> None:
+    """Raises ValueError, which names the field, for an unknown weighting and one that the transition cannot carry."""
     if name not in WEIGHTINGS:
-        raise ValueError(f"objective.weighting: found {name!r}, expected one of {', '.join(WEIGHTINGS)}")
+        raise ValueError(f"{field}: found {name!r}, expected one of {', '.join(WEIGHTINGS)}")
     if name in ("ode", "uniform"):
         return
     reason = _why_no_divergence(transition)
     if reason:
-        raise ValueError(f"objective.weighting: found {name!r}, expected 'ode' or 'uniform': {reason}")
+        raise ValueError(f"{field}: found {name!r}, expected 'ode' or 'uniform': {reason}")
 
 
 def _why_no_divergence(transition: Transition) -> str | None:

@@ -70,6 +70,11 @@ class GradientGroups:
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
         return self._placed(gradients), jax.tree.map(lambda leaf: self._constrain(leaf, P(BATCH_AXES)), joined)
 
+    def rows(self, tree: Tree, axis: int = 0) -> Tree:
+        """A tree whose leaves hold samples along `axis`, each on the devices of its samples."""
+        spec = P(*(None,) * axis, BATCH_AXES)
+        return jax.tree.map(lambda leaf: self._constrain(leaf, spec), tree)
+
     def total(self, sums: Tree) -> Tree:
         """The one reduction of the update, into the shards of what trains."""
         specs = jax.tree.broadcast(self.specs, sums)

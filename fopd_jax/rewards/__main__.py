@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import membership, parse_flags, read_config
-from fopd_jax.config.schema import OPD, FlowMatching, RewardConfig
+from fopd_jax.config.schema import RewardConfig
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import align, progress, say, speaks
 from fopd_jax.exits import RETRY, explained, leave, refuse
 from fopd_jax.parallel.distributed import failing_together, initialize
@@ -57,7 +58,7 @@ def main(_: list[str]) -> None:
         leave(f"error: {problem}", RETRY)
 
 
-def named(config: OPD | FlowMatching) -> list[str]:
+def named(config: StageConfig) -> list[str]:
     """The rewards that a config's tasks name, each once.
 
     Raises:
@@ -69,7 +70,7 @@ def named(config: OPD | FlowMatching) -> list[str]:
     return list(found)
 
 
-def check(config: OPD | FlowMatching, names: Sequence[str]) -> list[Proof]:
+def check(config: StageConfig, names: Sequence[str]) -> list[Proof]:
     """What was found of each reward.
 
     Raises:
@@ -89,7 +90,7 @@ def check(config: OPD | FlowMatching, names: Sequence[str]) -> list[Proof]:
     return proofs
 
 
-def _cases(config: OPD | FlowMatching, name: str, world: World | None) -> list[Case]:
+def _cases(config: StageConfig, name: str, world: World | None) -> list[Case]:
     """What the reward must know, by its kind; the world's own have the world's pictures."""
     settings = config.rewards.get(name, RewardConfig())
     if world is not None and name in world.rewards and not settings.kind:
@@ -98,7 +99,7 @@ def _cases(config: OPD | FlowMatching, name: str, world: World | None) -> list[C
     return cases_of(settings.options.get("reward", name) if kind == "remote" else kind)
 
 
-def _pictures(config: OPD | FlowMatching, name: str, world: World | None) -> list[Case]:
+def _pictures(config: StageConfig, name: str, world: World | None) -> list[Case]:
     """For a reward of which nothing more is known: pictures under prompts of the tasks that name it."""
     tasks = [task for task, section in config.tasks.items() if name in section.rewards]
     if world is not None:

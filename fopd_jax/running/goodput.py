@@ -14,8 +14,9 @@ from fopd_jax.reading import is_taken, parse_json, read_regular
 from fopd_jax.running.aside import begin_anew
 from fopd_jax.running.guards import in_one_line
 
-PHASES = ("init", "compile", "step", "data", "eval", "checkpoint", "lost")
-REPEATED = ("step", "data", "eval", "checkpoint")
+PHASES = ("init", "compile", "step", "data", "rewards", "eval", "checkpoint", "lost")
+REPEATED = ("step", "data", "rewards", "eval", "checkpoint")
+LATER = ("rewards",)  # files of earlier versions lack it
 """What a killed run did after its last checkpoint has to be done again: it moves to `lost`."""
 
 FILE, WRITE_EVERY, REMEMBERED = "goodput.json", 1.0, 20  # seconds between writes; checkpoints whose seconds are kept
@@ -163,7 +164,8 @@ def _read(path: Path | None, step: int) -> tuple[int, Seconds, dict[int, Seconds
 
 def _seconds(there: Mapping[str, float]) -> Seconds:
     """Earlier versions wrote negative ones."""
-    seconds = {phase: max(0.0, float(there[phase])) for phase in PHASES}
+    whole = dict.fromkeys(LATER, 0.0) | dict(there)
+    seconds = {phase: max(0.0, float(whole[phase])) for phase in PHASES}
     if not all(map(math.isfinite, seconds.values())):
         raise ValueError("seconds without end")
     return seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten, override, resolve
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.files import check_writable
 from fopd_jax.parallel.distributed import barrier, is_main
 from fopd_jax.running import inputs, records, workdir
@@ -20,7 +20,7 @@ EVALUATIONS = "evaluations"
 
 
 def evaluate(
-    config: OPD | FlowMatching, folder: Path, step: int | None, out: Path | None, *, weights_only: bool = False
+    config: StageConfig, folder: Path, step: int | None, out: Path | None, *, weights_only: bool = False
 ) -> Path:
     """Check everything, then export what a run in `folder` trained, and report it; returns where it was written.
 

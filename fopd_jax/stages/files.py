@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
@@ -21,6 +22,7 @@ def input_files(config: Config) -> dict[str, Path]:
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
         weights |= {"anchor.adapter": config.anchor.adapter}
+    if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
     elif isinstance(config, FlowMatching):

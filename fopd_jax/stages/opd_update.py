@@ -82,6 +82,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         teacher_guidance=(*(config.tasks[name].guidance for name in config.tasks), config.anchor.guidance),
         updates_per_rollout=config.updates_per_rollout,
         minibatches=config.minibatches,
+        micro_batches=config.run.micro_batches,
         whole_teachers=config.whole_teachers,
         trained=sampler.trained,
         anchor_every=config.anchor.every,

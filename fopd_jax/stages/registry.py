@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.schema import Config
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
 from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
+from fopd_jax.stages.grpo import GRPO, plan_grpo
 from fopd_jax.stages.opd import OPD, plan_opd
 from fopd_jax.stages.plan import Plan
 from fopd_jax.stages.problem import opd_programs
@@ -31,6 +32,7 @@ class Kind:
 
 STAGES: dict[type[Config], Kind] = {
     schema.OPD: Kind(OPD, plan_opd, opd_programs),
+    learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: []),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
 }
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import naming
 from fopd_jax.rewards.registry import check_named, make_rewards
 from fopd_jax.rewards.reward import Reward
@@ -11,7 +11,7 @@ from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.world import World
 
 
-def furnish(config: OPD | FlowMatching, world: World, evaluated: Iterable[str], others: Collection[str] = ()) -> World:
+def furnish(config: StageConfig, world: World, evaluated: Iterable[str], others: Collection[str] = ()) -> World:
     """The world with its tasks' rewards: their weights, and those of the `evaluated` tasks ready to score.
 
     `others`: rewards that are wanted beside them.

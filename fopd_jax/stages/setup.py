@@ -10,8 +10,10 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.learning import Reinforced, RewardedTask
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import OPD, Config, Evaluation, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
@@ -83,7 +85,7 @@ class Setup:
         close_all(self.pipeline.world.rewards)
 
 
-def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
+def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> Setup:
     """Build what every stage needs; `tasks`: see `make_pipeline`.
 
     Raises:
@@ -91,7 +93,9 @@ def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
-    pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, names))
+    trains = isinstance(config, Reinforced)  # on rewards, also of tasks that are not evaluated
+    others = {name for task in config.tasks.values() for name in task.rewards if trains}
+    pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, names, others))
     chosen = select_tasks(pipeline.world, names)
     return Setup(
         pipeline=pipeline,
@@ -110,7 +114,7 @@ def make_setup(config: OPD | FlowMatching, tasks: Callable[[], Mapping[str, Task
     )
 
 
-def refuse_files(tasks: Mapping[str, RoutedTask | Pairs], pipeline: Pipeline) -> None:
+def refuse_files(tasks: Mapping[str, RoutedTask | RewardedTask | Pairs], pipeline: Pipeline) -> None:
     """Refuse files of prompts that a world with prompts of its own would not read.
 
     Raises:

@@ -6,7 +6,8 @@ from typing import Any
 
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, Config, FlowMatching
+from fopd_jax.config.schema import Config
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_shape
@@ -42,7 +43,7 @@ def find_step(workdir: Path, step: int | None) -> int:
     return kept[-1] if step is None else step
 
 
-def load_stored(config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int) -> Stored:
+def load_stored(config: StageConfig, pipeline: Pipeline, workdir: Path, step: int) -> Stored:
     """What a workdir's checkpoint holds for a pipeline; needs neither teachers nor prompts.
 
     Raises:
@@ -57,7 +58,7 @@ def load_stored(config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, s
     return Stored(step, exported_weights(config, state), trained.student, about)
 
 
-def _sized(config: OPD | FlowMatching, workdir: Path, step: int) -> Config:
+def _sized(config: StageConfig, workdir: Path, step: int) -> Config:
     """The config with the rank that the checkpoint's adapter has, at the same scale: merges may have another one."""
     shape = stored_shape(workdir, step, "/a") if config.trained == "adapter" else None
     if shape is None:
@@ -65,7 +66,7 @@ def _sized(config: OPD | FlowMatching, workdir: Path, step: int) -> Config:
     return resolve(override(config, {"adapter.rank": shape[-1], "adapter.alpha": config.adapter.scale * shape[-1]}))
 
 
-def export_stored(config: OPD | FlowMatching, pipeline: Pipeline, workdir: Path, step: int, out: Path) -> None:
+def export_stored(config: StageConfig, pipeline: Pipeline, workdir: Path, step: int, out: Path) -> None:
     """Write what a run's end would have written of a checkpoint's weights.
 
     Raises:

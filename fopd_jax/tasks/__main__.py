@@ -25,7 +25,8 @@ import jax
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import config_source, membership, parse_flags, read_config
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.schema import FlowMatching
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import say, speaks
 from fopd_jax.exits import explained, refuse
 from fopd_jax.files import local_path, write_json
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
             _COMMANDS[argv[1]](config)
 
 
-def describe(config: OPD | FlowMatching) -> None:
+def describe(config: StageConfig) -> None:
     """Print the figures, and write them where asked.
 
     Raises:
@@ -80,15 +81,15 @@ def describe(config: OPD | FlowMatching) -> None:
         write_json(out, figures | {"schedule": [dataclasses.asdict(each) for each in turns]})
 
 
-def materialise(config: OPD | FlowMatching) -> None:
+def materialise(config: StageConfig) -> None:
     """Write every task's set, and print the flags that read it.
 
     Raises:
       ValueError: a source is wrong, or the config's training prompts are captions of images; names field and file.
       OSError: the folder cannot be written.
     """
-    if not isinstance(config, OPD):
-        raise ValueError(f"stage: found {config.stage!r}, expected 'opd': captions stay beside their images")
+    if isinstance(config, FlowMatching):
+        raise ValueError(f"stage: found {config.stage!r}, expected another: captions stay beside their images")
     folder, sets, options = local_path("--data-dir", _DATA_DIR.value), read(config), []
     for name in config.tasks:
         splits = {"train": sets[f"{name}.prompts"], "test": sets[f"{name}.test"]}
@@ -102,7 +103,7 @@ def materialise(config: OPD | FlowMatching) -> None:
 _COMMANDS = {"describe": describe, "build": materialise}
 
 
-def read(config: OPD | FlowMatching) -> dict[str, PromptSet]:
+def read(config: StageConfig) -> dict[str, PromptSet]:
     """Every set of a config, `TASK.prompts` (of images their captions) and `TASK.test`.
 
     Raises:
@@ -110,7 +111,7 @@ def read(config: OPD | FlowMatching) -> dict[str, PromptSet]:
     """
     if config.model.preset in EMBEDDED:
         return _own(config)
-    if isinstance(config, OPD):
+    if not isinstance(config, FlowMatching):
         sources = {f"tasks.{name}.prompts": (task.prompts, "train") for name, task in config.tasks.items()}
     else:
         sources = {}
@@ -123,7 +124,7 @@ def read(config: OPD | FlowMatching) -> dict[str, PromptSet]:
     return {f"{name}.{field}": found[f"{name}.{field}"] for name in config.tasks for field in ("prompts", "test")}
 
 
-def _own(config: OPD | FlowMatching) -> dict[str, PromptSet]:
+def _own(config: StageConfig) -> dict[str, PromptSet]:
     world, found = EMBEDDED[config.model.preset](), {}
     for name in config.tasks:
         if name not in world.tasks:
@@ -134,14 +135,14 @@ def _own(config: OPD | FlowMatching) -> dict[str, PromptSet]:
     return found
 
 
-def turns_of(config: OPD | FlowMatching, sets: dict[str, PromptSet]) -> list[Turn]:
+def turns_of(config: StageConfig, sets: dict[str, PromptSet]) -> list[Turn]:
     """The schedule of a config's tasks.
 
     Raises:
       ValueError: as `Shares`.
     """
     sizes = {name: len(sets[f"{name}.prompts"]) for name in config.tasks}
-    if isinstance(config, OPD):
+    if not isinstance(config, FlowMatching):
         weights, draws = {name: task.weight for name, task in config.tasks.items()}, config.batch_size
         return schedule(sizes, weights, draws // config.images_per_prompt, config.run.steps)
     shares = {name: pairs.share for name, pairs in config.tasks.items()}

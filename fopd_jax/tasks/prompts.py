@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.tasks.reading import read_file
@@ -44,7 +45,7 @@ def plain(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def read_tasks(tasks: Mapping[str, RoutedTask]) -> dict[str, Task]:
+def read_tasks(tasks: Mapping[str, RoutedTask] | Mapping[str, RewardedTask]) -> dict[str, Task]:
     """The tasks whose prompts are read or generated (`tasks.sources`); they have no scores of their own.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
-from fopd_jax.config.schema import Decoding
+from fopd_jax.config.learning import Decoding
 from fopd_jax.interop.files.converted import Manifest, load_sharded
 from fopd_jax.models.autoencoder import Autoencoder, sample_posterior
 from fopd_jax.parallel.parts import in_parts

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fopd_jax.config.schema import Decoding
+from fopd_jax.config.learning import Decoding
 from fopd_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from fopd_jax.parallel.parts import in_chunks
 from fopd_jax.parallel.sharding import AnyMesh

@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Int
 
+from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sampling import Shares, Walk
@@ -60,7 +61,7 @@ class PromptStream:
     def __init__(
         self,
         world: World,
-        tasks: Mapping[str, RoutedTask],
+        tasks: Mapping[str, RoutedTask] | Mapping[str, RewardedTask],
         routes: Routes,
         *,
         batch_size: int,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fopd_jax.config.schema import Decoding, MeshShape
+from fopd_jax.config.learning import Decoding
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from fopd_jax.parallel.distributed import spread
 from fopd_jax.parallel.mesh import AXES, make_mesh

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fopd_jax.config.schema import Decoding, MeshShape
+from fopd_jax.config.learning import Decoding
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.interop.files.converted import load_sharded, read_manifest
 from fopd_jax.models.autoencoder import Autoencoder
 from fopd_jax.parallel.mesh import make_mesh

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fopd_jax.config.schema import Decoding, MeshShape
+from fopd_jax.config.learning import Decoding
+from fopd_jax.config.schema import MeshShape
 from fopd_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.worlds.decoder import Decoder, autoencoder_decoder, pixels_as_latents

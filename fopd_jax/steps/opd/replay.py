@@ -1,35 +1,28 @@
 """Several updates per rollout: the trajectory and its targets are stored once, and gone through again for each.
 
-`loss_and_gradient` is the loss at any given trajectory, for whoever has an optimizer of their own.
+One body does both (`steps.visits`), so that on policy the ratio is exactly 1. `loss_and_gradient` is the loss at any
+given trajectory, for whoever has an optimizer of their own.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import EMA
-from fopd_jax.flow.rollout import Seen, Step, log_density, sample, scan_steps
-from fopd_jax.objectives.opd import Totals, timestep_terms
+from fopd_jax.flow.schedule import Level
+from fopd_jax.objectives.opd import TERMS, Targets, Totals, timestep_terms
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.pieces import (
-    Metrics,
-    Pieces,
-    add,
-    approach,
-    mean_gradient,
-    mean_metrics,
-    student_policy,
-    student_velocity,
-    zero_totals,
-)
-from fopd_jax.steps.opd.spec import Frozen, OPDSpec, Stored
+from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_velocity
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import anchor_picks, ask
-from fopd_jax.steps.state import TrainState, advance, apply_if_finite
+from fopd_jax.steps.state import TrainState, advance
+from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, make_passes, part_of, put_part, visit
 from fopd_jax.worlds.prompt_stream import Batch
 
 
@@ -42,23 +35,87 @@ def replay(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """Roll out once and store; then `updates_per_rollout` updates, each on one minibatch of whole trajectories."""
-    stored = collect(pieces, frozen, state, batch)
-    indices = minibatch_indices(pieces.spec, state, batch.route.shape[0])
+    spec, groups, size = pieces.spec, pieces.groups, batch.route.shape[0]
+    parts, levels = spec.parts, spec.levels(0, spec.window[1])
+    passes = make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
+    (noise, keys), picks = start(spec, state, size), anchor_picks(spec, state, size)
 
-    def update(state: TrainState, index: Array) -> tuple[TrainState, tuple[Totals, Array, Array]]:
-        part, rows = _rows(stored, index, axis=1), _rows(batch, index, axis=0)
-        gradients, totals = replayed_gradients(pieces, frozen, state.trained, rows, part)
-        state, norm, skipped = apply_if_finite(state, gradients, totals["loss"].sum(), optimizer)
-        return state, (totals, norm, skipped)
+    def go(carry: tuple[TrainState, Stored, Sums], each: Pass) -> tuple[Any, Any]:
+        state, stored, sums = carry
+        rows, x = part_of((batch, noise), each.part, parts)
+        own, own_keys, pick = part_of((stored, keys, picks), each.part, parts, axis=1)
+        parameters = pieces.student.compute(state.trained)
+        _, own, gradients, totals = visit(
+            _course(pieces, frozen, pick), groups, parameters, rows, own_keys, levels, x, own,
+            _ends(pieces, each.draws), spec.window, each.draws, each.draws, each.trains,
+        )  # fmt: skip
+        sums = sums.plus(gradients, totals)
+        state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums)
+        return (state, put_part(stored, own, each.part, parts, axis=1), sums), (totals, norm, skipped)
 
-    state, (totals, norms, skips) = jax.lax.scan(update, state, indices)
-    flat, rows = {name: value.reshape(-1) for name, value in totals.items()}, indices.reshape(-1)
-    losses = jnp.zeros(batch.route.shape).at[rows].add(flat["loss"] / flat["weight"])
-    return advance(state, ema, skips.any()), mean_metrics(flat, batch.route[rows], pieces.spec.teachers) | {
-        "grad_norm": norms.mean(),
+    stored = blank(_course(pieces, frozen, picks), groups, batch, levels, noise, _count(pieces))
+    sums = Sums.zeros(groups, pieces.student.compute(state.trained))
+    with jax.named_scope("opd_replay"):
+        (state, _, _), seen = jax.lax.scan(go, (state, stored, sums), passes)
+    totals, norms, skips = jax.tree.map(lambda leaf: leaf[np.flatnonzero(passes.trains)], seen)
+    rows = _rows(passes, size // parts, parts)
+    flat = {name: value.reshape(-1) for name, value in totals.items()}
+    losses = jnp.zeros(size).at[rows].add(flat["loss"] / flat["weight"])
+    return advance(state, ema, skips.any()), mean_metrics(flat, batch.route[rows], spec.teachers) | {
+        "grad_norm": norms.sum() / spec.updates_per_rollout,
         "skipped": skips.any().astype(jnp.float32),
         "samples/loss": losses,
     }
+
+
+def _rows(passes: Pass, rows: int, parts: int) -> np.ndarray:
+    """The batch's rows that the training passes go through, in their order."""
+    return np.concatenate([part + parts * np.arange(rows) for part in passes.part[passes.trains]])
+
+
+def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
+    """What passes of distillation have in common; `picks`: see `anchor_picks`."""
+    spec = pieces.spec
+
+    def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> Array:
+        return student_velocity(pieces, frozen, parameters, rows.conditioning, x, sigma)
+
+    def targets(rows: Batch, x: Array, level: Level, t: Array) -> Targets:
+        return ask(pieces, frozen, rows, x, level, None if picks is None else picks[t])
+
+    def terms(level: Level, t: Array, v: Array, at: Stored, log_prob: Array, rows: Batch) -> Totals:
+        return timestep_terms(
+            spec.objective, spec.transition, level, v, at.targets, at.x, at.x_next, log_prob, at.log_prob
+        )
+
+    return Course(spec.transition, velocity, targets, terms, TERMS)
+
+
+def _count(pieces: Pieces) -> int:
+    first, stop = pieces.spec.window
+    return stop - first
+
+
+def _ends(pieces: Pieces, draws: Any) -> tuple[Any, Any]:
+    """Drawing begins at the noise, training at the first trained timestep."""
+    first, stop = pieces.spec.window
+    return jnp.where(draws, 0, first), jnp.int32(stop)
+
+
+# ---- the parts of it, on the whole batch
+
+
+def collect(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> Stored:
+    """Roll out under the current student; states, actions, log-densities and targets of every trained step."""
+    spec, size = pieces.spec, batch.route.shape[0]
+    noise, keys = start(spec, state, size)
+    course, levels = _course(pieces, frozen, anchor_picks(spec, state, size)), spec.levels(0, spec.window[1])
+    stored = blank(course, pieces.groups, batch, levels, noise, _count(pieces))
+    with jax.named_scope("opd_rollout"):
+        return visit(
+            course, pieces.groups, pieces.student.compute(state.trained), batch, keys, levels, noise, stored,
+            _ends(pieces, True), spec.window, draws=True, asks=True, trains=False,
+        )[1]  # fmt: skip
 
 
 def loss_and_gradient(
@@ -74,8 +131,7 @@ def loss_and_gradient(
     Raises:
       ValueError: the trajectory has another number of steps or of samples.
     """
-    first, stop = pieces.spec.window
-    expected = (stop - first, batch.route.shape[0])
+    expected = (_count(pieces), batch.route.shape[0])
     if stored.log_prob.shape != expected:
         raise ValueError(f"stored: found {stored.log_prob.shape} steps and samples, expected {expected}")
     with activation_rules(pieces.groups.mesh):
@@ -87,59 +143,15 @@ def replayed_gradients(
     pieces: Pieces, frozen: Frozen, trained: Tree, batch: Batch, stored: Stored
 ) -> tuple[Tree, Totals]:
     """The fused gradient at stored states and actions, for parameters that may have moved since; sums per sample."""
-    spec, groups = pieces.spec, pieces.groups
-    parameters = pieces.student.compute(trained)
-
-    def visit(carry: Any, step: Step) -> tuple[Any, None]:
-        gradients, totals = carry
-        level, at = step.level, step.inputs
-        if at.targets is None:
-            at = at.replace(targets=ask(pieces, frozen, batch, at.x, level))
-
-        def loss(parameters: Tree, rows: tuple[Conditioning, Stored]) -> tuple[Array, Totals]:
-            conditioning, at = rows
-            v = student_velocity(pieces, frozen, parameters, conditioning, at.x, level.sigma)
-            log_prob = log_density(spec.transition, level, at.x, v, at.x_next)
-            terms = timestep_terms(
-                spec.objective, spec.transition, level, v, at.targets, at.x, at.x_next, log_prob, at.log_prob
-            )
-            return terms["loss"].sum(), terms
-
-        grads, terms = groups.gradient(jax.grad(loss, has_aux=True), parameters, (batch.conditioning, at))
-        return (add(gradients, grads), add(totals, terms)), None
-
-    init = (groups.zeros(parameters), zero_totals(batch.route.shape[0]))
+    spec, course, asks = pieces.spec, _course(pieces, frozen, None), stored.targets is None
+    levels = spec.levels(0, spec.window[1])
+    if asks:
+        room = blank(course, pieces.groups, batch, levels, stored.x[0], _count(pieces))
+        stored = dataclasses.replace(stored, targets=room.targets)
+    keys = jnp.broadcast_to(jax.random.key(0), (levels.sigma.shape[0], batch.route.shape[0]))  # nothing is drawn
     with jax.named_scope("opd_replay"):
-        (gradients, totals), _ = scan_steps(visit, init, spec.levels(*spec.window), inputs=stored)
-    return mean_gradient(groups, gradients, totals), totals
-
-
-def collect(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> Stored:
-    """Roll out under the current student; states, actions, log-densities and targets of every trained step."""
-    spec, size = pieces.spec, batch.route.shape[0]
-    parameters = pieces.student.compute(state.trained)
-    x, keys = approach(pieces, frozen, state, parameters, batch)
-
-    def watch(_: None, seen: Seen) -> tuple[None, Stored]:
-        targets = ask(pieces, frozen, batch, seen.x, seen.level, seen.inputs)
-        return None, Stored(seen.x, seen.x_next, seen.log_prob, targets)
-
-    policy, levels = student_policy(pieces, frozen, parameters, batch.conditioning), spec.levels(*spec.window)
-    picks = anchor_picks(spec, state, size)
-    with jax.named_scope("opd_rollout"):
-        return sample(policy, spec.transition, levels, x, keys, watch, inputs=picks)[2]
-
-
-def minibatch_indices(spec: OPDSpec, state: TrainState, batch: int) -> Int[Array, "updates rows"]:
-    """Rows of each update: the minibatches of a fresh permutation per pass over the rollout."""
-    count, updates = spec.minibatches, spec.updates_per_rollout
-    if count == 1:
-        return jnp.broadcast_to(jnp.arange(batch), (updates, batch))
-    passes = -(-updates // count)
-    keys = jax.random.split(jax.random.fold_in(state.rng(), -1 % 2**32), passes)
-    order = jax.vmap(lambda key: jax.random.permutation(key, batch))(keys)
-    return order.reshape(passes * count, batch // count)[:updates]
-
-
-def _rows(tree: Tree, index: Array, axis: int) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis), tree)
+        _, _, gradients, totals = visit(
+            course, pieces.groups, pieces.student.compute(trained), batch, keys, levels, stored.x[0], stored,
+            _ends(pieces, False), spec.window, draws=False, asks=asks, trains=True,
+        )  # fmt: skip
+    return mean_gradient(pieces.groups, gradients, totals), totals

@@ -1,7 +1,6 @@
 """What an OPD update is made of: its static description, and the trees that flow through it."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +52,7 @@ class OPDSpec:
     teacher_guidance: tuple[float, ...]
     updates_per_rollout: int = 1
     minibatches: int = 1
+    micro_batches: int = 1
     whole_teachers: bool = False  # the bank holds whole networks, not adapters
     trained: tuple[int, int] | None = None
     anchor_every: int = 1
@@ -80,6 +80,11 @@ class OPDSpec:
                 f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
             )
         self._check_savings()
+        if batch_size // self.minibatches % (self.micro_batches * self.anchor_every):
+            raise ValueError(
+                f"run.micro_batches: found {self.micro_batches}, expected a divisor of the "
+                f"{batch_size // self.minibatches} samples a minibatch, with anchor.every {self.anchor_every}"
+            )
         start, stop = self.window
         if not self.noisy[start:stop].any() and trains(self.objective, jnp.zeros(())) == 0:
             raise ValueError("sampler.window: holds no trained step, so the objective would have nothing to train")
@@ -97,7 +102,7 @@ class OPDSpec:
             raise ValueError(f"anchor.every: found {self.anchor_every}, expected 1 where teachers are whole networks")
         if self.one_timestep and (self.objective.name != "direct" or self.anchor_every > 1):
             raise ValueError("one_timestep: found True, which needs objective.name 'direct' and anchor.every 1")
-        if self.one_timestep and (self.updates_per_rollout, self.minibatches) != (1, 1):
+        if self.one_timestep and (self.updates_per_rollout, self.parts) != (1, 1):
             raise ValueError("one_timestep: found True, expected False with several updates per rollout")
 
     @property
@@ -113,7 +118,12 @@ class OPDSpec:
     @property
     def replays(self) -> bool:
         """Whether the rollout is stored and gone through again."""
-        return self.updates_per_rollout > 1 or self.minibatches > 1
+        return self.updates_per_rollout > 1 or self.parts > 1
+
+    @property
+    def parts(self) -> int:
+        """Of a batch, that go through the network one after the other."""
+        return self.minibatches * self.micro_batches
 
     @property
     def table(self) -> RoutingTable:
@@ -135,16 +145,3 @@ class OPDSpec:
             weighted = [float(weight(self.objective.weighting, self.transition, *pair)) for pair in pairs]
         weights = counts * np.asarray(weighted)
         return weights / weights.sum(), float(weights.sum() / counts.sum())
-
-
-@struct.dataclass
-class Stored:
-    """A rollout's trained steps: from x to x_next `[T, B, h, w, c]`, drawn with log-density `log_prob [T, B]`.
-
-    `targets`: what teachers and anchor say at x, stacked likewise; None: not asked yet.
-    """
-
-    x: Any
-    x_next: Any
-    log_prob: Any
-    targets: Any = None  # `Targets`

@@ -17,9 +17,10 @@ from fopd_jax.config.schema import EMA
 from fopd_jax.flow.rollout import rollout
 from fopd_jax.objectives.opd import TERMS, Targets
 from fopd_jax.steps.opd.pieces import Pieces, mean_metrics, start, student_policy
-from fopd_jax.steps.opd.replay import collect, loss_and_gradient, minibatch_indices, replay, replayed_gradients
-from fopd_jax.steps.opd.spec import Frozen, Stored
+from fopd_jax.steps.opd.replay import collect, loss_and_gradient, replay, replayed_gradients
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
+from fopd_jax.steps.visits import Stored, make_passes
 from fopd_jax.worlds.prompt_stream import Batch
 from tests.steps.opd.network import (
     BANK,
@@ -109,32 +110,24 @@ def directions(like: Adapter) -> list[Adapter]:
 # ---- minibatches
 
 
-def indices(step_number: int, updates: int, minibatches: int, batch: int = 6) -> np.ndarray:
-    spec = make_spec(DIRECT, updates_per_rollout=updates, minibatches=minibatches)
-    state = dataclasses.replace(make_state(), step=jnp.int32(step_number))
-    return np.asarray(minibatch_indices(spec, state, batch))
+@pytest.mark.parametrize(("updates", "minibatches", "micro"), [(1, 1, 1), (2, 2, 1), (5, 3, 1), (1, 1, 4), (4, 2, 3)])
+def test_passes(updates: int, minibatches: int, micro: int) -> None:
+    """Every part is rolled out once before anything trains; an update is its minibatch's parts, then it lands."""
+    passes, parts = make_passes(updates, minibatches, micro), minibatches * micro
+    np.testing.assert_array_equal(passes.part[:parts], range(parts))
+    np.testing.assert_array_equal(passes.draws, np.arange(len(passes.part)) < parts)
+    np.testing.assert_array_equal(passes.trains, ~passes.draws)
+    trained = passes.part[parts:].reshape(updates, micro)
+    for update, found in enumerate(trained):
+        np.testing.assert_array_equal(found % minibatches, update % minibatches)
+        assert len(set(found)) == micro
+    np.testing.assert_array_equal(
+        passes.lands[parts:].reshape(updates, micro), [[False] * (micro - 1) + [True]] * updates
+    )
 
 
-@pytest.mark.parametrize("minibatches", [2, 3, 6])
-def test_every_pass_is_a_new_permutation(minibatches: int) -> None:
-    passes = indices(0, 4 * minibatches, minibatches).reshape(4, 6)
-    np.testing.assert_array_equal(np.sort(passes), np.broadcast_to(np.arange(6), (4, 6)))
-    assert len(np.unique(passes, axis=0)) == 4
-
-
-def test_minibatches_are_a_function_of_the_step() -> None:
-    np.testing.assert_array_equal(indices(3, 6, 3), indices(3, 6, 3))
-    assert len({indices(n, 6, 3).tobytes() for n in range(5)}) == 5
-
-
-def test_a_broken_off_pass_repeats_nothing() -> None:
-    found = indices(0, 5, 3)  # one whole pass and two of three minibatches
-    assert found.shape == (5, 2)
-    assert len(set(found[3:].ravel())) == 4
-
-
-def test_one_minibatch_is_the_batch_in_order() -> None:
-    np.testing.assert_array_equal(indices(0, 3, 1), np.broadcast_to(np.arange(6), (3, 6)))
+def rows_of(update: int, minibatches: int, batch: int) -> np.ndarray:
+    return np.arange(update % minibatches, batch, minibatches)
 
 
 def test_replay_is_one_rollout_and_then_plain_updates() -> None:
@@ -146,7 +139,7 @@ def test_replay_is_one_rollout_and_then_plain_updates() -> None:
     stored: Stored = quick(collect, pieces)(frozen, state, batch)
     gradients_of = quick(replayed_gradients, pieces)
     student, visited, losses, ratios = state.trained, [], [], []
-    for rows in np.asarray(minibatch_indices(spec, state, 6)):
+    for rows in (rows_of(update, 2, 6) for update in range(4)):
         part = jax.tree.map(lambda leaf, rows=rows: leaf[:, rows], stored)
         gradients, totals = gradients_of(frozen, student, jax.tree.map(lambda leaf, r=rows: leaf[r], batch), part)
         student = jax.tree.map(lambda x, g: x - 0.1 * g, student, gradients)

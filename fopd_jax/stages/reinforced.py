@@ -1,0 +1,249 @@
+"""What both stages of reinforcement learning are: roll out, score, compare, learn; and what surrounds that.
+
+A step is a host composite: its rewards run in processes, threads or on servers while the devices go on.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from fopd_jax.adapters.lora import effective, init_adapter
+from fopd_jax.adapters.lora import zeros_like as no_adapter
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.identity import config_hash
+from fopd_jax.config.learning import Reinforced
+from fopd_jax.console import Progress, say
+from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
+from fopd_jax.exits import naming
+from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.parallel.sharding import batch_sharding
+from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.feed import Feed
+from fopd_jax.running.goodput import phase
+from fopd_jax.running.stage import Metrics
+from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.export import advise, export, export_name, exports
+from fopd_jax.stages.pipeline import Pipeline, load_base
+from fopd_jax.stages.plan import Plan, check_plan
+from fopd_jax.stages.scoring import Pending, Scoring
+from fopd_jax.stages.setup import describe_weights, null_conditioning
+from fopd_jax.steps.grpo.spec import Base, Credit
+from fopd_jax.steps.state import TrainState
+from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.prompt_stream import PromptStream
+from fopd_jax.worlds.world import World
+
+
+class Method(Protocol):
+    """One algorithm: how it makes images, and what it learns of their credit. States are donated."""
+
+    def roll_out(self, state: TrainState, conditioning: Conditioning) -> tuple[TrainState, Any]:
+        """The state as it was, and what was rolled out."""
+        ...
+
+    def latents(self, rolled: Any) -> Array:
+        """The final latents `[B, h, w, c]`."""
+        ...
+
+    def learn(
+        self, state: TrainState, rolled: Any, conditioning: Conditioning, credit: Credit
+    ) -> tuple[TrainState, Metrics]:
+        """The state after all updates on one rollout."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ReinforcedPlan(Plan):
+    """`stream`: of prompts; `method(base)`: the algorithm, once there are weights."""
+
+    stream: PromptStream
+    method: Callable[[Base], Method]
+
+
+def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
+    """The prompts that a config trains on, checked by the rewards that will score them.
+
+    Raises:
+      ValueError: a task has no reward, or a prompt that can never be scored; names field, prompt and reason.
+    """
+    for name, task in world.tasks.items():
+        if name in config.tasks and not task.weights:
+            raise ValueError(f"tasks.{name}.rewards: found none with a weight, expected what is trained on there")
+    check_training_prompts({name: world.tasks[name] for name in config.tasks if name in world.tasks}, world)
+    return PromptStream(
+        world, config.tasks, lambda tasks, prompts: np.zeros(len(prompts), np.int32),
+        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
+        rows=rows_of(batch_sharding(mesh), config.batch_size),
+    )  # fmt: skip
+
+
+def check_training_prompts(tasks: dict[str, Task], world: World) -> None:
+    """Refuse training prompts that a reward of their task can never score."""
+    for task in tasks.values():
+        for name in task.rewards:
+            with naming(f"tasks.{task.name}.rewards.{name}"):
+                world.rewards[name].check(task.train, task.beside("train"))
+
+
+@dataclasses.dataclass
+class _Ahead:
+    """A rollout that waits for its scores, by the number of its step; `lag`: updates its policy is behind."""
+
+    step: int
+    rolled: Any
+    conditioning: Conditioning
+    pending: Pending
+    lag: int
+
+
+class ReinforcementLearning:
+    """The stage, see `running.stage.Stage`."""
+
+    def __init__(self, config: Reinforced, workdir: Path, plan: ReinforcedPlan) -> None:
+        check_plan(plan, config, workdir)
+        say(describe_run(plan, config, workdir))
+        self.config, self.workdir = config, workdir
+        self.setup, self.pipeline, self.trained = plan.setup, plan.setup.pipeline, plan.trained
+        plan.prepare()
+        say("loading the base")
+        pipeline = self.pipeline
+        self.base = Base(load_base(config.model, pipeline, config.seed), null_conditioning(pipeline))
+        self.method = plan.method(self.base)
+        sharding, self.prompts = batch_sharding(pipeline.mesh), plan.stream
+        self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
+        tasks = {name: pipeline.world.tasks[name] for name in config.tasks}
+        world = dataclasses.replace(pipeline.world, tasks=tasks)
+        self.scoring = Scoring(world, pipeline.mesh, config.advantages, config.run.max_failed_rewards)
+        self.ahead: _Ahead | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the network trains."""
+        return self.config.trained == "params"
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """What `finish` writes."""
+        trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
+        pictures = {SAMPLES_FILE: "base and policy on the same prompts"}
+        if not self.setup.eval_set.scored():
+            return trained | pictures
+        return trained | pictures | {RESULTS_FILE: "mean scores of both", TABLE_FILE: "the same, as a table"}
+
+    @property
+    def samples(self) -> int:
+        """Of one step."""
+        return self.config.batch_size
+
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return self.trained.state
+
+    def start(self) -> TrainState:
+        """The state of step 0: a fresh adapter on the base, or the base itself in float32."""
+        return self.trained.born(
+            start_of(self.config, self.pipeline, self.base), self.setup.optimizer, self.config.seed
+        )
+
+    def describe(self) -> None:
+        """Print what trains and what does not."""
+        describe_weights(self.workdir, self.config, self.state, self.base.variables)
+
+    # ---- one step
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """Roll out, unless that was done ahead; score, while the next rollout is made where it may be; learn."""
+        measured = self.setup.measured(state)
+        state, now = self.rolled_out(state, step, lag=0) if self.ahead is None else (state, self.ahead)
+        self.ahead = None
+        if self.config.lag and not self.rests(step + 1):
+            state, self.ahead = self.rolled_out(state, step + 1, lag=1)
+        with phase("rewards"), jax.transfer_guard("allow"):
+            credit = self.scoring.finish(now.pending)
+        state, metrics = self.method.learn(state, now.rolled, now.conditioning, credit)
+        return state, {**metrics, **measured, "lag": jax.device_put(np.float32(now.lag))}
+
+    def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
+        """The rollout of a step by this state, its images being scored."""
+        batch = self.feed(step)
+        conditioning = self.pipeline.world.embed(batch.conditioning)
+        state, rolled = self.method.roll_out(state, conditioning)
+        merged = self.config.advantages.merge_equal_prompts
+        with jax.transfer_guard("allow"):
+            drawn = self.prompts.drawn(step, merge_equal_prompts=merged)
+            pending = self.scoring.begin(self.method.latents(rolled), drawn)
+        return state, _Ahead(step, rolled, conditioning, pending, lag)
+
+    def rests(self, step: int) -> bool:
+        """Whether nothing is made ahead of a step: the state before it is saved or evaluated, or is the last."""
+        run = self.config.run
+        cadences = [run.checkpoint_every, *([run.eval_every] if run.eval_every else [])]
+        return step >= run.steps or any(step % every == 0 for every in cadences)
+
+    def drain(self) -> None:
+        """Nothing is in flight where a state is saved by plan; a stop between two lets go of what was made ahead."""
+        self.ahead = None
+
+    def close(self) -> None:
+        """End the threads that make batches and scores."""
+        self.feed.close()
+        self.scoring.close()
+
+    # ---- what surrounds it
+
+    def batch(self, step: int) -> Tree:
+        """The whole batch, on every process."""
+        return self.feed.whole(step)
+
+    def explain(self, step: int, rows: Sequence[int]) -> list[str]:
+        """Tasks and prompts."""
+        return self.prompts.describe(step, rows)
+
+    def model(self, trained: Tree) -> Model:
+        """The policy with these weights, to sample from."""
+        return Model("policy", *self.trained.student.policy(self.base.variables, trained))
+
+    def draw(self, state: TrainState) -> dict[str, np.ndarray]:
+        """What the averaged policy draws."""
+        return self.setup.draw(self.model(state.ema))
+
+    def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
+        """Mean scores of the averaged policy on the periodic evaluation's pairs."""
+        return self.setup.evaluate(self.model(state.ema), progress)
+
+    def advise(self, source: str) -> list[str]:
+        """What to do with the weights."""
+        taught = "in a config of stage `opd`, this teaches a task"
+        as_teacher = [f"--config.tasks.TASK.teacher={self.workdir}/adapter.safetensors   # {taught}"]
+        return [
+            *advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source),
+            *([] if self.whole else as_teacher),
+        ]
+
+    def finish(self, state: TrainState) -> None:
+        """Export the averaged weights, and report them beside the base."""
+        config, pipeline = self.config, self.pipeline
+        constants = self.base.variables["constants"]
+        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model)
+        unchanged = {} if self.whole else effective(no_adapter(state.ema))  # so that one program samples both
+        models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
+        about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
+        with contextlib.closing(self.setup) as setup:
+            write_report(
+                self.workdir, config.eval, about, setup.sampler, pipeline.world, models, config.run.max_failed_rewards
+            )
+
+
+def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:
+    """What training starts from."""
+    if config.trained == "params":
+        return load_base(config.model, pipeline, config.seed, "float32")["params"]
+    key = jax.random.key(config.seed)
+    return init_adapter(key, base.variables["params"], config.adapter, pipeline.family.targets)

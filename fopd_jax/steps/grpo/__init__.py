@@ -1,0 +1,1 @@
+"""Flow-GRPO: rollouts, advantages, updates."""

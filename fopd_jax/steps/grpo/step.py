@@ -1,0 +1,236 @@
+"""Flow-GRPO as passes of one body (`steps.visits`): a rollout of every part, credit, then updates.
+
+The host may drive the passes one by one, scoring between them; where rewards are in JAX, `make_step` makes one program
+of everything. The reference is the base with the adapter left off, asked while the rollout is drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.config.schema import EMA
+from fopd_jax.flow.rollout import sample_keys
+from fopd_jax.flow.schedule import Level
+from fopd_jax.flow.transition import standard_normal
+from fopd_jax.objectives.grpo import TERMS, Acted, Totals, needs_old_velocity, step_weights, timestep_terms
+from fopd_jax.parallel.gradients import GradientGroups, on_one_device
+from fopd_jax.parallel.sharding import activation_rules
+from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.steps.grpo.spec import Base, Credit, GRPOSpec, Rollout
+from fopd_jax.steps.state import TrainState, advance
+from fopd_jax.steps.student import ADAPTER, Student
+from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, make_passes, part_of, put_part, visit
+
+Metrics = dict[str, jax.Array]
+Progress = tuple[TrainState, Rollout, Sums]
+Seen = tuple[Totals, Array, Array]
+"""Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What the update is made of. `policy`: what trains; `groups`: over which devices gradients are summed when."""
+
+    spec: GRPOSpec
+    velocity: Velocity
+    policy: Student = ADAPTER
+    groups: GradientGroups = dataclasses.field(default_factory=on_one_device)
+
+
+def begin(pieces: Pieces, base: Base, state: TrainState, conditioning: Conditioning) -> tuple[Rollout, Sums]:
+    """Pure noise and room for what is drawn of it: each sample's a function of the seed, the step and its row."""
+    spec, size = pieces.spec, jax.tree.leaves(conditioning)[0].shape[0]
+    keys = sample_keys(state.rng(), len(spec.sigmas), size)
+    starts = keys[0, np.arange(size) // spec.group * spec.group] if spec.shared_noise else keys[0]
+    x = pieces.groups.rows(standard_normal(starts, spec.latent_shape))
+    first = spec.place(state)
+    course, levels = _course(pieces, base, first), spec.levels(first)
+    rows = _Rows(conditioning, jnp.zeros(size), jnp.zeros(size))
+    velocities = needs_old_velocity(spec.objective)
+    stored = blank(course, pieces.groups, rows, levels, x, spec.trained, velocities=velocities)
+    sums = Sums.zeros(pieces.groups, pieces.policy.compute(state.trained))
+    return Rollout(x, keys[1:], first, stored), sums
+
+
+def go(
+    pieces: Pieces,
+    optimizer: optax.GradientTransformation,
+    base: Base,
+    progress: Progress,
+    conditioning: Conditioning,
+    credit: Credit,
+    each: Pass,
+) -> tuple[Progress, Seen]:
+    """One pass: a part is drawn down to its final latents, or trained on, and perhaps an update made."""
+    spec, groups = pieces.spec, pieces.groups
+    state, rollout, sums = progress
+    rows = _Rows(conditioning, credit.advantage, credit.counts)
+    rows, x = part_of((rows, rollout.x), each.part, spec.parts)
+    own, keys = part_of((rollout.stored, rollout.keys), each.part, spec.parts, axis=1)
+    first, levels = rollout.first, spec.levels(rollout.first)
+    ends = jnp.where(each.draws, 0, first), jnp.where(each.draws, len(spec.sigmas) - 1, first + spec.trained)
+    last, own, gradients, totals = visit(
+        _course(pieces, base, first), groups, pieces.policy.compute(state.trained), rows, keys, levels, x, own,
+        ends, (first, first + spec.trained), each.draws, each.draws, each.trains,
+    )  # fmt: skip
+    last = jnp.where(each.draws, last, x)
+    rollout = dataclasses.replace(
+        rollout,
+        x=put_part(rollout.x, last, each.part, spec.parts),
+        stored=put_part(rollout.stored, own, each.part, spec.parts, axis=1),
+    )
+    state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums.plus(gradients, totals))
+    return (state, rollout, sums), (totals, norm, skipped)
+
+
+def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen) -> tuple[TrainState, Metrics]:
+    """Close a step; `seen`: of all training passes, stacked."""
+    totals, norms, skips = seen
+    weight = totals["weight"].sum()
+    means = {name: value.sum() / jnp.maximum(weight, 1) for name, value in totals.items() if name != "weight"}
+    means |= {f"weights/{name}": weight for name in list(means)}
+    skipped = skips.any()
+    return advance(state, ema, skipped), {
+        **means,
+        **credit_metrics(pieces.spec.rewards, credit),
+        "grad_norm": norms.sum() / pieces.spec.updates_per_rollout,
+        "skipped": skipped.astype(jnp.float32),
+        "samples/advantage": credit.advantage,
+    }
+
+
+def credit_metrics(rewards: tuple[str, ...], credit: Credit) -> Metrics:
+    """Of each reward the mean and the share of failures, and what becomes of the samples."""
+    there = credit.asked & ~jnp.isnan(credit.values)
+    found: Metrics = {}
+    for name, value, asked, is_there in zip(rewards, credit.values, credit.asked, there, strict=True):
+        count = is_there.sum().astype(jnp.float32)
+        found[f"reward/{name}"] = jnp.where(is_there, value, 0.0).sum() / jnp.maximum(count, 1)
+        found[f"weights/reward/{name}"] = count
+        found[f"failed/{name}"] = 1 - count / jnp.maximum(asked.sum(), 1)
+    valid = credit.valid.sum()
+    return found | {
+        "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
+        "dropped_share": 1 - valid / credit.valid.size,
+    }
+
+
+def metric_names(rewards: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the scalars that a step returns, weights apart."""
+    terms = (name for name in TERMS if name != "weight")
+    scored = (f"{kind}/{name}" for name in rewards for kind in ("reward", "failed"))
+    return (*terms, *scored, "flat_share", "dropped_share", "grad_norm", "skipped")
+
+
+Score = Callable[[Tree, Array, Tree], Credit]
+"""`(what rewards and decoder need, final latents, what they need of the prompts) → credit`, traced."""
+
+
+def make_step(
+    pieces: Pieces, optimizer: optax.GradientTransformation, ema: EMA, score: Score, placed: Any = None
+) -> Callable[[Base, Tree, TrainState, Conditioning, Tree], tuple[TrainState, Metrics]]:
+    """Everything as one jitted program: `step(base, scorers, state, conditioning, prompts) → (state, metrics)`."""
+    spec = pieces.spec
+    passes = make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
+    scores = np.arange(len(passes.part)) == spec.parts
+
+    def step(
+        base: Base, scorers: Tree, state: TrainState, conditioning: Conditioning, prompts: Tree
+    ) -> tuple[TrainState, Metrics]:
+        def pass_(carry: tuple[Progress, Credit], turn: tuple[Pass, Array]) -> tuple[Any, Seen]:
+            (progress, credit), (each, now) = carry, turn
+            credit = jax.lax.cond(now, lambda: score(scorers, progress[1].x, prompts), lambda: credit)
+            progress, seen = go(pieces, optimizer, base, progress, conditioning, credit, each)
+            return (progress, credit), seen
+
+        with activation_rules(pieces.groups.mesh):
+            size = jax.tree.leaves(conditioning)[0].shape[0]
+            credit = Credit.none(len(spec.rewards), size)
+            progress = (state, *begin(pieces, base, state, conditioning))
+            (progress, credit), seen = jax.lax.scan(pass_, (progress, credit), (passes, scores))
+            seen = jax.tree.map(lambda leaf: leaf[spec.parts :], seen)
+            return end(pieces, ema, progress[0], credit, seen)
+
+    return jax.jit(step, donate_argnums=2, out_shardings=placed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The same for a host that scores between them: `begin`, `go` and `end`, jitted; states are donated."""
+
+    begin: Callable[[Base, TrainState, Conditioning], tuple[Rollout, Sums]]
+    go: Callable[[Base, Progress, Conditioning, Credit, Pass], tuple[Progress, Seen]]
+    end: Callable[[TrainState, Credit, Sequence[Seen]], tuple[TrainState, Metrics]]
+
+
+def make_programs(
+    pieces: Pieces, optimizer: optax.GradientTransformation, ema: EMA, places: Any = None, everywhere: Any = None
+) -> Programs:
+    """`places`: shardings of the state; `everywhere`: of metrics."""
+
+    def begin_(base: Base, state: TrainState, conditioning: Conditioning) -> tuple[Rollout, Sums]:
+        with activation_rules(pieces.groups.mesh):
+            return begin(pieces, base, state, conditioning)
+
+    def go_(base: Base, progress: Progress, *rest: Any) -> tuple[Progress, Seen]:
+        with activation_rules(pieces.groups.mesh):
+            return go(pieces, optimizer, base, progress, *rest)
+
+    def end_(state: TrainState, credit: Credit, seen: Sequence[Seen]) -> tuple[TrainState, Metrics]:
+        return end(pieces, ema, state, credit, jax.tree.map(lambda *each: jnp.stack(each), *seen))
+
+    return Programs(
+        jax.jit(begin_),
+        jax.jit(go_, donate_argnums=1, out_shardings=((places, None, None), everywhere)),
+        jax.jit(end_, donate_argnums=0, out_shardings=(places, everywhere)),
+    )
+
+
+# ---- the loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Rows:
+    """What a timestep needs of each sample."""
+
+    conditioning: Conditioning
+    advantage: Array
+    counts: Array
+
+
+def _course(pieces: Pieces, base: Base, first: Array) -> Course:
+    """What passes have in common, the trained timesteps beginning at `first`."""
+    spec = pieces.spec
+    null = base.null if spec.guidance != 1 else None
+    shares = jnp.asarray(step_weights(spec.objective, spec.transition, spec.sigmas))
+
+    def guided(variables: Tree, adapter: Tree, conditioning: Conditioning, x: Array, sigma: Array) -> Array:
+        return guided_velocity(pieces.velocity, variables, adapter, x, sigma, conditioning, null, spec.guidance)
+
+    def velocity(parameters: Tree, rows: _Rows, x: Array, sigma: Array) -> Array:
+        with jax.named_scope("policy"):
+            return guided(*pieces.policy.read(base.variables, parameters), rows.conditioning, x, sigma)
+
+    def reference(rows: _Rows, x: Array, level: Level, t: Array) -> Array | None:
+        if spec.objective.kl_beta == 0:
+            return None
+        with jax.named_scope("reference"):
+            v = guided(base.variables, {}, rows.conditioning, x, level.sigma)
+            return jax.lax.stop_gradient(v.astype(x.dtype))
+
+    def terms(level: Level, t: Array, v: Array, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
+        acted = Acted(at.x, at.x_next, at.log_prob, at.velocity, at.targets)
+        share = shares[jnp.minimum(first + t, len(shares) - 1)]
+        return timestep_terms(
+            spec.objective, spec.transition, level, v, acted, log_prob, rows.advantage, rows.counts, share
+        )
+
+    return Course(spec.transition, velocity, reference, terms, TERMS)
