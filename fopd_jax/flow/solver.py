@@ -1,7 +1,8 @@
 """Samplers of a higher order than the transitions' single steps: the second-order multistep solver of the flow's ODE.
 
 DPM-Solver++(2M) (Lu et al. 2022, 2211.01095) predicts x0 = x - sigma·v and extrapolates it in
-λ = log((1 - sigma)/sigma). For a rectified flow its first-order step is Euler's, so that it is Euler's step and a correction,
+λ = log((1 - sigma)/sigma). For a rectified flow its first-order step is Euler's, so that it is Euler's step and a
+correction,
 
     x' = x + v·dt + ½·(1 - sigma'/sigma)·(h/h_before)·(x0 - x0_before),    h = λ' - λ,
 
