@@ -121,7 +121,7 @@ class Pieces:
     groups: GradientGroups = dataclasses.field(default_factory=on_one_device)
 
     def guided(self, base: Base, weights: tuple[Tree, Tree], scale: float) -> Callable[..., Array]:
-        """The velocity `(conditioning, x, sigma) → v` of variables and adapter under a guidance scale, in float32 or wider."""
+        """`(conditioning, x, sigma) → v` of variables and adapter under a guidance scale, in float32 or wider."""
         null = base.null if scale != 1 else None
 
         def velocity(conditioning: Conditioning, x: Array, sigma: Array) -> Array:
