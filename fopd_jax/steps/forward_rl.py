@@ -225,7 +225,7 @@ def metric_names(objective: ForwardObjective, rewards: tuple[str, ...]) -> tuple
 
 
 def _visits(spec: ForwardSpec) -> tuple[Int[Array, " n"], Int[Array, " n"], Array]:
-    """Of each part that is trained on in turn: which it is, the how-manieth time, and whether an update follows."""
+    """Of the parts that are trained on, in turn: which it is, how often it was before, whether an update follows."""
     found = [
         (update % spec.minibatches + spec.minibatches * micro, update // spec.minibatches, micro + 1)
         for update in range(spec.updates_per_rollout)

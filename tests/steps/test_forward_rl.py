@@ -3,7 +3,10 @@
 Tolerances on ‖a - b‖/‖b‖, float32: 1e-4 against PyTorch in float64, 1e-5 between two programs of the same gradient.
 """
 
+import contextlib
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,21 +16,23 @@ import pytest
 import torch
 
 from fopd_jax.config.learning import OldDecay, TrainedLevels
-from fopd_jax.config.schema import EMA
+from fopd_jax.config.schema import EMA, Optimizer
 from fopd_jax.flow.solver import DPM2
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.objectives.forward_rl import Noised
+from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.steps.forward_rl import (
     LEVELS,
     NOISE,
     Pieces,
+    Programs,
     _noise_keys,
     _visits,
     draw_levels,
     make_programs,
     metric_names,
 )
-from fopd_jax.steps.state import init_state
+from fopd_jax.steps.state import TrainState, init_state, make_optimizer
 from tests.steps.forward import (
     AWM,
     BATCH,
@@ -50,6 +55,7 @@ from tests.steps.forward import (
 from tests.steps.opd.network import SHAPE, STUDENT, check, normal, prompts, variables
 
 OBJECTIVES = {"nft": NFT, "awm": AWM, "crd": CRD}
+ADAM = make_optimizer(Optimizer(1e-2, 1, (0.9, 0.99), 0.0, 1.0))
 COUNTED = [0, 1, 6, 7]  # neither failed nor flat
 
 
@@ -256,19 +262,44 @@ def test_nothing_counts_nothing_moves() -> None:
 # ---- programs
 
 
+@functools.cache
+def programs() -> tuple[Pieces, Programs]:
+    """Two updates a rollout, so that Adam's state matters, and an old copy that lags."""
+    pieces = make_pieces(old=OldDecay(start=0.5), updates_per_rollout=2, minibatches=2)
+    return pieces, make_programs(pieces, ADAM, EMA(0.5, every=1))
+
+
+def advanced(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step, its prompts those of its number."""
+    conditioning = jax.tree.map(jnp.asarray, prompts(int(state.step), BATCH))
+    latents = programs()[1].roll_out(make_base(), state, conditioning)
+    return programs()[1].learn(make_base(), state, latents, conditioning, make_credit())
+
+
 def test_two_programs_compiled_once_and_the_state_donated() -> None:
-    pieces = make_pieces(old=OldDecay(start=0.5))
-    programs, base, state = make_programs(pieces, RATE, EMA(0.5, every=1)), make_base(), make_state()
-    for seed in range(3):
-        conditioning = jax.tree.map(jnp.asarray, prompts(seed, BATCH))
-        latents = programs.roll_out(base, state, conditioning)
+    state = init_state(STUDENT, ADAM, 5, keeps_old=True)
+    for _ in range(3):
         before = state
-        state, metrics = programs.learn(base, state, latents, conditioning, make_credit())
+        state, metrics = advanced(state)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.trained, before.old)))
-    assert programs.roll_out._cache_size() == programs.learn._cache_size() == 1  # type: ignore[attr-defined]
+    pieces, both = programs()
+    assert both.roll_out._cache_size() == both.learn._cache_size() == 1  # type: ignore[attr-defined]
     assert int(state.step) == 3
     scalars = {name for name in metrics if not name.startswith(("weights/", "samples/"))}
     assert scalars == set(metric_names(pieces.spec.objective, pieces.spec.rewards))
+
+
+def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
+    """From a checkpoint that holds the old copy too."""
+    state, _ = advanced(init_state(STUDENT, ADAM, 5, keeps_old=True))
+    with contextlib.closing(Checkpoints(tmp_path, 1, config_hash="any")) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    (one, found), (other, expected) = advanced(restored), advanced(state)
+    for a, b in zip(*(jax.tree.leaves(each) for each in ((one, found), (other, expected))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(np.asarray(jax.tree.leaves(one.old)[0]) - np.asarray(jax.tree.leaves(one.trained)[0])).max() > 0
 
 
 REFUSED = {
