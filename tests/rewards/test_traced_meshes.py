@@ -88,7 +88,7 @@ def outcome(name: str) -> dict[str, Any]:
 
 def test_eight_devices_compute_what_one_does():
     command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout.splitlines()[-1])
     one, eight = made["one"], made["eight"]
