@@ -3,11 +3,20 @@
 python -m fopd_jax.main --config=configs/miniature_rl.py:text
 python -m fopd_jax.main --config=configs/miniature_rl.py:text-nft
 
-Without a suffix by Flow-GRPO; `-nft` by DiffusionNFT: 7,872 images from an on-policy sampler of 6 steps.
+Without a suffix by Flow-GRPO; `-nft` by DiffusionNFT: 7,872 images (quality 3,840) of the current policy's 6 ODE
+steps, each trained on at 2 levels.
 """
 
-from fopd_jax.config.learning import GRPO, ForwardRL, OldDecay, PolicyGradient, RewardedTask, Rollouts, TrainedLevels
-from fopd_jax.config.learning import ForwardObjective as Forward
+from fopd_jax.config.learning import (
+    GRPO,
+    ForwardObjective,
+    ForwardRL,
+    OldDecay,
+    PolicyGradient,
+    RewardedTask,
+    Rollouts,
+    TrainedLevels,
+)
 from fopd_jax.config.schema import EMA, Evaluation, LoRAConfig, Model, Optimizer, Run
 from fopd_jax.config.variants import smoke, split_variant
 
@@ -47,20 +56,21 @@ def grpo(skill: str) -> GRPO:
 
 
 def nft(skill: str) -> ForwardRL:
-    """DiffusionNFT, on policy."""
+    """DiffusionNFT, on policy. `quality` is what an empty picture has most of: its policy is held to the base."""
+    held = skill == "quality"
     return ForwardRL(
         name=f"miniature_rl_{skill}_nft",
         model=Model("miniature", "packaged:base.safetensors", "float32"),
         adapter=LoRAConfig(rank=16, alpha=32.0),
         tasks=TASKS[skill],
         batch_size=192,
-        images_per_prompt=16,
+        images_per_prompt=8 if held else 16,
         rollouts=Rollouts(num_steps=6, transition="ode"),
         levels=TrainedLevels(times=2),
-        objective=Forward("nft", kl_beta=0.0),
+        objective=ForwardObjective("nft", kl_beta=0.75 if held else 0.0),
         old=OldDecay(slope=0.0),
-        optimizer=Optimizer(learning_rate=1e-3, warmup=5, weight_decay=0.0),
+        optimizer=Optimizer(learning_rate=7e-4 if held else 1e-3, warmup=5, weight_decay=0.0),
         ema=EMA(decay=0.95, every=1),
         eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0, final_samples=256),
-        run=Run(steps=41, eval_every=20, attention="xla", remat="none", micro_batches=3),
+        run=Run(steps=20 if held else 41, eval_every=20, attention="xla", remat="none", micro_batches=3),
     )

@@ -107,14 +107,14 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen)
 
 
 def credit_metrics(rewards: tuple[str, ...], credit: Credit) -> Metrics:
-    """Of each reward the mean and the share of failures, and what becomes of the samples."""
+    """Of each reward the mean and the share of failures, among those asked; and what becomes of the samples."""
     there = credit.asked & ~jnp.isnan(credit.values)
     found: Metrics = {}
     for name, value, asked, is_there in zip(rewards, credit.values, credit.asked, there, strict=True):
-        count = is_there.sum().astype(jnp.float32)
+        count, all_asked = (each.sum().astype(jnp.float32) for each in (is_there, asked))
         found[f"reward/{name}"] = jnp.where(is_there, value, 0.0).sum() / jnp.maximum(count, 1)
-        found[f"weights/reward/{name}"] = count
-        found[f"failed/{name}"] = 1 - count / jnp.maximum(asked.sum(), 1)
+        found[f"failed/{name}"] = (all_asked - count) / jnp.maximum(all_asked, 1)
+        found |= {f"weights/reward/{name}": count, f"weights/failed/{name}": all_asked}
     valid = credit.valid.sum()
     return found | {
         "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
