@@ -13,6 +13,8 @@ SURROGATES = ("clip", "guard", "dppo")
 STEP_WEIGHTINGS = ("uniform", "noise")
 NORMALISATIONS = ("global", "group", "each")
 MOVES = ("none", "slide", "random")
+FORWARD_OBJECTIVES = ("nft", "awm", "crd")
+LEVELS = ("schedule", "uniform", "logit_normal")
 
 
 @dataclasses.dataclass
@@ -133,3 +135,77 @@ class GRPO(Reinforced):
     window: NoiseWindow = setting(NoiseWindow, "Which steps draw noise and are trained.")
     objective: PolicyGradient = setting(PolicyGradient, "The loss.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+
+
+@dataclasses.dataclass
+class TrainedLevels(Section):
+    """The noise levels that a final latent is noised to, each with noise of its own, the same share of them each."""
+
+    times: int = setting(
+        0, "Levels a latent; 0: as many as the schedule's steps that may be drawn.", at_least(0, MOST_SAMPLER_STEPS),
+        "[DiffusionNFT] all, [AWM] 6",
+    )  # fmt: skip
+    distribution: str = setting(
+        "schedule", "The rollout's own levels, or continuous ones, with the model's shift.", one_of(*LEVELS),
+        "[DiffusionNFT] schedule",
+    )  # fmt: skip
+    within: tuple[int, int] | None = setting(
+        None, "(start, stop): which steps of 'schedule'; all but the last by default.",
+        rules.steps(MOST_SAMPLER_STEPS), "[AWM] all but the first and the last tenth",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class ForwardObjective(Section):
+    """Which loss on noised final latents; see objectives/forward_rl.py."""
+
+    name: str = setting(
+        "nft", "DiffusionNFT; 'awm': advantage-weighted matching; 'crd': centred reward distillation.",
+        one_of(*FORWARD_OBJECTIVES),
+    )  # fmt: skip
+    beta: float = setting(
+        1.0, "b of 'nft', β of 'crd'; no part of 'awm'.", above(0, 1000),
+        "[DiffusionNFT] 1 (GenEval, PickScore, HPS), 0.1 (OCR, many)",
+    )  # fmt: skip
+    kl_beta: float = setting(
+        1e-4, "β of the distance to the base; 0: the base is not asked.", at_least(0, 1000),
+        "[DiffusionNFT] 1e-4, [AWM] 1e-3 to 3e-3, [CRD] 0.1",
+    )  # fmt: skip
+    reference_guidance: float = setting(
+        1.0, "Of the base in that distance; 1: none.", at_least(0, 100), "[CRD] 4.5, others 1"
+    )
+    old_beta: float = setting(0.0, "β of the distance to the old policy.", at_least(0, 1000), "[AWM] 1, others 0")
+    clip: float = setting(1.0, "ε of the ratio of 'awm'.", above(0, NO_LIMIT), "[AWM] 1")
+
+
+@dataclasses.dataclass
+class OldDecay(Section):
+    """The old policy, which rolls out: after step k it is d·old + (1 - d)·current,
+    d = min(start + slope·max(k - wait, 0), limit). 0 all along: it is the current one."""
+
+    start: float = setting(0.0, "d at first.", rules.PROBABILITY, "[DiffusionNFT] 0, [CRD] 0.25")
+    slope: float = setting(
+        0.001, "What d grows by a step.", rules.PROBABILITY, "[DiffusionNFT] 0.001, or 0.0075; [CRD] 0.005"
+    )
+    wait: int = setting(0, "Steps before it grows.", at_least(0, MOST_STEPS), "[DiffusionNFT] 0, or 75")
+    limit: float = setting(0.5, "The largest d.", rules.PROBABILITY, "[DiffusionNFT] 0.5, or 0.999; [CRD] 0.999")
+
+
+@dataclasses.dataclass
+class ForwardRL(Reinforced):
+    """Stage `forward_rl`: a policy by reinforcement on the forward process; `paper` is DiffusionNFT (2509.16117)."""
+
+    stage: str = setting("forward_rl", "What is run.", one_of("forward_rl"))
+    guidance: float = setting(1.0, "Of the policy; 1: none.", at_least(0, 100), "[DiffusionNFT] 1")
+    rollouts: Rollouts = setting(lambda: Rollouts(transition="ode"), "How images are made to learn from.")
+    minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1, 1000), "[DiffusionNFT] 1, OCR 2")
+    updates_per_rollout: int = setting(1, "Of the optimizer.", at_least(1, 1000), "[DiffusionNFT] 1, OCR 2")
+    levels: TrainedLevels = setting(TrainedLevels, "What final latents are noised to.")
+    objective: ForwardObjective = setting(ForwardObjective, "The loss.")
+    old: OldDecay = setting(OldDecay, "The policy that rolls out.")
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the old policy is another than the one that trains, within an update or across updates."""
+        never = self.old.limit == 0 or (self.old.start == 0 and self.old.slope == 0)
+        return not never or self.updates_per_rollout > 1

@@ -1,7 +1,7 @@
 """The stages' configs, as one type."""
 
-from fopd_jax.config.learning import GRPO
+from fopd_jax.config.learning import GRPO, ForwardRL
 from fopd_jax.config.schema import OPD, FlowMatching
 
-StageConfig = OPD | FlowMatching | GRPO
+StageConfig = OPD | FlowMatching | GRPO | ForwardRL
 """A config of any of the stages there are."""

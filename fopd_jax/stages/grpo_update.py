@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.learning import GRPO
+from fopd_jax.config.learning import GRPO, Reinforced
 from fopd_jax.config.rules import within
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -62,7 +62,7 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
     )
 
 
-def reward_names(config: GRPO) -> tuple[str, ...]:
+def reward_names(config: Reinforced) -> tuple[str, ...]:
     """Of all tasks, each once, in the config's order."""
     return tuple(dict.fromkeys(name for task in config.tasks.values() for name in task.rewards))
 

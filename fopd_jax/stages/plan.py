@@ -85,7 +85,8 @@ def check_best(run: Run, setup: Setup) -> None:
 
 def trained_parts(state: TrainState) -> dict[str, Tree]:
     """A state's arrays, as `Plan.held` names them."""
-    return {"trained": state.trained, "optimizer": state.opt_state, "average": state.ema}
+    parts = {"trained": state.trained, "optimizer": state.opt_state, "average": state.ema}
+    return parts if state.old is None else {**parts, "old copy": state.old}
 
 
 def _known(world: World) -> Iterator[str]:

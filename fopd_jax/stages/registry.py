@@ -12,6 +12,8 @@ from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
 from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
+from fopd_jax.stages.forward_rl import ForwardRL, plan_forward_rl
+from fopd_jax.stages.forward_rl_update import forward_rl_programs
 from fopd_jax.stages.grpo import GRPO, plan_grpo
 from fopd_jax.stages.grpo_update import grpo_programs
 from fopd_jax.stages.opd import OPD, plan_opd
@@ -34,6 +36,7 @@ class Kind:
 STAGES: dict[type[Config], Kind] = {
     schema.OPD: Kind(OPD, plan_opd, opd_programs),
     learning.GRPO: Kind(GRPO, plan_grpo, grpo_programs),
+    learning.ForwardRL: Kind(ForwardRL, plan_forward_rl, forward_rl_programs),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
 }
 

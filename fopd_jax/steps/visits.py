@@ -227,6 +227,26 @@ def put_part(tree: Tree, rows: Tree, part: Array, parts: int, axis: int = 0) -> 
     return jax.tree.map(put, tree, rows)
 
 
+def check_parts(batch_size: int, updates: int, minibatches: int, micro_batches: int) -> None:
+    """Refuse minibatches and micro-batches that a batch does not divide into, or that no update would see.
+
+    Raises:
+      ValueError: names the field.
+    """
+    if minibatches > updates:
+        raise ValueError(
+            f"minibatches: found {minibatches}, expected at most updates_per_rollout ({updates}): the rest of each "
+            "rollout would never be trained on"
+        )
+    if batch_size % minibatches:
+        raise ValueError(f"minibatches: found {minibatches}, expected a divisor of batch_size {batch_size}")
+    if batch_size % (minibatches * micro_batches):
+        raise ValueError(
+            f"run.micro_batches: found {micro_batches}, expected a divisor of the {batch_size // minibatches} samples a "
+            "minibatch"
+        )
+
+
 def _parted(leaf: Array, parts: int, axis: int) -> Array:
     return leaf.reshape(*leaf.shape[:axis], -1, parts, *leaf.shape[axis + 1 :])
 

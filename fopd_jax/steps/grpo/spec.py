@@ -16,7 +16,7 @@ from fopd_jax.flow.transition import Transition
 from fopd_jax.objectives.grpo import check_objective
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.state import TrainState
-from fopd_jax.steps.visits import Stored
+from fopd_jax.steps.visits import Stored, check_parts
 
 PLACE = 2**32 - 4  # what a step's key is folded with for the window's place
 
@@ -101,18 +101,7 @@ class GRPOSpec:
             raise ValueError(f"window.size: found {self.window.size}, expected at most {stop - start}")
         if self.trained < 1:
             raise ValueError("window.within: holds no trained step: the schedule's last is not trained")
-        if self.minibatches > self.updates_per_rollout:
-            raise ValueError(
-                f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
-                f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
-            )
-        if batch_size % self.minibatches:
-            raise ValueError(f"minibatches: found {self.minibatches}, expected a divisor of batch_size {batch_size}")
-        if batch_size % self.parts:
-            raise ValueError(
-                f"run.micro_batches: found {self.micro_batches}, expected a divisor of the "
-                f"{batch_size // self.minibatches} samples a minibatch"
-            )
+        check_parts(batch_size, self.updates_per_rollout, self.minibatches, self.micro_batches)
 
     @property
     def parts(self) -> int:
