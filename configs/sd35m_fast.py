@@ -7,8 +7,9 @@ Variants: `geneval`, `pickscore`, as released; `ocr`, the same for text; each wi
 Needs what `configs/sd35m_grpo.py` does, by skill.
 
 Three neighbouring steps of the first five, drawn anew every step of training ([code]: for every batch that a GPU
-makes), have coefficient-preserving noise and are trained; the others are Euler's. There is no reference and no guidance,
-in training or in evaluation: **the teacher is to be used without guidance**, in OPD by `tasks.NAME.guidance` of 1.
+makes), have coefficient-preserving noise and are trained; the others are Euler's. There is no reference and no
+guidance, in training or in evaluation: **the teacher is to be used without guidance**, in OPD by
+`tasks.NAME.guidance` of 1.
 
 Cost, by arithmetic (36.8 TFLOP an image: 10 forwards of the rollout, 3 forwards and backwards): 42 PFLOP a step of
 1,152 images and two updates. Decoding and rewards come on top, and weigh more here.

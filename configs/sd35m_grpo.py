@@ -30,7 +30,7 @@ Cheaper: configs/sd35m_fast.py and configs/sd35m_nft.py; and 256 px in training,
 carry over to larger pictures (the evaluation is at 256, too): --config.model.resolution=256
 Memory a chip: see benchmarks/results/pods.md; `python -m fopd_jax.compile_for --config=configs/sd35m_grpo.py:ocr
 --topology=v5p:4x4x4`. `run.micro_batches` divides what a chip holds at once: 3 for 8 GPUs of 80 GB.
-The batch must be a multiple of chips x minibatches x micro_batches: on 256 chips 1,536 images, --config.batch_size=1536.
+The batch must be a multiple of chips x minibatches x micro_batches: on 256 chips --config.batch_size=1536.
 Cost on 2 CPU cores: none that is useful; `:smoke` runs the recipe on the embedded miniature.
 
 Result, published for SD3.5-M at 512 px, 40 steps (2605.08063; not reproduced by this project yet):
@@ -45,12 +45,12 @@ decided here. What is not named here is the schema's default, and its source sta
 Other than [code]: bfloat16, not float16; RapidOCR, not PaddleOCR; equal prompts of one batch are groups of their own.
 
 Other recipes are settings:
-    --config.advantages.normalise=group                               by the group's own deviation: PickScore learns faster
-    --config.advantages.normalise=each                                each reward by its own, where a task has several (GDPO)
+    --config.advantages.normalise=group                               by the group's own deviation
+    --config.advantages.normalise=each                                each reward by its own (GDPO)
     --config.advantages.merge_equal_prompts=True                      as [code] has it
     --config.objective.name=guard                                     GRPO-Guard's ratio
     --config.objective.name=dppo --config.objective.kl_beta=0.001 --config.window.within="(0,5)" --config.window.size=3
-        --config.batch_size=768 --config.images_per_prompt=16         Flow-DPPO
+        --config.window.moves=random --config.batch_size=768 --config.images_per_prompt=16         Flow-DPPO
     --config.objective.step_weighting=noise --config.objective.kl_beta=0.0001      TempFlow-GRPO's weights
     --config.window.size=4 --config.window.moves=slide                MixGRPO's window
     --config.rollouts.shared_noise=True                               a group starts from one noise
@@ -93,9 +93,7 @@ def get_config(variant: str = "geneval") -> GRPO:
         ),
     )
     run = config.run
-    run.steps = (
-        2500 if skill == "geneval" else 1000
-    )  # [ours] more than 5,000 updates to .95 (2509.16117); 160 GPU-hours
+    run.steps = 2500 if skill == "geneval" else 1000  # [ours] 5,000 updates and more (2509.16117); 160 GPU-hours
     run.eval_every = 60  # [code]
     run.max_failed_rewards = 0.05  # [ours]
     run.servers = servers(*skills)

@@ -3,23 +3,24 @@
     python tools/convert_sd35_weights.py --src stable-diffusion-3.5-medium --dst weights/sd35m
     python -m fopd_jax.main --config=configs/sd35m_nft.py:geneval --workdir=runs/sd35m_nft_geneval
 
-Variants: `geneval`, `ocr`, `pickscore`; `multi` (PickScore, HPSv2.1 and CLIPScore at once); each with `:smoke` behind it
-in small. Needs what `configs/sd35m_grpo.py` does, by skill; `multi` besides pickscore's
+Variants: `geneval`, `ocr`, `pickscore`; `multi` (PickScore, HPSv2.1 and CLIPScore at once); each with `:smoke` behind
+it in small. Needs what `configs/sd35m_grpo.py` does, by skill; `multi` besides pickscore's
 weights/hpsv2.safetensors and weights/clip_l.safetensors.
 
 An old policy, which follows the new one more and more slowly, makes images by an ODE; they are noised afresh at every
 level of the schedule but the last, and the new policy moves towards what the better images say and away from the worse.
 Guidance is 1 in training and evaluation: **the teacher is to be used without guidance**, in OPD by
---config.tasks.NAME.guidance=1.0. (The authors' evaluation is without guidance, too.)
+`tasks.NAME.guidance` of 1.
 
-Cost, by arithmetic (106 TFLOP an image: 10 forwards of the rollout; at 9 levels the policy forward and backward, the old
-policy and the base): 122 PFLOP a step of 1,152 images. Decoding and rewards come on top. `multi`: 278 TFLOP, 320 PFLOP.
+Cost, by arithmetic (106 TFLOP an image: 10 forwards of the rollout; at 9 levels the policy forward and backward, the
+old policy and the base): 122 PFLOP a step of 1,152 images. Decoding and rewards come on top. `multi`: 278 TFLOP.
     1,000 steps       at 350 TFLOP/s a GPU, H100 or H200        97 GPU-hours       (256 px: 31)
                       at 25% of a chip's peak        v5e       686 chip-hours     (219)
                                                      v5p       295                 (94)
                                                      v6e       147                 (47)
-Both rates are assumptions: nothing of this was timed on an accelerator. Published: GenEval .98 within 1,000 steps, where
-Flow-GRPO (about 160 H100-hours a task) takes more than 5,000 to .95. 256 px in training: --config.model.resolution=256
+Both rates are assumptions: nothing of this was timed on an accelerator. Published: GenEval .98 within 1,000 steps,
+where Flow-GRPO (about 160 H100-hours a task) takes more than 5,000 to .95.
+256 px in training: --config.model.resolution=256
 Cost on 2 CPU cores: none that is useful; `:smoke` runs the recipe on the embedded miniature.
 
 Result, published for SD3.5-M (2509.16117; not reproduced by this project yet, and others had trouble to): GenEval .63 →
@@ -37,9 +38,9 @@ Other recipes are settings:
     --config.batch_size=256 --config.images_per_prompt=16             16 groups of 16
 """
 
-from fopd_jax.config.learning import ForwardObjective, ForwardRL, OldDecay, RewardedTask, Rollouts
+from fopd_jax.config.learning import ForwardObjective, ForwardRL, OldDecay, Rollouts
 from fopd_jax.config.schema import EMA, Evaluation, Model
-from fopd_jax.config.skills import PROMPTS, TESTED, rewards, tasks
+from fopd_jax.config.skills import TESTED, rewards, task, tasks
 from fopd_jax.config.variants import smoke, split_variant
 
 MANY = ("pickscore", "hpsv2", "clipscore")  # [NFT] weights of 1
@@ -53,7 +54,7 @@ def get_config(variant: str = "geneval") -> ForwardRL:
     config = ForwardRL(
         name=f"sd35m_nft_{skill}",
         model=Model(path="weights/sd35m"),
-        tasks={"multi": RewardedTask(*PROMPTS["pickscore"], 1.0, dict.fromkeys(MANY, 1.0))} if many else tasks(skill),
+        tasks={"multi": task("pickscore", 1.0, *MANY)} if many else tasks(skill),
         rewards=rewards(*(MANY if many else (skill,))),
         rollouts=Rollouts(num_steps=25 if many else 10, transition="ode"),  # [NFT]
         objective=ForwardObjective(beta=0.1 if many or text else 1.0),  # [NFT]
@@ -61,9 +62,7 @@ def get_config(variant: str = "geneval") -> ForwardRL:
         minibatches=2 if text else 1,  # [NFT]
         updates_per_rollout=2 if text else 1,  # [NFT]
         ema=EMA(every=4 if text else 8),
-        eval=Evaluation(
-            samples=256, batch_size=64, guidance=1.0, final_samples=TESTED.get(skill, 2048)
-        ),  # [NFT] guidance
+        eval=Evaluation(samples=256, batch_size=64, guidance=1.0, final_samples=TESTED.get(skill, 2048)),  # [NFT]: 1
     )
     if many:
         config.rewards["clipscore"].options = {"unit": "diffusion_nft"}  # [NFT] a hundredth of the logits

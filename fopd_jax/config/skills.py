@@ -11,7 +11,7 @@ from fopd_jax.config.schema import RewardConfig, Server
 _CAPTIONS = (
     "data/pickscore/train.txt",
     "data/pickscore/test.txt",
-)  # [code] pickscore; ours by the guide: pickscore_sfw
+)  # [code] pickscore, or pickscore_sfw
 PROMPTS = {
     "geneval": ("geneval:train", "geneval:test"),  # [code] 50,000 drawn 7:5:3:1:1:0; the published 553
     "ocr": ("ocr:train", "ocr:test"),  # [ours] 20,000 and 1,000; [code] 19,652 and 1,018
@@ -25,9 +25,14 @@ TESTED = {"geneval": 2212, "ocr": 1000, "pickscore": 2048, "deqa": 2048}
 def tasks(*skills: str, shares: tuple[float, ...] = ()) -> dict[str, RewardedTask]:
     """Each trained on its own reward; `shares`: among the prompts, equal by default."""
     return {
-        skill: RewardedTask(*PROMPTS[skill], share, {skill: 1.0})
-        for skill, share in zip(skills, shares or (1.0,) * len(skills), strict=True)
+        skill: task(skill, share, skill) for skill, share in zip(skills, shares or (1.0,) * len(skills), strict=True)
     }
+
+
+def task(skill: str, share: float, *rewards: str) -> RewardedTask:
+    """A skill's prompts, scored by the sum of some rewards."""
+    train, test = PROMPTS[skill]
+    return RewardedTask(prompts=train, test=test, weight=share, rewards=dict.fromkeys(rewards, 1.0))
 
 
 def rewards(*names: str) -> dict[str, RewardConfig]:

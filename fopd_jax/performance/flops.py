@@ -7,8 +7,7 @@ from fopd_jax.backbones.record import Pass
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update of a whole batch, by phase. `rollout`: what trains, forward without a gradient; `teachers`: others, or a
-    reference."""
+    """One update of a whole batch, by phase. `rollout`: what trains, forward alone; `teachers`: others, forward."""
 
     teachers: float
     rollout: float
