@@ -54,7 +54,7 @@ Other recipes are settings:
     --config.objective.step_weighting=noise --config.objective.kl_beta=0.0001      TempFlow-GRPO's weights
     --config.window.size=4 --config.window.moves=slide                MixGRPO's window
     --config.rollouts.shared_noise=True                               a group starts from one noise
-    --config.tasks.ocr.rewards.pickscore=0.2 --config.rewards.pickscore.weights=weights/pickscore.safetensors
+    --config.tasks.geneval.rewards.pickscore=0.2 --config.rewards.pickscore.weights=weights/pickscore.safetensors
         --config.rewards.pickscore.divide_by=26                       a second reward of one task
     --config.lag=1                                                    the next rollout while rewards score this one
     --config.batch_size=256 --config.images_per_prompt=16             [code]'s batch for 4 GPUs

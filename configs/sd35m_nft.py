@@ -27,7 +27,7 @@ Result, published for SD3.5-M (2509.16117; not reproduced by this project yet, a
 .98. It fails on networks that are distilled to few steps.
 
 Where a value comes from: [NFT] DiffusionNFT's released PyTorch code, [ours] decided here; what is not named here is the
-schema's default. Other than [NFT]: Euler's steps, not those of a second-order solver.
+schema's default.
 
 Other recipes are settings:
     --config.objective.name=awm --config.objective.kl_beta=0.001 --config.objective.old_beta=1.0 --config.levels.times=6
@@ -56,7 +56,7 @@ def get_config(variant: str = "geneval") -> ForwardRL:
         model=Model(path="weights/sd35m"),
         tasks={"multi": task("pickscore", 1.0, *MANY)} if many else tasks(skill),
         rewards=rewards(*(MANY if many else (skill,))),
-        rollouts=Rollouts(num_steps=25 if many else 10, transition="ode"),  # [NFT]
+        rollouts=Rollouts(num_steps=25 if many else 10, transition="dpm2"),  # [NFT]
         objective=ForwardObjective(beta=0.1 if many or text else 1.0),  # [NFT]
         old=SLOW if text else OldDecay(),  # [NFT]
         minibatches=2 if text else 1,  # [NFT]

@@ -7,7 +7,7 @@ import dataclasses
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import MOST_ROWS, MOST_SAMPLER_STEPS, MOST_STEPS, NO_LIMIT, above, at_least, between, one_of
-from fopd_jax.config.schema import TRANSITIONS, WEIGHTINGS, Config, Optimizer, Run, Section, setting
+from fopd_jax.config.schema import SAMPLERS, WEIGHTINGS, Config, Optimizer, Run, Section, setting
 
 SURROGATES = ("clip", "guard", "dppo")
 STEP_WEIGHTINGS = ("uniform", "noise")
@@ -41,8 +41,9 @@ class Rollouts(Section):
 
     num_steps: int = setting(10, "Sampler steps.", at_least(2, MOST_SAMPLER_STEPS), "[paper] 10; evaluation 40")
     transition: str = setting(
-        "sde", "Euler-Maruyama, coefficient-preserving, or Euler.", one_of(*TRANSITIONS), "[paper] sde"
-    )
+        "sde", "Euler-Maruyama, coefficient-preserving, Euler; of `forward_rl` also 'dpm2', DPM-Solver++(2M).",
+        one_of(*SAMPLERS), "[paper] sde; [DiffusionNFT] dpm2",
+    )  # fmt: skip
     noise_level: float = setting(0.7, "a of 'sde' and 'cps'.", at_least(0, 10), "[paper] 0.7")
     shared_noise: bool = setting(
         False, "The images of a group start from one noise.", paper="[code] False; clipscore's config True"

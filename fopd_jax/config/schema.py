@@ -29,6 +29,7 @@ from fopd_jax.config.sizes import Pixels, height_width
 OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 TRANSITIONS = ("sde", "cps", "ode")
+SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
@@ -165,7 +166,9 @@ class Evaluation(Section):
     batch_size: int = setting(16, "Images made at once, rounded up to what the mesh divides.", at_least(1, MOST_ROWS))
     num_steps: int = setting(40, "Sampler steps.", at_least(1, MOST_SAMPLER_STEPS), "[paper] 40")
     guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
-    transition: str = setting("ode", "Of the sampler.", one_of(*TRANSITIONS), "[code] ode")
+    transition: str = setting(
+        "ode", "Of the sampler; 'dpm2': DPM-Solver++(2M) for the ODE.", one_of(*SAMPLERS), "[code] ode"
+    )
     noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0, 10))
     seed: int = setting(1, "Of the noises; the report's is the next.", between(0, 2**32 - 2))
     final_samples: int = setting(16, "Pairs a task in the report.", at_least(1, MOST_ROWS))

@@ -12,13 +12,13 @@ divided by its limit, a = clip(A/limit, ±1), one sample's loss is one of three,
   crd  limit/β·[ β·(q - mean q) - (r - mean r) ]²,   q = l(v_old)/w_old - l(v)/w,   w = sg mean |v - u|, at least 1e-5,
        means over the group (centred reward distillation, 2603.14128)
 
-to which come β_old·|v - v_old|² and β_ref·s·|v - v_ref|², s being 1, or under `crd` what reaches from 1e-4/β_ref at r = 0
-to 1 at r = 1. At v = v_old the gradient of `nft` is that of limit·(2·r - 1)·|x̂ - x0|²/w, those of `awm` and `crd` are
-that of a·W(l) and of -2·limit·(r - mean r)·q. In `crd` it is all the same whether a gradient is taken of mean q too: the
-terms of a group add up to 0.
+to which come β_old·|v - v_old|² and β_ref·s·|v - v_ref|²; s is 1, under `crd` what leads from 1e-4/β_ref at r = 0 to
+1 at r = 1. At v = v_old the gradient of `nft` is that of limit·(2·r - 1)·|x̂ - x0|²/w, those of `awm` and `crd` are
+that of a·W(l) and of -2·limit·(r - mean r)·q. In `crd` it is all the same whether a gradient is taken of mean q too:
+the terms of a group add up to 0.
 
-A group that is all equal has r = 1/2 throughout: it teaches nothing at v = v_old, and elsewhere it only holds the policy
-back. Such groups count 0 here, as failures do, and are no part of any mean.
+A group that is all equal has r = 1/2 throughout: it teaches nothing at v = v_old, and elsewhere it only holds the
+policy back. Such groups count 0, as failures do, and are no part of any mean.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ stop = jax.lax.stop_gradient
 
 @struct.dataclass
 class Noised:
-    """Final latents `x0 [B, h, w, c]` with `noise`, at levels `t [B]`; what is there of `old` and `reference` velocities.
+    """Final latents `x0 [B, h, w, c]` with `noise`, at levels `t [B]`, and others' velocities there.
 
     `reference` None: the base is not asked.
     """

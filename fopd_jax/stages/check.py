@@ -9,7 +9,7 @@ import jax
 from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import GRPO, ForwardRL, Reinforced, RewardedTask
-from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.schema import NOISELESS, OPD, Config
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
@@ -103,7 +103,7 @@ def _learning(config: Reinforced) -> list[tuple[str, str]]:
     """By which rewards, from how many images, with which loss."""
     tasks = ", ".join(f"{name} (share {task.weight:g}) by {_sum(task)}" for name, task in config.tasks.items())
     ours, prompts = config.rollouts, config.batch_size // config.images_per_prompt
-    noise = f" of noise {ours.noise_level:g}" if ours.transition != "ode" else ""
+    noise = f" of noise {ours.noise_level:g}" if ours.transition not in NOISELESS else ""
     images = f"{prompts} prompts x {config.images_per_prompt} images = {config.batch_size:,} a step"
     how = f"{ours.num_steps} steps of {ours.transition}{noise}, {_guided(config.guidance)}"
     late = ", made while rewards score the one before" if config.lag else ""

@@ -1,4 +1,4 @@
-"""Stage `forward_rl`: a policy by reinforcement on the forward process, on rewards of images that an older one draws."""
+"""Stage `forward_rl`: a policy by reinforcement on the forward process, on rewards of what an older one draws."""
 
 from functools import partial
 from pathlib import Path

@@ -12,7 +12,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.learning import ForwardRL
 from fopd_jax.config.rules import within
 from fopd_jax.flow.schedule import flow_match_sigmas
-from fopd_jax.flow.transition import make_transition
+from fopd_jax.flow.solver import make_solver
 from fopd_jax.parallel.sharding import AnyMesh, batch_sharding, check_batch, replicated
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.program import Program
@@ -38,17 +38,17 @@ def make_spec(config: ForwardRL, latent_shape: tuple[int, int, int]) -> ForwardS
     """The static part of a step from the config.
 
     Raises:
-      ValueError: as `make_transition`, of the section `rollouts`.
+      ValueError: as `make_solver`, of the section `rollouts`.
     """
     rollouts = config.rollouts
     with within("rollouts"):
-        transition = make_transition(rollouts.transition, rollouts.noise_level)
+        solver = make_solver(rollouts.transition, rollouts.noise_level)
     return ForwardSpec(
         objective=config.objective,
         levels=config.levels,
         old=config.old,
         keeps_old=config.keeps_old,
-        transition=transition,
+        solver=solver,
         sigmas=flow_match_sigmas(rollouts.num_steps, config.model.shift),
         shift=config.model.shift,
         latent_shape=latent_shape,

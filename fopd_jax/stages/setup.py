@@ -20,7 +20,7 @@ from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
 from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate
 from fopd_jax.flow.schedule import flow_match_sigmas
-from fopd_jax.flow.transition import make_transition
+from fopd_jax.flow.solver import make_solver
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
@@ -131,13 +131,13 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
     """The sampler that the section `eval` describes.
 
     Raises:
-      ValueError: as `make_transition` and `flow_match_sigmas`.
+      ValueError: as `make_solver` and `flow_match_sigmas`.
     """
     with within("eval"):
-        transition = make_transition(evaluation.transition, evaluation.noise_level)
+        solver = make_solver(evaluation.transition, evaluation.noise_level)
     return make_sampler(
         pipeline.velocity,
-        transition,
+        solver,
         flow_match_sigmas(evaluation.num_steps, shift),
         evaluation.guidance,
         pipeline.world.latent_shape,

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int, Key
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.learning import ForwardObjective, OldDecay, TrainedLevels
 from fopd_jax.config.schema import EMA
-from fopd_jax.flow.rollout import sample_final, sample_keys
+from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.schedule import make_levels
-from fopd_jax.flow.transition import Transition, at_least_float32, standard_normal
+from fopd_jax.flow.solver import Solver, solve
+from fopd_jax.flow.transition import at_least_float32, standard_normal
 from fopd_jax.objectives.forward_rl import Noised, Totals, forward_terms, term_names
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.parallel.sharding import activation_rules, batch_ways
@@ -43,15 +44,16 @@ WITHIN = 1 - 1e-4  # of a stratum: rounded to float32, no draw falls into the ne
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSpec:
-    """The static part. `limit`: of advantages; `group`: neighbouring rows that come from one draw of a prompt; `rewards`:
-    their names; `shift`: of continuous levels; `keeps_old`: whether the old policy has a copy of its own.
+    """The static part. `group`: neighbouring rows that come from one draw of a prompt; `rewards`: their names.
+
+    `limit`: of advantages; `shift`: of continuous levels; `keeps_old`: whether the old policy has a copy of its own.
     """
 
     objective: ForwardObjective
     levels: TrainedLevels
     old: OldDecay
     keeps_old: bool
-    transition: Transition
+    solver: Solver
     sigmas: np.ndarray
     shift: float
     latent_shape: tuple[int, int, int]
@@ -118,8 +120,8 @@ class Pieces:
     policy: Student = ADAPTER
     groups: GradientGroups = dataclasses.field(default_factory=on_one_device)
 
-    def guided(self, base: Base, weights: Tree, scale: float) -> Callable[[Conditioning, Array, Array], Array]:
-        """The velocity of variables and adapter under a guidance scale, in float32 or wider."""
+    def guided(self, base: Base, weights: tuple[Tree, Tree], scale: float) -> Callable[..., Array]:
+        """`(conditioning, x, sigma) → v` of variables and adapter under a guidance scale, in float32 or wider."""
         null = base.null if scale != 1 else None
 
         def velocity(conditioning: Conditioning, x: Array, sigma: Array) -> Array:
@@ -144,7 +146,7 @@ def roll_out(pieces: Pieces, base: Base, state: TrainState, conditioning: Condit
         x = pieces.groups.rows(standard_normal(start, spec.latent_shape))
         steps = part_of(keys[1:], part, spec.parts, axis=1)
         policy = lambda x, sigma: velocity(own, x, sigma)  # noqa: E731
-        return sample_final(policy, spec.transition, make_levels(spec.sigmas), x, steps)
+        return solve(spec.solver, policy, make_levels(spec.sigmas), x, steps)
 
     with jax.named_scope("rollout"):
         drawn = jax.lax.map(draw, jnp.arange(spec.parts))  # [part, row of it, ...]
@@ -157,7 +159,10 @@ def roll_out(pieces: Pieces, base: Base, state: TrainState, conditioning: Condit
 def draw_levels(
     spec: ForwardSpec, rng: Key[Array, ""], rows: Int[Array, " b"], visit: Int[Array, ""]
 ) -> Float[Array, "t b"]:
-    """Noise levels of some rows, the same share of the distribution in each: of 'schedule', if asked for all, each once."""
+    """Noise levels of some rows, one of each of as many equal shares of the distribution, in any order.
+
+    Of 'schedule', where all are asked for, each once.
+    """
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(rng, row), visit))(rows // spec.unit * spec.unit)
 
     def strata(key: Key[Array, ""]) -> Float[Array, " t"]:

@@ -134,9 +134,9 @@ def move_old(settings: OldDecay, state: TrainState, skipped: jax.Array | bool = 
 
 
 def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, trained: Tree) -> TrainState:
-    """Where a state lives: averages, old copies and moments as what trains (`trained`: its shardings), the scalars everywhere.
+    """Where a state lives: averages, old copies and moments as what trains, the scalars everywhere.
 
-    `state`: arrays or shapes.
+    `state`: arrays or shapes; `trained`: shardings of what trains.
     """
     everywhere = NamedSharding(jax.tree.leaves(trained)[0].mesh, PartitionSpec())
     opt_state = optax.tree.map_params(

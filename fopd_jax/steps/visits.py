@@ -242,8 +242,8 @@ def check_parts(batch_size: int, updates: int, minibatches: int, micro_batches: 
         raise ValueError(f"minibatches: found {minibatches}, expected a divisor of batch_size {batch_size}")
     if batch_size % (minibatches * micro_batches):
         raise ValueError(
-            f"run.micro_batches: found {micro_batches}, expected a divisor of the {batch_size // minibatches} samples a "
-            "minibatch"
+            f"run.micro_batches: found {micro_batches}, expected a divisor of the {batch_size // minibatches} samples "
+            "a minibatch"
         )
 
 
