@@ -28,7 +28,7 @@ class Update:
     def __add__(self, other: "Update") -> "Update":
         return Update(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-    def __mul__(self, count: float) -> "Update":
+    def __mul__(self, count: float | int) -> "Update":
         return Update(*(each * count for each in dataclasses.astuple(self)))
 
 
