@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -92,9 +93,17 @@ def test_an_adapters_backward_is_cheaper_than_two_forwards():
 # ---- as shapes
 
 
+@pytest.fixture
+def optax_traces() -> Iterator[None]:
+    """It raises its betas to an integer count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"objective.kl_beta": 0.0}, {"objective.name": "guard", "window.within": (0, 2), "window.size": 1},
 ])  # fmt: skip
+@pytest.mark.usefixtures("optax_traces")
 def test_what_is_kept_of_a_rollout_is_what_a_step_begins_with(changes: dict[str, Any]):
     config = resolve(load("sd35m_grpo", "smoke", **changes))
     mesh = make_mesh(config.run.mesh, jax.devices()[:1])
@@ -111,6 +120,7 @@ def test_what_is_kept_of_a_rollout_is_what_a_step_begins_with(changes: dict[str,
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), drawn[1:]) == bare
 
 
+@pytest.mark.usefixtures("optax_traces")
 @pytest.mark.parametrize("name", ["sd35m_grpo", "sd35m_fast", "sd35m_nft"])
 def test_programs_of_a_step_add_up_to_its_cost(name: str):
     """At true size, with encoders in the program's memory; nothing is compiled."""
