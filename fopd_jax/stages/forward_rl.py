@@ -3,12 +3,14 @@
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import learning as settings
+from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
@@ -60,7 +62,9 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
 
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
-        return {"base": base, **trained_parts(update.trained.state)}
+        shape, places = (config.batch_size, *latent_shape), batch_sharding(mesh)
+        rollout = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=places)
+        return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     names = metric_names(config.objective, spec.rewards)

@@ -17,7 +17,7 @@ from fopd_jax.parallel.sharding import AnyMesh, batch_sharding, check_batch, rep
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.program import Program
 from fopd_jax.policy.velocity import Tree, make_velocity
-from fopd_jax.stages.abstract import abstract_base, abstract_model, encoded_rows, world_shapes
+from fopd_jax.stages.abstract import abstract_base, abstract_model, encoded_rows, encoding_programs, world_shapes
 from fopd_jax.stages.grpo_update import reward_names
 from fopd_jax.stages.trained import Trained, make_trained, place
 from fopd_jax.steps.forward_rl import ForwardSpec, Pieces, Programs, make_programs
@@ -80,19 +80,29 @@ def make_update(
     return ForwardUpdate(programs, pieces, trained)
 
 
-def forward_rl_programs(config: ForwardRL, mesh: AnyMesh) -> list[Program]:
-    """The updates on one rollout, and the rollout, as `main` would run them; from the config's `model.preset`.
-
-    Their arguments: `(base, state, latents, conditioning, credit)` and `(base, state, conditioning)`.
+def abstract_update(config: ForwardRL, mesh: AnyMesh) -> ForwardUpdate:
+    """The update that `main` would build, from the config's `model.preset`; no file is read, no weight made.
 
     Raises:
       ValueError: a field is out of range; names it.
     """
+    model, (latent_shape, _) = abstract_model(config, mesh), world_shapes(config.model)
+    boxed, spec = boxed_variables(model, latent_shape), make_spec(config, latent_shape)
+    return make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
+
+
+def forward_rl_programs(config: ForwardRL, mesh: AnyMesh) -> list[Program]:
+    """What `main` would run: the updates on one rollout, then the rollout before them; what encodes their prompts.
+
+    Arguments of the first two: `(base, state, latents, conditioning, credit)` and `(base, state, conditioning)`.
+
+    Raises:
+      ValueError: as `abstract_update`.
+    """
     model, dtype = abstract_model(config, mesh), jnp.dtype(config.model.dtype)
     latent_shape, encoded = world_shapes(config.model)
-    boxed, spec = boxed_variables(model, latent_shape), make_spec(config, latent_shape)
-    update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
-    split, everywhere = batch_sharding(mesh), replicated(mesh)
+    update, boxed = abstract_update(config, mesh), boxed_variables(model, latent_shape)
+    spec, split, everywhere = update.pieces.spec, batch_sharding(mesh), replicated(mesh)
     base = Base(abstract_base(boxed, dtype, mesh), encoded_rows(encoded, 1, dtype, everywhere))
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split)
@@ -105,6 +115,7 @@ def forward_rl_programs(config: ForwardRL, mesh: AnyMesh) -> list[Program]:
         Program("update", programs.learn, (base, state, latents, conditioning, credit),
                 dataclasses.replace(whole, rollout=0.0)),
         Program("rollout", programs.roll_out, (base, state, conditioning), rolled),
+        *encoding_programs(config, encoded, mesh),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin
-from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, update_cost
+from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, rollout_shapes, update_cost
 from fopd_jax.stages.plan import trained_parts
 from fopd_jax.stages.reinforced import ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
 from fopd_jax.stages.setup import RATE, make_setup, refuse_files
@@ -80,7 +80,8 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
 
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
-        return {"base": base, **trained_parts(update.trained.state)}
+        rollout = rollout_shapes(spec, mesh, config.batch_size)
+        return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     return ReinforcedPlan(

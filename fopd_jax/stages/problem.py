@@ -9,11 +9,9 @@ from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.problem import AbstractUpdate, Fields, Problem
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.report import flops_fields
-from fopd_jax.performance.text import encode_program
 from fopd_jax.performance.weights import held_bytes
-from fopd_jax.stages.abstract import abstract_update
+from fopd_jax.stages.abstract import abstract_update, encoding_programs
 from fopd_jax.stages.opd_update import update_cost
-from fopd_jax.worlds.embedded import EMBEDDED
 
 
 def make_problem(config: Config, mesh: Mesh) -> Problem:
@@ -33,19 +31,9 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
 def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
     """The update, and with resident encoders what encodes a batch's prompts for it."""
     update = abstract_update(config, mesh)
-    programs = [
-        Program(
-            "update",
-            update.step,
-            update.arguments,
-            update_cost(config, update.pieces.spec, _text_tokens(update), update.model),
-        )
-    ]
-    if config.run.encoding.resident and config.model.preset not in EMBEDDED and isinstance(mesh, Mesh):
-        width = update.arguments[2].conditioning.context.shape[-1]
-        encode = encode_program(mesh, config.batch_size, config.model.t5_length, width, config.model.dtype)
-        programs.append(encode)
-    return programs
+    cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
+    whole = Program("update", update.step, update.arguments, cost)
+    return [whole, *encoding_programs(config, update.arguments[2].conditioning, mesh)]
 
 
 def _about(config: OPD, update: AbstractUpdate, mesh: Mesh) -> Fields:
