@@ -11,11 +11,15 @@ TASKS = {
     "text": {"text": RewardedTask(rewards={"text": 1.0})},
     "composition": {"composition": RewardedTask(rewards={"composition": 1.0})},
     "quality": {"text": RewardedTask(rewards={"quality": 1.0}), "composition": RewardedTask(rewards={"quality": 1.0})},
+    "mix": {
+        "text": RewardedTask(rewards={"text": 1.0, "quality": 0.5}),
+        "composition": RewardedTask(rewards={"composition": 1.0, "quality": 0.5}),
+    },
 }
 
 
 def get_config(variant: str = "text") -> GRPO:
-    """`variant` is `text`, `composition`, `quality`, or one of them with `:smoke` behind it."""
+    """`variant` is `text`, `composition`, `quality`, `mix` (GRPO-Mix), or one of them with `:smoke` behind it."""
     skill, small = split_variant(variant, tuple(TASKS))
     config = GRPO(
         name=f"miniature_rl_{skill}",

@@ -38,7 +38,7 @@ class FlowGRPO:
         self._rolling, self._learning = placed[: spec.parts], placed[spec.parts :]
         self._programs, self._base = update.programs, base
         self._unscored = put_replicated(
-            jax.tree.map(np.asarray, Credit.none(len(spec.rewards), batch_size)), replicated(mesh)
+            jax.tree.map(np.asarray, Credit.none(len(spec.rewards), batch_size, len(spec.tasks))), replicated(mesh)
         )
 
     def roll_out(self, state: TrainState, conditioning: Conditioning) -> tuple[TrainState, tuple[Rollout, Sums]]:
@@ -82,8 +82,9 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
         return {"base": base, **trained_parts(update.trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
+    names = (*metric_names(spec.rewards, spec.tasks), RATE, "lag")
     return ReinforcedPlan(
-        setup, update.trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.rewards), RATE, "lag"), held,
+        setup, update.trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
         lambda base: FlowGRPO(update, base, config.batch_size),
     )  # fmt: skip

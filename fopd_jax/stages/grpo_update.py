@@ -1,13 +1,15 @@
 """From a config to Flow-GRPO's programs and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 
 from fopd_jax.backbones.registry import family_of
-from fopd_jax.config.learning import GRPO
+from fopd_jax.config.learning import GRPO, RewardedTask
 from fopd_jax.config.rules import within
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated
@@ -16,6 +18,8 @@ from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.spec import GRPOSpec
 from fopd_jax.steps.grpo.step import Pieces, Programs, make_programs
+
+Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,8 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
         latent_shape=latent_shape,
         guidance=config.guidance,
         group=config.images_per_prompt,
-        rewards=reward_names(config),
+        rewards=reward_names(config.tasks),
+        tasks=told_apart(config.tasks),
         window=config.window,
         shared_noise=rollouts.shared_noise,
         updates_per_rollout=config.updates_per_rollout,
@@ -52,9 +57,14 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
     )
 
 
-def reward_names(config: GRPO) -> tuple[str, ...]:
+def reward_names(tasks: Rewarded) -> tuple[str, ...]:
     """Of all tasks, each once, in the config's order."""
-    return tuple(dict.fromkeys(name for task in config.tasks.values() for name in task.rewards))
+    return tuple(dict.fromkeys(name for task in tasks.values() for name in task.rewards))
+
+
+def told_apart(tasks: Rewarded) -> dict[str, dict[str, float]]:
+    """The weights of each task's rewards, where there are several tasks."""
+    return {name: dict(task.rewards) for name, task in tasks.items()} if len(tasks) > 1 else {}
 
 
 def make_update(

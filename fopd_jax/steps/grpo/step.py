@@ -23,6 +23,7 @@ from fopd_jax.objectives.grpo import TERMS, Acted, Totals, needs_old_velocity, s
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.steps.grpo.metrics import NO_TASKS, Tasks, credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Base, Credit, GRPOSpec, Rollout
 from fopd_jax.steps.state import TrainState, advance
 from fopd_jax.steps.student import ADAPTER, Student
@@ -99,34 +100,17 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen)
     skipped = skips.any()
     return advance(state, ema, skipped), {
         **means,
-        **credit_metrics(pieces.spec.rewards, credit),
+        **credit_metrics(pieces.spec.rewards, credit, pieces.spec.tasks),
         "grad_norm": norms.sum() / pieces.spec.updates_per_rollout,
         "skipped": skipped.astype(jnp.float32),
         "samples/advantage": credit.advantage,
     }
 
 
-def credit_metrics(rewards: tuple[str, ...], credit: Credit) -> Metrics:
-    """Of each reward the mean and the share of failures, and what becomes of the samples."""
-    there = credit.asked & ~jnp.isnan(credit.values)
-    found: Metrics = {}
-    for name, value, asked, is_there in zip(rewards, credit.values, credit.asked, there, strict=True):
-        count = is_there.sum().astype(jnp.float32)
-        found[f"reward/{name}"] = jnp.where(is_there, value, 0.0).sum() / jnp.maximum(count, 1)
-        found[f"weights/reward/{name}"] = count
-        found[f"failed/{name}"] = 1 - count / jnp.maximum(asked.sum(), 1)
-    valid = credit.valid.sum()
-    return found | {
-        "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
-        "dropped_share": 1 - valid / credit.valid.size,
-    }
-
-
-def metric_names(rewards: tuple[str, ...]) -> tuple[str, ...]:
+def metric_names(rewards: tuple[str, ...], tasks: Tasks = NO_TASKS) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
     terms = (name for name in TERMS if name != "weight")
-    scored = (f"{kind}/{name}" for name in rewards for kind in ("reward", "failed"))
-    return (*terms, *scored, "flat_share", "dropped_share", "grad_norm", "skipped")
+    return (*terms, *credit_names(rewards, tasks), "grad_norm", "skipped")
 
 
 Score = Callable[[Tree, Array, Tree], Credit]
@@ -152,7 +136,7 @@ def make_step(
 
         with activation_rules(pieces.groups.mesh):
             size = jax.tree.leaves(conditioning)[0].shape[0]
-            credit = Credit.none(len(spec.rewards), size)
+            credit = Credit.none(len(spec.rewards), size, len(spec.tasks))
             progress = (state, *begin(pieces, base, state, conditioning))
             (progress, credit), seen = jax.lax.scan(pass_, (progress, credit), (passes, scores))
             seen = jax.tree.map(lambda leaf: leaf[spec.parts :], seen)
