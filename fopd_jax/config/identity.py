@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fopd_jax.config.parse import STAGES, current_name, flatten
-from fopd_jax.config.schema import Config, Section
+from fopd_jax.config.schema import Config
+from fopd_jax.config.section import Section
 
 Fields = Mapping[str, Any]
 

@@ -8,12 +8,14 @@ import jax
 
 from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.stages.plan import Plan
+from fopd_jax.tasks.sampling import Curriculum
 
 _BYTES = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -50,6 +52,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
 
@@ -90,6 +93,18 @@ def _trains(plan: Plan, config: Config) -> str:
 def _teachers(config: OPD) -> str:
     tasks = [f"{name} ← {task.teacher} (weight {task.weight:g})" for name, task in config.tasks.items()]
     return ", ".join([*tasks, f"anchor {config.anchor.name} ← {config.anchor.adapter or 'the base'}"])
+
+
+def _curriculum(config: Config) -> str:
+    """The weights from each change of them on, where there is one."""
+    if not isinstance(config, OPD | Reinforced):
+        return ""
+    names, (_, *later) = list(config.tasks), Curriculum.of(list(config.tasks.values())).stretches
+    stretches = (
+        f"from step {start} on {', '.join(f'{n} {w:g}' for n, w in zip(names, shares.weights, strict=True))}"
+        for start, shares in later
+    )
+    return "; ".join(stretches)
 
 
 def _prompts(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from fopd_jax.running.stage import Stage
 from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
 from fopd_jax.stages.grpo import GRPO, plan_grpo
-from fopd_jax.stages.opd import OPD, plan_opd
+from fopd_jax.stages.opd import make_opd, plan_opd
 from fopd_jax.stages.plan import Plan
 from fopd_jax.stages.problem import opd_programs
 
@@ -31,7 +31,7 @@ class Kind:
 
 
 STAGES: dict[type[Config], Kind] = {
-    schema.OPD: Kind(OPD, plan_opd, opd_programs),
+    schema.OPD: Kind(make_opd, plan_opd, opd_programs),
     learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: []),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
 }

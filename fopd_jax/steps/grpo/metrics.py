@@ -25,7 +25,7 @@ def credit_metrics(rewards: tuple[str, ...], credit: Credit, tasks: Tasks = NO_T
     for k, name in enumerate(rewards):
         there = credit.asked[k] & ~jnp.isnan(credit.values[k])
         found |= _mean(f"reward/{name}", credit.values[k], there)
-        found[f"failed/{name}"] = 1 - there.sum().astype(jnp.float32) / jnp.maximum(credit.asked[k].sum(), 1)
+        found[f"failed/{name}"] = 1 - there.sum() / jnp.maximum(credit.asked[k].sum(), 1)
     for number, (task, weights) in enumerate(tasks.items()):
         mine = credit.task == number
         total = jnp.zeros(credit.values.shape[1])
@@ -56,7 +56,4 @@ def _shared(reward: str, tasks: Tasks) -> bool:
 
 def _mean(name: str, values: Float[Array, " b"], counted: Bool[Array, " b"]) -> Metrics:
     count = counted.sum().astype(jnp.float32)
-    return {
-        name: jnp.where(counted, values, 0.0).sum() / jnp.maximum(count, 1),
-        f"weights/{name}": count,
-    }
+    return {name: jnp.where(counted, values, 0.0).sum() / jnp.maximum(count, 1), f"weights/{name}": count}

@@ -6,6 +6,7 @@ of everything. The reference is the base with the adapter left off, asked while 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,29 +71,48 @@ def go(
     each: Pass,
 ) -> tuple[Progress, Seen]:
     """One pass: a part is drawn down to its final latents, or trained on, and perhaps an update made."""
-    spec, groups = pieces.spec, pieces.groups
+    spec, first = pieces.spec, progress[1].first
+    rows, course = _Rows(conditioning, credit.advantage, credit.counts), _course(pieces, base, first)
+    return take_pass(
+        course, pieces.groups, pieces.policy, optimizer, spec.levels(first), spec.trained, spec.parts, progress, rows,
+        each,
+    )  # fmt: skip
+
+
+def take_pass(
+    course: Course,
+    groups: GradientGroups,
+    policy: Student,
+    optimizer: optax.GradientTransformation,
+    levels: Level,
+    trained: int,
+    parts: int,
+    progress: Progress,
+    rows: Tree,
+    each: Pass,
+) -> tuple[Progress, Seen]:
+    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch."""
     state, rollout, sums = progress
-    rows = _Rows(conditioning, credit.advantage, credit.counts)
-    rows, x = part_of((rows, rollout.x), each.part, spec.parts)
-    own, keys = part_of((rollout.stored, rollout.keys), each.part, spec.parts, axis=1)
-    first, levels = rollout.first, spec.levels(rollout.first)
-    ends = jnp.where(each.draws, 0, first), jnp.where(each.draws, len(spec.sigmas) - 1, first + spec.trained)
+    rows, x = part_of((rows, rollout.x), each.part, parts)
+    own, keys = part_of((rollout.stored, rollout.keys), each.part, parts, axis=1)
+    first, count = rollout.first, levels.sigma.shape[0]
+    ends = jnp.where(each.draws, 0, first), jnp.where(each.draws, count, first + trained)
     last, own, gradients, totals = visit(
-        _course(pieces, base, first), groups, pieces.policy.compute(state.trained), rows, keys, levels, x, own,
-        ends, (first, first + spec.trained), each.draws, each.draws, each.trains,
+        course, groups, policy.compute(state.trained), rows, keys, levels, x, own,
+        ends, (first, first + trained), each.draws, each.draws, each.trains,
     )  # fmt: skip
     last = jnp.where(each.draws, last, x)
     rollout = dataclasses.replace(
         rollout,
-        x=put_part(rollout.x, last, each.part, spec.parts),
-        stored=put_part(rollout.stored, own, each.part, spec.parts, axis=1),
+        x=put_part(rollout.x, last, each.part, parts),
+        stored=put_part(rollout.stored, own, each.part, parts, axis=1),
     )
     state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums.plus(gradients, totals))
     return (state, rollout, sums), (totals, norm, skipped)
 
 
-def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen) -> tuple[TrainState, Metrics]:
-    """Close a step; `seen`: of all training passes, stacked."""
+def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) -> tuple[TrainState, Metrics]:
+    """Close a step; `seen`: what every training pass saw, stacked."""
     totals, norms, skips = seen
     weight = totals["weight"].sum()
     means = {name: value.sum() / jnp.maximum(weight, 1) for name, value in totals.items() if name != "weight"}
@@ -147,10 +167,13 @@ def make_step(
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The same for a host that scores between them: `begin`, `go` and `end`, jitted; states are donated."""
+    """The same for a host that scores between them: `begin`, `go` and `end`, jitted; states are donated.
 
-    begin: Callable[[Base, TrainState, Conditioning], tuple[Rollout, Sums]]
-    go: Callable[[Base, Progress, Conditioning, Credit, Pass], tuple[Progress, Seen]]
+    What does not train comes first, `Base` here; what a rollout is of stands beside the state, here conditioning.
+    """
+
+    begin: Callable[[Any, TrainState, Any], tuple[Rollout, Sums]]
+    go: Callable[[Any, Progress, Any, Credit, Pass], tuple[Progress, Seen]]
     end: Callable[[TrainState, Credit, Sequence[Seen]], tuple[TrainState, Metrics]]
 
 
@@ -158,17 +181,30 @@ def make_programs(
     pieces: Pieces, optimizer: optax.GradientTransformation, ema: EMA, places: Any = None, everywhere: Any = None
 ) -> Programs:
     """`places`: shardings of the state; `everywhere`: of metrics."""
+    functions = partial(begin, pieces), partial(go, pieces, optimizer), partial(end, pieces, ema)
+    return jit_passes(*functions, pieces.groups.mesh, places, everywhere)
 
-    def begin_(base: Base, state: TrainState, conditioning: Conditioning) -> tuple[Rollout, Sums]:
-        with activation_rules(pieces.groups.mesh):
-            return begin(pieces, base, state, conditioning)
 
-    def go_(base: Base, progress: Progress, *rest: Any) -> tuple[Progress, Seen]:
-        with activation_rules(pieces.groups.mesh):
-            return go(pieces, optimizer, base, progress, *rest)
+def jit_passes(
+    begin: Callable[..., tuple[Rollout, Sums]],
+    go: Callable[..., tuple[Progress, Seen]],
+    end: Callable[..., tuple[TrainState, Metrics]],
+    mesh: Any,
+    places: Any = None,
+    everywhere: Any = None,
+) -> Programs:
+    """The programs of three such functions, what is static given to them before."""
+
+    def begin_(base: Any, state: TrainState, conditioning: Any) -> tuple[Rollout, Sums]:
+        with activation_rules(mesh):
+            return begin(base, state, conditioning)
+
+    def go_(base: Any, progress: Progress, *rest: Any) -> tuple[Progress, Seen]:
+        with activation_rules(mesh):
+            return go(base, progress, *rest)
 
     def end_(state: TrainState, credit: Credit, seen: Sequence[Seen]) -> tuple[TrainState, Metrics]:
-        return end(pieces, ema, state, credit, jax.tree.map(lambda *each: jnp.stack(each), *seen))
+        return end(state, credit, jax.tree.map(lambda *each: jnp.stack(each), *seen))
 
     return Programs(
         jax.jit(begin_),
