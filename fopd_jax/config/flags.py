@@ -58,7 +58,10 @@ class _FileParser(flags.ArgumentParser):
                 open_entry(config, field, text)
                 if isinstance(value := find(config, field), Section):
                     raise ValueError(f"{field}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
-                if (whole := field.rpartition(".")[0]) in named:
+                whole, _, last = field.rpartition(".")
+                if not last.isidentifier():  # ml_collections reads fields as Python
+                    raise ValueError(f'{field}: expected the dict as a whole: --config.{whole}="{{{last!r}: …}}"')
+                if whole in named:
                     raise ValueError(f"{field}: {whole} is set as a whole, too; expected one flag, or one an entry")
         except ValueError as error:
             raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config

@@ -151,6 +151,10 @@ def test_rewards_are_named_by_flags_alone():
         (["--config.run..steps=1"], "run..steps: no such field: ''"),
         (["--noconfig.nope"], "nope: no such field: 'nope'"),
         (["--config.eval=build"], "eval: a section is set by its fields: tasks, samples, "),
+        (
+            ["--config.tasks.text.schedule.5=0"],
+            "tasks.text.schedule.5: expected the dict as a whole: --config.tasks.text.schedule=\"{'5': …}\"",
+        ),
         (["--config.tasks.text=none"], "tasks.text: a section is set by its fields: teacher, "),
         (["--config.run.steps=many"], "flag --config.run.steps=many: expected a whole number"),
         (["--config.run.steps=1.5"], "flag --config.run.steps=1.5: expected a whole number"),
