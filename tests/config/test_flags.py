@@ -171,7 +171,7 @@ def test_rewards_are_named_by_flags_alone():
         (["--config.seed=99999999999"], "seed: found 99999999999, expected a number in [0, 4294967295]"),
         (["--config.sampler.window=(1,2,3)"], "sampler.window: found (1, 2, 3), expected a tuple of 2, each a whole "),
         (["--config.sampler.window=(1,x"], "flag --config.sampler.window=(1,x: Error while parsing string: (1,x "),
-        (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped')"),
+        (["--config.objective.name=best"], "objective.name: found 'best', expected one of ('direct', 'clipped', 'mi"),
         (["--config.tasks.text.rewards.a.b=1"], "tasks.text.rewards.a.b: no such field: 'a', only a value"),
         (["--config.tasks.nope.rewards.a=1"], "tasks.nope.rewards.a: no such field: 'nope', only text, composition"),
         (["--config.tasks.text.rewards.a=-1"], "tasks.text.rewards: found {'a': -1.0}, expected weights from 0 to"),
