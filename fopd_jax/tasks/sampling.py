@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -52,6 +52,7 @@ class Shares:
         return max(_bounds(_tree(self.weights), 0.0))
 
 
+@runtime_checkable
 class Weighted(Protocol):
     """A task's weight, and others from later steps on, by the step's number."""
 

@@ -38,7 +38,7 @@ def credit_metrics(rewards: tuple[str, ...], credit: Credit, tasks: Tasks = NO_T
     valid = credit.valid.sum()
     return found | {
         "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
-        "dropped_share": 1 - valid / credit.valid.size,
+        "dropped_share": (credit.valid.size - valid) / credit.valid.size,
     }
 
 
