@@ -7,11 +7,11 @@ import dataclasses
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import MOST_ROWS, MOST_SAMPLER_STEPS, MOST_STEPS, NO_LIMIT, above, at_least, between, one_of
-from fopd_jax.config.schema import SAMPLERS, WEIGHTINGS, Config, Optimizer, Run, Section, setting
+from fopd_jax.config.schema import SAMPLERS, WEIGHTINGS, Comparison, Config, Decoding, Optimizer, Run
+from fopd_jax.config.section import Section, setting
 
 SURROGATES = ("clip", "guard", "dppo")
 STEP_WEIGHTINGS = ("uniform", "noise")
-NORMALISATIONS = ("global", "group", "each")
 MOVES = ("none", "slide", "random")
 FORWARD_OBJECTIVES = ("nft", "awm", "crd")
 LEVELS = ("schedule", "uniform", "logit_normal")
@@ -28,6 +28,9 @@ class RewardedTask(Section):
     test: str = setting("", "Held-out prompts, likewise.", rules.PATH)
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
+    )
+    schedule: dict[str, float] = setting(
+        {}, "Other weights from a step on: {'100': 0.5}; a curriculum.", rules.SCHEDULE, open_names=True
     )
     rewards: dict[str, float] = setting(
         {}, "What is trained on, with weights: {'ocr': 1.0}; 0: evaluated and logged only.", rules.REWARDS,
@@ -48,28 +51,6 @@ class Rollouts(Section):
     shared_noise: bool = setting(
         False, "The images of a group start from one noise.", paper="[code] False; clipscore's config True"
     )
-
-
-@dataclasses.dataclass
-class Comparison(Section):
-    """Advantages: a group's rewards less their mean, by a deviation; see rewards/combine.py."""
-
-    normalise: str = setting(
-        "global", "By the deviation over the batch, the group's, or each reward by its own in the group, then the sum "
-        "(GDPO).", one_of(*NORMALISATIONS), "[code] global",
-    )  # fmt: skip
-    clip: float = setting(5.0, "They are limited to ±it.", above(0, NO_LIMIT), "[code] 5")
-    merge_equal_prompts: bool = setting(
-        False, "Equal texts in one batch are one group, not one a draw.", paper="[code] True"
-    )
-
-
-@dataclasses.dataclass
-class Decoding(Section):
-    """How latents become the images that rewards see."""
-
-    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
-    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fopd_jax.config.learning import GRPO, ForwardRL, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
 from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.stages import is_mixed
 
 SMOKE = "smoke"
 _SKILLS = ("text", "composition")
@@ -67,6 +68,10 @@ def _shrink_teaching(config: OPD) -> None:
     config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+    if is_mixed(config):
+        config.images_per_prompt = 4
+        for name, task in config.tasks.items():
+            task.rewards = {name: 1.0}
 
 
 def _shrink_learning(config: Reinforced) -> None:

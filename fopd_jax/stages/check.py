@@ -16,6 +16,7 @@ from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.stages.opd_update import scale_of
 from fopd_jax.stages.plan import Plan
+from fopd_jax.tasks.sampling import Curriculum
 
 _BYTES = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -53,6 +54,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
 
@@ -97,6 +99,18 @@ def _teachers(config: OPD) -> str:
     ]
     anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"
     return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
+
+
+def _curriculum(config: Config) -> str:
+    """The weights from each change of them on, where there is one."""
+    if not isinstance(config, OPD | Reinforced):
+        return ""
+    names, (_, *later) = list(config.tasks), Curriculum.of(list(config.tasks.values())).stretches
+    stretches = (
+        f"from step {start} on {', '.join(f'{n} {w:g}' for n, w in zip(names, shares.weights, strict=True))}"
+        for start, shares in later
+    )
+    return "; ".join(stretches)
 
 
 def _prompts(plan: Plan) -> str:

@@ -67,7 +67,7 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
         return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = metric_names(config.objective, spec.rewards)
+    names = metric_names(spec)
     return ReinforcedPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), (*names, RATE, "lag"), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,

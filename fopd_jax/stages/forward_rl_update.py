@@ -18,7 +18,7 @@ from fopd_jax.performance.flops import Update
 from fopd_jax.performance.program import Program
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.abstract import abstract_base, abstract_model, encoded_rows, encoding_programs, world_shapes
-from fopd_jax.stages.grpo_update import reward_names
+from fopd_jax.stages.grpo_update import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained, place
 from fopd_jax.steps.forward_rl import ForwardSpec, Pieces, Programs, make_programs
 from fopd_jax.steps.grpo.spec import Base, Credit
@@ -55,7 +55,8 @@ def make_spec(config: ForwardRL, latent_shape: tuple[int, int, int]) -> ForwardS
         guidance=config.guidance,
         group=config.images_per_prompt,
         limit=config.advantages.clip,
-        rewards=reward_names(config),
+        rewards=reward_names(config.tasks),
+        tasks=told_apart(config.tasks),
         shared_noise=rollouts.shared_noise,
         updates_per_rollout=config.updates_per_rollout,
         minibatches=config.minibatches,

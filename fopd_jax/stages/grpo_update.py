@@ -1,6 +1,7 @@
 """From a config to Flow-GRPO's programs and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.learning import GRPO, Reinforced
+from fopd_jax.config.learning import GRPO, RewardedTask
 from fopd_jax.config.rules import within
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -28,6 +30,8 @@ from fopd_jax.steps.grpo.spec import Base, Credit, GRPOSpec, Rollout
 from fopd_jax.steps.grpo.step import Pieces, Programs, make_programs
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.steps.visits import Stored, Sums, make_passes
+
+Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,8 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
         latent_shape=latent_shape,
         guidance=config.guidance,
         group=config.images_per_prompt,
-        rewards=reward_names(config),
+        rewards=reward_names(config.tasks),
+        tasks=told_apart(config.tasks),
         window=config.window,
         shared_noise=rollouts.shared_noise,
         updates_per_rollout=config.updates_per_rollout,
@@ -64,9 +69,14 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
     )
 
 
-def reward_names(config: Reinforced) -> tuple[str, ...]:
+def reward_names(tasks: Rewarded) -> tuple[str, ...]:
     """Of all tasks, each once, in the config's order."""
-    return tuple(dict.fromkeys(name for task in config.tasks.values() for name in task.rewards))
+    return tuple(dict.fromkeys(name for task in tasks.values() for name in task.rewards))
+
+
+def told_apart(tasks: Rewarded) -> dict[str, dict[str, float]]:
+    """The weights of each task's rewards, where there are several tasks."""
+    return {name: dict(task.rewards) for name, task in tasks.items()} if len(tasks) > 1 else {}
 
 
 def make_update(

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.stages import is_mixed
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.problem import AbstractUpdate, Fields, Problem
 from fopd_jax.performance.program import Program
@@ -22,6 +23,8 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     """
     if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
+    if is_mixed(config):
+        raise ValueError("objective.name: found 'mixed', expected an update that is one program")
     update = abstract_update(config, mesh)
     flops = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     held = {"flops_per_chip": flops_fields(flops, mesh.size), "held_bytes": held_bytes(update)}
@@ -29,7 +32,9 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
 
 
 def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
-    """The update, and with resident encoders what encodes a batch's prompts for it."""
+    """The update, and with resident encoders what encodes a batch's prompts for it; none of objective 'mixed'."""
+    if is_mixed(config):
+        return []
     update = abstract_update(config, mesh)
     cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     whole = Program("update", update.step, update.arguments, cost)

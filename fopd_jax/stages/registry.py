@@ -17,7 +17,7 @@ from fopd_jax.stages.forward_rl import ForwardRL, plan_forward_rl
 from fopd_jax.stages.forward_rl_update import forward_rl_programs
 from fopd_jax.stages.grpo import GRPO, plan_grpo
 from fopd_jax.stages.grpo_update import grpo_programs
-from fopd_jax.stages.opd import OPD, plan_opd
+from fopd_jax.stages.opd import make_opd, plan_opd
 from fopd_jax.stages.plan import Plan
 from fopd_jax.stages.problem import opd_programs
 
@@ -37,7 +37,7 @@ class Kind:
 
 
 STAGES: dict[type[Config], Kind] = {
-    schema.OPD: Kind(OPD, plan_opd, opd_programs, opd.origin),
+    schema.OPD: Kind(make_opd, plan_opd, opd_programs, opd.origin),
     learning.GRPO: Kind(GRPO, plan_grpo, grpo_programs, grpo.origin),
     learning.ForwardRL: Kind(ForwardRL, plan_forward_rl, forward_rl_programs, forward_rl.origin),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs, flow_matching.origin),

@@ -5,7 +5,7 @@ A step is a host composite: its rewards run in processes, threads or on servers 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from fopd_jax.adapters.lora import effective, init_adapter
 from fopd_jax.adapters.lora import zeros_like as no_adapter
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import Reinforced
+from fopd_jax.config.schema import OPD
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
@@ -37,14 +37,17 @@ from fopd_jax.stages.setup import describe_weights, null_conditioning
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.prompt_stream import PromptStream
+from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 from fopd_jax.worlds.world import World
 
 
 class Method(Protocol):
-    """One algorithm: how it makes images, and what it learns of their credit. States are donated."""
+    """One algorithm: how it makes images, and what it learns of their credit. States are donated.
 
-    def roll_out(self, state: TrainState, conditioning: Conditioning) -> tuple[TrainState, Any]:
+    `conditioning`: of the batch, or whatever `ReinforcementLearning.embedded` makes of it.
+    """
+
+    def roll_out(self, state: TrainState, conditioning: Any) -> tuple[TrainState, Any]:
         """The state as it was, and what was rolled out."""
         ...
 
@@ -52,9 +55,7 @@ class Method(Protocol):
         """The final latents `[B, h, w, c]`."""
         ...
 
-    def learn(
-        self, state: TrainState, rolled: Any, conditioning: Conditioning, credit: Credit
-    ) -> tuple[TrainState, Metrics]:
+    def learn(self, state: TrainState, rolled: Any, conditioning: Any, credit: Credit) -> tuple[TrainState, Metrics]:
         """The state after all updates on one rollout."""
         ...
 
@@ -73,15 +74,31 @@ def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
     Raises:
       ValueError: a task has no reward, or a prompt that can never be scored; names field, prompt and reason.
     """
-    for name, task in world.tasks.items():
-        if name in config.tasks and not task.weights:
-            raise ValueError(f"tasks.{name}.rewards: found none with a weight, expected what is trained on there")
-    check_training_prompts({name: world.tasks[name] for name in config.tasks if name in world.tasks}, world)
+    check_rewarded(config.tasks, world)
     return PromptStream(
         world, config.tasks, lambda tasks, prompts: np.zeros(len(prompts), np.int32),
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size),
     )  # fmt: skip
+
+
+def check_rewarded(names: Collection[str], world: World) -> None:
+    """Refuse tasks that cannot be trained on; `names`: a config's.
+
+    Raises:
+      ValueError: as `make_stream`.
+    """
+    tasks = {name: world.tasks[name] for name in names if name in world.tasks}
+    for name, task in tasks.items():
+        if not task.weights:
+            raise ValueError(f"tasks.{name}.rewards: found none with a weight, expected what is trained on there")
+    check_training_prompts(tasks, world)
+
+
+def make_scoring(config: Reinforced | OPD, pipeline: Pipeline) -> Scoring:
+    """Of the rollouts of a config's tasks, by their rewards."""
+    world = dataclasses.replace(pipeline.world, tasks={name: pipeline.world.tasks[name] for name in config.tasks})
+    return Scoring(world, pipeline.mesh, config.advantages, config.run.max_failed_rewards)
 
 
 def check_training_prompts(tasks: dict[str, Task], world: World) -> None:
@@ -98,7 +115,7 @@ class _Ahead:
 
     step: int
     rolled: Any
-    conditioning: Conditioning
+    conditioning: Any
     pending: Pending
     lag: int
 
@@ -126,9 +143,7 @@ class ReinforcementLearning:
         self.method = plan.method(self.base)
         sharding, self.prompts = batch_sharding(pipeline.mesh), plan.stream
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
-        tasks = {name: pipeline.world.tasks[name] for name in config.tasks}
-        world = dataclasses.replace(pipeline.world, tasks=tasks)
-        self.scoring = Scoring(world, pipeline.mesh, config.advantages, config.run.max_failed_rewards)
+        self.scoring = make_scoring(config, pipeline)
         self.ahead: _Ahead | None = None
 
     @property
@@ -181,14 +196,17 @@ class ReinforcementLearning:
 
     def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
         """The rollout of a step by this state, its images being scored."""
-        batch = self.feed(step)
-        conditioning = self.pipeline.world.embed(batch.conditioning)
+        conditioning = self.embedded(self.feed(step))
         state, rolled = self.method.roll_out(state, conditioning)
         merged = self.config.advantages.merge_equal_prompts
         with jax.transfer_guard("allow"):
             drawn = self.prompts.drawn(step, merge_equal_prompts=merged)
             pending = self.scoring.begin(self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
+
+    def embedded(self, batch: Batch) -> Any:
+        """What the method rolls out."""
+        return self.pipeline.world.embed(batch.conditioning)
 
     def rests(self, step: int) -> bool:
         """Whether nothing is made ahead of a step: the state before it is saved or evaluated, or is the last."""

@@ -6,7 +6,7 @@ from typing import cast
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from fopd_jax.config.learning import Comparison
 from fopd_jax.evaluation.sampler import check_finite
@@ -95,6 +95,7 @@ class Scoring:
             asked=self._asked(drawn),
             valid=advantages.valid,
             flat=advantages.flat,
+            task=self._numbers(drawn),
         )
 
     def _weights(self, drawn: Sequence[Drawn]) -> Mapping[str, Float[np.ndarray, " b"]]:
@@ -105,6 +106,11 @@ class Scoring:
     def _asked(self, drawn: Sequence[Drawn]) -> Bool[np.ndarray, "r b"]:
         tasks = self._world.tasks
         return np.array([[name in tasks[each.task].rewards for each in drawn] for name in self.names])
+
+    def _numbers(self, drawn: Sequence[Drawn]) -> Int[np.ndarray, " b"] | None:
+        """Which task each sample is of, where there are several."""
+        tasks = list(self._world.tasks)
+        return np.array([tasks.index(each.task) for each in drawn], np.int32) if len(tasks) > 1 else None
 
     def close(self) -> None:
         """Give up what is not scored yet."""

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.learning import Reinforced, RewardedTask
+from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
-from fopd_jax.config.stages import StageConfig
+from fopd_jax.config.stages import StageConfig, trains_on_rewards
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
@@ -95,7 +95,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
-    trains = isinstance(config, Reinforced)  # on rewards, also of tasks that are not evaluated
+    trains = trains_on_rewards(config)  # also on those of tasks that are not evaluated
     others = {name for task in config.tasks.values() for name in task.rewards if trains}
     pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, names, others))
     chosen = select_tasks(pipeline.world, names)

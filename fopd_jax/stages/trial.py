@@ -118,12 +118,13 @@ def _method(config: Reinforced, mesh: Mesh, base: Base, compiled: dict[str, Any]
 
 def _credit(config: Reinforced, mesh: Mesh) -> Credit:
     """Of scores as they might be: all there, no two alike."""
-    rewards, size = len(grpo_update.reward_names(config)), config.batch_size
+    rewards, size = len(grpo_update.reward_names(config.tasks)), config.batch_size
     draw = np.random.default_rng(0)
     yes, no = np.ones(size, bool), np.zeros(size, bool)
     values = draw.random((rewards, size), np.float32)
     advantage = draw.standard_normal(size, np.float32)
-    return put_replicated(Credit(advantage, values, values >= 0, yes, no), replicated(mesh))
+    task = np.arange(size, dtype=np.int32) % len(config.tasks) if len(config.tasks) > 1 else None
+    return put_replicated(Credit(advantage, values, values >= 0, yes, no, task), replicated(mesh))
 
 
 def _about(config: Reinforced, mesh: Mesh) -> Fields:

@@ -30,8 +30,8 @@ from fopd_jax.objectives.forward_rl import Noised, Totals, forward_terms, term_n
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.parallel.sharding import activation_rules, batch_ways
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.steps.grpo.metrics import Tasks, credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Base, Credit
-from fopd_jax.steps.grpo.step import credit_metrics
 from fopd_jax.steps.state import TrainState, advance, move_old, old_decay
 from fopd_jax.steps.student import ADAPTER, Student
 from fopd_jax.steps.visits import Sums, add, check_parts, land_if, part_of
@@ -61,6 +61,7 @@ class ForwardSpec:
     group: int
     limit: float
     rewards: tuple[str, ...]
+    tasks: Tasks = dataclasses.field(default_factory=dict)
     shared_noise: bool = False
     updates_per_rollout: int = 1
     minibatches: int = 1
@@ -209,7 +210,7 @@ def learn(
     return state, {
         **means,
         **{f"weights/{name}": weight for name in means},
-        **credit_metrics(spec.rewards, credit),
+        **credit_metrics(spec.rewards, credit, spec.tasks),
         "old_decay": old_decay(spec.old, state.step) if spec.keeps_old else jnp.zeros(()),
         "grad_norm": norms.sum() / spec.updates_per_rollout,
         "skipped": skipped.astype(jnp.float32),
@@ -217,11 +218,10 @@ def learn(
     }
 
 
-def metric_names(objective: ForwardObjective, rewards: tuple[str, ...]) -> tuple[str, ...]:
+def metric_names(spec: ForwardSpec) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
-    terms = (name for name in term_names(objective) if name != "weight")
-    scored = (f"{kind}/{name}" for name in rewards for kind in ("reward", "failed"))
-    return (*terms, *scored, "flat_share", "dropped_share", "old_decay", "grad_norm", "skipped")
+    terms = (name for name in term_names(spec.objective) if name != "weight")
+    return (*terms, *credit_names(spec.rewards, spec.tasks), "old_decay", "grad_norm", "skipped")
 
 
 def _visits(spec: ForwardSpec) -> tuple[Int[Array, " n"], Int[Array, " n"], Array]:

@@ -287,7 +287,7 @@ def test_two_programs_compiled_once_and_the_state_donated() -> None:
     assert both.roll_out._cache_size() == both.learn._cache_size() == 1  # type: ignore[attr-defined]
     assert int(state.step) == 3
     scalars = {name for name in metrics if not name.startswith(("weights/", "samples/"))}
-    assert scalars == set(metric_names(pieces.spec.objective, pieces.spec.rewards))
+    assert scalars == set(metric_names(pieces.spec))
 
 
 def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:

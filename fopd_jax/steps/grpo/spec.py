@@ -1,6 +1,7 @@
 """What a Flow-GRPO update is made of: its static description, and the trees that flow through it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ class Credit:
     """What rewards say of a rollout: `advantage [B]`, and what metrics are made of.
 
     `values [R, B]`: of each reward, NaN where it failed or was not asked; `asked [R, B]`: whether it was; `valid [B]`:
-    whether the sample takes part, `flat [B]`: whether its group is all equal, so that it teaches nothing.
+    whether the sample takes part, `flat [B]`: whether its group is all equal, so that it teaches nothing. `task [B]`:
+    which of the config's tasks it is of, where there are several.
     """
 
     advantage: Any  # float arrays; Any because tree operations put anything into a leaf
@@ -42,12 +44,13 @@ class Credit:
     asked: Any
     valid: Any
     flat: Any
+    task: Any = None
 
     @classmethod
-    def none(cls, rewards: int, size: int) -> "Credit":
-        """Before anything is scored."""
+    def none(cls, rewards: int, size: int, tasks: int = 0) -> "Credit":
+        """Before anything is scored; `tasks`: how many there are, 0: metrics do not tell them apart."""
         no, nothing = jnp.zeros(size, bool), jnp.zeros((rewards, size))
-        return cls(jnp.zeros(size), nothing, nothing != 0, no, no)
+        return cls(jnp.zeros(size), nothing, nothing != 0, no, no, jnp.zeros(size, jnp.int32) if tasks else None)
 
     @property
     def counts(self) -> Array:
@@ -70,7 +73,10 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSpec:
-    """The static part. `group`: neighbouring rows that come from one draw of a prompt; `rewards`: their names."""
+    """The static part. `group`: neighbouring rows that come from one draw of a prompt; `rewards`: their names.
+
+    `tasks`: the weights of their rewards, where there are several whose metrics are told apart.
+    """
 
     objective: PolicyGradient
     transition: Transition
@@ -79,6 +85,7 @@ class GRPOSpec:
     guidance: float
     group: int
     rewards: tuple[str, ...]
+    tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     window: NoiseWindow = dataclasses.field(default_factory=NoiseWindow)
     shared_noise: bool = False
     updates_per_rollout: int = 1
