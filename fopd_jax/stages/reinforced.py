@@ -6,6 +6,7 @@ A step is a host composite: its rewards run in processes, threads or on servers 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,13 @@ from fopd_jax.config.learning import Reinforced
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.parallel.distributed import is_main, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.checkpoints import kept_steps
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.goodput import phase
+from fopd_jax.running.journal import Journal
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
@@ -119,7 +122,10 @@ class ReinforcementLearning:
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
         tasks = {name: pipeline.world.tasks[name] for name in config.tasks}
         world = dataclasses.replace(pipeline.world, tasks=tasks)
-        self.scoring = Scoring(world, pipeline.mesh, config.advantages, config.run.max_failed_rewards)
+        self.journal = Journal(workdir, jax.process_index())
+        self.scoring = Scoring(
+            world, pipeline.mesh, config.advantages, config.run.max_failed_rewards, self.journal, config_hash(config)
+        )
         self.ahead: _Ahead | None = None
 
     @property
@@ -171,14 +177,15 @@ class ReinforcementLearning:
         return state, {**metrics, **measured, "lag": jax.device_put(np.float32(now.lag))}
 
     def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
-        """The rollout of a step by this state, its images being scored."""
+        """The rollout of a step by this state, its images being scored; its noise is the step's, whatever the lag."""
         batch = self.feed(step)
         conditioning = self.pipeline.world.embed(batch.conditioning)
-        state, rolled = self.method.roll_out(state, conditioning)
+        state, rolled = self.method.roll_out(_at(state, lag), conditioning)
+        state = _at(state, -lag)
         merged = self.config.advantages.merge_equal_prompts
         with jax.transfer_guard("allow"):
             drawn = self.prompts.drawn(step, merge_equal_prompts=merged)
-            pending = self.scoring.begin(self.method.latents(rolled), drawn)
+            pending = self.scoring.begin(step, self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
 
     def rests(self, step: int) -> bool:
@@ -188,8 +195,15 @@ class ReinforcementLearning:
         return step >= run.steps or any(step % every == 0 for every in cadences)
 
     def drain(self) -> None:
-        """Nothing is in flight where a state is saved by plan; a stop between two lets go of what was made ahead."""
+        """Nothing is in flight where a state is saved by plan; a stop between two lets go of what was made ahead.
+
+        Scores from before the oldest checkpoint to go on from are not needed any more.
+        """
+        if self.ahead is not None:
+            self.scoring.let_go(self.ahead.pending)
         self.ahead = None
+        if is_main() and (kept := kept_steps(self.workdir)[-self.config.run.keep_checkpoints :]):
+            self.journal.prune(kept[0])
 
     def close(self) -> None:
         """End the threads that make batches and scores."""
@@ -239,6 +253,16 @@ class ReinforcementLearning:
             write_report(
                 self.workdir, config.eval, about, setup.sampler, pipeline.world, models, config.run.max_failed_rewards
             )
+
+
+@partial(jax.jit, static_argnums=1)
+def _moved(step: Array, by: int) -> Array:
+    return step + by
+
+
+def _at(state: TrainState, later: int) -> TrainState:
+    """The same weights so many steps later."""
+    return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
 
 
 def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:
