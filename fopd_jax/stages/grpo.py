@@ -18,8 +18,8 @@ from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import ReinforcedPlan, ReinforcementLearning, make_stream
-from fopd_jax.stages.setup import RATE, make_setup, refuse_files
+from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream
+from fopd_jax.stages.setup import make_setup, refuse_files
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
 from fopd_jax.steps.grpo.step import metric_names
 from fopd_jax.steps.state import TrainState
@@ -83,7 +83,7 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     return ReinforcedPlan(
-        setup, update.trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.rewards), RATE, "lag"), held,
+        setup, update.trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.rewards), *METRICS), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
         lambda base: FlowGRPO(update, base, config.batch_size),
     )  # fmt: skip

@@ -30,17 +30,22 @@ from fopd_jax.running.feed import Feed
 from fopd_jax.running.goodput import phase
 from fopd_jax.running.journal import Journal
 from fopd_jax.running.stage import Metrics
+from fopd_jax.stages import looks
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
 from fopd_jax.stages.scoring import Pending, Scoring
-from fopd_jax.stages.setup import describe_weights, null_conditioning
+from fopd_jax.stages.setup import RATE, describe_weights, null_conditioning
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
+
+LAG = "lag"
+METRICS = (RATE, LAG, *looks.NAMES)
+"""What every step returns beside its method's."""
 
 
 class Method(Protocol):
@@ -172,9 +177,10 @@ class ReinforcementLearning:
         if self.config.lag and not self.rests(step + 1):
             state, self.ahead = self.rolled_out(state, step + 1, lag=1)
         with phase("rewards"), jax.transfer_guard("allow"):
-            credit = self.scoring.finish(now.pending)
+            credit, seen = self.scoring.finish(now.pending)
+            beside = {name: jax.device_put(np.float32(value)) for name, value in {**seen, LAG: now.lag}.items()}
         state, metrics = self.method.learn(state, now.rolled, now.conditioning, credit)
-        return state, {**metrics, **measured, "lag": jax.device_put(np.float32(now.lag))}
+        return state, {**metrics, **measured, **beside}
 
     def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
         """The rollout of a step by this state, its images being scored; its noise is the step's, whatever the lag."""
@@ -225,8 +231,8 @@ class ReinforcementLearning:
         return Model("policy", *self.trained.student.policy(self.base.variables, trained))
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
-        """What the averaged policy draws."""
-        return self.setup.draw(self.model(state.ema))
+        """What the averaged policy draws, and a group of the rollouts that it learns from, if there are any yet."""
+        return {**self.setup.draw(self.model(state.ema)), **self.scoring.picture()}
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged policy on the periodic evaluation's pairs."""
