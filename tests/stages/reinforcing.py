@@ -10,7 +10,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def draw(state: TrainState) -> jax.Array:
 def _learn(state: TrainState, x: jax.Array, credit: Credit, names: tuple[str, ...]) -> tuple[TrainState, Any]:
     moved = (credit.advantage * credit.counts * x.mean((1, 2, 3))).sum()
     trained = jax.tree.map(lambda leaf: leaf + 3e-4 * moved, state.trained)
-    state = advance(state.replace(trained=trained), EMA(0.9, 1))
+    state = advance(dataclasses.replace(state, trained=trained), EMA(0.9, 1))
     with jax.numpy_dtype_promotion("standard"):
         return state, {"loss": moved, "ratio": jnp.ones(()), **credit_metrics(names, credit)}
 
@@ -108,19 +108,19 @@ class Little:
         return _learn(state, rolled, credit, self.names)
 
 
-def make(workdir: Path, rewards: dict[str, Callable[..., Any]], **changes: Any) -> ReinforcementLearning:
-    """The stage on the miniature's text prompts, with rewards of one's own in place of its own."""
+def make(workdir: Path, functions: Mapping[str, Callable[..., Any] | None], **changes: Any) -> ReinforcementLearning:
+    """The stage on the miniature's text prompts, with rewards of one's own; None: what has that name anyway."""
     config = load("miniature_rl", "text:smoke")
-    config.tasks = {"text": RewardedTask(rewards=dict.fromkeys(rewards, 1.0))}
-    config.rewards = {name: RewardConfig(kind=f"{__name__}:{name}_") for name in rewards}
-    globals().update({f"{name}_": reward for name, reward in rewards.items()})
+    config.tasks = {"text": RewardedTask(rewards=dict.fromkeys(functions, 1.0))}
+    config.rewards = {name: RewardConfig(kind=f"{__name__}:{name}_") for name in functions if functions[name]}
+    globals().update({f"{name}_": reward for name, reward in functions.items()})
     config.batch_size, config.images_per_prompt = BATCH, GROUP
     config.run.steps, config.run.checkpoint_every, config.run.eval_every = STEPS, 2, 0
     for name, value in changes.items():
         setattr(config.run if hasattr(config.run, name) else config, name, value)
     config = resolve(config)
     plan = plan_grpo(config)
-    method = Little(tuple(rewards), plan.setup.pipeline.mesh)
+    method = Little(tuple(functions), plan.setup.pipeline.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     return ReinforcementLearning(config, workdir, dataclasses.replace(plan, method=lambda base: method))
 

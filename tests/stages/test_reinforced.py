@@ -1,5 +1,6 @@
 """Around a method of reinforcement learning: kills change nothing, lag is what it says, failures end by name."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -175,7 +176,7 @@ def test_a_rollout_is_made_by_the_weights_that_the_lag_says_with_the_noise_of_it
     assert lags == [0, lag, lag, 0, lag, lag]  # none is made ahead of a state that is saved
     for step, behind in enumerate(lags):
         by = recorder.before[step - behind]
-        expected = jax.jit(draw)(by.replace(step=np.int32(step)))
+        expected = jax.jit(draw)(dataclasses.replace(by, step=np.int32(step)))
         np.testing.assert_array_equal(recorder.rolled[step], expected)
     if lag:
         assert not np.array_equal(recorder.rolled[2], jax.jit(draw)(recorder.before[2]))

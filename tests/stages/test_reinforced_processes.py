@@ -1,7 +1,6 @@
 """Rewards on several processes: the same update as on one, failures included; one that breaks ends all by name."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,4 +56,3 @@ def test_a_reward_that_breaks_on_one_process_ends_both_by_name(runs: tuple[Path,
     assert "ended: RuntimeError: process 1" in first
     assert "TooManyFailures: rewards.breaks: 50% of its last 8 scores failed" in first
     assert "ended: TooManyFailures: rewards.breaks: 50% of its last 8 scores failed" in second
-    assert sys.executable
