@@ -189,10 +189,14 @@ class _Batch:
     def finish(self) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
         """Scores and, where it is monitored, the monitors of each image; of none where nothing was begun."""
         found = self.ticket.result() if self.ticket else {}
-        seen = _monitors(self.pixels, found) if self.monitored else {}
+        seen = self._seen(found) if self.monitored else {}
         if found and self.task.weights:
             found = {**found, f"{SUM}{self.task.name}": weighted_sum(found, self.task.weights)}
         return found, seen
+
+    def _seen(self, found: Mapping[str, Scores]) -> dict[str, np.ndarray]:
+        extra = monitors.extra_text_of(found, len(self.pixels))
+        return {**monitors.of_images(self.pixels), monitors.EXTRA_TEXT: extra}
 
 
 def _begun(
@@ -224,14 +228,6 @@ def _submit(
     check_finite(images, [f"prompt {prompt!r}" for prompt in prompts])
     pixels = to_pixels(images)
     return pixels, pool.submit(pixels, prompts, metadata, task.scored) if prompts else None
-
-
-def _monitors(pixels: UInt8[np.ndarray, "n h w 3"], found: Mapping[str, Scores]) -> dict[str, np.ndarray]:
-    """Each image's monitors, NaN where one has none: what was read beyond a target is known of OCR's alone."""
-    read = next((each.details for each in found.values() if any("read" in about for about in each.details)), None)
-    extra = [monitors.extra_text([about]) for about in read or [{}] * len(pixels)]
-    alone = np.array([each[0] if len(each) else np.nan for each in extra])
-    return {**monitors.of_images(pixels), f"{monitors.PREFIX}extra_text": alone}
 
 
 def measure(

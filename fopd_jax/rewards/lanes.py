@@ -15,12 +15,19 @@ CLOSED = "the pool of rewards is closed"
 class Job:
     """One reward's scores of one batch: what comes first counts, an answer or a reason why there is none.
 
-    `timed(images, seconds)` is told of what began.
+    `timed(images, seconds)` is told of what began; `keep` of the scores, before anybody has them, unless the job was
+    given up.
     """
 
-    def __init__(self, count: int, work: Callable[[], Scores], timed: Callable[[int, float], None]) -> None:
+    def __init__(
+        self,
+        count: int,
+        work: Callable[[], Scores],
+        timed: Callable[[int, float], None],
+        keep: Callable[[Scores], None] = lambda scores: None,
+    ) -> None:
         self.scores: Future[Scores] = Future()
-        self._count, self._timed = count, timed
+        self._count, self._timed, self._keep = count, timed, keep
         self._work: Callable[[], Scores] | None = work
         self._began: float | None = None
         self._lock, self._settled = threading.Lock(), False
@@ -42,7 +49,11 @@ class Job:
         """Unless it is settled already, all have failed."""
         self._settle(all_failed(self._count, reason))
 
-    def _settle(self, scores: Scores) -> None:
+    def give_up(self, reason: str) -> None:
+        """The same, but it is no failure of the reward's: nobody waits for the scores any more."""
+        self._settle(all_failed(self._count, reason), kept=False)
+
+    def _settle(self, scores: Scores, kept: bool = True) -> None:
         with self._lock:
             if self._settled:
                 return
@@ -50,7 +61,11 @@ class Job:
         self._work = None  # it holds the images
         if self._began is not None:
             self._timed(self._count, time.monotonic() - self._began)
-        self.scores.set_result(scores)
+        try:
+            if kept:
+                self._keep(scores)
+        finally:
+            self.scores.set_result(scores)
 
 
 class Lane:
@@ -73,7 +88,7 @@ class Lane:
             self._queue.put(job)
             stopped = self._stopped
         if stopped:
-            job.fail(CLOSED)
+            job.give_up(CLOSED)
 
     def length(self) -> int:
         """Batches that are not settled."""
@@ -85,7 +100,7 @@ class Lane:
         with self._lock:
             self._stopped, waiting = True, [job for job in self._open() if job.waits()]
         for job in waiting:
-            job.fail(CLOSED)
+            job.give_up(CLOSED)
         for _ in self._threads:
             self._queue.put(None)
 
@@ -95,7 +110,7 @@ class Lane:
         with self._lock:
             left = self._open()
         for job in left:
-            job.fail(CLOSED)
+            job.give_up(CLOSED)
 
     def _open(self) -> list[Job]:
         return [job for job in self._jobs if not job.scores.done()]

@@ -14,10 +14,11 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from fopd_jax.rewards.reward import Metadata
+from fopd_jax.rewards.reward import Metadata, Scores
 
 PREFIX = "monitors/"
 """Of every monitor's name: none is a score."""
+EXTRA_TEXT, DIVERSITY = f"{PREFIX}extra_text", f"{PREFIX}diversity"
 DARK = 0.15
 """Brightness in [0, 1] below which a pixel is dark, as in that run."""
 EDGE = 0.1
@@ -42,8 +43,8 @@ def monitor(
     """
     found = {
         **of_images(images),
-        f"{PREFIX}extra_text": extra_text(details or ()),
-        f"{PREFIX}diversity": diversity(pixel_features(images) if features is None else _directions(features), groups),
+        EXTRA_TEXT: extra_text(details or ()),
+        DIVERSITY: diversity(pixel_features(images) if features is None else _directions(features), groups),
     }
     return {name: float(values.mean()) for name, values in found.items() if len(values)}
 
@@ -55,6 +56,13 @@ def of_images(images: UInt8[np.ndarray, "n h w 3"]) -> dict[str, Float[np.ndarra
         f"{PREFIX}edge_density": edge_density(images),
         f"{PREFIX}colour_entropy": colour_entropy(images),
     }
+
+
+def extra_text_of(found: Mapping[str, Scores], count: int) -> Float[np.ndarray, " n"]:
+    """Of so many images what rewards have read beyond the target, NaN where nothing was: only OCR's know of it."""
+    read = next((each.details for each in found.values() if any("read" in about for about in each.details)), None)
+    extra = [extra_text([about]) for about in read or [{}] * count]
+    return np.array([each[0] if len(each) else np.nan for each in extra])
 
 
 def dark_share(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
@@ -153,8 +161,8 @@ BANDS: Mapping[str, Band] = {
     f"{PREFIX}dark_share": Band(high=2.0, least=0.1),
     f"{PREFIX}edge_density": Band(low=0.5, high=3.0, least=0.05),
     f"{PREFIX}colour_entropy": Band(low=0.5),
-    f"{PREFIX}diversity": Band(low=0.5),
-    f"{PREFIX}extra_text": Band(high=0.5, absolute=True),
+    DIVERSITY: Band(low=0.5),
+    EXTRA_TEXT: Band(high=0.5, absolute=True),
 }
 """Half or twice of where a run began; of sharp photographs 1% to 8% of the pixels are edges, of noise half of them."""
 

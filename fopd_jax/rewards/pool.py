@@ -34,8 +34,10 @@ class TooManyFailures(Outage):
 class Ticket:
     """Scores of one batch, which may still be under way."""
 
-    def __init__(self, jobs: Mapping[str, Job], collect: Callable[[Mapping[str, Scores]], None]) -> None:
-        self._jobs, self._collect = jobs, collect
+    def __init__(
+        self, jobs: Mapping[str, Job], known: Mapping[str, Scores], collect: Callable[[Mapping[str, Scores]], None]
+    ) -> None:
+        self._jobs, self._known, self._collect = jobs, known, collect
         self._scores: dict[str, Scores] | None = None
 
     def result(self, timeout: float | None = None) -> dict[str, Scores]:
@@ -49,9 +51,15 @@ class Ticket:
             wait([job.scores for job in self._jobs.values()], timeout)
             for job in self._jobs.values():
                 job.fail(f"TimeoutError: no answer within {timeout} s")
-            self._scores = {name: job.scores.result() for name, job in self._jobs.items()}
+            self._scores = {**self._known, **{name: job.scores.result() for name, job in self._jobs.items()}}
             self._collect(self._scores)
         return self._scores
+
+    def give_up(self) -> None:
+        """Nobody will ask for the result: what has not begun is not scored."""
+        for job in self._jobs.values():
+            if job.waits():
+                job.give_up("nobody waits for it")
 
 
 class Pool:
@@ -103,8 +111,13 @@ class Pool:
         prompts: Sequence[str],
         metadata: Sequence[Metadata],
         names: Sequence[str] | None = None,
+        known: Mapping[str, Scores] | None = None,
+        keep: Callable[[str, Scores], None] = lambda name, scores: None,
     ) -> Ticket:
         """Begin to score a batch by the named rewards, or by all. The images must not change until they are scored.
+
+        Rewards whose scores are `known` are not asked. `keep(name, scores)` is told of what each of the others has
+        said, failures included, in its thread and before the ticket has it.
 
         Raises:
           ValueError: a reward is unknown, or the numbers of images, prompts and metadata differ.
@@ -120,14 +133,18 @@ class Pool:
         if self._closed.is_set():
             self._room.release()
             raise RuntimeError(CLOSED)
+        known = {name: scores for name, scores in (known or {}).items() if name in wanted}
+        wanted = [name for name in wanted if name not in known]
         works = {name: partial(self._score, name, images, prompts, metadata) for name in wanted}
-        jobs = {name: Job(len(images), work, self._tallies[name].time) for name, work in works.items()}
+        jobs = {
+            name: Job(len(images), work, self._tallies[name].time, partial(keep, name)) for name, work in works.items()
+        }
         _after([job.scores for job in jobs.values()], self._room.release)
         for name in [each for each in wanted if each in self._lanes]:
             self._lanes[name].put(jobs[name])
         for name in [each for each in wanted if each not in self._lanes]:  # last: the others run meanwhile
             jobs[name].run()
-        return Ticket(jobs, self._collect)
+        return Ticket(jobs, known, self._collect)
 
     def statistics(self) -> dict[str, float]:
         """Metrics of each reward since the last call, flat: `rewards/NAME/…`.

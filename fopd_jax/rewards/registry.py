@@ -39,6 +39,8 @@ FILE_OPTIONS: Mapping[str, str] = types.MappingProxyType({
     "aesthetic": "head", "deqa": "template", "geneval": "clip", "qwenvl": "template", "unifiedreward": "template",
 })  # fmt: skip
 """Of kinds that read another file beside their weights, the option that names it."""
+WORLDS: Mapping[str, str] = types.MappingProxyType({"miniature": "fopd_jax.worlds.miniature.rewards"})
+"""Of presets whose world has rewards of its own the module that makes them: what serves rewards needs no world."""
 _REMOTE, _CUSTOM = KINDS["remote"], "fopd_jax.rewards.custom"
 _SERVED = (_REMOTE, "fopd_jax.rewards.served.judges")
 
@@ -64,6 +66,11 @@ def files_of(rewards: Mapping[str, RewardConfig]) -> dict[str, Path]:
         if option := FILE_OPTIONS.get(settings.kind or name):
             named[f"rewards.{name}.options.{option}"] = str(settings.options.get(option, ""))
     return {field: Path(file) for field, file in named.items() if file}
+
+
+def own_rewards(preset: str) -> dict[str, Reward]:
+    """Those of the preset's world, by name; most have none."""
+    return importlib.import_module(WORLDS[preset]).make_rewards() if preset in WORLDS else {}
 
 
 def make_rewards(

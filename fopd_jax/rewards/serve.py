@@ -1,8 +1,8 @@
 """`python -m fopd_jax.rewards.serve --reward=NAME[,NAME] --port=18085 [--config=FILE] [--token-file=FILE] [--host=…]`.
 
 Serves rewards to runs on this or other machines (docs/tasks-and-rewards.md). What a reward is stands under its name in
-the config's `rewards`; without a config it is the kind of that name with its defaults. Values are served undivided:
-`divide_by` is the run's.
+the config's `rewards`, or is what the config's world has under it, such as the miniature's `text`; without a config it
+is the kind of that name with its defaults. Values are served undivided: `divide_by` is the run's.
 
 Every request but /health needs the bearer token: the one in --token-file, or in $FOPD_JAX_REWARD_TOKEN. Where there is
 none, one is made: a --token-file that does not exist yet is written, or else it is printed once. Only this machine can
@@ -45,15 +45,11 @@ def main(_: list[str]) -> None:
     need("--reward", "serve", "starlette", "uvicorn")
     from fopd_jax.rewards.served.listening import bind
 
-    settings = chosen_settings(_REWARD.value, configured())
+    config = read_config() if has_config() else None
+    settings = chosen_settings(_REWARD.value, config.rewards if config else {})
     token = known_token(_TOKEN_FILE.value, _HOST.value)
     bound = bind(_HOST.value, _PORT.value)  # before what takes long
-    serve(settings, make(settings), token or new_token(_TOKEN_FILE.value), bound)
-
-
-def configured() -> Mapping[str, RewardConfig]:
-    """The rewards of the command line's config, if there is one."""
-    return read_config().rewards if has_config() else {}
+    serve(settings, make(settings, config.model.preset if config else ""), token or new_token(_TOKEN_FILE.value), bound)
 
 
 def chosen_settings(names: Sequence[str], rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
@@ -68,15 +64,15 @@ def chosen_settings(names: Sequence[str], rewards: Mapping[str, RewardConfig]) -
     return {name: dataclasses.replace(rewards.get(name, RewardConfig()), divide_by=1.0) for name in names}
 
 
-def make(settings: Mapping[str, RewardConfig]) -> Mapping[str, Reward]:
-    """The rewards, ready to score, in this process.
+def make(settings: Mapping[str, RewardConfig], preset: str = "") -> Mapping[str, Reward]:
+    """The rewards, ready to score, in this process; `preset`: of the network whose world may have some of its own.
 
     Raises:
       ValueError: as their kinds.
     """
-    from fopd_jax.rewards.registry import make_rewards  # what it loads is only known by name
+    from fopd_jax.rewards.registry import make_rewards, own_rewards  # what they load is only known by name
 
-    return make_rewards(tuple(settings), settings, {}, {})
+    return make_rewards(tuple(settings), settings, {}, own_rewards(preset))
 
 
 def known_token(file: str, host: str) -> str | None:

@@ -15,17 +15,20 @@ from fopd_jax.config.schema import Run
 from fopd_jax.files import check_finite
 from fopd_jax.parallel.agreement import agree, overheard
 from fopd_jax.parallel.distributed import BARRIER_TIMEOUT_S, fetch, is_main, largest, warn
-from fopd_jax.rewards.monitors import PREFIX, Watch
+from fopd_jax.rewards.monitors import PREFIX
 from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.display import Display
+from fopd_jax.running.drift import Drift
 from fopd_jax.running.means import SKIPPED, Means, split
-from fopd_jax.running.metrics import EVALUATION, MetricWriter, all_logged, logged
+from fopd_jax.running.metrics import EVALUATION, MetricWriter, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
+TRAINING = "train/"  # prefix of an update's scalars
+BASELINE = 5  # lines of metrics that say how rollouts looked when a run began
 CLOCKED = "rewards/"  # those of them that say how fast rewards were
 FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing
 MEANS = "means"  # among a checkpoint's notes
@@ -104,9 +107,10 @@ class _Run:
         self.means = Means(None if newest is None else self.checkpoints.notes(first).get(MEANS))
         if first > self.settings.steps:
             raise ValueError(f"run.steps: found {self.settings.steps}, but this workdir is already at step {first}")
-        self.pictures = Watch(updates=1)  # compared with the first evaluation
-        for _, seen in all_logged(self.watch.workdir, EVALUATION) if self.watch.workdir else ():
-            self.pictures, _ = self.pictures.see(seen)
+        self.drifts = {
+            EVALUATION: Drift(self.watch.workdir, EVALUATION, "evaluation", updates=1),
+            TRAINING: Drift(self.watch.workdir, TRAINING, "rollouts", updates=BASELINE),
+        }
         self.watch.goodput.resume(first)
         self.watch.guard.resume(first)
         return first
@@ -158,8 +162,9 @@ class _Run:
         self.display.step(step, values)
         if self.due(self.settings.log_every, step) or any(alarms.values()):
             means = self.means.take()
-            scalars = {f"train/{name}": value for name, value in means.items()} | alarms
+            scalars = {f"{TRAINING}{name}": value for name, value in means.items()} | alarms
             self.writer.write_scalars(step, scalars, self.display.measured())
+            self.drifts[TRAINING].see(step, means)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
         """An update that landed; returns its alarms."""
@@ -214,9 +219,7 @@ class _Run:
         self.writer.write_scalars(step, {name: named[name] for name in named if name not in clocked}, clocked)
         self.writer.write_images(step, images)
         self.checkpoints.score(step, shown)
-        self.pictures, alarms = self.pictures.see(scores)
-        for words in alarms.values():
-            warn(f"step {step}: {words}; look at the pictures: a reward may be earned by what it does not mean")
+        self.drifts[EVALUATION].see(step, scores)
 
     def save(self, step: int) -> None:
         """Start to save the state, if there is room for it; a failed save is tried again at the next checkpoint.

@@ -13,14 +13,14 @@ from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.files import check_writable, free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.reading import is_taken, parse_json, read_regular
-from fopd_jax.running import lock
+from fopd_jax.running import journal, lock
 from fopd_jax.running.checkpoints import FOLDER
 
 CONFIG_FILE = "config.json"
 _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
 _KINDS = ((Path.is_dir, "a folder"), (Path.is_file, "a file"), (Path.exists, "neither a file nor a folder"))
-_FOLDERS = (FOLDER, "tensorboard")
+_FOLDERS = (FOLDER, journal.FOLDER, "tensorboard")
 _FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
 """What may stay when a folder changes hands, beside its lock and its record."""

@@ -17,8 +17,8 @@ from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.forward_rl_update import ForwardUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
-from fopd_jax.stages.setup import RATE, make_setup, refuse_files
+from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
+from fopd_jax.stages.setup import make_setup, refuse_files
 from fopd_jax.steps.forward_rl import metric_names
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
@@ -69,7 +69,7 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
     tokens = partial(encoded_tokens, pipeline, config.model)
     names = metric_names(spec)
     return ReinforcedPlan(
-        setup, update.trained, lambda: stream.upto(config.run.steps), (*names, RATE, "lag"), held,
+        setup, update.trained, lambda: stream.upto(config.run.steps), (*names, *METRICS), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
         lambda base: ForwardProcess(update, base),
     )  # fmt: skip

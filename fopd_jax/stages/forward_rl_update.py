@@ -107,7 +107,7 @@ def forward_rl_programs(config: ForwardRL, mesh: AnyMesh) -> list[Program]:
     base = Base(abstract_base(boxed, dtype, mesh), encoded_rows(encoded, 1, dtype, everywhere))
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split)
-    credit = jax.eval_shape(lambda: Credit.none(len(spec.rewards), config.batch_size))
+    credit = jax.eval_shape(lambda: Credit.none(len(spec.rewards), config.batch_size, len(spec.tasks)))
     credit = place(credit, jax.tree.map(lambda _: everywhere, credit))
     state, programs = update.trained.state, update.programs
     whole = update_cost(config, spec, encoded.context.shape[0], model)

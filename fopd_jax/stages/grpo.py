@@ -20,8 +20,8 @@ from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, rollout_shapes, update_cost
 from fopd_jax.stages.opd_update import MixedUpdate
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
-from fopd_jax.stages.setup import RATE, make_setup, refuse_files
+from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
+from fopd_jax.stages.setup import make_setup, refuse_files
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
 from fopd_jax.steps.grpo.step import metric_names
 from fopd_jax.steps.opd.spec import Frozen
@@ -86,7 +86,7 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
         return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = (*metric_names(spec.rewards, spec.tasks), RATE, "lag")
+    names = (*metric_names(spec.rewards, spec.tasks), *METRICS)
     return ReinforcedPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,

@@ -166,7 +166,7 @@ def _pass_arguments(update: GRPOUpdate, base: Base, conditioning: Conditioning, 
     everywhere, rollout = replicated(groups.mesh), rollout_shapes(spec, groups.mesh, batch_size)
     sums = jax.eval_shape(lambda: Sums.zeros(groups, update.pieces.policy.compute(state.trained)))
     kept = Sums(groups.places(sums.gradients), everywhere, everywhere)
-    credit = jax.eval_shape(lambda: Credit.none(len(spec.rewards), batch_size))
+    credit = jax.eval_shape(lambda: Credit.none(len(spec.rewards), batch_size, len(spec.tasks)))
     each = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype), make_passes(1, 1, 1))
     credit, each = (place(tree, jax.tree.map(lambda _: everywhere, tree)) for tree in (credit, each))
     return base, (state, rollout, place(sums, kept)), conditioning, credit, each

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,7 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
+from fopd_jax.running.journal import Journal
 from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import teachers
@@ -31,7 +33,7 @@ from fopd_jax.stages.export import advise, export, export_name, exported_weights
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.opd_update import MixedUpdate, OPDUpdate, make_mixed, make_spec, make_update, scale_of, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.reinforced import ReinforcementLearning, check_rewarded, make_scoring
+from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning, refuse_files
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names
@@ -96,7 +98,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         return {"base": base, "bank": bank, **trained_parts(trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = (*mixed_names(spec), RATE, "lag") if is_mixed(config) else (*metric_names(spec.teachers), RATE)
+    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
     return OPDPlan(
         setup, trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
@@ -225,7 +227,8 @@ class MixedOPD(Distillation, ReinforcementLearning):
         Distillation.__init__(self, config, workdir, run)
         assert isinstance(self.update, MixedUpdate)
         self.method = FlowGRPO(self.update, self.frozen, config.batch_size)
-        self.scoring = make_scoring(config, self.pipeline)
+        self.journal = Journal(workdir, jax.process_index())
+        self.scoring = make_scoring(config, self.pipeline, self.journal)
         self.ahead = None
 
 

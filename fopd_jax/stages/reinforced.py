@@ -6,6 +6,7 @@ A step is a host composite: its rewards run in processes, threads or on servers 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,24 +22,31 @@ from fopd_jax.config.schema import OPD
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.parallel.distributed import is_main, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.running.checkpoints import kept_steps
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.goodput import phase
+from fopd_jax.running.journal import Journal
 from fopd_jax.running.stage import Metrics
+from fopd_jax.stages import looks
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
 from fopd_jax.stages.scoring import Pending, Scoring
-from fopd_jax.stages.setup import describe_weights, null_conditioning
+from fopd_jax.stages.setup import RATE, describe_weights, null_conditioning
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 from fopd_jax.worlds.world import World
+
+LAG = "lag"
+METRICS = (RATE, LAG, *looks.NAMES)
+"""What every step returns beside its method's."""
 
 
 class Method(Protocol):
@@ -95,10 +103,11 @@ def check_rewarded(names: Collection[str], world: World) -> None:
     check_training_prompts(tasks, world)
 
 
-def make_scoring(config: Reinforced | OPD, pipeline: Pipeline) -> Scoring:
-    """Of the rollouts of a config's tasks, by their rewards."""
+def make_scoring(config: Reinforced | OPD, pipeline: Pipeline, journal: Journal) -> Scoring:
+    """Of the rollouts of a config's tasks, by their rewards; `journal`: keeps what they said."""
     world = dataclasses.replace(pipeline.world, tasks={name: pipeline.world.tasks[name] for name in config.tasks})
-    return Scoring(world, pipeline.mesh, config.advantages, config.run.max_failed_rewards)
+    most = config.run.max_failed_rewards
+    return Scoring(world, pipeline.mesh, config.advantages, most, journal, config_hash(config))
 
 
 def check_training_prompts(tasks: dict[str, Task], world: World) -> None:
@@ -143,7 +152,8 @@ class ReinforcementLearning:
         self.method = plan.method(self.base)
         sharding, self.prompts = batch_sharding(pipeline.mesh), plan.stream
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
-        self.scoring = make_scoring(config, pipeline)
+        self.journal = Journal(workdir, jax.process_index())
+        self.scoring = make_scoring(config, pipeline, self.journal)
         self.ahead: _Ahead | None = None
 
     @property
@@ -190,18 +200,20 @@ class ReinforcementLearning:
         if self.config.lag and not self.rests(step + 1):
             state, self.ahead = self.rolled_out(state, step + 1, lag=1)
         with phase("rewards"), jax.transfer_guard("allow"):
-            credit = self.scoring.finish(now.pending)
+            credit, seen = self.scoring.finish(now.pending)
+            beside = {name: jax.device_put(np.float32(value)) for name, value in {**seen, LAG: now.lag}.items()}
         state, metrics = self.method.learn(state, now.rolled, now.conditioning, credit)
-        return state, {**metrics, **measured, "lag": jax.device_put(np.float32(now.lag))}
+        return state, {**metrics, **measured, **beside}
 
     def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
-        """The rollout of a step by this state, its images being scored."""
+        """The rollout of a step by this state, its images being scored; its noise is the step's, whatever the lag."""
         conditioning = self.embedded(self.feed(step))
-        state, rolled = self.method.roll_out(state, conditioning)
+        state, rolled = self.method.roll_out(_at(state, lag), conditioning)
+        state = _at(state, -lag)
         merged = self.config.advantages.merge_equal_prompts
         with jax.transfer_guard("allow"):
             drawn = self.prompts.drawn(step, merge_equal_prompts=merged)
-            pending = self.scoring.begin(self.method.latents(rolled), drawn)
+            pending = self.scoring.begin(step, self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
 
     def embedded(self, batch: Batch) -> Any:
@@ -215,8 +227,15 @@ class ReinforcementLearning:
         return step >= run.steps or any(step % every == 0 for every in cadences)
 
     def drain(self) -> None:
-        """Nothing is in flight where a state is saved by plan; a stop between two lets go of what was made ahead."""
+        """Nothing is in flight where a state is saved by plan; a stop between two lets go of what was made ahead.
+
+        Scores from before the oldest checkpoint to go on from are not needed any more.
+        """
+        if self.ahead is not None:
+            self.scoring.let_go(self.ahead.pending)
         self.ahead = None
+        if is_main() and (kept := kept_steps(self.workdir)[-self.config.run.keep_checkpoints :]):
+            self.journal.prune(kept[0])
 
     def close(self) -> None:
         """End the threads that make batches and scores."""
@@ -238,8 +257,8 @@ class ReinforcementLearning:
         return Model("policy", *self.trained.student.policy(self.base.variables, trained))
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
-        """What the averaged policy draws."""
-        return self.setup.draw(self.model(state.ema))
+        """What the averaged policy draws, and a group of the rollouts that it learns from, if there are any yet."""
+        return {**self.setup.draw(self.model(state.ema)), **self.scoring.picture()}
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged policy on the periodic evaluation's pairs."""
@@ -277,6 +296,16 @@ def trained_rewards(config: Reinforced) -> dict[str, float]:
         for name, weight in task.rewards.items():
             found[name] = found.get(name, 0.0) + weight * task.weight / shares
     return {name: weight for name, weight in found.items() if weight}
+
+
+@partial(jax.jit, static_argnums=1)
+def _moved(step: Array, by: int) -> Array:
+    return step + by
+
+
+def _at(state: TrainState, later: int) -> TrainState:
+    """The same weights so many steps later."""
+    return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
 
 
 def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:

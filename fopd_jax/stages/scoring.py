@@ -2,31 +2,41 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fopd_jax.config.learning import Comparison
 from fopd_jax.evaluation.sampler import check_finite
 from fopd_jax.parallel.agreement import together
-from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
+from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.rewards.combine import Normalise, combine
+from fopd_jax.rewards.monitors import EXTRA_TEXT, extra_text_of
 from fopd_jax.rewards.pixels import to_pixels
-from fopd_jax.rewards.pool import Pool, Ticket
+from fopd_jax.rewards.pool import Pool, Ticket, TooManyFailures
 from fopd_jax.rewards.reward import Scores
+from fopd_jax.running.journal import Journal, fingerprint
+from fopd_jax.stages.looks import draw_group, look, metrics
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.worlds.prompt_stream import Drawn
 from fopd_jax.worlds.world import World
+
+IDLE = 10
+"""Steps without a difference to learn from, after which that is told."""
+_VALUES = "values"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
     """A rollout that is being scored: whose rows `drawn` are, and tickets with this process's rows of the batch."""
 
+    step: int
     drawn: Sequence[Drawn]
+    pixels: UInt8[np.ndarray, "n h w 3"]
     tickets: Sequence[tuple[np.ndarray, Ticket]]
 
 
@@ -34,16 +44,21 @@ class Scoring:
     """Scores rollouts of a world's tasks by the rewards that these name, and compares them within their groups.
 
     `names`: of all rewards, in the order of `Credit.values`. Each process scores its own images, all have all scores.
+    What its `journal` has of the same images of the same step is not asked again; `identity`: of the rewards' settings.
     """
 
-    def __init__(self, world: World, mesh: Mesh, comparison: Comparison, most_failed: float) -> None:
+    def __init__(
+        self, world: World, mesh: Mesh, comparison: Comparison, most_failed: float, journal: Journal, identity: str
+    ) -> None:
         self._world, self._mesh, self._comparison = world, mesh, comparison
+        self._journal, self._identity, self._idle = journal, identity, 0
+        self._last: tuple[Pending, Credit] | None = None
         self.names = tuple(dict.fromkeys(name for task in world.tasks.values() for name in task.rewards))
         rewards = {name: world.rewards[name] for name in self.names}
         self._pool = Pool(rewards, most_failed=most_failed, outstanding=2 * len(world.tasks))
 
-    def begin(self, latents: Array, drawn: Sequence[Drawn]) -> Pending:
-        """Decode, and begin to score; waits until the latents are there.
+    def begin(self, step: int, latents: Array, drawn: Sequence[Drawn]) -> Pending:
+        """Decode a step's rollout, and begin to score it; waits until the latents are there.
 
         Raises:
           ValueError: an image is not finite; names its prompt.
@@ -57,31 +72,81 @@ class Scoring:
             pixels, tickets = to_pixels(images), []
             for task in dict.fromkeys(each.task for each in own):
                 rows = np.array([i for i, each in enumerate(own) if each.task == task])
-                prompts, metadata = [own[i].prompt for i in rows], [own[i].metadata for i in rows]
-                names = tuple(self._world.tasks[task].rewards)
-                tickets.append((rows, self._pool.submit(pixels[rows], prompts, metadata, names)))
-            return Pending(drawn, tickets)
+                tickets.append((rows, self._submit(step, task, pixels[rows], [own[i] for i in rows])))
+            return Pending(step, drawn, pixels, tickets)
 
         return together("images to score", submit)
 
-    def finish(self, pending: Pending) -> Credit:
-        """Wait for the scores, and compare.
+    def _submit(self, step: int, task: str, pixels: UInt8[np.ndarray, "n h w 3"], own: Sequence[Drawn]) -> Ticket:
+        prompts, metadata = [each.prompt for each in own], [each.metadata for each in own]
+        of = fingerprint(self._identity, pixels, prompts, metadata)
+        return self._pool.submit(
+            pixels, prompts, metadata, tuple(self._world.tasks[task].rewards),
+            known=self._journal.find(step, of), keep=partial(self._journal.add, step, of),
+        )  # fmt: skip
+
+    def let_go(self, pending: Pending) -> None:
+        """Nobody will learn of that rollout."""
+        for _, ticket in pending.tickets:
+            ticket.give_up()
+
+    def finish(self, pending: Pending) -> tuple[Credit, dict[str, float]]:
+        """Wait for the scores, and compare; how the images look, see `looks.metrics`.
 
         Raises:
           TooManyFailures: of any process, on all; see `Pool`.
         """
         drawn, sharding = pending.drawn, batch_sharding(self._mesh)
-        own = len(rows_of(sharding, len(drawn)))
 
-        def wait() -> Float[np.ndarray, "n r"]:
-            values = np.full((own, len(self.names)), np.nan)
-            for rows, ticket in pending.tickets:
-                for name, scores in ticket.result().items():
-                    values[rows, self.names.index(name)] = scores.values
-            return values
+        def wait() -> dict[str, np.ndarray]:
+            seen, own = look(pending.pixels), len(pending.pixels)
+            values, extra = np.full((own, len(self.names)), np.nan), np.full(own, np.nan)
+            for rows, scores in self._collected(pending):
+                extra[rows] = extra_text_of(scores, len(rows))
+                for name, each in scores.items():
+                    values[rows, self.names.index(name)] = each.values
+            return {**seen, EXTRA_TEXT: extra, _VALUES: values}
 
-        values = gather_rows(together("scores", wait), sharding, len(drawn))
-        return put_replicated(self._credit(drawn, values), replicated(self._mesh))
+        seen = dict(gather_rows(together("scores", wait), sharding, len(drawn)))
+        credit = self._credit(drawn, seen.pop(_VALUES))
+        self._tell_of_nothing(pending.step, bool((credit.valid & ~credit.flat).any()))
+        self._last = pending, credit
+        groups = np.array([each.group for each in drawn])
+        return put_replicated(credit, replicated(self._mesh)), metrics(seen, groups)
+
+    def _tell_of_nothing(self, step: int, learns: bool) -> None:
+        """Once, where rewards tell no image from another for long."""
+        self._idle = 0 if learns else self._idle + 1
+        if self._idle == IDLE:
+            warn(
+                f"step {step + 1}: nothing was learnt in {IDLE} steps: all images of a prompt have the same reward, or "
+                "none. See reward/, failed/ and flat_share in the metrics, and the picture of rollouts"
+            )
+
+    def picture(self) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+        """Of the rollout scored last, this process's first group; nothing before there is one."""
+        if self._last is None:
+            return {}
+        pending, credit = self._last
+        mine = rows_of(batch_sharding(self._mesh), len(pending.drawn))
+        first = pending.drawn[int(mine[0])]
+        chosen = np.array([i for i, row in enumerate(mine) if pending.drawn[int(row)].group == first.group])
+        asked, values = credit.asked[:, mine[chosen]].T, credit.values[:, mine[chosen]].T
+        labels = [self._label(*each) for each in zip(asked, values, strict=True)]
+        rank = np.where(credit.valid, credit.advantage, -np.inf)[mine[chosen]]
+        return {"rollouts": draw_group(first.prompt, pending.pixels[chosen], rank, labels)}
+
+    def _label(self, asked: Bool[np.ndarray, " r"], values: Float[np.ndarray, " r"]) -> str:
+        said = zip(self.names, asked, values, strict=True)
+        return ", ".join(f"{name} {'failed' if np.isnan(v) else format(v, '.3f')}" for name, there, v in said if there)
+
+    def _collected(self, pending: Pending) -> list[tuple[np.ndarray, Mapping[str, Scores]]]:
+        """By rows the scores of this process's images, once all are there."""
+        try:
+            return [(rows, ticket.result()) for rows, ticket in pending.tickets]
+        except TooManyFailures:
+            self._journal.reject(pending.step)
+            raise
 
     def _credit(self, drawn: Sequence[Drawn], values: Float[np.ndarray, "b r"]) -> Credit:
         weights = self._weights(drawn)
