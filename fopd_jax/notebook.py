@@ -22,11 +22,11 @@ from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
 from fopd_jax.config.stages import StageConfig
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline

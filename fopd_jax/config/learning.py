@@ -65,8 +65,8 @@ class Comparison(Section):
 class Decoding(Section):
     """How latents become the images that rewards see."""
 
-    batch_size: int = setting(4, "Images a device decodes at once.", at_least(1, MOST_ROWS))
-    dtype: str = setting("float32", "Of the autoencoder.", one_of("float32", "bfloat16"))
+    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
+    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
 
 
 @dataclasses.dataclass
