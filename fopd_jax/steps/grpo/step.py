@@ -32,6 +32,8 @@ Metrics = dict[str, jax.Array]
 Progress = tuple[TrainState, Rollout, Sums]
 Seen = tuple[Totals, Array, Array]
 """Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+Stacked = tuple[dict[str, Array], Array, Array]
+"""The same of several passes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def go(
     return (state, rollout, sums), (totals, norm, skipped)
 
 
-def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen) -> tuple[TrainState, Metrics]:
+def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Stacked) -> tuple[TrainState, Metrics]:
     """Close a step; `seen`: of all training passes, stacked."""
     totals, norms, skips = seen
     weight = totals["weight"].sum()
@@ -107,14 +109,14 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen)
 
 
 def credit_metrics(rewards: tuple[str, ...], credit: Credit) -> Metrics:
-    """Of each reward the mean and the share of failures, and what becomes of the samples."""
+    """Of each reward the mean and the share of failures, among those asked; and what becomes of the samples."""
     there = credit.asked & ~jnp.isnan(credit.values)
     found: Metrics = {}
     for name, value, asked, is_there in zip(rewards, credit.values, credit.asked, there, strict=True):
-        count = is_there.sum().astype(jnp.float32)
+        count, all_asked = (each.sum().astype(jnp.float32) for each in (is_there, asked))
         found[f"reward/{name}"] = jnp.where(is_there, value, 0.0).sum() / jnp.maximum(count, 1)
-        found[f"weights/reward/{name}"] = count
-        found[f"failed/{name}"] = 1 - count / jnp.maximum(asked.sum(), 1)
+        found[f"failed/{name}"] = (all_asked - count) / jnp.maximum(all_asked, 1)
+        found |= {f"weights/reward/{name}": count, f"weights/failed/{name}": all_asked}
     valid = credit.valid.sum()
     return found | {
         "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
