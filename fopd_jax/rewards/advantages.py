@@ -39,9 +39,9 @@ def advantages(
 ) -> TracedAdvantages:
     """Advantages of samples, limited to ±`clip`, in float32. `values`: of each reward, NaN where it failed.
 
-    `weights`: of each reward, or of each reward for each sample; finite, not all 0.
-    `groups`: 0 … `count` - 1, of which some may have no samples. With a `mesh` every device computes the whole, so that
-    no way of splitting the batch changes a bit.
+    `weights`: of each reward, or of each reward for each sample; finite, not all 0. `groups`: 0 … `count` - 1, of which
+    some may have no samples, or -1 of a sample that takes no part. With a `mesh` every device computes the whole, so
+    that no way of splitting the batch changes a bit.
     """
     weights = jnp.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, values.shape)
     if mesh is not None and mesh.size > 1:

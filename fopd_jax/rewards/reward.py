@@ -80,7 +80,7 @@ class Traced:
     other lengths are the same for all prompts. `score(params, images, rows)`: pure, one value an image, NaN where it
     fails; no image's value depends on the others of its batch. `params()`: arrays on this process's devices, loaded
     when they are first asked for, {} where there are none; a program over more devices has them put there
-    (`put_replicated`).
+    (`distributed.spread`).
     """
 
     prepare: Callable[[Sequence[str], Sequence[Metadata]], Tree]

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.sharding import AnyMesh, replicated
+from fopd_jax.parallel.distributed import spread
 from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Metadata, Reward, Traced
 
@@ -31,9 +31,9 @@ def prepare(rewards: Mapping[str, Traced], prompts: Sequence[str], metadata: Seq
     return {name: traced.prepare(prompts, metadata) for name, traced in rewards.items()}
 
 
-def place(rewards: Mapping[str, Traced], mesh: AnyMesh) -> dict[str, Tree]:
+def place(rewards: Mapping[str, Traced], mesh: Mesh) -> dict[str, Tree]:
     """Each reward's parameters, by name, whole on every device of `mesh`."""
-    return {name: put_replicated(traced.params(), replicated(mesh)) for name, traced in rewards.items()}
+    return {name: spread(traced.params(), mesh) for name, traced in rewards.items()}
 
 
 def score(

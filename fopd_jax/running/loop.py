@@ -20,13 +20,12 @@ from fopd_jax.running import goodput, guards
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.display import Display
 from fopd_jax.running.means import SKIPPED, Means, split
-from fopd_jax.running.metrics import MetricWriter, all_logged, logged
+from fopd_jax.running.metrics import EVALUATION, MetricWriter, all_logged, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
-EVALUATION = "eval/"  # prefix of an evaluation's scalars
 CLOCKED = "rewards/"  # those of them that say how fast rewards were
 FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing
 MEANS = "means"  # among a checkpoint's notes

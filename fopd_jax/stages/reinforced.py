@@ -27,6 +27,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.goodput import phase
 from fopd_jax.running.stage import Metrics
+from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.pipeline import Pipeline, load_base
@@ -105,10 +106,18 @@ class _Ahead:
 class ReinforcementLearning:
     """The stage, see `running.stage.Stage`."""
 
-    def __init__(self, config: Reinforced, workdir: Path, plan: ReinforcedPlan) -> None:
+    def __init__(
+        self,
+        config: Reinforced,
+        workdir: Path,
+        plan: ReinforcedPlan,
+        origin: Callable[[Any], Origin],
+        run: Path | None = None,
+    ) -> None:
+        """`origin`: what is told of what trains; `run`: see `stages.registry.Kind`."""
         check_plan(plan, config, workdir)
         say(describe_run(plan, config, workdir))
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.run, self.origin = config, workdir, run or workdir, origin
         self.setup, self.pipeline, self.trained = plan.setup, plan.setup.pipeline, plan.trained
         plan.prepare()
         say("loading the base")
@@ -231,7 +240,8 @@ class ReinforcementLearning:
         """Export the averaged weights, and report them beside the base."""
         config, pipeline = self.config, self.pipeline
         constants = self.base.variables["constants"]
-        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model)
+        card = make_card(config, pipeline, self.setup.base, self.origin, int(state.step), self.run)
+        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model, card)
         unchanged = {} if self.whole else effective(no_adapter(state.ema))  # so that one program samples both
         models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
@@ -239,6 +249,16 @@ class ReinforcementLearning:
             write_report(
                 self.workdir, config.eval, about, setup.sampler, pipeline.world, models, config.run.max_failed_rewards
             )
+
+
+def trained_rewards(config: Reinforced) -> dict[str, float]:
+    """What a policy is trained on: weights of rewards, averaged over the prompts of all tasks."""
+    shares = sum(task.weight for task in config.tasks.values())
+    found: dict[str, float] = {}
+    for task in config.tasks.values():
+        for name, weight in task.rewards.items():
+            found[name] = found.get(name, 0.0) + weight * task.weight / shares
+    return {name: weight for name, weight in found.items() if weight}
 
 
 def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:

@@ -24,7 +24,7 @@ class Decoder:
     """A world's decoder. `apply(params, latents, dtype)`: a whole batch at once, computed in `dtype`.
 
     `params()`: its weights in float32, whole on each of this process's devices, loaded when they are first asked for;
-    a program over the devices of several has them put there (`put_replicated`). `shapes()`: the same as shapes.
+    a program over the devices of several has them put there (`distributed.spread`). `shapes()`: the same as shapes.
     """
 
     apply: Callable[[Tree, Float[Array, "b h w c"], str], Float[Array, "b height width 3"]]
