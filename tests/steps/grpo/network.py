@@ -67,7 +67,7 @@ class Host:
         self.rolling, self.learning = whole[: self.spec.parts], whole[self.spec.parts :]
 
     def start(self, trained: Any = STUDENT, seed: int = 5) -> TrainState:
-        return init_state(trained, self.optimizer, seed)
+        return jax.device_put(init_state(trained, self.optimizer, seed), jax.devices()[0])
 
     def roll_out(self, state: TrainState, conditioning: Any) -> tuple[TrainState, tuple[Rollout, Sums]]:
         size = jax.tree.leaves(conditioning)[0].shape[0]
