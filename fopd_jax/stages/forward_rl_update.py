@@ -18,7 +18,7 @@ from fopd_jax.performance.flops import Update
 from fopd_jax.performance.program import Program
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.abstract import abstract_base, abstract_model, encoded_rows, encoding_programs, world_shapes
-from fopd_jax.stages.grpo_update import reward_names, told_apart
+from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained, place
 from fopd_jax.steps.forward_rl import ForwardSpec, Pieces, Programs, make_programs
 from fopd_jax.steps.grpo.spec import Base, Credit

@@ -1,7 +1,6 @@
 """From a config to Flow-GRPO's programs and to where what trains lives; needs no weights and no devices."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from jax.sharding import PartitionSpec as P
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.learning import GRPO, RewardedTask
+from fopd_jax.config.learning import GRPO
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import RoutedTask
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -25,13 +23,12 @@ from fopd_jax.performance.flops import NOTHING, Update
 from fopd_jax.performance.program import Calls, Program, whole
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.abstract import abstract_base, abstract_model, encoded_rows, encoding_programs, world_shapes
+from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained, place
 from fopd_jax.steps.grpo.spec import Base, Credit, GRPOSpec, Rollout
 from fopd_jax.steps.grpo.step import Pieces, Programs, make_programs
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.steps.visits import Stored, Sums, make_passes
-
-Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +64,6 @@ def make_spec(config: GRPO, latent_shape: tuple[int, int, int]) -> GRPOSpec:
         minibatches=config.minibatches,
         micro_batches=config.run.micro_batches,
     )
-
-
-def reward_names(tasks: Rewarded) -> tuple[str, ...]:
-    """Of all tasks, each once, in the config's order."""
-    return tuple(dict.fromkeys(name for task in tasks.values() for name in task.rewards))
-
-
-def told_apart(tasks: Rewarded) -> dict[str, dict[str, float]]:
-    """The weights of each task's rewards, where there are several tasks."""
-    return {name: dict(task.rewards) for name, task in tasks.items()} if len(tasks) > 1 else {}
 
 
 def make_update(

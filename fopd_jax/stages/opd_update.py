@@ -18,7 +18,7 @@ from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
-from fopd_jax.stages.grpo_update import reward_names, told_apart
+from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.step import Programs
 from fopd_jax.steps.opd.mixed import make_programs

@@ -27,6 +27,7 @@ from fopd_jax.stages.forward_rl import ForwardProcess
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.registry import find_stage
 from fopd_jax.stages.reinforced import Method
+from fopd_jax.stages.rewards import reward_names
 from fopd_jax.steps import forward_rl
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.grpo.step import Programs
@@ -118,7 +119,7 @@ def _method(config: Reinforced, mesh: Mesh, base: Base, compiled: dict[str, Any]
 
 def _credit(config: Reinforced, mesh: Mesh) -> Credit:
     """Of scores as they might be: all there, no two alike."""
-    rewards, size = len(grpo_update.reward_names(config.tasks)), config.batch_size
+    rewards, size = len(reward_names(config.tasks)), config.batch_size
     draw = np.random.default_rng(0)
     yes, no = np.ones(size, bool), np.zeros(size, bool)
     values = draw.random((rewards, size), np.float32)

@@ -34,6 +34,8 @@ Metrics = dict[str, jax.Array]
 Progress = tuple[TrainState, Rollout, Sums]
 Seen = tuple[Totals, Array, Array]
 """Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+Stacked = tuple[dict[str, Array], Array, Array]
+"""The same of several passes."""
 
 
 @dataclasses.dataclass(frozen=True)
