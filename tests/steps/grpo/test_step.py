@@ -120,7 +120,7 @@ def test_a_reward_that_was_not_asked_has_not_failed() -> None:
 def test_where_nothing_counts_nothing_moves() -> None:
     """Not the weights, by decay either, nor Adam's moments or counts; the step is counted, the average goes on."""
     host = Host(make_spec(updates_per_rollout=2, minibatches=2), optax.adamw(1e-2, weight_decay=0.1), EMA(every=1))
-    state = dataclasses.replace(host.start(), ema=jax.tree.map(jnp.zeros_like, STUDENT))
+    state = dataclasses.replace(host.start(), ema=jax.tree.map(jnp.zeros_like, host.start().ema))
     before = copied(state)
     state, rolled = host.roll_out(state, grouped())
     after, metrics, _ = host.learn(state, rolled, grouped(), make_credit(np.zeros(SIZE), flat=True))
