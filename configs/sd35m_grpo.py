@@ -28,8 +28,9 @@ Both rates are assumptions: nothing of this was timed on an accelerator. Publish
 (2609.39692). `geneval` runs 2,500 steps by default, 2.5 times that.
 Cheaper: configs/sd35m_fast.py and configs/sd35m_nft.py; and 256 px in training, .32 of the FLOPs, which others found to
 carry over to larger pictures (the evaluation is at 256, too): --config.model.resolution=256
-Memory a chip: see benchmarks/results/pods.md; `python -m fopd_jax.compile_for --config=configs/sd35m_grpo.py:ocr
---topology=v5p:4x4x4`. `run.micro_batches` divides what a chip holds at once: 3 for 8 GPUs of 80 GB.
+Memory a chip is told by `python -m fopd_jax.compile_for --config=configs/sd35m_grpo.py:ocr --topology=v5p:4x4x4`, which
+has not been run at this size. Estimated from distillation's figures (configs/sd35m_opd.py), an image that a chip holds
+at once takes 1.5 GiB; `run.micro_batches` divides them: --config.run.micro_batches=3 for 8 GPUs of 80 GB.
 The batch must be a multiple of chips x minibatches x micro_batches: on 256 chips --config.batch_size=1536.
 Cost on 2 CPU cores: none that is useful; `:smoke` runs the recipe on the embedded miniature.
 

@@ -35,7 +35,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something long began before the input was checked")
 
     monkeypatch.setattr(opd_step, "fused", began)
-    monkeypatch.setattr(sampler, "sample_final", began)
+    monkeypatch.setattr(sampler, "solve", began)
     monkeypatch.setattr(opd.teachers, "load_base", began)
     monkeypatch.setattr(plan.Plan, "prepare", began)
 
@@ -67,7 +67,7 @@ def test_every_config_that_can_run_here_is_checked(
     assert ("all of the network" in rows["trains"]) == (config.trained == "params")
 
 
-@pytest.mark.parametrize("name", ["sd35m_opd", "sd35m_sft"])
+@pytest.mark.parametrize("name", ["sd35m_fast", "sd35m_grpo", "sd35m_nft", "sd35m_opd", "sd35m_sft"])
 def test_configs_without_their_weights_are_refused_by_the_folder(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^model\.path: weights/sd35m: no such file or folder"):
         main.check(resolve(load(name)), tmp_path / "run")
