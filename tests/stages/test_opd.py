@@ -34,7 +34,7 @@ def mixed(**changes: Any) -> OPD:
     [
         ({"images_per_prompt": 1}, "images_per_prompt: found 1, expected at least 2: 'mixed' compares"),
         ({"tasks.text.rewards": {"text": 0.0}}, r"tasks\.text\.rewards: found none with a weight"),
-        ({"objective.name": "clipped", "lag": 1}, r"lag: found 1, expected 0, since objective\.name is not 'mixed'"),
+        ({"objective.name": "clipped", "lag": 1}, "lag: found 1, expected 0: objective 'clipped' waits for no rewards"),
         ({"sampler.transition": "ode", "objective.weighting": "ode"}, "'mixed' needs a transition with a density"),
         ({"one_timestep": True}, r"one_timestep: found True, which needs objective\.name 'direct'"),
     ],
