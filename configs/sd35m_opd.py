@@ -5,7 +5,8 @@
 
 Needs, by default in the working directory (any path can be set by its field); docs/weights-and-prompts.md gets them:
     weights/sd35m                     the converted base (tools/convert_sd35_weights.py)
-    teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours
+    teachers/{geneval,ocr,pickscore,deqa}   single-skill LoRA adapters: PEFT folders, diffusers or ComfyUI files, ours;
+                                      each is asked under the guidance that its file says, 4.5 where it says none
     data/{geneval,ocr,pickscore}/{train,test}.txt     prompts, one a line or as GenEval's
 
 First the run encodes every prompt that it will draw, once, and keeps the encodings in `run.encoding.cache` for itself
@@ -50,7 +51,7 @@ Other recipes are settings:
         --config.objective.mar_beta=0 --config.cold_start.method=none         DiffusionOPD's
     --config.batch_size=256 --config.images_per_prompt=16 --config.updates_per_rollout=2 --config.minibatches=2
         --config.objective.mar_beta=0.04                                      the authors' code's batch and anchor
-    --config.tasks.geneval.guidance=1.0                               a teacher that was trained without guidance
+    --config.tasks.geneval.guidance=1.0                               a teacher without guidance whose file is silent
     --config.model.preset=sd35_large --config.model.path=weights/sd35l        another network of the family
     --config.trained=params --config.run.mesh.data=8 --config.run.mesh.fsdp=8 --config.run.reduce_once="('data',)"
         --config.optimizer.learning_rate=1e-5                         all of the network trains, sharded (64 chips)

@@ -15,7 +15,7 @@ autoencoder when their batch comes: one sample of the posterior, as SD3's traine
 Captions are encoded once and kept, as OPD's prompts are. At the end the run writes `adapter.safetensors` and
 `adapter_peft/`, which are what `tasks.NAME.teacher` of `configs/sd35m_opd.py` takes, and `samples.png`.
 
-One caption in ten is empty, so that the teacher can be guided: `tasks.NAME.guidance` stays at the student's scale.
+One caption in ten is empty, so that the teacher can be guided: its file says `eval.guidance`, under which OPD asks it.
 
 Cost, by arithmetic (backbones/sd3/flops.py; images of 512 px, 205 text tokens): 4.8 TFLOP an image, 6.1 with what is
 recomputed, so 390 TFLOP an update of 64 images; all of the network 6.7 and 8.5, 545 an update. The autoencoder adds

@@ -41,10 +41,11 @@ from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.running import inputs, lock, loop, profile, records, tracking, workdir
 from fopd_jax.running.checkpoints import Checkpoints, newest_step
 from fopd_jax.running.display import describe_end, spell_scores
-from fopd_jax.running.metrics import MetricWriter, logged
+from fopd_jax.running.metrics import EVALUATION, MetricWriter, logged
 from fopd_jax.running.preemption import Preempted, leave_at_once
 from fopd_jax.running.stage import Stage
 from fopd_jax.running.supervision import Supervision, make_supervision
+from fopd_jax.stages.cards import settled
 from fopd_jax.stages.check import describe_plan
 from fopd_jax.stages.files import input_files
 from fopd_jax.stages.plan import check_plan
@@ -115,6 +116,7 @@ def run(config: Config, folder: Path) -> None:
     """
     began = time.monotonic()
     with distributed.failing_together():
+        config = settled(config)
         watch = make_supervision(config.run, folder, {"seed": config.seed, "config_hash": config_hash(config)})
         with watch.goodput, keeping(config.run.compiled, folder), contextlib.ExitStack() as held:
             stage = prepare(config, folder)
@@ -172,7 +174,7 @@ def tell_end(folder: Path, stage: Stage, step: int, watch: Supervision) -> None:
     if TABLE_FILE in stage.outputs:
         scores = (folder / TABLE_FILE).read_text(encoding="utf-8").rstrip()
     else:
-        scores = spell_scores(logged(folder, step, loop.EVALUATION))
+        scores = spell_scores(logged(folder, step, EVALUATION))
     outputs = {**stage.outputs, "metrics.jsonl, tensorboard/": "training curves"}
     say(describe_end(folder, f"done: {step} updates", scores, outputs, stage.advise(config_source())))
     say(watch.goodput.summary())
@@ -199,6 +201,7 @@ def check(config: Config, folder: Path) -> None:
       ValueError: as `prepare`.
     """
     with distributed.failing_together():
+        config = settled(config)
         check_run(config, folder)
         plan = find_stage(config).plan(config)
         with contextlib.closing(plan.setup):

@@ -20,13 +20,14 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
+from fopd_jax.config.schema import OPD, PAPER_GUIDANCE, FlowMatching, RoutedTask
 from fopd_jax.config.stages import StageConfig
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
+from fopd_jax.parallel.distributed import warn
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
@@ -188,7 +189,8 @@ def make_opd_step(
 ) -> Distiller:
     """The update that distils teachers into one student; `changes`: fields of an OPD config, as in `load_config`.
 
-    `anchor`: of MAR; None: the base. Teachers named like the config's tasks keep their guidance, others have none.
+    `anchor`: of MAR; None: the base. Teachers named like the config's tasks keep their guidance, which arrays do not
+    tell: where the config leaves it to files, it is the paper's, with a line. Others have none.
 
     Raises:
       ValueError: an adapter does not fit the student's layers, or a field is out of range; names it.
@@ -199,6 +201,10 @@ def make_opd_step(
     tasks = {name: known[name] if name in known else RoutedTask(guidance=1.0) for name in teachers}
     named = {name.replace("__", "."): value for name, value in changes.items()}
     config = resolve(override(base, {"tasks": tasks, **named}))
+    asked = {f"tasks.{name}": task for name, task in config.tasks.items()}
+    for name, each in (asked if anchor is None else asked | {"anchor": config.anchor}).items():
+        if each.guidance is None:
+            warn(f"{name}.guidance is not set, and arrays do not say it; {PAPER_GUIDANCE:g} is assumed")
     pipeline, latent_shape = session.pipeline, session.pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     update = make_update(config, pipeline.model, boxed, spec, make_optimizer(config.optimizer), pipeline.mesh)

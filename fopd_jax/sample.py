@@ -8,7 +8,8 @@ network and sampler; its `eval` fields are the sampler's settings (`--config.eva
 Every image has a seed of its own: those of all prompts in turn have `--seed`, `--seed + 1`, …; with `--shared-seed`
 those of each prompt do. An image is a function of prompt, seed and settings alone, whatever else is sampled beside it.
 Several `--adapter`s draw the same, and so does the base: rows of the grid. Without prompts the first held-out ones of
-the config's tasks are drawn.
+the config's tasks are drawn. An adapter's file may say which guidance it is for, and of which base it is: that guidance
+is taken unless `eval.guidance` is set, on the command line or in the config's file; what differs is told.
 
 `--workdir=DIR` draws what a run trained, at its newest checkpoint or at `--step=N`; the config is the run's own, if
 there is no `--config`.
@@ -30,7 +31,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -42,8 +42,8 @@ from absl import app, flags, logging
 
 from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
-from fopd_jax.config.flags import config_source, membership, parse_flags, read_config, read_workdir
-from fopd_jax.config.parse import override
+from fopd_jax.config.flags import config_source, is_chosen, membership, parse_flags, read_config, read_workdir
+from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
 from fopd_jax.config.stages import StageConfig
@@ -64,9 +64,10 @@ from fopd_jax.evaluation.samples import (
 from fopd_jax.exits import explained, naming
 from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.interop.files.tensor_files import hash_file
-from fopd_jax.parallel.distributed import initialize, is_main
+from fopd_jax.parallel.distributed import initialize, is_main, warn
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.cards import base_hash, other_base, read_source
 from fopd_jax.stages.export import export_name
 from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.rewards import furnish
@@ -123,6 +124,7 @@ def run(config: StageConfig, out: Path) -> None:
         that is not finite, before it is written.
       OSError: `out` cannot be written.
     """
+    config = _guided(config)
     check_folder(out, _FORCE.value)
     if _STEP.value is not None and read_workdir() is None:
         raise ValueError(f"step: found {_STEP.value}, but no --workdir whose checkpoint it is")
@@ -242,8 +244,23 @@ def _held_out(world: World) -> list[tuple[Task, int]]:
     return [(task, place) for task in world.tasks.values() for place in range(min(share, len(task.test)))]
 
 
+def _guided(config: StageConfig) -> StageConfig:
+    """The config with the guidance that the adapters are for, where nobody has chosen one and all are for the same."""
+    cards = {source: read_source("adapter", source) for source in _ADAPTER.value}
+    meant = {source: card.guidance for source, card in cards.items() if card is not None and card.guidance is not None}
+    scale, own = config.eval.guidance, set(meant.values())
+    if len(own) == 1 and own != {scale} and not is_chosen(config, "eval.guidance"):
+        (scale,) = own
+        say(f"guidance {scale:g}, which {', '.join(meant)} says to be for; --config.eval.guidance=… sets another")
+    for source, guidance in meant.items():
+        if guidance != scale:
+            warn(f"adapter: {source} is for guidance {guidance:g}, but eval.guidance is {scale:g}")
+    return resolve(override(config, {"eval.guidance": scale}))
+
+
 def _load_policies(config: StageConfig, pipeline: Pipeline) -> list[Policy]:
-    """The base alone, what alone is given beside it, or several, the base among them."""
+    """The base alone, what alone is given beside it, or several, the base among them; another base is told."""
+    base = base_hash(config.model)
     trained = _stored_source(config)
     given = list(dict.fromkeys([*trained, *_ADAPTER.value]))
     sources = given if len(given) == 1 else list(dict.fromkeys(["", *given]))
@@ -255,6 +272,9 @@ def _load_policies(config: StageConfig, pipeline: Pipeline) -> list[Policy]:
             stored = load_stored(config, pipeline, *trained[source])
             return Policy(name, lambda base: stored.student.policy(base, stored.weights), stored.about)
         local_path("adapter", source)
+        card = read_source("adapter", source)
+        if card is not None and (problem := other_base(card, base)):
+            warn(f"adapter: {source}: {problem}")
         with naming("adapter"):
             adapter = effective(load_policy(source, pipeline))
         about = {"source": source, "sha256": _content_hash(weight_path(source))}
@@ -276,7 +296,7 @@ def _settings(config: StageConfig, pipeline: Pipeline, shape: tuple[int, ...]) -
     evaluation = config.eval
     return {
         "model": config.model.path or f"random {pipeline.preset}",
-        "model_sha256": _base_hash(config, pipeline),
+        "model_sha256": base_hash(config.model) or None,
         "steps": evaluation.num_steps,
         "guidance": evaluation.guidance,
         "transition": evaluation.transition,
@@ -287,13 +307,6 @@ def _settings(config: StageConfig, pipeline: Pipeline, shape: tuple[int, ...]) -
         "width": shape[1],
         "version": __version__,
     }
-
-
-def _base_hash(config: StageConfig, pipeline: Pipeline) -> str | None:
-    """Of the base's file, of a converted folder's sources, or None for random weights."""
-    if pipeline.manifest is None:
-        return _content_hash(weight_path(config.model.path)) if config.model.path else None
-    return hashlib.sha256(json.dumps(dict(pipeline.manifest.components["transformer"].source)).encode()).hexdigest()
 
 
 def _content_hash(path: Path) -> str:

@@ -23,11 +23,11 @@ from fopd_jax.adapters.lora import effective
 from fopd_jax.conditioning.encoder import PromptEncoder
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.parse import assign, resolve
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.interop.files.converted import abstract_params, load_params, read_manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter
 from fopd_jax.interop.sd3.convert import convert
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.metrics import MetricWriter

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.parallel.sharding import Rules
@@ -46,13 +47,14 @@ class Files:
     """A family's weights and adapters as others keep them.
 
     `class_name`: of the network in diffusers, by which a converted folder's manifest tells the family.
-    `read_adapter(path, shape)`; `write_adapter(folder, adapter, shape)`; `constants(folder, shape, latent shape)`: of a
-    converted folder, what the network reads beside its parameters; `write_network(folder, converted folder, params)`.
+    `read_adapter(path, shape)`; `write_adapter(folder, adapter, shape, card)`; `constants(folder, shape, latent
+    shape)`: of a converted folder, what the network reads beside its parameters; `write_network(folder, converted
+    folder, params)`.
     """
 
     class_name: str
     read_adapter: Callable[[Path, Shape], Adapter]
-    write_adapter: Callable[[Path, Adapter, Shape], None]
+    write_adapter: Callable[[Path, Adapter, Shape, AdapterCard], None]
     constants: Callable[[Path, Shape, LatentShape], Tree]
     write_network: Callable[[Path, Path, Tree], None]
 

@@ -15,6 +15,7 @@ from fopd_jax.backbones.record import LatentShape
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.interop.files.converted import load_sharded
 from fopd_jax.interop.files.safetensors import check_numbers, check_preset, is_own_file, load_adapter, load_tree
+from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import parameter_shardings, replicated
 
@@ -108,6 +109,8 @@ def load_any_adapter(path: Path, preset: str, module: Any) -> Adapter:
     family = family_of(module)
     if family.files is None:
         raise ValueError(f"{path}: adapters of the family {family.name!r} are read from this project's own files alone")
+    if (card := read_card(path)) is not None and card.preset:
+        check_preset(path, {"preset": card.preset}, preset)
     return family.files.read_adapter(path, module.config)
 
 

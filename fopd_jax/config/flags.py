@@ -11,10 +11,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from fopd_jax.config.identity import default_of
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import Config, Section
+from fopd_jax.config.schema import Config, Section, TeacherGuidance
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.config.stages import StageConfig
@@ -82,9 +83,20 @@ class _DictParser(flags.ArgumentParser):
             raise ValueError("expected a dict as Python writes it, like {'a': 1.0}") from error
 
 
+class _GuidanceParser(flags.ArgumentParser):
+    """A number, or None."""
+
+    def parse(self, argument: str | float | None) -> float | None:
+        try:
+            return None if argument in (None, "None") else float(argument)
+        except ValueError as error:
+            raise ValueError("expected a number, or None") from error
+
+
 flags.FLAGS["config"].parser = _FileParser()
 config_flags.register_flag_parser_for_type(dict, _DictParser())
 config_flags.register_flag_parser_for_type(Pixels, SizeParser())
+config_flags.register_flag_parser_for_type(TeacherGuidance, _GuidanceParser())
 
 
 def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
@@ -149,6 +161,12 @@ def read_workdir() -> str | None:
 def describe_config(config: Config) -> str:
     """The whole config with where each value comes from, see `show.describe`."""
     return describe(config, config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def is_chosen(config: Config, name: str) -> bool:
+    """Whether the command line sets a field, or the config's file has another value than the default."""
+    value = flatten(config)[name]
+    return name in config_flags.get_override_values(flags.FLAGS["config"]) or value != default_of(config.stage, name)
 
 
 def config_source() -> str:

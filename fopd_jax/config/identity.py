@@ -3,14 +3,16 @@
 import functools
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from fopd_jax.config.parse import STAGES, current_name, flatten
-from fopd_jax.config.schema import Config, Section
+from fopd_jax.config.schema import PAPER_GUIDANCE, Config, Section
 
 Fields = Mapping[str, Any]
+_TEACHERS_GUIDANCE = re.compile(r"(tasks\.[^.]+|anchor)\.guidance")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -38,7 +40,9 @@ def normalise(fields: Fields) -> dict[str, Any]:
     kept = {
         name: value
         for name, value in named.items()
-        if not name.startswith("run.") and value != default_of(stage, name) and not _implied(name, named, tasks)
+        if not name.startswith("run.")
+        and value not in (default_of(stage, name), left_out(stage, name))
+        and not _implied(name, named, tasks)
     }
     return {"stage": stage, "tasks": named.get("tasks") or tasks} | kept
 
@@ -48,6 +52,15 @@ def default_of(stage: str, name: str) -> Any:
     kind = STAGES.get(stage)
     found = _default(_blank(kind), kind, name.split(".")) if kind is not None else _MISSING
     return list(found) if isinstance(found, tuple) else found
+
+
+def left_out(stage: str, name: str) -> Any:
+    """What a field means that an identity leaves out: its default.
+
+    Of a teacher's guidance it is the paper's scale, as in earlier versions, whose default it was; a run's config has
+    the scale that a file gave it (`stages.cards.settled`).
+    """
+    return PAPER_GUIDANCE if stage == "opd" and _TEACHERS_GUIDANCE.fullmatch(name) else default_of(stage, name)
 
 
 @functools.cache

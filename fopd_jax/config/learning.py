@@ -48,6 +48,14 @@ class Rollouts(Section):
 
 
 @dataclasses.dataclass
+class Decoding(Section):
+    """How rollouts become the images that rewards see."""
+
+    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
+    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
+
+
+@dataclasses.dataclass
 class Comparison(Section):
     """Advantages: a group's rewards less their mean, by a deviation; see rewards/combine.py."""
 

@@ -55,6 +55,7 @@ SIZE = Rule(
     lambda value: all(1 <= side <= LARGEST_SIDE for side in height_width(value)),
     (1, LARGEST_SIDE),
 )
+GUIDANCE = Rule("at least 0, at most 100", lambda value: value is None or 0 <= value <= 100, (0, 100))
 SOME = Rule("at least one", lambda value: len(value) > 0)
 NAME = Rule("a name of at most 200 characters", lambda value: bool(re.fullmatch(r"(?!\.\.?$)[^\s/\\]{1,200}", value)))
 PATH = Rule("a path on this machine, written out", is_local)

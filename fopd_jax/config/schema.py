@@ -10,7 +10,7 @@ In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import (
@@ -33,6 +33,11 @@ MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
+TeacherGuidance = Annotated[float | None, "guidance"]
+"""The field's type; annotated as `Pixels` is."""
+PAPER_GUIDANCE = 4.5
+"""The scale of the paper's teachers: of one that neither config nor file gives another."""
+_GUIDANCE_DOC = "The scale under which the teacher is asked; 1: none; None: what its file says, else the paper's."
 _FROZEN = "settings are frozen once a run has begun"
 _REWARDS_DOC = (
     "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, not trained on; "
@@ -309,9 +314,7 @@ class RoutedTask(Section):
         rules.PATH,
     )  # fmt: skip
     test: str = setting("", "Held-out prompts, likewise.", rules.PATH)
-    guidance: float = setting(
-        4.5, "The scale under which the teacher was trained; 1: none.", at_least(0, 100), "[paper] 4.5"
-    )
+    guidance: TeacherGuidance = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
@@ -324,7 +327,7 @@ class Anchor(Section):
 
     name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
     adapter: str = setting("", "Its weights; empty: the base is the anchor.", rules.PATH)
-    guidance: float = setting(4.5, "Its guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
+    guidance: TeacherGuidance = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
     every: int = setting(
         1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
     )

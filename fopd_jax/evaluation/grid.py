@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from fopd_jax.evaluation.labels import make_label
+from fopd_jax.rewards.pixels import to_pixels
 
 _MARGIN, _LEAST_CELL, _WIDEST_ROW_LABEL, _LEAST_TITLE = 6, 96, 240, 480
-
-
-def to_pixels(images: Float[np.ndarray, "*n h w 3"]) -> UInt8[np.ndarray, "*n h w 3"]:
-    """Images in [-1, 1] as bytes, rounded to nearest; values beyond are clipped."""
-    return np.clip(images * 127.5 + 128.0, 0, 255).astype(np.uint8)
 
 
 def draw_grid(

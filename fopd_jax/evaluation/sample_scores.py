@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from fopd_jax.console import align
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.score import measure
 from fopd_jax.exits import naming
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.registry import close_all
 from fopd_jax.rewards.reward import Metadata, Reward, Scores
 

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from fopd_jax.config.sizes import describe_size
-from fopd_jax.evaluation.grid import draw_grid, to_pixels
+from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Request
 from fopd_jax.files import write_png
+from fopd_jax.rewards.pixels import to_pixels
 
 GRID_FILE, GRID_COLUMNS, GRID_ROWS = "grid.png", 8, 8
 BASE = "base"

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from fopd_jax.console import Progress
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import Sampler, check_finite
 from fopd_jax.parallel.agreement import share, together
 from fopd_jax.parallel.distributed import gather_rows
@@ -22,6 +21,7 @@ from fopd_jax.parallel.sharding import batch_sharding, filled
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards import monitors
 from fopd_jax.rewards.combine import weighted_sum
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.pool import Pool, Ticket
 from fopd_jax.rewards.reward import Metadata, Reward, Scores
 from fopd_jax.tasks.task import Task

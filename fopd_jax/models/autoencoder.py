@@ -4,7 +4,8 @@ Images and latents are NHWC; images lie in [-1, 1]. Parameter names follow diffu
 oracle of the tests. The flow does not live on the encoder's z but on *flow latents* (z - shift)·scale, of unit
 variance: `Autoencoder` speaks of nothing else. Letters: B batch, T pixels as tokens, G groups, C channels.
 
-Parameters may have any floating dtype; everything is computed in float32. Convolutions and matrix products name their
+Parameters may have any floating dtype. Everything is computed in float32, or of a network of another `dtype` all but
+statistics of norms and softmax in that one; what comes out is float32. Convolutions and matrix products name their
 precision, since accelerators otherwise round a float32 product's inputs to far fewer bits.
 """
 
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from fopd_jax.models.attention import attention
 
+Dtype = Any
 _PRECISION: Literal["highest"] = "highest"
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of the encoder's z, as in diffusers
 
@@ -82,14 +84,16 @@ def _kernel_init(rank: int) -> Any:
 _bias_init: Any = nn.with_logical_partitioning(nn.initializers.zeros, ("channels_out",))
 
 
-def _convolution(features: int, name: str, size: int = 3, stride: int = 1, padding: Any = "SAME") -> nn.Conv:
+def _convolution(
+    features: int, name: str, dtype: Dtype, size: int = 3, stride: int = 1, padding: Any = "SAME"
+) -> nn.Conv:
     """A square convolution, child of the calling module."""
     return nn.Conv(
         features,
         (size, size),
         stride,
         padding,
-        dtype=jnp.float32,
+        dtype=dtype,
         precision=_PRECISION,
         kernel_init=_kernel_init(4),
         bias_init=_bias_init,
@@ -97,11 +101,11 @@ def _convolution(features: int, name: str, size: int = 3, stride: int = 1, paddi
     )
 
 
-def _dense(features: int, name: str) -> nn.Dense:
+def _dense(features: int, name: str, dtype: Dtype) -> nn.Dense:
     """An affine layer, child of the calling module."""
     return nn.Dense(
         features,
-        dtype=jnp.float32,
+        dtype=dtype,
         precision=_PRECISION,
         kernel_init=_kernel_init(2),
         bias_init=_bias_init,
@@ -110,9 +114,10 @@ def _dense(features: int, name: str) -> nn.Dense:
 
 
 class GroupNorm(nn.Module):
-    """Group norm with affine parameters of any floating dtype, eps 1e-6, two-pass variance."""
+    """Group norm with affine parameters of any floating dtype, eps 1e-6, two-pass variance; computed in float32."""
 
     groups: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -121,9 +126,11 @@ class GroupNorm(nn.Module):
             jnp.asarray(self.param(name, nn.with_logical_partitioning(init, ("channels_out",)), x.shape[-1:]))
             for name, init in inits.items()
         )
+        x = x.astype(jnp.float32)
         centred = x - self._mean(x)
         normed = centred * jax.lax.rsqrt(self._mean(jnp.square(centred)) + 1e-6)
-        return normed * scale.astype(jnp.float32)[None, None, None] + bias.astype(jnp.float32)[None, None, None]
+        y = normed * scale.astype(jnp.float32)[None, None, None] + bias.astype(jnp.float32)[None, None, None]
+        return y.astype(self.dtype)
 
     def _mean(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
         means = rearrange(x.mean((1, 2)), "B (G C) -> B G C", G=self.groups).mean(-1)
@@ -135,15 +142,16 @@ class ResnetBlock(nn.Module):
 
     features: int
     groups: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        y = nn.silu(GroupNorm(self.groups, name="norm1")(x))
-        y = _convolution(self.features, "conv1")(y)
-        y = nn.silu(GroupNorm(self.groups, name="norm2")(y))
-        y = _convolution(self.features, "conv2")(y)
+        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
+        y = _convolution(self.features, "conv1", self.dtype)(y)
+        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(y))
+        y = _convolution(self.features, "conv2", self.dtype)(y)
         if x.shape[-1] != self.features:
-            x = _convolution(self.features, "conv_shortcut", size=1)(x)
+            x = _convolution(self.features, "conv_shortcut", self.dtype, size=1)(x)
         return x + y
 
 
@@ -151,26 +159,28 @@ class Attention(nn.Module):
     """Residual attention of all pixels with each other, one head as wide as the input."""
 
     groups: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        tokens = rearrange(GroupNorm(self.groups, name="group_norm")(x), "B h w C -> B (h w) C")
-        q, k, v = (_dense(x.shape[-1], name)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+        tokens = rearrange(GroupNorm(self.groups, self.dtype, name="group_norm")(x), "B h w C -> B (h w) C")
+        q, k, v = (_dense(x.shape[-1], name, self.dtype)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
         with jax.default_matmul_precision(_PRECISION):
             y = attention(q, k, v, "xla")[:, :, 0]
-        return x + _dense(x.shape[-1], "to_out")(y).reshape(x.shape)
+        return x + _dense(x.shape[-1], "to_out", self.dtype)(y).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the coarsest resolution."""
 
     groups: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x = ResnetBlock(x.shape[-1], self.groups, name="resnets_0")(x)
-        x = Attention(self.groups, name="attention")(x)
-        return ResnetBlock(x.shape[-1], self.groups, name="resnets_1")(x)
+        x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="resnets_0")(x)
+        x = Attention(self.groups, self.dtype, name="attention")(x)
+        return ResnetBlock(x.shape[-1], self.groups, self.dtype, name="resnets_1")(x)
 
 
 class DownBlock(nn.Module):
@@ -180,13 +190,14 @@ class DownBlock(nn.Module):
     layers: int
     groups: int
     downsample: bool
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for i in range(self.layers):
-            x = ResnetBlock(self.features, self.groups, name=f"resnets_{i}")(x)
+            x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
         if self.downsample:
-            x = _convolution(self.features, "downsampler", stride=2, padding=((0, 1), (0, 1)))(x)
+            x = _convolution(self.features, "downsampler", self.dtype, stride=2, padding=((0, 1), (0, 1)))(x)
         return x
 
 
@@ -197,14 +208,15 @@ class UpBlock(nn.Module):
     layers: int
     groups: int
     upsample: bool
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for i in range(self.layers):
-            x = ResnetBlock(self.features, self.groups, name=f"resnets_{i}")(x)
+            x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
         if self.upsample:
             x = repeat(x, "B h w C -> B (h p) (w q) C", p=2, q=2)
-            x = _convolution(self.features, "upsampler")(x)
+            x = _convolution(self.features, "upsampler", self.dtype)(x)
         return x
 
 
@@ -212,47 +224,50 @@ class Encoder(nn.Module):
     """Images → mean and log-variance of z, side by side on the channels, neither scaled nor clamped."""
 
     config: AutoencoderConfig
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w two_z"]:
-        config = self.config
-        x = _convolution(config.channels[0], "conv_in")(images.astype(jnp.float32))
+        config, dtype = self.config, self.dtype
+        x = _convolution(config.channels[0], "conv_in", dtype)(images.astype(dtype))
         for i, features in enumerate(config.channels):
             halve = i < len(config.channels) - 1
-            x = DownBlock(features, config.layers_per_block, config.groups, halve, name=f"down_blocks_{i}")(x)
-        x = MidBlock(config.groups, name="mid_block")(x)
-        x = nn.silu(GroupNorm(config.groups, name="conv_norm_out")(x))
-        return _convolution(2 * config.latent_channels, "conv_out")(x)
+            x = DownBlock(features, config.layers_per_block, config.groups, halve, dtype, name=f"down_blocks_{i}")(x)
+        x = MidBlock(config.groups, dtype, name="mid_block")(x)
+        x = nn.silu(GroupNorm(config.groups, dtype, name="conv_norm_out")(x))
+        return _convolution(2 * config.latent_channels, "conv_out", dtype)(x).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
     """z, not scaled → images, not clipped."""
 
     config: AutoencoderConfig
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b height width c"]:
-        config = self.config
-        x = _convolution(config.channels[-1], "conv_in")(z.astype(jnp.float32))
-        x = MidBlock(config.groups, name="mid_block")(x)
+        config, dtype = self.config, self.dtype
+        x = _convolution(config.channels[-1], "conv_in", dtype)(z.astype(dtype))
+        x = MidBlock(config.groups, dtype, name="mid_block")(x)
         for i, features in enumerate(reversed(config.channels)):
             double = i < len(config.channels) - 1
-            x = UpBlock(features, config.layers_per_block + 1, config.groups, double, name=f"up_blocks_{i}")(x)
-        x = nn.silu(GroupNorm(config.groups, name="conv_norm_out")(x))
-        return _convolution(config.image_channels, "conv_out")(x)
+            x = UpBlock(features, config.layers_per_block + 1, config.groups, double, dtype, name=f"up_blocks_{i}")(x)
+        x = nn.silu(GroupNorm(config.groups, dtype, name="conv_norm_out")(x))
+        return _convolution(config.image_channels, "conv_out", dtype)(x).astype(jnp.float32)
 
 
 class Autoencoder(nn.Module):
     """Encoder and decoder between images and flow latents: `apply(variables, …, method="encode")` or `"decode"`.
 
-    Called, it decodes the mean of what it encodes.
+    Called, it decodes the mean of what it encodes. `dtype` is that of the computation, float32 or bfloat16.
     """
 
     config: AutoencoderConfig
+    dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
 
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b height width c"]:
         return self.decode(self.encode(images)[0])

@@ -27,6 +27,7 @@ from fopd_jax.console import note
 from fopd_jax.parallel.environment import chosen_devices, coordinates, surroundings
 from fopd_jax.parallel.mesh import AXES, visible_devices
 from fopd_jax.parallel.rollcall import roll_call
+from fopd_jax.parallel.sharding import replicated
 
 Tree = Any
 MODES = ("auto", "off")
@@ -270,6 +271,25 @@ def put_replicated(tree: Tree, sharding: Tree) -> Tree:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree, jax.tree.broadcast(sharding, tree))
+
+
+def spread(tree: Tree, mesh: Mesh) -> Tree:
+    """Global arrays, whole on every device of `mesh`, from arrays that are whole on each of this process's devices.
+
+    Those share their memory, whatever mesh they were made on, so that no weights lie there twice; other leaves are put
+    there.
+    """
+    sharding = replicated(mesh)
+
+    def share(leaf: Any) -> jax.Array:
+        whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+        parts = {shard.device: shard.data for shard in leaf.addressable_shards} if whole else {}
+        if not parts.keys() >= set(mesh.local_devices):
+            return put_replicated(leaf, sharding)
+        own = [parts[device] for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, own)
+
+    return jax.tree.map(share, tree)
 
 
 def fetch(tree: Tree) -> Tree:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int32, UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.interop.scorers.blip import NETWORK, SPECIAL
@@ -24,12 +24,13 @@ from fopd_jax.parallel.parts import at_once, in_parts, own_mesh
 from fopd_jax.parallel.sharding import replicated
 from fopd_jax.rewards.clip import DTYPES
 from fopd_jax.rewards.options import read_options
-from fopd_jax.rewards.preprocessing import BLIP_VQA, OPEN_CLIP, Pictures, preprocess
-from fopd_jax.rewards.reward import Metadata, Reward, Scores, all_failed, collect
+from fopd_jax.rewards.preprocessing import BLIP_VQA, OPEN_CLIP, Pictures, Preprocessing, preprocess, preprocess_within
+from fopd_jax.rewards.reward import Metadata, Reward, Scores, Traced, all_failed, collect
 
 REWARD_MEAN, REWARD_STD = 0.16717363, 1.03333947  # of ImageReward's own training pairs [code]
 ROWS = 16  # pictures at once on one accelerator
 MOST_TOKENS = 35  # of a prompt or question, [code] in both
+Rows = dict[str, np.ndarray]
 KINDS = {"imagereward": "imagereward", "blip_vqa": "vqa"}
 
 
@@ -62,8 +63,17 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     options = read_options(Options, settings.options, f"rewards.{name}.options")
     network = _Network(settings.weights, f"rewards.{name}.weights", KINDS[settings.kind or name], options)
     if network.kind == "imagereward":
-        return Reward(name, functools.partial(_image_reward, network), (None, None), "device")
-    return Reward(name, functools.partial(_vqa, network), (0.0, 1.0), "device", functools.partial(_check, options))
+        traced = Traced(
+            lambda prompts, metadata: _words(network, prompts),
+            functools.partial(_image_reward_within, network),
+            lambda: network.params,
+        )
+        return Reward(name, functools.partial(_image_reward, network), (None, None), "device", traced=traced)
+    traced = Traced(
+        functools.partial(_prepare_questions, network), functools.partial(_vqa_within, network), lambda: network.params
+    )
+    check = functools.partial(_check, options)
+    return Reward(name, functools.partial(_vqa, network), (0.0, 1.0), "device", check, traced=traced)
 
 
 class _Network:
@@ -90,7 +100,8 @@ class _Network:
 
         def score(params: Any, rows: Any) -> Array:
             pixels = rows["pixels"].astype(network.dtype)
-            return network.apply({"params": params}, pixels, rows["ids"], rows["mask"])  # type: ignore[return-value]
+            with jax.default_matmul_precision(self._precision):
+                return network.apply({"params": params}, pixels, rows["ids"], rows["mask"])  # type: ignore[return-value]
 
         return jax.jit(score)
 
@@ -102,17 +113,25 @@ class _Network:
 
         def ask(params: Any, rows: Any) -> Array:
             pixels = rows["pixels"].astype(network.dtype)
-            answers = network.apply({"params": params}, pixels, rows["ids"], rows["mask"], start)
+            with jax.default_matmul_precision(self._precision):
+                answers = network.apply({"params": params}, pixels, rows["ids"], rows["mask"], start)
             return jnp.exp(answers[..., yes])  # type: ignore[index]
 
         return jax.jit(ask)
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return OPEN_CLIP if self.kind == "imagereward" else BLIP_VQA
+
     def over(self, program: Callable[[Any, Any], Array], images: Pictures, **rows: np.ndarray) -> np.ndarray:
-        how = OPEN_CLIP if self.kind == "imagereward" else BLIP_VQA
         each = at_once(self.mesh, ROWS)
-        pixels = preprocess(images, how, self.config.vision.image_size, self.mesh, each)
-        with jax.default_matmul_precision(self._precision):
-            return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
+        pixels = preprocess(images, self.preprocessing, self.config.vision.image_size, self.mesh, each)
+        return in_parts(functools.partial(program, self.params), {"pixels": pixels, **rows}, self.mesh, each)
+
+    def within(self, images: UInt8[Array, "b h w 3"], rows: Any) -> Any:
+        """A program's rows of pictures of one size, within another program."""
+        pixels = preprocess_within(images, self.preprocessing, self.config.vision.image_size)
+        return {"pixels": pixels, "ids": rows["ids"], "mask": rows["mask"]}
 
 
 class Words:
@@ -147,9 +166,19 @@ class Words:
 def _image_reward(
     network: _Network, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> Scores:
-    ids, mask = network.words(prompts)
-    values = network.over(network.image_reward, list(images), ids=ids, mask=mask)
+    values = network.over(network.image_reward, list(images), **_words(network, prompts))
     return collect([((float(value) - REWARD_MEAN) / REWARD_STD, {}) for value in values])
+
+
+def _words(network: _Network, prompts: Sequence[str]) -> Rows:
+    ids, mask = network.words(prompts)
+    return {"ids": ids, "mask": mask}
+
+
+def _image_reward_within(
+    network: _Network, params: Any, images: UInt8[Array, "b h w 3"], rows: Any
+) -> Float[Array, " b"]:
+    return (network.image_reward(params, network.within(images, rows)) - REWARD_MEAN) / REWARD_STD
 
 
 def questions(prompt: str, metadata: Metadata) -> list[str]:
@@ -179,9 +208,33 @@ def _vqa(
     except ValueError as error:
         return all_failed(len(images), str(error))
     asked = [questions(*each) for each in zip(prompts, metadata, strict=True)]
-    most = network.options.questions
-    ids, mask = network.words([text for each in asked for text in (*each, *[""] * (most - len(each)))])
-    ids, mask = (rows.reshape(-1, most, MOST_TOKENS) for rows in (ids, mask))
-    answers = network.over(network.yes, list(images), ids=ids, mask=mask)
+    answers = network.over(network.yes, list(images), **_asked(network, asked))
     said = [row[: len(each)].astype(float).tolist() for row, each in zip(answers, asked, strict=True)]
     return collect([(math.prod(each), {"questions": q, "yes": each}) for q, each in zip(asked, said, strict=True)])
+
+
+def _asked(network: _Network, asked: Sequence[Sequence[str]]) -> Rows:
+    """The words of each image's questions, filled up to as many as an image may have."""
+    most = network.options.questions
+    ids, mask = network.words([text for each in asked for text in (*each, *[""] * (most - len(each)))])
+    return {"ids": ids.reshape(-1, most, MOST_TOKENS), "mask": mask.reshape(-1, most, MOST_TOKENS)}
+
+
+def _prepare_questions(network: _Network, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Rows:
+    """Besides, how many each image has: -1 where they are none that can be asked, which is no score."""
+    asked, counts = [], []
+    for prompt, about in zip(prompts, metadata, strict=True):
+        try:
+            _check(network.options, [prompt], [about])
+            asked.append(questions(prompt, about))
+            counts.append(len(asked[-1]))
+        except ValueError:
+            asked.append([])
+            counts.append(-1)
+    return {**_asked(network, asked), "counts": np.array(counts, np.int32)}
+
+
+def _vqa_within(network: _Network, params: Any, images: UInt8[Array, "b h w 3"], rows: Any) -> Float[Array, " b"]:
+    answers, counts = network.yes(params, network.within(images, rows)), rows["counts"]
+    answered = jnp.arange(answers.shape[1])[None] < counts[:, None]
+    return jnp.where(counts >= 0, jnp.where(answered, answers, 1.0).prod(axis=1), jnp.nan)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import path_aware_map
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from fopd_jax import console
 from fopd_jax.interop.files.safetensors import Tree
@@ -21,7 +21,7 @@ from fopd_jax.models.clip import CLIPText
 from fopd_jax.models.clip_vision import CLIPVision
 from fopd_jax.parallel.parts import at_once, in_parts, own_mesh
 from fopd_jax.parallel.sharding import replicated
-from fopd_jax.rewards.preprocessing import TRANSFORMERS, Pictures, Preprocessing, preprocess
+from fopd_jax.rewards.preprocessing import TRANSFORMERS, Pictures, Preprocessing, preprocess, preprocess_within
 
 DTYPES = ("float32", "bfloat16")
 """In which towers compute."""
@@ -38,10 +38,12 @@ class Towers:
         self.rows = at_once(self.mesh, _ROWS)
         self.logit_scale = float(np.exp(params["logit_scale"]))
         params = jax.device_put(_stored(params, dtype), replicated(self.mesh))
+        self.params = {name: params[name] for name in ("vision", "text")}
         vision, text = CLIPVision(self.vision, jnp.dtype(dtype)), CLIPText(self.text, jnp.dtype(dtype))
-        see = _program(lambda params, pixels: vision.apply({"params": params}, pixels.astype(dtype)), dtype)
-        read = _program(lambda params, ids: text.apply({"params": params}, ids)[1], dtype)
-        self.see, self.read = functools.partial(see, params["vision"]), functools.partial(read, params["text"])
+        self.see_with = _program(lambda params, pixels: vision.apply({"params": params}, pixels.astype(dtype)), dtype)
+        self.read_with = _program(lambda params, ids: text.apply({"params": params}, ids)[1], dtype)
+        self.see = functools.partial(self.see_with, params["vision"])
+        self.read = functools.partial(self.read_with, params["text"])
         self.tokenizer = make_tokenizer(merges) if merges else None
 
 
@@ -79,6 +81,27 @@ class Clip:
         towers = self._towers
         if not texts:
             return np.zeros((0, self.dim), np.float32)
+        return in_parts(towers.read, self.prepare(texts), towers.mesh, towers.rows)
+
+    def params(self) -> Tree:
+        """Both towers' parameters, `vision` and `text`, on this process's devices."""
+        return self._towers.params
+
+    def see(self, params: Tree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """As `embed_images`, of pictures of one size within a program."""
+        pixels = preprocess_within(images, self._preprocessing, self._towers.vision.image_size)
+        return self._towers.see_with(params["vision"], pixels)
+
+    def read(self, params: Tree, ids: Int32[Array, "b s"]) -> Float[Array, "b d"]:
+        """As `embed_texts`, of what `prepare` made, within a program."""
+        return self._towers.read_with(params["text"], ids)
+
+    def prepare(self, texts: Sequence[str]) -> Int32[np.ndarray, "n s"]:
+        """The ids of texts; says once that some are cut.
+
+        Raises:
+          ValueError: the converted file has no tokenizer.
+        """
         ids, cut = self.tokenize(texts)
         if cut.any() and not self._told:
             self._told = True
@@ -86,7 +109,7 @@ class Clip:
                 f"{self._field}: {np.count_nonzero(cut)} of {len(texts)} texts have more than {ids.shape[1]} tokens "
                 "and are cut there, as published scorers do (told once)"
             )
-        return in_parts(towers.read, ids, towers.mesh, towers.rows)
+        return ids
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "n s"], Int32[np.ndarray, " n"]]:
         """Ids, filled up to the tower's length, and how many tokens of each text do not fit.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from fopd_jax.config.schema import RewardConfig, Server
 from fopd_jax.interop.scorers import aesthetic
@@ -20,7 +20,7 @@ from fopd_jax.interop.scorers.weights import load_weights
 from fopd_jax.rewards.clip import DTYPES, Clip, load_clip
 from fopd_jax.rewards.options import read_options
 from fopd_jax.rewards.preprocessing import FLOW_GRPO, HPSV2, TRANSFORMERS, Preprocessing
-from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
+from fopd_jax.rewards.reward import Metadata, Reward, Scores, Traced, Tree, collect
 
 _UNITS = {"flow_grpo": 1 / 30, "diffusion_nft": 1 / 100, "logits": 1.0}
 """CLIPScore's units, of the network's logits: what Flow-GRPO, Flow-OPD and UniRL divide by, and DiffusionNFT."""
@@ -86,7 +86,7 @@ def make(name: str, settings: RewardConfig, server: Server | None) -> Reward:
     clip = load_clip(Path(settings.weights), field, how, options.dtype)
     clip.check_words()
     scale = 1.0 if kind == "hpsv2" else clip.logit_scale * unit
-    return Reward(name, _by_cosine(clip, scale), (-scale, scale), "device")
+    return Reward(name, _by_cosine(clip, scale), (-scale, scale), "device", traced=_cosine_within(clip, scale))
 
 
 def _by_cosine(clip: Clip, scale: float) -> Callable[..., Scores]:
@@ -100,6 +100,15 @@ def _by_cosine(clip: Clip, scale: float) -> Callable[..., Scores]:
         return collect([(scale * cosine, {"cosine": cosine}) for cosine in cosines])
 
     return score
+
+
+def _cosine_within(clip: Clip, scale: float) -> Traced:
+    """The same within a program; a text is read once for each of its pictures, which costs little beside them."""
+
+    def score(params: Tree, images: UInt8[Array, "b h w 3"], ids: Int32[Array, "b s"]) -> Float[Array, " b"]:
+        return scale * (clip.see(params, images) * clip.read(params, ids)).sum(axis=-1)
+
+    return Traced(lambda prompts, metadata: clip.prepare(prompts), score, clip.params)
 
 
 def _aesthetic(name: str, weights: Path, options: _Aesthetic) -> Reward:
@@ -116,4 +125,9 @@ def _aesthetic(name: str, weights: Path, options: _Aesthetic) -> Reward:
         values = clip.embed_images(list(images)) @ kernel + head["bias"]
         return collect([(float(value), {}) for value in values])
 
-    return Reward(name, score, (None, None), "device")
+    def score_within(params: Tree, images: UInt8[Array, "b h w 3"], rows: Tree) -> Float[Array, " b"]:
+        seen = clip.see(params, images)
+        return (seen * params["head"]["kernel"][None]).sum(axis=-1) + params["head"]["bias"]
+
+    traced = Traced(lambda *_: {}, score_within, lambda: {"vision": clip.params()["vision"], "head": head})
+    return Reward(name, score, (None, None), "device", traced=traced)

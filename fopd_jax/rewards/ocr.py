@@ -130,7 +130,7 @@ def find_target(prompt: str, metadata: Metadata, quotes: str = "double") -> str:
     for key in ("target", "text"):
         if key in metadata:
             target = metadata[key]
-            if not isinstance(target, str) or not _normalise(target):
+            if not isinstance(target, str) or not normalise(target):
                 raise ValueError(f"OCR prompt {prompt!r} has the {key} {target!r} beside it, expected a text to read")
             return target
     return quoted_target(prompt, quotes)
@@ -145,7 +145,7 @@ def quoted_target(prompt: str, quotes: str = "double") -> str:
     found = next(filter(None, (each.search(prompt) for each in _QUOTED[: None if quotes == "any" else 1])), None)
     if found is None:
         raise ValueError(f'OCR prompt {prompt!r} must hold its target text in double quotes, like: sign "K7B"')
-    if not _normalise(found[1]):
+    if not normalise(found[1]):
         raise ValueError(f"OCR prompt {prompt!r} has empty double quotes: write the target text between them")
     return found[1]
 
@@ -168,7 +168,7 @@ def rate(read: str, target: str, substring: bool = True, extra_text_penalty: flo
     n: the target's length; d: the edit distance of `read` to it, at most n, and 0 if `substring` and it occurs in
     `read`; extra: how many characters more than n were read.
     """
-    wanted, found = _normalise(target), _normalise(read)
+    wanted, found = normalise(target), normalise(read)
     n = len(wanted)
     distance = 0 if substring and wanted in found else min(edit_distance(found, wanted), n)
     return max(0.0, 1.0 - distance / n - extra_text_penalty * max(0, len(found) - n) / n), distance
@@ -183,5 +183,6 @@ def ocr_reward(read: str, prompt: str) -> float:
     return rate(read, quoted_target(prompt))[0]
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
+    """What of a text counts: neither case nor spaces."""
     return text.replace(" ", "").lower()

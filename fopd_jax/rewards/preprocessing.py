@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
@@ -101,6 +102,19 @@ def preprocess(
         vertical, horizontal = (np.stack([tables[i][axis] for i in own]) for axis in (0, 1))
         pixels[own] = in_parts(program, (batch, vertical, horizontal), mesh, rows)
     return pixels
+
+
+def preprocess_within(images: UInt8[Array, "b h w 3"], how: Preprocessing, size: int) -> Float[Array, "b size size 3"]:
+    """As `preprocess`, of pictures of one size within a program.
+
+    Raises:
+      ValueError: as `Preprocessing.tables`.
+    """
+    height, width = images.shape[1:3]
+    vertical, horizontal = how.tables(size, height, width)
+    tables = jnp.asarray(vertical[None, :, :height]), jnp.asarray(horizontal[None, :, :width])
+    program = _integer if how.integer else _float
+    return jax.vmap(lambda image: program((image[None], *tables))[0])(images)
 
 
 @jax.jit

@@ -8,13 +8,14 @@ import dataclasses
 import difflib
 import importlib
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Array
 
 from fopd_jax.config.schema import RewardConfig, Server
-from fopd_jax.rewards.reward import Metadata, Reward, Scores
+from fopd_jax.rewards.reward import Metadata, Reward, Scores, Traced
 
 KINDS: Mapping[str, str] = types.MappingProxyType({
     "aesthetic": "fopd_jax.rewards.clip_scores",
@@ -132,4 +133,9 @@ def _divided(reward: Reward, by: float) -> Reward:
         return Scores(scores.values / by, scores.failed, scores.details)
 
     low, high = (None if each is None else each / by for each in reward.limits)
-    return dataclasses.replace(reward, score=score, limits=(low, high))
+    traced = reward.traced and dataclasses.replace(reward.traced, score=_divided_score(reward.traced, by))
+    return dataclasses.replace(reward, score=score, limits=(low, high), traced=traced)
+
+
+def _divided_score(traced: Traced, by: float) -> Callable[..., Array]:
+    return lambda params, images, rows: traced.score(params, images, rows) / by

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from fopd_jax.exits import spell_error
 
+Tree = Any
 Metadata = Mapping[str, Any]
 """What stands beside a prompt in its set, as JSON: GenEval's record, an OCR target; {} where there is nothing."""
 
@@ -72,11 +73,28 @@ def _accept(prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Traced:
+    """A reward as part of a jitted program, for stages that roll out, score and update in one.
+
+    `prepare(prompts, metadata)`, on the host: what `score` needs of prompts, a tree of numpy arrays `[n, …]` whose
+    other lengths are the same for all prompts. `score(params, images, rows)`: pure, one value an image, NaN where it
+    fails; no image's value depends on the others of its batch. `params()`: arrays on this process's devices, loaded
+    when they are first asked for, {} where there are none; a program over more devices has them put there
+    (`distributed.spread`).
+    """
+
+    prepare: Callable[[Sequence[str], Sequence[Metadata]], Tree]
+    score: Callable[[Tree, UInt8[Array, "b h w 3"], Tree], Float[Array, " b"]]
+    params: Callable[[], Tree] = dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
     """One reward, ready to score. `limits`: its range, None where it has no end; larger is better.
 
     `runs`: "device" on the accelerator, so that it competes with the training program, "host" on CPU cores, "remote"
-    on servers; the pool runs the latter two in the background. `close` ends what it started.
+    on servers; the pool runs the latter two in the background. `close` ends what it started. `traced`: the same reward
+    within a program, where there is such a form.
     """
 
     name: str
@@ -85,3 +103,4 @@ class Reward:
     runs: Literal["device", "host", "remote"]
     check: Check = _accept
     close: Callable[[], None] = lambda: None
+    traced: Traced | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fopd_jax.config.identity import Fields, default_of, fields_hash, normalise
+from fopd_jax.config.identity import Fields, fields_hash, left_out, normalise
 from fopd_jax.config.recorded import RECORD_FILE
 from fopd_jax.files import check_writable, free_name, write_json
 from fopd_jax.parallel.distributed import barrier, is_main, warn
@@ -111,7 +111,7 @@ def has_saved(workdir: Path) -> bool:
 
 
 def _value(fields: Fields, name: str) -> str:
-    return repr(fields.get(name, default_of(fields["stage"], name)))
+    return repr(fields.get(name, left_out(fields["stage"], name)))
 
 
 def _read(path: Path) -> dict[str, Any]:

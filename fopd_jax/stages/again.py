@@ -11,6 +11,7 @@ from fopd_jax.files import check_writable
 from fopd_jax.parallel.distributed import barrier, is_main
 from fopd_jax.running import inputs, records, workdir
 from fopd_jax.running.checkpoints import read_kept
+from fopd_jax.stages.cards import settled
 from fopd_jax.stages.files import input_files
 from fopd_jax.stages.pipeline import make_pipeline
 from fopd_jax.stages.registry import find_stage
@@ -32,6 +33,7 @@ def evaluate(
       FloatingPointError: a weight, score or image is not finite.
       OSError: `out` cannot be written.
     """
+    config = settled(config)
     workdir.check_evaluates(folder, identity(config))
     step = find_step(folder, step)
     out = out or folder / EVALUATIONS / f"step_{step}_{config_hash(config)}"
@@ -43,11 +45,11 @@ def evaluate(
         pipeline = make_pipeline(idle.model, idle.run, dict)
         _make(out)
         with records.keeping(out, flatten(config), about):
-            export_stored(idle, pipeline, folder, step, out)
+            export_stored(idle, pipeline, folder, step, out, find_stage(idle).origin)
         return out
     # Rewards may be others than the run's.
     inputs.check(folder, {field: path for field, path in input_files(idle).items() if not field.startswith("rewards.")})
-    stage = find_stage(idle).make(idle, out)
+    stage = find_stage(idle).make(idle, out, folder)
     with contextlib.closing(stage):
         state = read_kept(folder, step, stage.state)
         _make(out)

@@ -13,6 +13,7 @@ from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
+from fopd_jax.stages.opd_update import scale_of
 from fopd_jax.stages.plan import Plan
 
 _BYTES = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -88,8 +89,12 @@ def _trains(plan: Plan, config: Config) -> str:
 
 
 def _teachers(config: OPD) -> str:
-    tasks = [f"{name} ← {task.teacher} (weight {task.weight:g})" for name, task in config.tasks.items()]
-    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {config.anchor.adapter or 'the base'}"])
+    tasks = [
+        f"{name} ← {task.teacher} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
+        for name, task in config.tasks.items()
+    ]
+    anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"
+    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
 
 
 def _prompts(plan: Plan) -> str:

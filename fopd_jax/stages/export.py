@@ -1,5 +1,6 @@
 """What a stage leaves of what it trained: files of this project's own, and those that others load."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from fopd_jax.adapters.lora import Adapter
+from fopd_jax.adapters.card import AdapterCard
+from fopd_jax.adapters.lora import Adapter, rank_of
 from fopd_jax.backbones.record import Files
 from fopd_jax.config.schema import OPD, Config, Model
 from fopd_jax.files import check_finite
@@ -55,10 +57,13 @@ def advise(folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str
     ]
 
 
-def export(folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model) -> None:
+def export(
+    folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model, card: AdapterCard
+) -> None:
     """Write a trained adapter, or a whole network's parameters; all processes call it, process 0 writes.
 
-    `constants`: what the network reads beside its parameters.
+    `constants`: what the network reads beside its parameters. `card`: what an adapter's files say of it (`make_card`);
+    a network's have none.
 
     Raises:
       FloatingPointError: a weight is not finite; nothing is written.
@@ -68,18 +73,19 @@ def export(folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pi
     if not is_main():
         return
     if isinstance(trained, Adapter):
-        _write_adapter(folder, name, trained, pipeline)
+        _write_adapter(folder, name, trained, pipeline, card)
     else:
         _write_network(folder, name, trained, constants, pipeline, model)
 
 
-def _write_adapter(folder: Path, name: str, adapter: Adapter, pipeline: Pipeline) -> None:
+def _write_adapter(folder: Path, name: str, adapter: Adapter, pipeline: Pipeline, card: AdapterCard) -> None:
     """`NAME.safetensors`; of a published network also a PEFT folder, `NAME_peft`."""
-    save_adapter(folder / f"{name}.safetensors", adapter, {"preset": pipeline.preset})
+    card = dataclasses.replace(card, rank=(rank := rank_of(adapter)), alpha=float(adapter.scale * rank))
+    save_adapter(folder / f"{name}.safetensors", adapter, {"preset": pipeline.preset}, card)
     if (files := _published(pipeline)) is not None:
         exported = folder / f"{name}_peft"
         shutil.rmtree(exported, ignore_errors=True)  # of an earlier, shorter run
-        files.write_adapter(exported, adapter, pipeline.model.config)
+        files.write_adapter(exported, adapter, pipeline.model.config, card)
 
 
 def _write_network(folder: Path, name: str, params: Tree, constants: Tree, pipeline: Pipeline, model: Model) -> None:

@@ -20,6 +20,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
+from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
@@ -68,11 +69,11 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
 class FlowMatching:
     """The stage, see `running.stage.Stage`."""
 
-    def __init__(self, config: settings.FlowMatching, workdir: Path) -> None:
+    def __init__(self, config: settings.FlowMatching, workdir: Path, run: Path | None = None) -> None:
         plan = plan_flow_matching(config)
         check_plan(plan, config, workdir)
         say(describe_run(plan, config, workdir))
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.run = config, workdir, run or workdir
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
         self.pairs = pairs = plan.pairs
         sharding = batch_sharding(self.pipeline.mesh)
@@ -169,10 +170,16 @@ class FlowMatching:
         """Write the averaged weights, and what they draw; the rewards have nothing more to score."""
         pipeline, setup = self.pipeline, self.setup
         setup.close()
-        constants = self.frozen["constants"]
-        export(self.workdir, export_name(self.config), state.ema, constants, pipeline, self.config.model)
+        name, constants, step = export_name(self.config), self.frozen["constants"], int(state.step)
+        card = make_card(self.config, pipeline, setup.base, origin, step, self.run)
+        export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
         model = self.model(state.ema)
         draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, pipeline.world, setup.eval_set, [model])
+
+
+def origin(config: settings.FlowMatching) -> Origin:
+    """Training knows no guidance: it is for use under that of the evaluations."""
+    return Origin("flow_matching", config.eval.guidance)
 
 
 def make_pairs(config: settings.FlowMatching, world: World) -> CaptionedLatents:

@@ -16,9 +16,10 @@ from fopd_jax.parallel.sharding import replicated
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
+from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream
+from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
 from fopd_jax.stages.setup import make_setup, refuse_files
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
 from fopd_jax.steps.grpo.step import metric_names
@@ -92,5 +93,10 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
 class GRPO(ReinforcementLearning):
     """The stage."""
 
-    def __init__(self, config: settings.GRPO, workdir: Path) -> None:
-        super().__init__(config, workdir, plan_grpo(config))
+    def __init__(self, config: settings.GRPO, workdir: Path, run: Path | None = None) -> None:
+        super().__init__(config, workdir, plan_grpo(config), origin, run)
+
+
+def origin(config: settings.GRPO) -> Origin:
+    """A policy is for use under the scale of its rollouts."""
+    return Origin("flow_grpo", config.guidance, trained_rewards(config), config.rollouts.num_steps)

@@ -24,9 +24,10 @@ from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
+from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
-from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, update_cost
+from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, scale_of, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning, refuse_files
 from fopd_jax.steps.opd.pieces import metric_names
@@ -51,15 +52,16 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     Raises:
       ValueError: names the field, file or key that is wrong.
     """
+    config = settled(config)
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)
-    taught = {name: task.guidance for name, task in config.tasks.items() if task.teacher}
+    taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher}
     stream = PromptStream(
-        pipeline.world, config.tasks, RoutingTable.of_tasks(taught, config.anchor.guidance).routes,
+        pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size),
     )  # fmt: skip
@@ -69,7 +71,8 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)
     else:
-        adapters = teachers.load_adapters(config, pipeline, found)
+        cards = teachers.check_cards(config, setup, found)
+        adapters = teachers.load_adapters(config, pipeline, found, cards)
         start = teachers.start_shapes(config, pipeline, adapters)
         if config.trained == "adapter":
             trained = trained.sized(start, setup.optimizer, config.seed)
@@ -91,11 +94,11 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
 class OPD:
     """The stage, see `running.stage.Stage`."""
 
-    def __init__(self, config: settings.OPD, workdir: Path) -> None:
+    def __init__(self, config: settings.OPD, workdir: Path, run: Path | None = None) -> None:
         plan = plan_opd(config)
         check_plan(plan, config, workdir)
         say(describe_run(plan, config, workdir))
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.run = config, workdir, run or workdir
         self.setup, self.pipeline, self.update = plan.setup, plan.setup.pipeline, plan.update
         self.trained = plan.trained
         plan.prepare()  # before the base: text encoders and network need not be in memory together
@@ -186,9 +189,15 @@ class OPD:
         """
         student = exported_weights(self.config, state)
         name, constants = export_name(self.config), self.frozen.variables["constants"]
-        export(self.workdir, name, student, constants, self.pipeline, self.config.model)
+        card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
+        export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         most = self.config.run.max_failed_rewards
         with contextlib.closing(self.setup) as setup:
             write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)
+
+
+def origin(config: settings.OPD) -> Origin:
+    """A student is for use under the scale that it learned with."""
+    return Origin("opd", config.guidance, train_steps=config.sampler.num_steps)

@@ -7,7 +7,7 @@ import optax
 
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import EMA, OPD
+from fopd_jax.config.schema import EMA, OPD, PAPER_GUIDANCE
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -79,7 +79,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         latent_shape=latent_shape,
         teachers=tuple(config.tasks),
         guidance=config.guidance,
-        teacher_guidance=(*(config.tasks[name].guidance for name in config.tasks), config.anchor.guidance),
+        teacher_guidance=tuple(scale_of(each.guidance) for each in (*config.tasks.values(), config.anchor)),
         updates_per_rollout=config.updates_per_rollout,
         minibatches=config.minibatches,
         micro_batches=config.run.micro_batches,
@@ -88,6 +88,11 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         anchor_every=config.anchor.every,
         one_timestep=config.one_timestep,
     )
+
+
+def scale_of(guidance: float | None) -> float:
+    """What is left to a file counts as the paper's where no file is read, see `stages.cards.settled`."""
+    return PAPER_GUIDANCE if guidance is None else guidance
 
 
 def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Update:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fopd_jax.config import learning, schema
@@ -10,6 +9,8 @@ from fopd_jax.config.schema import Config
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
+from fopd_jax.stages import flow_matching, grpo, opd
+from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
 from fopd_jax.stages.grpo import GRPO, plan_grpo
@@ -20,20 +21,22 @@ from fopd_jax.stages.problem import opd_programs
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """`make(config, workdir)`: the stage, its input checked; `plan(config)`: what it would do, its input read.
+    """`make(config, workdir, run)`: the stage, its input checked; `plan(config)`: what it would do, its input read.
 
-    `programs(config, mesh)`: without files or weights, the update first.
+    `run`: the folder of the run whose weights it leaves, if it is not `workdir`: its metrics tell their scores.
+    `programs(config, mesh)`: without files or weights, the update first. `origin(config)`: what is told of what trains.
     """
 
-    make: Callable[[Any, Path], Stage]
+    make: Callable[..., Stage]
     plan: Callable[[Any], Plan]
     programs: Callable[[Any, AnyMesh], list[Program]]
+    origin: Callable[[Any], Origin]
 
 
 STAGES: dict[type[Config], Kind] = {
-    schema.OPD: Kind(OPD, plan_opd, opd_programs),
-    learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: []),
-    schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs),
+    schema.OPD: Kind(OPD, plan_opd, opd_programs, opd.origin),
+    learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: [], grpo.origin),
+    schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs, flow_matching.origin),
 }
 
 

@@ -31,6 +31,7 @@ from fopd_jax.running.goodput import phase
 from fopd_jax.running.journal import Journal
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import looks
+from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
 from fopd_jax.stages.pipeline import Pipeline, load_base
@@ -113,10 +114,18 @@ class _Ahead:
 class ReinforcementLearning:
     """The stage, see `running.stage.Stage`."""
 
-    def __init__(self, config: Reinforced, workdir: Path, plan: ReinforcedPlan) -> None:
+    def __init__(
+        self,
+        config: Reinforced,
+        workdir: Path,
+        plan: ReinforcedPlan,
+        origin: Callable[[Any], Origin],
+        run: Path | None = None,
+    ) -> None:
+        """`origin`: what is told of what trains; `run`: see `stages.registry.Kind`."""
         check_plan(plan, config, workdir)
         say(describe_run(plan, config, workdir))
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.run, self.origin = config, workdir, run or workdir, origin
         self.setup, self.pipeline, self.trained = plan.setup, plan.setup.pipeline, plan.trained
         plan.prepare()
         say("loading the base")
@@ -251,7 +260,8 @@ class ReinforcementLearning:
         """Export the averaged weights, and report them beside the base."""
         config, pipeline = self.config, self.pipeline
         constants = self.base.variables["constants"]
-        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model)
+        card = make_card(config, pipeline, self.setup.base, self.origin, int(state.step), self.run)
+        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model, card)
         unchanged = {} if self.whole else effective(no_adapter(state.ema))  # so that one program samples both
         models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
@@ -269,6 +279,16 @@ def _moved(step: Array, by: int) -> Array:
 def _at(state: TrainState, later: int) -> TrainState:
     """The same weights so many steps later."""
     return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
+
+
+def trained_rewards(config: Reinforced) -> dict[str, float]:
+    """What a policy is trained on: weights of rewards, averaged over the prompts of all tasks."""
+    shares = sum(task.weight for task in config.tasks.values())
+    found: dict[str, float] = {}
+    for task in config.tasks.values():
+        for name, weight in task.rewards.items():
+            found[name] = found.get(name, 0.0) + weight * task.weight / shares
+    return {name: weight for name, weight in found.items() if weight}
 
 
 def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:

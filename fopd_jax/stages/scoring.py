@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
 from fopd_jax.config.learning import Comparison
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.evaluation.sampler import check_finite
 from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.rewards.combine import Normalise, combine
 from fopd_jax.rewards.monitors import EXTRA_TEXT, extra_text_of
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.pool import Pool, Ticket, TooManyFailures
 from fopd_jax.rewards.reward import Scores
 from fopd_jax.running.journal import Journal, fingerprint

@@ -26,6 +26,7 @@ from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards.registry import close_all
 from fopd_jax.running.overview import Part, write_overview
+from fopd_jax.stages.cards import base_hash
 from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.stages.rewards import furnish
 from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
@@ -40,11 +41,12 @@ RATE = "learning_rate"
 class Setup:
     """The parts that do not depend on the stage.
 
-    `rate`: of the optimizer's state, the learning rate of its next update; a program of its own, so that the updates
-    of all stages have the same metric.
+    `base`: which weights the base is, see `base_hash`. `rate`: of the optimizer's state, the learning rate of its next
+    update; a program of its own, so that the updates of all stages have the same metric.
     """
 
     pipeline: Pipeline
+    base: str
     sampler: Sampler
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
@@ -99,6 +101,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     chosen = select_tasks(pipeline.world, names)
     return Setup(
         pipeline=pipeline,
+        base=base_hash(config.model),
         sampler=eval_sampler(evaluation, config.model.shift, pipeline),
         eval_set=EvalSet(
             chosen,

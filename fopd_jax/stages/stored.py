@@ -1,6 +1,7 @@
 """What a run's workdir holds of what trained: any kept checkpoint, to sample from, to evaluate or to export."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fopd_jax.config.stages import StageConfig
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_shape
+from fopd_jax.stages.cards import Origin, base_hash, make_card
 from fopd_jax.stages.export import export, export_name, exported_weights
 from fopd_jax.stages.files import input_files
 from fopd_jax.stages.pipeline import Pipeline, load_base
@@ -66,8 +68,10 @@ def _sized(config: StageConfig, workdir: Path, step: int) -> Config:
     return resolve(override(config, {"adapter.rank": shape[-1], "adapter.alpha": config.adapter.scale * shape[-1]}))
 
 
-def export_stored(config: StageConfig, pipeline: Pipeline, workdir: Path, step: int, out: Path) -> None:
-    """Write what a run's end would have written of a checkpoint's weights.
+def export_stored(
+    config: StageConfig, pipeline: Pipeline, workdir: Path, step: int, out: Path, origin: Callable[[Any], Origin]
+) -> None:
+    """Write what a run's end would have written of a checkpoint's weights; `origin`: what its stage says of them.
 
     Raises:
       ValueError: as `load_stored`.
@@ -76,4 +80,5 @@ def export_stored(config: StageConfig, pipeline: Pipeline, workdir: Path, step: 
     stored = load_stored(config, pipeline, workdir, step)
     whole = config.trained == "params"
     constants = load_base(config.model, pipeline, config.seed)["constants"] if whole else {}
-    export(out, export_name(config), stored.weights, constants, pipeline, config.model)
+    card = make_card(config, pipeline, base_hash(config.model), origin, step, workdir)
+    export(out, export_name(config), stored.weights, constants, pipeline, config.model, card)

@@ -1,7 +1,8 @@
 """Who teaches, adapters on the base or whole networks: the routed teachers and the anchor; and the student's start."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import (
     Adapter,
     adapter_shapes,
@@ -26,11 +28,14 @@ from fopd_jax.adapters.lora import (
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.sizes import describe_size
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated, warn
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.cards import check_card, read_source, size_of
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
+from fopd_jax.stages.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,37 @@ def check_start(config: OPD, found: Sources) -> None:
 # ---- adapters on the base
 
 
-def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, Adapter]:
+def check_cards(config: OPD, setup: Setup, found: Sources) -> dict[str, AdapterCard]:
+    """What the teachers' files say of themselves, by name; what they are used for otherwise is told.
+
+    Raises:
+      ValueError: a teacher is of another base, or its card is damaged; names the field and the file.
+    """
+    cards = {name: read_source(found.field(name), source) for name, source in found.names.items()}
+    for name, card in cards.items():
+        field, source = found.field(name), found.names[name]
+        check_card(field, source, card, setup.pipeline, setup.base)
+        for line in _deviations(config, name, card or AdapterCard(), size_of(config, setup.pipeline)):
+            warn(f"{field}: {source} {line}")
+    return {name: card for name, card in cards.items() if card is not None}
+
+
+def _deviations(config: OPD, name: str, card: AdapterCard, size: tuple[int, int]) -> Iterator[str]:
+    """What a run does otherwise than a teacher's card says, in words."""
+    scales = {f"tasks.{name}": config.tasks[name].guidance} if name in config.tasks else {}
+    if name == config.anchor.name and config.anchor.adapter and config.objective.mar_beta > 0:
+        scales["anchor"] = config.anchor.guidance
+    for field, scale in scales.items():
+        if card.guidance is not None and scale is not None and scale != card.guidance:
+            yield f"is for guidance {card.guidance:g}, but {field}.guidance is {scale:g}"
+    if card.resolution is not None and card.resolution != size:
+        trained, used = (describe_size(each) for each in (card.resolution, size))
+        yield f"was trained at {trained} pixels, but model.resolution is {used}"
+
+
+def load_adapters(
+    config: OPD, pipeline: Pipeline, found: Sources, cards: Mapping[str, AdapterCard]
+) -> dict[str, Adapter]:
     """Every teacher's adapter by name, all on the student's layers and at the largest rank.
 
     Raises:
@@ -102,6 +137,9 @@ def load_adapters(config: OPD, pipeline: Pipeline, found: Sources) -> dict[str, 
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
+        said, scale = cards.get(name, AdapterCard()).scale, adapters[name].scale
+        if said is not None and not math.isclose(said, scale, rel_tol=1e-3):
+            warn(f"{found.field(name)}: {source} says that its scale is {said:g}, but holds {scale:g}")
         if is_zero(adapters[name]):
             warn(f"{found.field(name)}: {source}: its update is zero: it teaches what the base does")
     titles = {f"{found.field(name)} ({source})": adapters[name] for name, source in found.names.items()}

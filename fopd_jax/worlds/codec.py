@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
+from fopd_jax.config.learning import Decoding
 from fopd_jax.interop.files.converted import Manifest, load_sharded
 from fopd_jax.models.autoencoder import Autoencoder, sample_posterior
 from fopd_jax.parallel.parts import in_parts
+from fopd_jax.worlds.decoder import autoencoder_decoder
 
 POSTERIOR = 2**32 - 3  # what a step's key is folded with for draws of latents, apart from the step's own
 Tree = Any
@@ -22,16 +24,19 @@ Tree = Any
 class Codec:
     """One image a device at a time: what a larger batch gains, its activations cost in memory.
 
-    Weights are loaded when they are first needed, and stay.
+    Weights are loaded when they are first needed, and stay. `decoder` is for programs that decode by themselves.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, mesh: Mesh) -> None:
         self._folder, self._mesh = folder, mesh
         self._network = Autoencoder(manifest.component("vae").config)
+        self.decoder = autoencoder_decoder(self._network.config, lambda: self._params)
+        self._decode = jax.jit(self.decoder.make(Decoding(), mesh))
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n height width 3"]:
         """Latents → images in about [-1, 1]."""
-        return in_parts(lambda rows: self._decoder(self._params, rows), latents, self._mesh)
+        params = self.decoder.params()
+        return in_parts(lambda rows: self._decode(params, rows), latents, self._mesh)
 
     def encode(
         self, images: Float[np.ndarray, "n height width 3"], draws: UInt32[np.ndarray, "n 3"]
@@ -44,10 +49,6 @@ class Codec:
         side = self._network.config.downsampling
         boxed = jax.eval_shape(self._network.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
         return load_sharded(self._folder, "vae", boxed, jnp.float32, self._mesh)
-
-    @functools.cached_property
-    def _decoder(self) -> Callable[..., Array]:
-        return jax.jit(lambda params, latents: self._network.apply({"params": params}, latents, method="decode"))
 
     @functools.cached_property
     def _encoder(self) -> Callable[..., Array]:

@@ -62,7 +62,7 @@ class FolderWorld:
         prompts = self._prompts
         return World(
             self._latent_shape, self._tasks, prompts.encode, self._codec.decode, prompts.prepare, prompts.embed,
-            missing=prompts.missing, review=self._text.review, pairs=self._pairs,
+            missing=prompts.missing, review=self._text.review, pairs=self._pairs, decoder=self._codec.decoder,
         )  # fmt: skip
 
     def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:

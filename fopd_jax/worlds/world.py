@@ -16,6 +16,7 @@ from fopd_jax.parallel.distributed import put_batch, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.decoder import Decoder
 
 Encode = Callable[[Sequence[str]], Conditioning | TokenIds]
 
@@ -57,6 +58,7 @@ class World:
     `missing` are those of them that it has still to encode, `review` what is worth telling of them, a line each.
     `pairs` makes captioned latents to train on, where the world has images.
     `rewards`: what scores its tasks' images, by name: the world's own, and once a config has been read what it names.
+    `decoder`: `decode` as part of a jitted program, where it can be one.
     """
 
     latent_shape: tuple[int, int, int]
@@ -69,6 +71,7 @@ class World:
     review: Callable[[Iterable[str]], list[str]] = lambda prompts: []
     pairs: MakePairs | None = None
     rewards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
+    decoder: Decoder | None = None
 
 
 def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Conditioning:

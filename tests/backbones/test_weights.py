@@ -12,7 +12,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.adapters.card import AdapterCard
+from fopd_jax.adapters.lora import Adapter, init_adapter
 from fopd_jax.backbones.weights import (
     boxed_variables,
     example_inputs,
@@ -24,6 +25,8 @@ from fopd_jax.backbones.weights import (
 )
 from fopd_jax.config.schema import LoRAConfig, MeshShape
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
+from fopd_jax.interop.lora.peft import write_peft
+from fopd_jax.interop.sd3.network import TARGETS as SD3_TARGETS
 from fopd_jax.models.mmdit import MMDiT, MMDiTConfig
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import parameter_shardings
@@ -112,6 +115,20 @@ def test_another_familys_weights_are_named(mesh: Mesh, tmp_path: Path):
     save_tree(tmp_path / "base.safetensors", zeros, {"preset": PRESET})
     with pytest.raises(ValueError, match=rf"base\.safetensors does not match preset {PRESET} at "):
         load_file(tmp_path / "base.safetensors", PRESET, NETWORKS[PRESET], LATENT, jnp.float32, mesh)
+
+
+def test_a_published_adapter_that_names_another_preset_is_refused(tmp_path: Path):
+    """Its layers may have the same names and shapes: no tensor would tell."""
+    module = NETWORKS["miniature"]
+    params = nn.unbox(boxed_variables(module, LATENT))["params"]
+    fresh = init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0), SD3_TARGETS)
+    adapter = Adapter(jax.tree.map(np.ones_like, fresh.weights), fresh.scale)
+    for preset in ("miniature", "sd3_medium"):
+        write_peft(tmp_path / preset, adapter, module.config, AdapterCard(preset=preset))
+    found = load_any_adapter(tmp_path / "miniature", "miniature", module)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+    with pytest.raises(ValueError, match="sd3_medium: weights of preset 'sd3_medium', "):
+        load_any_adapter(tmp_path / "sd3_medium", "miniature", module)
 
 
 def test_a_family_without_published_files_reads_its_own_alone(mesh: Mesh, tmp_path: Path):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fopd_jax.config import parse, schema
-from fopd_jax.config.identity import config_hash, default_of, fields_hash, identity, normalise
+from fopd_jax.config.identity import config_hash, default_of, fields_hash, identity, left_out, normalise
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import find, flatten, override, resolve, thaw
 from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask, setting
@@ -24,6 +24,7 @@ OTHER: dict[Any, Any] = {
     int: 7,
     int | tuple[int, int]: (768, 512),
     float: 0.25,
+    float | None: 0.25,
     str: "other",
     tuple[int, int] | None: (0, 2),
     tuple[str, ...]: ("x", "y"),
@@ -153,6 +154,17 @@ def test_a_new_field_with_a_default_changes_no_hash(which: str, monkeypatch: pyt
     assert config_hash(resolved) == known
     for change in ({"sampler.fresh": 0.25}, {"more.num_steps": 3}, {"switch": True}):
         assert config_hash(resolve(override(made, change))) != known
+
+
+def test_a_teachers_guidance_that_is_left_to_its_file_counts_as_the_papers():
+    """Which was the default of earlier versions: their workdirs do not hold it."""
+    config = override(valid("opd"), {"guidance": 3.0})
+    for name in ("tasks.x.guidance", "anchor.guidance"):
+        hashes = [config_hash(resolve(override(config, {name: value}))) for value in (None, 4.5, 4.0)]
+        assert hashes[0] == hashes[1] != hashes[2]
+        assert (default_of("opd", name), left_out("opd", name)) == (None, 4.5)
+    assert left_out("opd", "guidance") == 4.5
+    assert left_out("opd", "sampler.window") is None
 
 
 # ---- of the version before

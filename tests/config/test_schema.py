@@ -65,6 +65,7 @@ PAIR = ["12", 3, (), (1,), (1, 2, 3), (1, "2"), (1, True), (1, None), (1, NAN), 
 WRONG: dict[Any, list[Any]] = {
     int: [None, True, 1.0, 1.5, NAN, INF, "1", (1,), [1], 2**32, -(2**32), HUGE, -HUGE, 10**5000, 1j],
     float: [None, True, NAN, INF, -INF, HUGE, -HUGE, 10**5000, "1", "nan", (1.0,), [1.0], 1j],
+    float | None: [True, NAN, INF, -INF, HUGE, -HUGE, 10**5000, "1", "None", (1.0,), [1.0], 1j],
     str: [None, True, 1, 1.0, NAN, b"text", ("text",), ["text"], Path("text")],
     bool: [None, 0, 1, 1.0, "True", "", (True,)],
     tuple[str, ...]: [None, True, 1, "text", {"text"}, {"text": 1}, (1,), ("data", None), ("data", ("fsdp",))],

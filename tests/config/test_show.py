@@ -47,6 +47,8 @@ def test_what_a_flag_of_a_whole_dict_sets_is_of_a_flag():
 
 def test_meanings_are_the_schemas_with_the_papers_value():
     rows = shown("opd", {"run.alarms": {"ratio": (0.5, 2.0)}}, set())
-    assert rows["tasks.x.guidance"][2] == "The scale under which the teacher was trained; 1: none. [paper] 4.5"
+    assert rows["tasks.x.guidance"][2] == (
+        "The scale under which the teacher is asked; 1: none; None: what its file says, else the paper's. [paper] 4.5"
+    )
     assert rows["run.alarms.ratio"][2].startswith("Metrics to warn of outside (low, high)")
     assert rows["cold_start.weights.x"][2].endswith("[paper] the average")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from fopd_jax.evaluation.grid import draw_grid, to_pixels
+from fopd_jax.evaluation.grid import draw_grid
 
 MARGIN, FONT_SIZE = 6, 13
 
@@ -59,19 +59,3 @@ def test_long_prompts_are_wrapped_above_their_column():
     assert long.width == short.width
     assert (long.height - short.height) % (FONT_SIZE + 4) == 0
     assert long.height >= short.height + 2 * (FONT_SIZE + 4)
-
-
-def test_levels_are_rounded_to_the_nearest_byte_and_clipped():
-    exact = np.arange(256)
-    images = (exact / 127.5 - 1).astype(np.float32).reshape(16, 16, 1).repeat(3, -1)
-    np.testing.assert_array_equal(to_pixels(images), exact.reshape(16, 16, 1).repeat(3, -1))
-    np.testing.assert_array_equal(to_pixels(images + np.float32(0.49 / 127.5))[..., 0].ravel(), exact)
-    np.testing.assert_array_equal(to_pixels(images - np.float32(0.49 / 127.5))[..., 0].ravel(), exact)
-    beyond = np.array([-np.inf, -1.2, 1.2, np.inf], np.float32).reshape(2, 2, 1).repeat(3, -1)
-    assert to_pixels(beyond)[..., 0].ravel().tolist() == [0, 0, 255, 255]
-
-
-def test_pixels_keep_leading_axes():
-    images = np.zeros((2, 3, 4, 5, 3), np.float32)
-    assert to_pixels(images).shape == images.shape
-    assert to_pixels(images).dtype == np.uint8

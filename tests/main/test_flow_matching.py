@@ -7,6 +7,7 @@ from typing import Any
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.parse import assign
 from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.running.checkpoints import newest_step
 from tests.configs import FOLDER, load, prepare
 from tests.main.experiment import TINY, Program, assert_refused, command, logged
@@ -43,8 +44,13 @@ def test_a_teacher_is_trained_and_can_be_taught_from(config: Any, weights: Path,
     assert isinstance(adapter, Adapter)
     assert metadata["preset"] == "miniature"
     assert adapter.scale == 2.0
-    config.tasks["text"].teacher = f"{folder}/adapter.safetensors"
-    prepare(config, tmp_path / "student")
+    card = read_card(folder / "adapter.safetensors")
+    assert card is not None
+    assert (card.algorithm, card.guidance, card.updates, card.scored_at) == ("flow_matching", 1.0, 1, 1)
+    assert card.scores == {name: found[name] for name in scores}
+    config.tasks["text"].teacher, config.tasks["text"].guidance = f"{folder}/adapter.safetensors", None
+    stage = prepare(config, tmp_path / "student")
+    assert dict(zip(config.tasks, stage.update.pieces.spec.teacher_guidance, strict=False))["text"] == 1.0
 
 
 def test_what_trains_must_be_known(weights: Path, tmp_path: Path):

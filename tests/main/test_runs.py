@@ -23,7 +23,9 @@ from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.recorded import RECORD_FILE, read_starts
 from fopd_jax.config.schema import RewardConfig
 from fopd_jax.files import write_json
+from fopd_jax.interop.files.converted import weights_hash
 from fopd_jax.interop.files.safetensors import load_adapter
+from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.stages import setup
@@ -33,6 +35,7 @@ from tests.main import earlier
 from tests.main.experiment import (
     CLOCKED,
     OUTPUTS,
+    RANK,
     STEPS,
     TIMEOUT,
     Program,
@@ -127,6 +130,15 @@ def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Pat
     start = prepare(config, tmp_path / "run").teaching.start()
     assert metadata["preset"] == "miniature"
     assert student.scale == start.scale
+    card = read_card(whole / "student.safetensors")
+    assert card is not None
+    assert (card.algorithm, card.guidance, card.train_steps, card.updates, card.rank) == ("opd", 1.0, 3, STEPS, RANK)
+    assert card.base == weights_hash(Path(str(config.model.path)))
+    assert card.config_hash == json.loads((whole / "results.json").read_text())["config_hash"]
+    *_, measured = (line for line in logged(whole) if any(name.startswith("eval/") for name in line))
+    scores = {name.removeprefix("eval/"): value for name, value in measured.items() if name != "step"}
+    assert card.scores == {name: value for name, value in scores.items() if not name.startswith("monitors/")}
+    assert card.scored_at == measured["step"] == STEPS
     before, after = (flatten_dict(tree, sep="/") for tree in (start.weights, student.weights))
     assert before.keys() == after.keys()
     still = {path for path in before if np.abs(before[path] - after[path]).max() < 1e-4}

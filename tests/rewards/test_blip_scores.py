@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fopd_jax.interop.scorers.blip import add_tokenizer, convert, read_vocabular
 from fopd_jax.interop.scorers.weights import save_weights
 from fopd_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
 from fopd_jax.rewards.blip_scores import REWARD_MEAN, REWARD_STD, Words, make, questions
+from fopd_jax.rewards.reward import Reward
 from tests.interop.scorers.blip_oracle import image_reward_file, make_config, make_vqa, own_names, tensors_of
 
 WORDS = [
@@ -59,6 +61,14 @@ def _encoded(tokenizer: BertTokenizer, texts, first: str = "[CLS]"):
         yield torch.tensor([[tokenizer.convert_tokens_to_ids(first) if first == "[CLS]" else START + 1, *ids[1:]]])
 
 
+def _check_within(reward: Reward, images: np.ndarray, prompts, metadata, expected) -> None:
+    """The same values within a program, up to rounding."""
+    assert reward.traced is not None
+    rows = reward.traced.prepare(prompts, metadata)
+    found = jax.jit(reward.traced.score)(reward.traced.params(), images, rows)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_words_are_berts(vocabulary: Path):
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=True)
     texts = [*PROMPTS, "", "unheard of: CATS", "cat " * 50]
@@ -96,6 +106,7 @@ def test_image_reward_is_the_published_programs(tmp_path: Path, model, vocabular
     np.testing.assert_allclose(found.values, (values[:, 0] - REWARD_MEAN) / REWARD_STD, atol=TOLERANCE)
     assert not found.failed.any()
     assert (reward.limits, reward.runs) == ((None, None), "device")
+    _check_within(reward, _images(len(prompts)), prompts, [{}] * len(prompts), found.values)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "own"])
@@ -124,6 +135,9 @@ def test_vqa_is_the_product_over_questions(tmp_path: Path, vocabulary: Path, lay
                 expected.append(float(torch.softmax(logits[0, 0], -1)[WORDS.index("yes")]))
         np.testing.assert_allclose(details["yes"], expected, atol=TOLERANCE)
         np.testing.assert_allclose(found.values[row], np.prod(expected), atol=TOLERANCE)
+    about = [{"questions": []}, {"questions": "none"}, {"questions": ["is it?"] * 9}, {"questions": asked}]
+    expected = [1.0, np.nan, np.nan, found.values[0]]
+    _check_within(reward, images[[1, 1, 1, 0]], ["a cat"] * 4, about, expected)
 
 
 def test_questions_that_are_none_are_refused():

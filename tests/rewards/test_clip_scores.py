@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_aesthetic(small_clip: SmallClip, model: Any, images: np.ndarray, head: 
     _, directions = features(model, small_clip, processed(images))
     made = scores("aesthetic", small_clip, images, head=str(head))
     np.testing.assert_allclose(made.values, directions.numpy() @ kernel + 5, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("pickscore", {}),
+        ("clipscore", {"preprocessing": "flow_grpo", "unit": "logits"}),
+        ("hpsv2", {}),
+        ("aesthetic", {}),
+    ],
+)
+def test_within_a_program_values_are_the_same(
+    kind: str, options: dict[str, Any], small_clip: SmallClip, images: np.ndarray, head: Path
+) -> None:
+    """Up to rounding: what is multiplied by a hundred is a cosine of numbers of seven digits."""
+    options = {"head": str(head)} if kind == "aesthetic" else options
+    reward = make("mine", RewardConfig(kind=kind, weights=str(small_clip.converted), options=options), None)
+    assert reward.traced is not None
+    rows = reward.traced.prepare(PROMPTS, [{}] * 4)
+    found = jax.jit(reward.traced.score)(reward.traced.params(), images, rows)
+    np.testing.assert_allclose(found, reward.score(images, PROMPTS, [{}] * 4).values, rtol=0, atol=1e-4)
+    assert found.dtype == np.float32
 
 
 def test_a_picture_is_scored_alike_in_any_company(small_clip: SmallClip, images: np.ndarray) -> None:

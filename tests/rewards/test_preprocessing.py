@@ -3,6 +3,7 @@
 torchvision is not needed: it resizes tensors by `torch.nn.functional.interpolate`, and crops and pads by places.
 """
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -12,12 +13,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from fopd_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
 from fopd_jax.parallel.parts import own_mesh
 from fopd_jax.rewards.preprocessing import (
+    BLIP_VQA,
     FLOW_GRPO,
     HPSV2,
     OPEN_CLIP,
     TRANSFORMERS,
     Preprocessing,
     preprocess,
+    preprocess_within,
 )
 
 SIZE = 56
@@ -101,3 +104,12 @@ def test_company_changes_nothing(pictures: list[np.ndarray]) -> None:
 def test_an_empty_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="found a picture of 0 x 5 pixels, expected at least 1 x 1"):
         ours([np.zeros((0, 5, 3), np.uint8)], TRANSFORMERS)
+
+
+@pytest.mark.parametrize(
+    ("how", "tolerance"), [(TRANSFORMERS, PILLOW), (BLIP_VQA, PILLOW), (FLOW_GRPO, FLOAT), (HPSV2, FLOAT)]
+)
+def test_within_a_program_pictures_are_the_same(how: Preprocessing, tolerance: float) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 70, 90, 3), dtype=np.uint8)
+    found = jax.jit(lambda images: preprocess_within(images, how, SIZE))(images)
+    np.testing.assert_allclose(found, ours(list(images), how), rtol=0, atol=tolerance)

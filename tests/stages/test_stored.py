@@ -13,6 +13,7 @@ from fopd_jax.config.parse import resolve
 from fopd_jax.interop.files.safetensors import load_adapter, load_tree
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.stages.pipeline import make_pipeline, weight_path
+from fopd_jax.stages.registry import find_stage
 from fopd_jax.stages.stored import export_stored, find_step
 from fopd_jax.steps.state import init_state, make_optimizer
 from tests.configs import load
@@ -30,7 +31,8 @@ def _save(folder: Path, config: Any, last: Any, average: Any) -> None:
 
 def _export(config: Any, folder: Path, out: Path) -> list[Path]:
     out.mkdir()
-    export_stored(config, make_pipeline(config.model, config.run, dict), folder, find_step(folder, None), out)
+    pipeline, origin = make_pipeline(config.model, config.run, dict), find_stage(config).origin
+    export_stored(config, pipeline, folder, find_step(folder, None), out, origin)
     return list(out.iterdir())
 
 

@@ -1,6 +1,7 @@
 """The tool from the outside: every direction, what each source needs to be told, and one line for what is wrong."""
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -15,12 +16,16 @@ import jax
 import numpy as np
 import pytest
 
+from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.interop.files.converted import Converted, Manifest, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter, save_adapter
+from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.interop.lora.modules import places
+from fopd_jax.interop.lora.peft import write_peft
 from fopd_jax.interop.sd3.diffusers import config_from_diffusers
 from fopd_jax.models.mmdit import PRESETS, MMDiTConfig
+from tests.adapters.test_card import FULL
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_adapter.py"
 MINIATURE = {  # the transformer of PRESETS["miniature"], as diffusers describes it
@@ -72,6 +77,51 @@ def test_there_and_back(tool: ModuleType, layout: str, model: str, tmp_path: Pat
     assert found.scale == 1.5
     jax.tree.map(np.testing.assert_array_equal, found.weights, make_adapter().weights)
     assert ours.read_bytes() == back.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui", "sd_scripts", "fopd_jax"])
+def test_what_an_adapter_says_of_itself_goes_with_it(tool: ModuleType, layout: str, tmp_path: Path) -> None:
+    ours, theirs, back = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", tmp_path / "back.safetensors"
+    save_adapter(ours, make_adapter(), {"preset": "miniature"}, FULL)
+    tool.main(["--src", str(ours), "--dst", str(theirs), "--to", layout])
+    assert read_card(theirs) == FULL
+    tool.main(["--src", str(theirs), "--dst", str(back), "--to", "fopd_jax", "--preset", "miniature"])
+    assert ours.read_bytes() == back.read_bytes()
+
+
+def test_what_a_file_does_not_say_can_be_said_for_it(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A foreign folder becomes a teacher that OPD knows how to ask."""
+    theirs, said, base = tmp_path / "theirs", tmp_path / "said.safetensors", tmp_path / "base.safetensors"
+    write_peft(theirs, make_adapter(), PRESETS["miniature"])
+    tool.main(["--src", str(theirs), "--describe"])
+    nothing = f"{theirs}: says nothing of itself; a config has to say its guidance (tasks.NAME.guidance)\n"
+    assert capsys.readouterr().out == nothing
+    base.write_bytes(b"weights")
+    to = ["--src", theirs, "--dst", said, "--to", "fopd_jax", "--preset", "miniature"]
+    tool.main([*map(str, to), "--guidance=4.5", f"--base={base}"])
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert read_card(said) == AdapterCard(guidance=4.5, preset="miniature", base=digest)
+    capsys.readouterr()
+    tool.main(["--src", str(said), "--describe"])
+    assert capsys.readouterr().out == f"guidance  4.5\npreset    miniature\nbase      {digest}\n"
+    corrected = tmp_path / "corrected.safetensors"
+    tool.main(["--src", str(said), "--dst", str(corrected), "--to", "fopd_jax", "--guidance=1"])
+    assert read_card(corrected) == AdapterCard(guidance=1.0, preset="miniature", base=digest)
+    assert run(tool, *to, "--guidance=nan") == "error: --guidance: found nan, expected a number from 0 to 100"
+    assert run(tool, *to, f"--base={tmp_path}").startswith(f"error: {tmp_path}: no manifest.json")
+    assert run(tool, "--src", theirs).startswith("error: expected --dst and --to, or --describe")
+    assert run(tool, "--src", tmp_path / "x", "--describe") == f"error: {tmp_path / 'x'}: no such file or folder"
+
+
+def test_all_of_a_card_is_described(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(tmp_path / "ours", make_adapter(), {"preset": "miniature"}, FULL)
+    tool.main(["--src", str(tmp_path / "ours"), "--describe"])
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in rows] == list(FULL.fields())
+    shown = {"rewards": "ocr 1, pickscore 0.5", "guidance": "1", "resolution": "512, 768", "scored_at": "380"}
+    assert dict(rows).items() >= shown.items()
 
 
 def test_networks_that_are_not_known(tool: ModuleType, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from fopd_jax.config.learning import Decoding
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.interop.files.converted import load_sharded, read_manifest
 from fopd_jax.models.autoencoder import Autoencoder
@@ -64,3 +65,13 @@ def test_latents_become_images_again(codec: Codec):
     found = codec.decode(latents)
     assert found.shape == (3, SIDE, SIDE, 3)
     np.testing.assert_array_equal(codec.decode(latents[1:2]), found[1:2])
+
+
+def test_programs_decode_the_same_with_the_decoders_weights_alone(codec: Codec, mesh: Mesh):
+    latents = codec.encode(_images(2), _draws([0, 1]))
+    params = codec.decoder.params()
+    found = jax.jit(codec.decoder.make(Decoding(), mesh))(params, latents)
+    np.testing.assert_allclose(found, codec.decode(latents), rtol=0, atol=1e-5)
+    assert list(params) == ["decoder"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, codec.decoder.shapes())
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Backbone, Files, LatentShape, Tokens
 from fopd_jax.backbones.sd3.flops import pass_flops
@@ -54,8 +55,8 @@ def constants(folder: Path, shape: MMDiTConfig, latent: LatentShape) -> dict[str
     return {"pos_embed": load_table(folder, crop).astype(np.float32)}
 
 
-def write_adapter(folder: Path, adapter: Adapter, shape: MMDiTConfig) -> None:
-    write_peft(folder, adapter, shape)
+def write_adapter(folder: Path, adapter: Adapter, shape: MMDiTConfig, card: AdapterCard) -> None:
+    write_peft(folder, adapter, shape, card)
 
 
 def write_network(folder: Path, base: Path, params: Any) -> None:

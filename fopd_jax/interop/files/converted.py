@@ -7,6 +7,7 @@ The manifest is written last and atomically: a folder whose manifest names a com
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 import time
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from fopd_jax.exits import CONVERTER
 from fopd_jax.files import write_json
 from fopd_jax.interop.files.tables import Component, Shape, check_names
-from fopd_jax.interop.files.tensor_files import open_tensor_file, read_json, write_tensor_file
+from fopd_jax.interop.files.tensor_files import hash_file, open_tensor_file, read_json, write_tensor_file
 from fopd_jax.interop.sd3.autoencoder import autoencoder_component
 from fopd_jax.interop.sd3.diffusers import CLASS_NAME, TABLE, config_from_diffusers, transformer_component
 from fopd_jax.interop.sd3.text_encoders import clip_component, t5_component
@@ -192,6 +193,26 @@ def _parse_component(path: Path, name: str, fields: Any) -> Converted:
     if not isinstance(fields, dict) or {key: type(value) for key, value in fields.items()} != kinds:
         raise ValueError(f"{path}: damaged at component {name!r}; convert into a new folder")
     return Converted(**fields)
+
+
+def weights_hash(path: Path) -> str:
+    """Which weights a network's are: SHA-256 of a file, or of a converted folder's source.
+
+    A manifest knows its transformer's source files by their hashes: nothing large is read, and weights are the same in
+    float32 and in bfloat16. Several files count as the hash of their sorted hashes. The same numbers in other files, as
+    in the authors' and in diffusers' layout, are other weights.
+
+    Raises:
+      ValueError: as `parse_manifest`, or there is no transformer.
+      OSError: the file cannot be read.
+    """
+    if path.is_file():
+        return hash_file(path)
+    components = parse_manifest(path).components
+    if "transformer" not in components:
+        raise ValueError(f"{path}: holds no transformer, only {', '.join(components)}")
+    hashes = sorted(value for name, value in components["transformer"].source.items() if name.endswith(".safetensors"))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def find_damage(folder: Path, converted: Converted) -> str | None:

@@ -11,12 +11,16 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from fopd_jax.adapters.card import AdapterCard, parse_card
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.exits import naming
 from fopd_jax.files import write_tensors
 from fopd_jax.interop.files.tensor_files import DTYPES, check_finite, other_format
 
 Tree = Any
 FORMAT = "fopd_jax/1"
+CARD = "fopd_jax"
+"""Under which an adapter's card stands in the metadata of its file, in this project's format and in others'."""
 LARGEST_SCALE = 1e6
 """Of an adapter: what `adapter.alpha` may reach at rank 1."""
 
@@ -98,16 +102,32 @@ def is_own_file(path: Path) -> bool:
         return False
 
 
-def save_adapter(path: Path, adapter: Adapter, metadata: Mapping[str, Any]) -> None:
-    """Write an adapter; its scale travels in the metadata."""
-    save_tree(path, adapter.weights, {**metadata, "scale": adapter.scale})
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of any safetensors file; reads nothing else of it.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged or none; does not name it.
+    """
+    if not path.is_file():
+        raise ValueError("no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(other_format(path) or f"damaged or no safetensors file ({error})") from error
+
+
+def save_adapter(path: Path, adapter: Adapter, metadata: Mapping[str, Any], card: AdapterCard | None = None) -> None:
+    """Write an adapter; its scale travels in the metadata, and its card if it has one."""
+    about = {} if card is None else {CARD: card.fields()}
+    save_tree(path, adapter.weights, {**metadata, "scale": adapter.scale, **about})
 
 
 def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     """Read an adapter.
 
     Raises:
-      ValueError: as `load_tree`, or the file holds no adapter.
+      ValueError: as `load_tree`, or the file holds no adapter, or a card that is none.
     """
     weights, metadata = load_tree(path)
     if "scale" not in metadata:
@@ -116,6 +136,9 @@ def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     if type(scale) not in (int, float) or not 0 < abs(scale) <= LARGEST_SCALE:
         expected = f"a number other than 0, at most {LARGEST_SCALE:g}"
         raise ValueError(f"{path}: metadata scale: found {json.dumps(scale)[:80]}, expected {expected}")
+    if CARD in metadata:
+        with naming(f"{path}: metadata {CARD}"):
+            parse_card(metadata[CARD])
     check_numbers(path, weights)
     _check_factors(weights, path)
     return Adapter(weights, float(scale)), metadata

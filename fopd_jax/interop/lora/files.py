@@ -29,6 +29,8 @@ from fopd_jax.interop.sd3.diffusers import module_names
 from fopd_jax.interop.sd3.original import module_parts
 from fopd_jax.models.mmdit import MMDiTConfig
 
+PEFT_TENSORS = "adapter_model.safetensors"
+DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 PIPELINE_PREFIX = "transformer."
 _UNDERSCORED_PREFIX = "lora_transformer_"

@@ -22,12 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.exits import naming
 from fopd_jax.files import replacing_folder, write_json, write_tensors
+from fopd_jax.interop.lora.cards import card_metadata, write_beside
 from fopd_jax.interop.lora.config import LARGEST_ALPHA, LoRASettings, exact_alpha, make_fields, parse_settings
 from fopd_jax.interop.lora.files import (
+    DIFFUSERS_TENSORS,
     PEFT_PREFIX,
+    PEFT_TENSORS,
     PIPELINE_PREFIX,
     SD_SCRIPTS_PREFIX,
     LoRAFile,
@@ -39,8 +43,6 @@ from fopd_jax.models.mmdit import MMDiTConfig
 from fopd_jax.reading import read_regular
 
 PEFT_SETTINGS = "adapter_config.json"
-PEFT_TENSORS = "adapter_model.safetensors"
-DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
 _HEADER_ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # one number for all modules
 _HEADER_RANKS = ("lora_rank", "ss_network_dim", "network_dim", "rank", "r")  # and the rank that it belongs to
@@ -176,10 +178,17 @@ def _settings_in_metadata(file: LoRAFile) -> LoRASettings:
     return parse_settings({k.removeprefix(file.prefix): v for k, v in fields.items() if k.startswith(file.prefix)})
 
 
-def write_peft(folder: Path, adapter: Adapter, config: MMDiTConfig, base_model: str | None = None) -> None:
+def write_peft(
+    folder: Path,
+    adapter: Adapter,
+    config: MMDiTConfig,
+    card: AdapterCard | None = None,
+    base_model: str | None = None,
+) -> None:
     """Write a PEFT folder, for `PeftModel.from_pretrained` on a diffusers transformer.
 
-    `base_model` is the name or path of the base that the settings record. The folder appears complete or not at all.
+    `base_model` is the name or path of the base that the settings record. The card, here and below, stands in the
+    tensors' metadata and, in this folder, in a file of its own. The folder appears complete or not at all.
     PEFT computes the adapter's very scale, as long as it is some alpha/R or alpha/√R in float64, else its neighbour.
 
     Raises:
@@ -192,10 +201,11 @@ def write_peft(folder: Path, adapter: Adapter, config: MMDiTConfig, base_model: 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(folder) as made:
         write_json(made / PEFT_SETTINGS, fields)
-        write_tensors(made / PEFT_TENSORS, _factors(modules, PEFT_PREFIX), _FORMAT)
+        write_tensors(made / PEFT_TENSORS, _factors(modules, PEFT_PREFIX), _FORMAT | card_metadata(card))
+        write_beside(made, card)
 
 
-def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig, card: AdapterCard | None = None) -> None:
     """Write a file for `StableDiffusion3Pipeline.load_lora_weights` of diffusers 0.34 or newer.
 
     `path` is a file if it ends in ".safetensors", else a folder that gets `pytorch_lora_weights.safetensors`; such a
@@ -207,12 +217,12 @@ def write_diffusers(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
     file = path if path.suffix == ".safetensors" else path / DIFFUSERS_TENSORS
     modules = modules_from_adapter(adapter, config)
     fields = {PIPELINE_PREFIX + field: value for field, value in _fields(modules, config).items()}
-    metadata = {**_FORMAT, _METADATA: json.dumps(fields, indent=2, sort_keys=True)}
+    metadata = {**_FORMAT, _METADATA: json.dumps(fields, indent=2, sort_keys=True), **card_metadata(card)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, _factors(modules, PIPELINE_PREFIX), metadata)
 
 
-def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig, card: AdapterCard | None = None) -> None:
     """Write a file for ComfyUI, named `*.safetensors`: diffusers' names, and a scalar `alpha` for every module.
 
     alpha is float32, or float64 where float32 would round it; ComfyUI divides it by the rank in float64, which gives
@@ -229,10 +239,10 @@ def write_comfyui(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
     for name, module in modules.items():
         tensors[f"{PIPELINE_PREFIX}{name}.alpha"] = _alpha_tensor(module.scale, module.a.shape[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, _FORMAT)
+    write_tensors(path, tensors, _FORMAT | card_metadata(card))
 
 
-def write_sd_scripts(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
+def write_sd_scripts(path: Path, adapter: Adapter, config: MMDiTConfig, card: AdapterCard | None = None) -> None:
     """Write a file in sd-scripts' layout, named `*.safetensors`: the original network's modules, each with its alpha.
 
     q, k and v are one module there: its factors are theirs along the diagonal, its rank three times theirs, so that
@@ -259,7 +269,7 @@ def write_sd_scripts(path: Path, adapter: Adapter, config: MMDiTConfig) -> None:
         tensors |= {f"{place}.lora_down.weight": a, f"{place}.lora_up.weight": b}
         tensors[f"{place}.alpha"] = _alpha_tensor(adapter.scale, len(a))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, _FORMAT)
+    write_tensors(path, tensors, _FORMAT | card_metadata(card))
 
 
 def _alpha_tensor(scale: float, rank: int) -> np.ndarray:

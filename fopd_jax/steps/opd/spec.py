@@ -79,12 +79,12 @@ class OPDSpec:
                 f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
                 f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
             )
-        if batch_size % (self.parts * self.anchor_every):
+        self._check_savings()
+        if batch_size // self.minibatches % (self.micro_batches * self.anchor_every):
             raise ValueError(
                 f"run.micro_batches: found {self.micro_batches}, expected a divisor of the "
                 f"{batch_size // self.minibatches} samples a minibatch, with anchor.every {self.anchor_every}"
             )
-        self._check_savings()
         start, stop = self.window
         if not self.noisy[start:stop].any() and trains(self.objective, jnp.zeros(())) == 0:
             raise ValueError("sampler.window: holds no trained step, so the objective would have nothing to train")

@@ -5,11 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
-from fopd_jax.rewards.ocr import ocr_reward, quoted_target
-from fopd_jax.rewards.reward import Metadata, Reward, Scores, collect
+from fopd_jax.rewards.ocr import normalise, ocr_reward, quoted_target
+from fopd_jax.rewards.reward import Metadata, Reward, Scores, Traced, Tree, collect
+from fopd_jax.worlds.miniature import traced
+from fopd_jax.worlds.miniature.prompts import COLOURS, GLYPHS, MAX_TOKENS, SHAPES
 from fopd_jax.worlds.miniature.scores import find_objects, quality_score, read_text, scene_of, share_right
 
 Pixels = UInt8[np.ndarray, "n 24 24 3"]
@@ -19,11 +23,18 @@ T = TypeVar("T")
 
 def make_rewards() -> dict[str, Reward]:
     """`text`, `composition`, `composition_strict` and `quality`, in [0, 1]; they fail on other tasks' prompts alone."""
+    limits = (0.0, 1.0)
+    scenes = {
+        name: Traced(prepare_scenes, functools.partial(_score_scenes, strict))
+        for name, strict in (("composition", False), ("composition_strict", True))
+    }
     return {
-        "text": Reward("text", _text, (0.0, 1.0), "host", check=_check_text),
-        "composition": Reward("composition", _composition, (0.0, 1.0), "host", check=_check_scenes),
-        "composition_strict": Reward("composition_strict", _strict, (0.0, 1.0), "host", check=_check_scenes),
-        "quality": Reward("quality", _quality, (0.0, 1.0), "host"),
+        "text": Reward("text", _text, limits, "host", check=_check_text, traced=Traced(prepare_targets, _score_text)),
+        **{
+            name: Reward(name, score, limits, "host", check=_check_scenes, traced=scenes[name])
+            for name, score in (("composition", _composition), ("composition_strict", _strict))
+        },
+        "quality": Reward("quality", _quality, limits, "host", traced=Traced(lambda *_: {}, _score_quality)),
     }
 
 
@@ -85,3 +96,62 @@ def _check_text(prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
 def _check_scenes(prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
     for prompt in prompts:
         scene_of(prompt)
+
+
+# ---- within a program
+
+
+Rows = dict[str, Int32[np.ndarray, "n ..."]]
+_PLACES = {glyph.lower(): place for place, glyph in enumerate(GLYPHS)}
+
+
+def prepare_targets(prompts: Sequence[str], metadata: Sequence[Metadata]) -> Rows:
+    """The quoted texts as places in `GLYPHS` `[n, 8]`, and how long they are.
+
+    A length of 0, which is no score, has what quotes nothing, or more than a prompt of this world can.
+    """
+    rows: Rows = {
+        "target": np.full((len(prompts), MAX_TOKENS), -2, np.int32),
+        "length": np.zeros(len(prompts), np.int32),
+    }
+    for i, prompt in enumerate(prompts):
+        try:
+            target = normalise(quoted_target(prompt))
+        except ValueError:
+            continue
+        if len(target) <= MAX_TOKENS:
+            rows["target"][i, : len(target)] = [_PLACES.get(each, -2) for each in target]
+            rows["length"][i] = len(target)
+    return rows
+
+
+def prepare_scenes(prompts: Sequence[str], metadata: Sequence[Metadata]) -> Rows:
+    """Kind and number of each phrase's objects `[n, 2]`; numbers of 0, which are no score, of what is no scene."""
+    rows: Rows = {name: np.zeros((len(prompts), 2), np.int32) for name in ("kinds", "counts")}
+    for i, prompt in enumerate(prompts):
+        try:
+            phrases = scene_of(prompt).phrases
+        except ValueError:
+            continue
+        for j, phrase in enumerate(phrases):
+            rows["kinds"][i, j] = COLOURS.index(phrase.colour) * len(SHAPES) + SHAPES.index(phrase.shape)
+            rows["counts"][i, j] = phrase.count
+    return rows
+
+
+def _score_text(params: Tree, images: UInt8[Array, "b 24 24 3"], rows: Tree) -> Float[Array, " b"]:
+    return jax.vmap(lambda image, target, length: traced.rate_text(traced.read_text(image), target, length))(
+        images, rows["target"], rows["length"]
+    )
+
+
+def _score_scenes(strict: bool, params: Tree, images: UInt8[Array, "b 24 24 3"], rows: Tree) -> Float[Array, " b"]:
+    def score(image: Array, kinds: Array, counts: Array) -> Array:
+        share, right = traced.share_right(traced.find_objects(image), kinds, counts)
+        return jnp.where(jnp.isnan(share), jnp.nan, right.astype(jnp.float32)) if strict else share
+
+    return jax.vmap(score)(images, rows["kinds"], rows["counts"])
+
+
+def _score_quality(params: Tree, images: UInt8[Array, "b 24 24 3"], rows: Tree) -> Float[Array, " b"]:
+    return jax.vmap(traced.quality)(images)

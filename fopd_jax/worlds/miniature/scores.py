@@ -21,21 +21,21 @@ MAX_GLYPHS = 3
 UNKNOWN = "unknown"  # the shape of an object that resembles none
 
 _CHUNK = 64  # images read at a time, which bounds the memory of their windows
-_PAD = 2  # glyphs may touch the border
-_WINDOW = (12, 8)  # a glyph and a margin of one pixel
-_MIN_CORRELATION = 0.7
-_MIN_CONTRAST = 0.25  # of a glyph's strokes to its surroundings, RGB distance
-_GLYPH_GAP = 6  # two glyphs are at least their own width apart
+PAD = 2  # glyphs may touch the border
+WINDOW = (12, 8)  # a glyph and a margin of one pixel
+MIN_CORRELATION = 0.7
+MIN_CONTRAST = 0.25  # of a glyph's strokes to its surroundings, RGB distance
+GLYPH_GAP = 6  # two glyphs are at least their own width apart
 
-_MIN_PIXELS = 10  # smaller components are specks; the smallest shape has 24
-_MIN_IOU = 0.7
-_PATCH = 12  # side of the crop in which an object is compared: a shape, its shifts and some excess
+MIN_PIXELS = 10  # smaller components are specks; the smallest shape has 24
+MIN_IOU = 0.7
+PATCH = 12  # side of the crop in which an object is compared: a shape, its shifts and some excess
 _MAX_SHIFT = 1
 _SOFTENINGS = (0.0, 0.8, 1.0)  # pixels of blur after which a shape is still to be known
-_COLOUR_THRESHOLD = 0.55  # RGB distance beyond which a pixel belongs to nothing
-_QUALITY_WIDTH = 0.2  # RGB distance at which a pixel's quality has fallen to 1/e
+COLOUR_THRESHOLD = 0.55  # RGB distance beyond which a pixel belongs to nothing
+QUALITY_WIDTH = 0.2  # RGB distance at which a pixel's quality has fallen to 1/e
 
-_COLOUR_TABLE = np.array([PALETTE[colour] for colour in COLOURS] + list(BACKGROUNDS.values()), np.float32)
+COLOUR_TABLE = np.array([PALETTE[colour] for colour in COLOURS] + list(BACKGROUNDS.values()), np.float32)
 
 
 def read_text(images: Float[np.ndarray, "n 24 24 3"]) -> list[str]:
@@ -55,14 +55,14 @@ def quality_score(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "
     tints and gradients all raise d; a clean render has d = 0 everywhere, hence exactly 1.
     """
     nearest = _squared_colour_distances(images).min(axis=-1)  # [N, 24, 24]
-    return np.exp(-nearest / _QUALITY_WIDTH**2).mean(axis=(1, 2), dtype=float)
+    return np.exp(-nearest / QUALITY_WIDTH**2).mean(axis=(1, 2), dtype=float)
 
 
 def find_objects(images: Float[np.ndarray, "n 24 24 3"]) -> list[Counter[tuple[str, str]]]:
     """How many objects of each (colour, shape) every image holds; the shape may be `UNKNOWN`."""
     labels, count = _components(_colour_masks(images))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    kept = 1 + np.flatnonzero(sizes[1:] >= _MIN_PIXELS)
+    kept = 1 + np.flatnonzero(sizes[1:] >= MIN_PIXELS)
     found: list[Counter[tuple[str, str]]] = [Counter() for _ in images]
     if kept.size:
         first = _first_planes(labels, count)[kept]  # the image and colour each object lies in
@@ -72,7 +72,7 @@ def find_objects(images: Float[np.ndarray, "n 24 24 3"]) -> list[Counter[tuple[s
     return found
 
 
-def _unit(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 24 3"]:
+def to_unit(images: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """Data range [-1, 1] to RGB in [0, 1]."""
     return np.clip((np.asarray(images, np.float32) + 1) / 2, 0, 1)
 
@@ -81,7 +81,7 @@ def _unit(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 24 
 
 
 def _read_chunk(images: Float[np.ndarray, "n 24 24 3"]) -> list[str]:
-    correlation = _glyph_correlation(_contrast(_unit(images)))
+    correlation = _glyph_correlation(_contrast(to_unit(images)))
     best = correlation.max(axis=1)  # over tops: [N, lefts, glyphs]
     return ["".join(_pick_glyphs(scores)) for scores in best]
 
@@ -90,10 +90,10 @@ def _pick_glyphs(scores: Float[np.ndarray, "lefts glyphs"]) -> list[str]:
     """Takes the best match again and again, each time blanking its surroundings; then sorts by position."""
     glyphs, scores = list(GLYPH_MASKS), scores.copy()
     picked: list[tuple[int, str]] = []
-    while len(picked) < MAX_GLYPHS and scores.max() >= _MIN_CORRELATION:
+    while len(picked) < MAX_GLYPHS and scores.max() >= MIN_CORRELATION:
         left, glyph = divmod(int(scores.argmax()), len(glyphs))
         picked.append((left, glyphs[glyph]))
-        scores[max(0, left - _GLYPH_GAP + 1) : left + _GLYPH_GAP] = -1
+        scores[max(0, left - GLYPH_GAP + 1) : left + GLYPH_GAP] = -1
     return [glyph for _, glyph in sorted(picked)]
 
 
@@ -112,17 +112,17 @@ def _contrast(unit: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 2
 
 def _glyph_correlation(grey: Float[np.ndarray, "n 24 24"]) -> Float[np.ndarray, "n tops lefts glyphs"]:
     """Normalised cross-correlation in [-1, 1] of every window with every glyph; flat windows give about 0."""
-    padded = np.pad(grey, ((0, 0), (_PAD, _PAD), (_PAD, _PAD)), mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW, axis=(1, 2))
+    padded = np.pad(grey, ((0, 0), (PAD, PAD), (PAD, PAD)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=(1, 2))
     flat = windows.reshape(*windows.shape[:3], -1)
     variance = flat.var(axis=-1, keepdims=True)
-    floor = (_MIN_CONTRAST / 2) ** 2  # half strokes, half margin: their standard deviation is half the contrast
+    floor = (MIN_CONTRAST / 2) ** 2  # half strokes, half margin: their standard deviation is half the contrast
     norm = np.sqrt(np.maximum(variance, floor) * flat.shape[-1])
-    return flat @ _glyph_templates() / norm
+    return flat @ glyph_templates() / norm
 
 
 @functools.cache
-def _glyph_templates() -> Float[np.ndarray, "pixels glyphs"]:
+def glyph_templates() -> Float[np.ndarray, "pixels glyphs"]:
     """Zero-mean, unit-norm windows, slightly blurred to match soft edges as well as sharp ones."""
     framed = np.stack([np.pad(mask, 1) for mask in GLYPH_MASKS.values()]).astype(np.float32)
     soft = ndimage.gaussian_filter(framed, (0, 0.5, 0.5), mode="constant").reshape(len(framed), -1)
@@ -135,14 +135,14 @@ def _glyph_templates() -> Float[np.ndarray, "pixels glyphs"]:
 
 def _squared_colour_distances(images: Float[np.ndarray, "n 24 24 3"]) -> Float[np.ndarray, "n 24 24 colours"]:
     """Squared RGB distance of every pixel to each palette colour, then to each background."""
-    difference = _unit(images)[..., None, :] - _COLOUR_TABLE
+    difference = to_unit(images)[..., None, :] - COLOUR_TABLE
     return np.einsum("...i,...i->...", difference, difference)
 
 
 def _colour_masks(images: Float[np.ndarray, "n 24 24 3"]) -> Bool[np.ndarray, "planes 24 24"]:
     """One plane per image and palette colour: the pixels nearest to that colour and near enough."""
     distances = _squared_colour_distances(images)
-    nearest = np.where(distances.min(axis=-1) < _COLOUR_THRESHOLD**2, distances.argmin(axis=-1), -1)
+    nearest = np.where(distances.min(axis=-1) < COLOUR_THRESHOLD**2, distances.argmin(axis=-1), -1)
     planes = nearest[:, None] == np.arange(len(COLOURS))[:, None, None]  # [N, colours, 24, 24]
     return planes.reshape(-1, SIZE, SIZE)
 
@@ -173,25 +173,25 @@ def _crops(
     offsets = []
     for coordinate in (y, x):
         centre = np.bincount(index, weights=coordinate) / size
-        offsets.append(coordinate - np.floor(centre + 0.5).astype(int)[index] + _PATCH // 2)
-    inside = np.all([(offset >= 0) & (offset < _PATCH) for offset in offsets], axis=0)
-    crops = np.zeros((len(kept), _PATCH, _PATCH), bool)
+        offsets.append(coordinate - np.floor(centre + 0.5).astype(int)[index] + PATCH // 2)
+    inside = np.all([(offset >= 0) & (offset < PATCH) for offset in offsets], axis=0)
+    crops = np.zeros((len(kept), PATCH, PATCH), bool)
     crops[index[inside], offsets[0][inside], offsets[1][inside]] = True
     return crops
 
 
 def _classify_shapes(crops: Bool[np.ndarray, "objects side side"], sizes: Int[np.ndarray, "objects"]) -> list[str]:
     """The shape whose shifted mask has the largest intersection over union with each object, if it is large enough."""
-    templates, template_sizes = _shape_templates()
+    templates, template_sizes = shape_templates()
     overlap = crops.reshape(len(crops), -1).astype(np.float32) @ templates
     iou = overlap / (sizes[:, None] + template_sizes - overlap)
     by_shape = iou.reshape(len(crops), len(SHAPES), -1).max(axis=-1)
     best = by_shape.argmax(axis=-1)
-    return [SHAPES[i] if row[i] >= _MIN_IOU else UNKNOWN for row, i in zip(by_shape, best, strict=True)]
+    return [SHAPES[i] if row[i] >= MIN_IOU else UNKNOWN for row, i in zip(by_shape, best, strict=True)]
 
 
 @functools.cache
-def _shape_templates() -> tuple[Float[np.ndarray, "pixels shifted"], Float[np.ndarray, "shifted"]]:
+def shape_templates() -> tuple[Float[np.ndarray, "pixels shifted"], Float[np.ndarray, "shifted"]]:
     """Every shape's variants in a crop, shape by shape, and their sizes."""
     flat = np.stack([mask.ravel() for shape in SHAPES for mask in _variants(SHAPE_MASKS[shape])]).astype(np.float32)
     return flat.T, flat.sum(axis=1)
@@ -202,7 +202,7 @@ def _variants(mask: Bool[np.ndarray, "height width"]) -> Iterator[Bool[np.ndarra
 
     Blur rounds corners off: the tip of a triangle vanishes, and it would pass for a circle.
     """
-    centred = np.pad(mask, (_PATCH - mask.shape[0]) // 2).astype(np.float32)
+    centred = np.pad(mask, (PATCH - mask.shape[0]) // 2).astype(np.float32)
     shifts = range(-_MAX_SHIFT, _MAX_SHIFT + 1)
     for sigma, dy, dx in itertools.product(_SOFTENINGS, shifts, shifts):
         yield np.roll(ndimage.gaussian_filter(centred, sigma) > 0.5, (dy, dx), axis=(0, 1))

@@ -7,6 +7,7 @@ import numpy as np
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.decoder import pixels_as_latents
 from fopd_jax.worlds.miniature import prompts as language
 from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.rewards import make_rewards
@@ -48,5 +49,6 @@ def make_world() -> World:
     }
     pairs = partial(Renderings, tasks, encode)
     return World(
-        (SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs, rewards=make_rewards()
+        (SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs, rewards=make_rewards(),
+        decoder=pixels_as_latents(),
     )  # fmt: skip

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fopd_jax.evaluation.grid import to_pixels
 from fopd_jax.models.mmdit import PRESETS
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.worlds.miniature.prompts import MAX_TOKENS, VOCABULARY, prompts
 from fopd_jax.worlds.miniature.render import render
 from fopd_jax.worlds.miniature.world import SIDE, encode, make_world
