@@ -1,5 +1,6 @@
-"""Reinforcement learning killed outright at random moments: the adapter of a run that nothing interrupted, to the bit."""
+"""Reinforcement learning, killed outright at random moments: to the bit a run that nothing interrupted."""
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def test_kills_at_random_moments_change_nothing_and_no_rollout_is_scored_twice(t
     rng, workdir = np.random.default_rng(0), killed.folder / "run"
     for _ in range(KILLS):
         goal = len(_judged(killed.folder)) + int(rng.integers(1, 3 * BATCH))
-        if not killed.kill("run", lambda _, goal=goal: len(_judged(killed.folder)) >= goal):
+        delay = rng.uniform(0.05, 0.6)  # what a judge says is on the disk a moment after it was said
+
+        def reached(_: Path, goal: int = goal, delay: float = delay) -> bool:
+            return len(_judged(killed.folder)) >= goal and time.sleep(delay) is None
+
+        if not killed.kill("run", reached):
             break
         assert newest_step(workdir) < STEPS
     killed.run("run")
