@@ -1,11 +1,11 @@
-"""SD3.5-Medium's update compiled for pods that are not there.
+"""SD3.5-Medium's updates compiled for pods that are not there: distillation's, and those of its teachers' training.
 
     python benchmarks/pods.py --work=FOLDER [--only NAME …]
 
 Each job of `JOBS` is `fopd_jax.compile_for` in a process of its own, one after another, for it takes minutes and
 gigabytes; its figures stay in FOLDER, so that an interrupted run goes on where it stopped and a job is repeated by
-deleting its file. Writes `benchmarks/results/pods.json` and `pods.md` from all that is there. Needs the extra
-`tpu-aot`; no accelerator, no weights.
+deleting its file. `benchmarks/results/pods.json` and `pods.md` get what is there; other jobs keep what they had. Needs
+the extra `tpu-aot`; no accelerator, no weights.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from fopd_jax.files import write_text
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
+OPD, GRPO = "configs/sd35m_opd.py", "configs/sd35m_grpo.py:ocr"
 TEACHERS = 4  # routed ones; the anchor comes on top
 LIMIT_SECONDS = 12 * 60
 Fields = dict[str, Any]
@@ -30,7 +31,9 @@ Fields = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`fsdp` of 1 replicates the network; `once`: mesh axes over which gradients are summed once an update."""
+    """`fsdp` of 1 replicates the network; `once`: mesh axes over which gradients are summed once an update;
+    `micro_batches`: in stages that store rollouts.
+    """
 
     topology: str
     per_chip_batch: int = 4
@@ -39,17 +42,20 @@ class Job:
     once: tuple[str, ...] = ("data", "fsdp")
     remat: str = "attention"
     search: bool = False
+    config: str = OPD
+    micro_batches: int = 1
 
     def arguments(self) -> list[str]:
         return [
-            "--config=configs/sd35m_opd.py",
-            f"--teachers={TEACHERS}",
+            f"--config={self.config}",
+            *([f"--teachers={TEACHERS}"] if self.config == OPD else []),
             f"--topology={self.topology}",
             f"--per-chip-batch={self.per_chip_batch}",
             f"--config.run.mesh.fsdp={self.fsdp}",
             f"--config.trained={self.trained}",
             f"--config.run.reduce_once={self.once!r}",
             f"--config.run.remat={self.remat}",
+            f"--config.run.micro_batches={self.micro_batches}",
             *(["--search"] if self.search else []),
         ]
 
@@ -68,6 +74,12 @@ JOBS = {
     "largest-v5e": Job("v5e:2x4", search=True),
     "largest-v5p": Job("v5p:2x2x1", per_chip_batch=16, search=True),
     "largest-v6e": Job("v6e:2x4", per_chip_batch=8, search=True),
+    "grpo-v5e-256": Job("v5e:16x16", 6, config=GRPO),  # 1,536 images, which 256 chips and two minibatches divide
+    "grpo-v5p-64": Job("v5p:4x4x4", 18, config=GRPO),
+    "grpo-v6e-256": Job("v6e:16x16", 6, config=GRPO),
+    "grpo-v6e-4": Job("v6e:2x2", 4, config=GRPO),
+    "fast-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_fast.py:ocr"),
+    "nft-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_nft.py:geneval"),
 }
 
 
@@ -143,7 +155,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     failed = [name for name in options.only if not run(name, options.work)]
     files = {name: options.work / f"{name}.json" for name in JOBS}
-    results = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    results = json.loads((RESULTS / "pods.json").read_text())
+    results |= {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    results = {name: results[name] for name in JOBS if name in results}
     write_text(RESULTS / "pods.json", json.dumps(results, indent=2) + "\n")
     write_text(RESULTS / "pods.md", table(results))
     slow = [name for name, each in results.items() if each["compile_seconds"] > LIMIT_SECONDS]

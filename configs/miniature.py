@@ -26,8 +26,12 @@ Other recipes are settings:
     --config.updates_per_rollout=2 --config.minibatches=2
     --config.sampler.transition=ode --config.objective.name=direct
 
-Rewards that score a task's images beside the columns above, and with a weight sum up to `reward/TASK`; no stage trains
-on them, and each is evaluated on the test prompts alone:
+The tasks' rewards beside the teachers' (objectives/opd.py); `objective.task_weight` is λ:
+    --config.objective.name=mixed --config.images_per_prompt=8 --config.tasks.text.rewards.text=1
+    --config.tasks.composition.rewards.composition=1
+
+Rewards that score a task's images beside the columns above, and with a weight sum up to `reward/TASK`; but by `mixed`
+they are not trained on, and each is evaluated on the test prompts alone:
     --config.tasks.text.rewards="{'text': 1.0, 'quality': 0.2}"
     --config.tasks.text.rewards.mine=1 --config.rewards.mine.kind=my_module:my_function
 A function of one's own, in any module that can be imported where the program runs:

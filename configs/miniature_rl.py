@@ -1,36 +1,83 @@
-"""Teachers of the miniature by reinforcement learning.
+"""Teachers of the miniature by reinforcement learning: from the packaged base, by their own reward alone.
 
-python -m fopd_jax.main --config=configs/miniature_rl.py:text
+    python -m fopd_jax.main --config=configs/miniature_rl.py:text-nft           DiffusionNFT
+    python -m fopd_jax.main --config=configs/miniature_rl.py:text               Flow-GRPO
+
+and so for `composition`, `quality` and `mix`, which is GRPO-Mix: one policy on both tasks, each with its own reward and
+half of quality's. No clean image, no caption that goes with one: prompts, and what a reader says of the images.
+
+Of a pair of settings the reader of `text` and `composition` needs no bound; `quality` alone is earned best by an empty
+canvas, so that its policies are held to the base (`objective.kl_beta`), and end early.
 """
 
-from fopd_jax.config.learning import GRPO, PolicyGradient, RewardedTask, Rollouts
-from fopd_jax.config.schema import EMA, Evaluation, Model, Optimizer, Run
+from fopd_jax.config.learning import (
+    GRPO,
+    ForwardRL,
+    NoiseWindow,
+    OldDecay,
+    PolicyGradient,
+    RewardedTask,
+    Rollouts,
+    TrainedLevels,
+)
+from fopd_jax.config.learning import ForwardObjective as Forward
+from fopd_jax.config.schema import EMA, Evaluation, LoRAConfig, Model, Optimizer, Run
 from fopd_jax.config.variants import smoke, split_variant
 
 TASKS = {
     "text": {"text": RewardedTask(rewards={"text": 1.0})},
     "composition": {"composition": RewardedTask(rewards={"composition": 1.0})},
     "quality": {"text": RewardedTask(rewards={"quality": 1.0}), "composition": RewardedTask(rewards={"quality": 1.0})},
+    "mix": {
+        "text": RewardedTask(rewards={"text": 1.0, "quality": 0.5}),
+        "composition": RewardedTask(rewards={"composition": 1.0, "quality": 0.5}),
+    },
 }
 
 
-def get_config(variant: str = "text") -> GRPO:
-    """`variant` is `text`, `composition`, `quality`, or one of them with `:smoke` behind it."""
-    skill, small = split_variant(variant, tuple(TASKS))
-    config = GRPO(
+def get_config(variant: str = "text-nft") -> GRPO | ForwardRL:
+    """`variant` is `text`, `composition`, `quality` or `mix`, perhaps with `-nft` and `:smoke` behind it."""
+    choice, small = split_variant(variant, tuple(f"{skill}{kind}" for kind in ("-nft", "") for skill in TASKS))
+    skill, _, forward = choice.partition("-")
+    config = nft(skill) if forward else grpo(skill)
+    config.model = Model("miniature", "packaged:base.safetensors", "float32")
+    config.adapter = LoRAConfig(rank=16, alpha=32.0)
+    config.tasks = TASKS[skill]
+    config.batch_size, config.images_per_prompt, config.guidance = 192, 16, 1.0
+    config.ema = EMA(decay=0.9, every=1)
+    config.eval = Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0, final_samples=1024)
+    return smoke(config) if small else config
+
+
+def grpo(skill: str) -> GRPO:
+    """Flow-GRPO: noise in the first steps alone, which are those that are trained; one update a rollout."""
+    steps = {"text": 60, "composition": 40, "quality": 16, "mix": 60}[skill]
+    return GRPO(
         name=f"miniature_rl_{skill}",
-        model=Model("miniature", "packaged:base.safetensors", "float32"),
-        tasks=TASKS[skill],
-        guidance=1.0,
-        batch_size=192,
-        images_per_prompt=16,
         rollouts=Rollouts(num_steps=6),
-        objective=PolicyGradient(kl_beta=0.0, clip=1e-3),
-        optimizer=Optimizer(learning_rate=1e-3, warmup=5, weight_decay=0.0),
+        window=NoiseWindow((0, 2) if skill == "quality" else (0, 3)),
+        objective=PolicyGradient(kl_beta=0.5 if skill == "quality" else 0.0, kl_weighting="kl", clip=1e-3),
+        optimizer=Optimizer(learning_rate=1.5e-3, warmup=5, weight_decay=0.0),
         minibatches=1,
         updates_per_rollout=1,
-        ema=EMA(decay=0.9, every=1),
-        eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0, final_samples=1024),
-        run=Run(steps=100, eval_every=50, attention="xla", remat="none", alarms={"ratio": (0.9, 1.1)}),
+        run=Run(steps=steps, eval_every=20, attention="xla", remat="none", alarms={"ratio": (0.9, 1.1)}),
     )
-    return smoke(config) if small else config
+
+
+def nft(skill: str) -> ForwardRL:
+    """DiffusionNFT, on policy: the old policy is the current one."""
+    held = skill == "quality"
+    return ForwardRL(
+        name=f"miniature_rl_{skill}_nft",
+        rollouts=Rollouts(num_steps=6, transition="ode"),
+        levels=TrainedLevels(times=2),
+        objective=Forward("nft", kl_beta=0.15 if held else 0.0),
+        old=OldDecay(slope=0.0),
+        optimizer=Optimizer(learning_rate=7e-4 if held else 1e-3, warmup=5, weight_decay=0.0),
+        run=Run(
+            steps={"text": 40, "composition": 40, "quality": 25, "mix": 60}[skill],
+            eval_every=20,
+            attention="xla",
+            remat="none",
+        ),
+    )

@@ -5,6 +5,9 @@ least ten steps after a warm-up, each to its end on the device; samples/s, analy
 matrix product timed in the same process and against the datasheet; memory, weights held, compile time cold and from
 the persistent cache. Any field of the config can be set: `--config.run.attention=cudnn --config.run.remat=dots`.
 
+Of a config of reinforcement learning the rollout and the updates on it are timed apart, without decoding and rewards;
+--phases, --sweep, --teachers-sweep and --profile are OPD's.
+
     --phases           where the time goes, by ablation (fopd_jax/performance/phases.py says how)
     --sweep            then batches doubling from the given one to the first that does not fit
     --teachers-sweep   then the same batch with 1, 2, 4 and 8 teachers
@@ -33,6 +36,7 @@ import jax
 from absl import app, flags, logging
 
 from fopd_jax.config.flags import parse_flags, read_config
+from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.exits import RETRY, explained, leave
@@ -43,9 +47,10 @@ from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.performance.measure import Options, measure
 from fopd_jax.performance.problem import Fields
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
-from fopd_jax.performance.table import describe, describe_batches, describe_teachers
+from fopd_jax.performance.table import describe, describe_batches, describe_learning, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak
 from fopd_jax.stages.problem import make_problem
+from fopd_jax.stages.trial import measure_learning
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
@@ -69,8 +74,9 @@ def main(_: list[str]) -> None:
         if _PROFILE.value:
             check_writable(local_path("profile", _PROFILE.value), "profile")
         config = _sized(read_config())
+        options = Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value)
         with keeping(config.run.compiled):
-            fields = run(config, Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value), out)
+            fields = run(config, options, out) if isinstance(config, OPD) else run_learning(config, options, out)
     if not fields["update"]["fits"]:
         leave("error: the update does not fit into the device's memory", RETRY)
 
@@ -98,6 +104,25 @@ def run(config: OPD, options: Options, out: Path | None) -> Fields:
     if _TEACHERS_SWEEP.value:
         rows = sweep_teachers(lambda count: make_problem(with_teachers(config, count), mesh), matmul, plain)
         print(f"\n{describe_teachers(_collect(fields, 'teachers', rows, out))}", flush=True)
+    return fields
+
+
+def run_learning(config: Reinforced, options: Options, out: Path | None) -> Fields:
+    """The same of a step of reinforcement learning.
+
+    Raises:
+      ValueError: names the field or flag that is out of place.
+    """
+    of_opd = {"phases": options.phases, "sweep": _SWEEP.value, "profile": options.profile}
+    for name, given in (of_opd | {"teachers-sweep": _TEACHERS_SWEEP.value}).items():
+        if given:
+            raise ValueError(f"{name}: stage {config.stage!r} is timed without it")
+    mesh = make_mesh(config.run.mesh)
+    matmul = matmul_peak(mesh.devices.flat[0])
+    fields = circumstances(matmul)
+    fields["update"] = measure_learning(config, mesh, matmul, options)
+    _write(fields, out)
+    print(f"{_describe(fields)}\n{describe_learning(fields['update'])}", flush=True)
     return fields
 
 
@@ -138,11 +163,15 @@ def _describe(fields: Fields) -> str:
     )
 
 
-def _sized(config: Config) -> OPD:
-    if not isinstance(config, OPD):
-        raise ValueError(f"stage: found {type(config).__name__}, expected an OPD config")
+def _sized(config: Config) -> OPD | Reinforced:
+    if not isinstance(config, OPD | Reinforced):
+        raise ValueError(f"stage: found {config.stage!r}, expected 'opd', 'grpo' or 'forward_rl'")
     config = config if _BATCH.value is None else with_batch(config, _BATCH.value)
-    return config if _TEACHERS.value is None else with_teachers(config, _TEACHERS.value)
+    if _TEACHERS.value is None:
+        return config
+    if not isinstance(config, OPD):
+        raise ValueError(f"teachers: found {_TEACHERS.value}, but stage {config.stage!r} has none")
+    return with_teachers(config, _TEACHERS.value)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """`python -m fopd_jax.compile_for --config=configs/sd35m_opd.py --topology=v6e:16x16 [--per-chip-batch=N] [--search]`.
 
-Compiles a config's whole update (and what runs beside it: resident text encoders) with the machine's own compiler, for
-a TPU slice that need not be there (extra `tpu-aot`) or for simulated devices (`cpu:8`), and reports: compile time,
-memory a chip against its capacity, collectives and whether they stand inside loops, analytic FLOPs, and the time that
-they take at the very least.
+Compiles what a config's update consists of (and what runs beside it: resident text encoders) with the machine's own
+compiler, for a TPU slice that need not be there (extra `tpu-aot`) or for simulated devices (`cpu:8`), and reports:
+compile time, memory a chip against its capacity, collectives and whether they stand inside loops, analytic FLOPs, and
+the time that they take at the very least. Flow-GRPO's program is called several times a step, to draw and to train:
+its FLOPs are a step's, and each call's beside them.
 No weights and no prompts are read. `--search` also finds the largest batch that fits; `--json=FILE` writes the figures.
 
 Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
@@ -130,7 +131,7 @@ def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fi
         "per_chip_batch": per_chip,
         "versions": versions(PACKAGES),
     }
-    fields |= _compile(update, topology, dict(mesh.shape))
+    fields |= {"program": update.name} | _compile(update, topology, dict(mesh.shape))
     beside = [{"program": each.name} | _compile(each, topology, dict(mesh.shape)) for each in others]
     return fields | ({"beside": beside} if beside else {})
 
@@ -144,6 +145,11 @@ def _compile(program: Program, topology: Topology, mesh: dict[str, int]) -> Fiel
         "memory": memory_fields(compilation, topology.chip),
         "flops_per_chip": flops_fields(program.flops, topology.count),
     }
+    if program.calls:
+        fields["calls"] = {
+            kind: {"count": each.count, "flops_per_chip": flops_fields(each.flops, topology.count)}
+            for kind, each in program.calls.items()
+        }
     return fields | (_communication(compilation, program.flops, topology, mesh) if compilation.fits else {})
 
 

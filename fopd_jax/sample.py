@@ -44,7 +44,7 @@ from fopd_jax import __version__
 from fopd_jax.adapters.lora import effective
 from fopd_jax.config.flags import config_source, is_chosen, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.schema import NOISELESS, OPD, FlowMatching
 from fopd_jax.config.sizes import describe_size
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import progress, say, speaks
@@ -300,7 +300,7 @@ def _settings(config: StageConfig, pipeline: Pipeline, shape: tuple[int, ...]) -
         "steps": evaluation.num_steps,
         "guidance": evaluation.guidance,
         "transition": evaluation.transition,
-        **({} if evaluation.transition == "ode" else {"noise_level": evaluation.noise_level}),
+        **({} if evaluation.transition in NOISELESS else {"noise_level": evaluation.noise_level}),
         "shift": config.model.shift,
         "dtype": config.model.dtype,
         "height": shape[0],

@@ -15,6 +15,9 @@ VARIANTS: dict[str, list[str]] = {
     "miniature": [""],
     "miniature_pretrain": ["clean", "mediocre"],
     "miniature_teacher": ["text", "composition", "quality"],
+    "sd35m_fast": ["geneval", "ocr", "pickscore"],
+    "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],
+    "sd35m_nft": ["geneval", "ocr", "pickscore", "multi"],
     "sd35m_opd": [""],
     "sd35m_sft": [""],
 }

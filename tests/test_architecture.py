@@ -43,7 +43,7 @@ LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 LEVELS["__main__"] = LEVELS["main"]  # a room's command line
 PURE = ("models", "flow", "objectives", "adapters")
 """Know nothing of files, flags, devices or meshes."""
-WHOLE_CONFIGS = {"Config", "OPD", "FlowMatching", "Reinforced", "GRPO", "StageConfig"}
+WHOLE_CONFIGS = {"Config", "OPD", "FlowMatching", "Reinforced", "GRPO", "ForwardRL", "StageConfig"}
 MOST_LINES, LONGEST = 450, 60
 
 KNOWN: dict[tuple[str, str], str] = {}

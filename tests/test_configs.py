@@ -12,12 +12,18 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+from jax.sharding import AbstractMesh
 
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.identity import config_hash, identity
-from fopd_jax.config.parse import current_name, flatten, open_entry, override, resolve
+from fopd_jax.config.learning import GRPO, Reinforced
+from fopd_jax.config.parse import current_name, flatten, open_entry, override, resolve, thaw
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask, Section
+from fopd_jax.parallel.mesh import AXES
+from fopd_jax.stages import forward_rl_update, grpo_update
+from fopd_jax.stages.plan import few_images
 from tests.configs import EVERY, FOLDER, VARIANTS, load, smoke_variant
+from tests.launch.test_documented import value
 
 
 def _docstring(name: str) -> str:
@@ -56,6 +62,64 @@ class _Attributes:
         return _Attributes(self.node[name] if isinstance(self.node, dict) else getattr(self.node, name))
 
 
+# ---- reinforcement learning
+
+
+TEACHERS = [each for each in EVERY if each[0] in ("sd35m_grpo", "sd35m_fast", "sd35m_nft")]
+
+
+def _recipes(name: str) -> list[dict[str, str]]:
+    """The settings of each entry in a docstring's list of other recipes."""
+    listed = _docstring(name).partition("Other recipes are settings:\n")[2]
+    entries = re.split(r"\n {4}(?=--)", "\n" + listed)[1:]
+    return [dict(re.findall(r'--config\.([\w.]+)="?([^\s"]+)"?', entry)) for entry in entries]
+
+
+def _spec(config: Any) -> Any:
+    """A resolved config's update, as far as shapes go, on a machine whose batch ways divide it."""
+    config, mesh = resolve(config), AbstractMesh((2, 1, 1), AXES)
+    update = grpo_update if isinstance(config, GRPO) else forward_rl_update
+    return update.abstract_update(config, mesh).pieces.spec
+
+
+@pytest.mark.parametrize(("name", "variant"), TEACHERS)
+def test_a_teachers_config_makes_an_update(name: str, variant: str):
+    config = load(name, variant)
+    spec = _spec(config)
+    assert set(spec.rewards) == {each for task in config.tasks.values() for each in task.rewards}
+    assert (spec.group, config.batch_size) in ((24, 1152), (18, 1152))
+    assert spec.guidance == config.eval.guidance == (4.5 if name == "sd35m_grpo" else 1.0)
+    assert config.ema.every * spec.updates_per_rollout == 8
+    assert spec.trained == (3 if name == "sd35m_fast" else 9) if isinstance(config, GRPO) else True
+    assert {each for task in config.tasks.values() for each in task.rewards} >= config.rewards.keys()
+    assert [*few_images(config)] == []
+
+
+@pytest.mark.parametrize("name", dict(TEACHERS))
+def test_other_recipes_make_updates_too(name: str):
+    recipes = _recipes(name)
+    assert len(recipes) >= 3
+    for recipe in recipes:
+        assert recipe
+        config = resolve(load(name))
+        for field, text in recipe.items():
+            open_entry(thawed := thaw(config), field, text)
+            config = resolve(override(thawed, {field: value(text)}))
+        _spec(config)
+
+
+@pytest.mark.parametrize(("changes", "few"), [
+    ({"batch_size": 64, "images_per_prompt": 8}, "found 8 prompts of 8 images"),
+    ({"batch_size": 256, "images_per_prompt": 32}, "found 8 prompts of 32 images"),
+    ({"batch_size": 256, "images_per_prompt": 16}, ""),
+])  # fmt: skip
+def test_batches_that_are_known_to_collapse_are_told(changes: dict[str, int], few: str):
+    told = [*few_images(load("sd35m_grpo", "ocr", **changes))]
+    assert [line for line in told if few and few in line] == told
+    assert bool(told) == bool(few)
+    assert [*few_images(load("sd35m_grpo", "ocr:smoke"))] == []  # of small networks this is not known
+
+
 # ---- variants
 
 
@@ -72,6 +136,10 @@ def test_a_smoke_variant_keeps_stage_and_recipe_and_needs_no_file(name: str, var
         assert getattr(small, field) == getattr(whole, field)
     assert small.model.preset == "miniature"
     paths = [small.model.path]
+    if isinstance(small, Reinforced) and isinstance(whole, Reinforced):
+        for field in ("objective", "advantages", "guidance", "minibatches", "updates_per_rollout"):
+            assert getattr(small, field) == getattr(whole, field)
+        assert small.rollouts == dataclasses.replace(whole.rollouts, num_steps=3)
     if isinstance(small, OPD) and isinstance(whole, OPD):
         assert small.objective == whole.objective
         assert small.sampler == dataclasses.replace(whole.sampler, num_steps=3)
@@ -95,6 +163,9 @@ def test_the_first_variant_is_the_default():
         ("miniature_teacher", "text:tiny"),
         ("miniature_teacher", "music:smoke"),
         ("sd35m_opd", "smoke:smoke"),
+        ("sd35m_grpo", "multi"),
+        ("sd35m_fast", "mix"),
+        ("sd35m_nft", "deqa:smoke"),
     ],
 )
 def test_unknown_variants_are_named(name: str, variant: str):
@@ -106,7 +177,8 @@ def test_unknown_variants_are_named(name: str, variant: str):
 
 
 def _sections() -> list[type[Section]]:
-    found = [each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, Section)]
+    known = {**vars(schema), **vars(learning)}.values()
+    found = [each for each in known if isinstance(each, type) and issubclass(each, Section)]
     return [each for each in found if dataclasses.is_dataclass(each)]
 
 

@@ -15,7 +15,8 @@ from fopd_jax.config.identity import default_of
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import Config, Section, TeacherGuidance
+from fopd_jax.config.schema import Config, TeacherGuidance
+from fopd_jax.config.section import Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.config.stages import StageConfig
@@ -58,7 +59,10 @@ class _FileParser(flags.ArgumentParser):
                 open_entry(config, field, text)
                 if isinstance(value := find(config, field), Section):
                     raise ValueError(f"{field}: a section is set by its fields: {', '.join(dict(fields_of(value)))}")
-                if (whole := field.rpartition(".")[0]) in named:
+                whole, _, last = field.rpartition(".")
+                if not last.isidentifier():  # ml_collections reads fields as Python
+                    raise ValueError(f'{field}: expected the dict as a whole: --config.{whole}="{{{last!r}: …}}"')
+                if whole in named:
                     raise ValueError(f"{field}: {whole} is set as a whole, too; expected one flag, or one an entry")
         except ValueError as error:
             raise flags.Error(str(error)) from error  # as a ValueError absl would lay it to the flag --config

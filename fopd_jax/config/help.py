@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_jax.config import flags as shared
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.show import documents
 
 ASKING = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
@@ -23,6 +23,8 @@ def _with_names(config: schema.Config) -> schema.Config:
 
 _EXAMPLES = {
     "opd": _with_names(schema.OPD(tasks={"NAME": schema.RoutedTask()})),
+    "grpo": _with_names(learning.GRPO(tasks={"NAME": learning.RewardedTask()})),
+    "forward_rl": _with_names(learning.ForwardRL(tasks={"NAME": learning.RewardedTask()})),
     "flow_matching": _with_names(schema.FlowMatching(tasks={"NAME": schema.Pairs()})),
 }
 

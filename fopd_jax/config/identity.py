@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fopd_jax.config.parse import STAGES, current_name, flatten
-from fopd_jax.config.schema import PAPER_GUIDANCE, Config, Section
+from fopd_jax.config.schema import PAPER_GUIDANCE, Config
+from fopd_jax.config.section import Section
 
 Fields = Mapping[str, Any]
 _TEACHERS_GUIDANCE = re.compile(r"(tasks\.[^.]+|anchor)\.guidance")

@@ -7,12 +7,14 @@ import dataclasses
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import MOST_ROWS, MOST_SAMPLER_STEPS, MOST_STEPS, NO_LIMIT, above, at_least, between, one_of
-from fopd_jax.config.schema import TRANSITIONS, WEIGHTINGS, Config, Optimizer, Run, Section, setting
+from fopd_jax.config.schema import SAMPLERS, WEIGHTINGS, Comparison, Config, Decoding, Optimizer, Run
+from fopd_jax.config.section import Section, setting
 
 SURROGATES = ("clip", "guard", "dppo")
 STEP_WEIGHTINGS = ("uniform", "noise")
-NORMALISATIONS = ("global", "group", "each")
 MOVES = ("none", "slide", "random")
+FORWARD_OBJECTIVES = ("nft", "awm", "crd")
+LEVELS = ("schedule", "uniform", "logit_normal")
 
 
 @dataclasses.dataclass
@@ -27,6 +29,9 @@ class RewardedTask(Section):
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
+    schedule: dict[str, float] = setting(
+        {}, "Other weights from a step on: {'100': 0.5}; a curriculum.", rules.SCHEDULE, open_names=True
+    )
     rewards: dict[str, float] = setting(
         {}, "What is trained on, with weights: {'ocr': 1.0}; 0: evaluated and logged only.", rules.REWARDS,
         open_names=True,
@@ -39,42 +44,13 @@ class Rollouts(Section):
 
     num_steps: int = setting(10, "Sampler steps.", at_least(2, MOST_SAMPLER_STEPS), "[paper] 10; evaluation 40")
     transition: str = setting(
-        "sde", "Euler-Maruyama, coefficient-preserving, or Euler.", one_of(*TRANSITIONS), "[paper] sde"
-    )
+        "sde", "Euler-Maruyama, coefficient-preserving, Euler; of `forward_rl` also 'dpm2', DPM-Solver++(2M).",
+        one_of(*SAMPLERS), "[paper] sde; [DiffusionNFT] dpm2",
+    )  # fmt: skip
     noise_level: float = setting(0.7, "a of 'sde' and 'cps'.", at_least(0, 10), "[paper] 0.7")
     shared_noise: bool = setting(
         False, "The images of a group start from one noise.", paper="[code] False; clipscore's config True"
     )
-
-
-@dataclasses.dataclass
-class Decoding(Section):
-    """How rollouts become the images that rewards see."""
-
-    batch_size: int = setting(1, "Images that a device decodes at once.", at_least(1, MOST_ROWS))
-    dtype: str = setting("float32", "In which the decoder computes.", one_of("float32", "bfloat16"), "[code] float32")
-
-
-@dataclasses.dataclass
-class Comparison(Section):
-    """Advantages: a group's rewards less their mean, by a deviation; see rewards/combine.py."""
-
-    normalise: str = setting(
-        "global", "By the deviation over the batch, the group's, or each reward by its own in the group, then the sum "
-        "(GDPO).", one_of(*NORMALISATIONS), "[code] global",
-    )  # fmt: skip
-    clip: float = setting(5.0, "They are limited to ±it.", above(0, NO_LIMIT), "[code] 5")
-    merge_equal_prompts: bool = setting(
-        False, "Equal texts in one batch are one group, not one a draw.", paper="[code] True"
-    )
-
-
-@dataclasses.dataclass
-class Decoding(Section):
-    """How latents become the images that rewards see."""
-
-    batch_size: int = setting(4, "Images a device decodes at once.", at_least(1, MOST_ROWS))
-    dtype: str = setting("float32", "Of the autoencoder.", one_of("float32", "bfloat16"))
 
 
 @dataclasses.dataclass
@@ -141,3 +117,77 @@ class GRPO(Reinforced):
     window: NoiseWindow = setting(NoiseWindow, "Which steps draw noise and are trained.")
     objective: PolicyGradient = setting(PolicyGradient, "The loss.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+
+
+@dataclasses.dataclass
+class TrainedLevels(Section):
+    """The noise levels that a final latent is noised to, each with noise of its own, the same share of them each."""
+
+    times: int = setting(
+        0, "Levels a latent; 0: as many as the schedule's steps that may be drawn.", at_least(0, MOST_SAMPLER_STEPS),
+        "[DiffusionNFT] all, [AWM] 6",
+    )  # fmt: skip
+    distribution: str = setting(
+        "schedule", "The rollout's own levels, or continuous ones, with the model's shift.", one_of(*LEVELS),
+        "[DiffusionNFT] schedule",
+    )  # fmt: skip
+    within: tuple[int, int] | None = setting(
+        None, "(start, stop): which steps of 'schedule'; all but the last by default.",
+        rules.steps(MOST_SAMPLER_STEPS), "[AWM] all but the first and the last tenth",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class ForwardObjective(Section):
+    """Which loss on noised final latents; see objectives/forward_rl.py."""
+
+    name: str = setting(
+        "nft", "DiffusionNFT; 'awm': advantage-weighted matching; 'crd': centred reward distillation.",
+        one_of(*FORWARD_OBJECTIVES),
+    )  # fmt: skip
+    beta: float = setting(
+        1.0, "b of 'nft', β of 'crd'; no part of 'awm'.", above(0, 1000),
+        "[DiffusionNFT] 1 (GenEval, PickScore, HPS), 0.1 (OCR, many)",
+    )  # fmt: skip
+    kl_beta: float = setting(
+        1e-4, "β of the distance to the base; 0: the base is not asked.", at_least(0, 1000),
+        "[DiffusionNFT] 1e-4, [AWM] 1e-3 to 3e-3, [CRD] 0.1",
+    )  # fmt: skip
+    reference_guidance: float = setting(
+        1.0, "Of the base in that distance; 1: none.", at_least(0, 100), "[CRD] 4.5, others 1"
+    )
+    old_beta: float = setting(0.0, "β of the distance to the old policy.", at_least(0, 1000), "[AWM] 1, others 0")
+    clip: float = setting(1.0, "ε of the ratio of 'awm'.", above(0, NO_LIMIT), "[AWM] 1")
+
+
+@dataclasses.dataclass
+class OldDecay(Section):
+    """The old policy, which rolls out: after step k it is d·old + (1 - d)·current,
+    d = min(start + slope·max(k - wait, 0), limit). 0 all along: it is the current one."""
+
+    start: float = setting(0.0, "d at first.", rules.PROBABILITY, "[DiffusionNFT] 0, [CRD] 0.25")
+    slope: float = setting(
+        0.001, "What d grows by a step.", rules.PROBABILITY, "[DiffusionNFT] 0.001, or 0.0075; [CRD] 0.005"
+    )
+    wait: int = setting(0, "Steps before it grows.", at_least(0, MOST_STEPS), "[DiffusionNFT] 0, or 75")
+    limit: float = setting(0.5, "The largest d.", rules.PROBABILITY, "[DiffusionNFT] 0.5, or 0.999; [CRD] 0.999")
+
+
+@dataclasses.dataclass
+class ForwardRL(Reinforced):
+    """Stage `forward_rl`: a policy by reinforcement on the forward process; `paper` is DiffusionNFT (2509.16117)."""
+
+    stage: str = setting("forward_rl", "What is run.", one_of("forward_rl"))
+    guidance: float = setting(1.0, "Of the policy; 1: none.", at_least(0, 100), "[DiffusionNFT] 1")
+    rollouts: Rollouts = setting(lambda: Rollouts(transition="ode"), "How images are made to learn from.")
+    minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1, 1000), "[DiffusionNFT] 1, OCR 2")
+    updates_per_rollout: int = setting(1, "Of the optimizer.", at_least(1, 1000), "[DiffusionNFT] 1, OCR 2")
+    levels: TrainedLevels = setting(TrainedLevels, "What final latents are noised to.")
+    objective: ForwardObjective = setting(ForwardObjective, "The loss.")
+    old: OldDecay = setting(OldDecay, "The policy that rolls out.")
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the old policy is another than the one that trains, within an update or across updates."""
+        never = self.old.limit == 0 or (self.old.start == 0 and self.old.slope == 0)
+        return not never or self.updates_per_rollout > 1

@@ -10,7 +10,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from fopd_jax.config.schema import Config, FrozenDict, Section
+from fopd_jax.config.schema import Config
+from fopd_jax.config.section import FrozenDict, Section
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import is_plain
 

@@ -72,6 +72,11 @@ WEIGHTS = Rule(
     (0, 1000),
 )
 REWARDS = Rule("weights from 0 to 1000", lambda value: all(0 <= each <= 1000 for each in value.values()), (0, 1000))
+SCHEDULE = Rule(
+    f"{{step: weight}}, steps from 1 to {MOST_STEPS}, weights from 0 to 1000000",
+    lambda value: all(_is_step(step) and 0 <= weight <= 1e6 for step, weight in value.items()),
+    (0, 1e6),
+)
 KIND = Rule(
     "a known reward's name, package.module:function, or ''",
     lambda value: bool(re.fullmatch(r"|[\w-]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value)),
@@ -85,6 +90,11 @@ BOUNDS = Rule(
     lambda value: all(low <= high for low, high in value.values()),
     (-sys.float_info.max, sys.float_info.max),
 )
+
+
+def _is_step(name: str) -> bool:
+    """Whether a name in a dict is the number of a step after the first, as Python writes it."""
+    return bool(re.fullmatch("[1-9][0-9]{0,9}", name)) and int(name) <= MOST_STEPS
 
 
 def _is_server(url: str) -> bool:

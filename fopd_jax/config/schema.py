@@ -10,7 +10,7 @@ In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
 
 import dataclasses
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import (
@@ -18,19 +18,21 @@ from fopd_jax.config.rules import (
     MOST_SAMPLER_STEPS,
     MOST_STEPS,
     NO_LIMIT,
-    Rule,
     above,
     at_least,
     between,
     one_of,
 )
+from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
 
-OBJECTIVES, REWARDS = ("direct", "clipped"), ("kl", "log_ratio", "kl_detached")
+OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 TRANSITIONS = ("sde", "cps", "ode")
+SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
+NORMALISATIONS = ("global", "group", "each")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
 TeacherGuidance = Annotated[float | None, "guidance"]
@@ -38,65 +40,10 @@ TeacherGuidance = Annotated[float | None, "guidance"]
 PAPER_GUIDANCE = 4.5
 """The scale of the paper's teachers: of one that neither config nor file gives another."""
 _GUIDANCE_DOC = "The scale under which the teacher is asked; 1: none; None: what its file says, else the paper's."
-_FROZEN = "settings are frozen once a run has begun"
 _REWARDS_DOC = (
-    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, not trained on; "
-    "0: beside the weighted sum."
+    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, and trained on by objective "
+    "'mixed' alone; 0: beside the weighted sum."
 )
-
-
-def setting(default: Any, doc: str, rule: Rule | None = None, paper: str = "", *, open_names: bool = False) -> Any:
-    """A field with its description, its rule and the authors' value; a dict or a section is made anew each time.
-
-    `open_names`: a flag may name an entry of this dict that is not there yet, which makes it.
-    """
-    metadata = {"doc": doc, "rule": rule, "paper": paper, "open": open_names}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-class Section:
-    """Settings, to be changed until they are frozen.
-
-    Raises:
-      AttributeError: a field that is not there is set, which names it and those there are, or one is removed.
-      dataclasses.FrozenInstanceError: after `freeze`.
-    """
-
-    _frozen = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self._frozen:
-            raise dataclasses.FrozenInstanceError(f"{name}: {_FROZEN}")
-        if name not in (known := [each.name for each in dataclasses.fields(self)]):  # type: ignore[arg-type]
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}, only {', '.join(known)}")
-        object.__setattr__(self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{name}: settings are changed, not removed")
-
-    def freeze(self) -> None:
-        """Let nothing be changed any more."""
-        object.__setattr__(self, "_frozen", True)
-
-
-class FrozenDict(dict[str, Any]):
-    """Entries of a frozen section. Still a dict: to read, to compare, to write as JSON.
-
-    Raises:
-      dataclasses.FrozenInstanceError: they are changed.
-    """
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise dataclasses.FrozenInstanceError(_FROZEN)
-
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
 
 
 # ---- what every stage has
@@ -170,7 +117,9 @@ class Evaluation(Section):
     batch_size: int = setting(16, "Images made at once, rounded up to what the mesh divides.", at_least(1, MOST_ROWS))
     num_steps: int = setting(40, "Sampler steps.", at_least(1, MOST_SAMPLER_STEPS), "[paper] 40")
     guidance: float = setting(4.5, "Guidance scale; 1: none.", at_least(0, 100), "[paper] 4.5")
-    transition: str = setting("ode", "Of the sampler.", one_of(*TRANSITIONS), "[code] ode")
+    transition: str = setting(
+        "ode", "Of the sampler; 'dpm2': DPM-Solver++(2M) for the ODE.", one_of(*SAMPLERS), "[code] ode"
+    )
     noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0, 10))
     seed: int = setting(1, "Of the noises; the report's is the next.", between(0, 2**32 - 2))
     final_samples: int = setting(16, "Pairs a task in the report.", at_least(1, MOST_ROWS))
@@ -196,6 +145,28 @@ class Encoding(Section):
     )
     batch_size: int = setting(64, "Prompts encoded at once, rounded up as well.", at_least(1, MOST_ROWS))
     resident: bool = setting(False, "Encoders stay on the devices and encode each batch: no cache, no first pass.")
+
+
+@dataclasses.dataclass
+class Comparison(Section):
+    """Advantages: a group's rewards less their mean, by a deviation; see rewards/combine.py."""
+
+    normalise: str = setting(
+        "global", "By the deviation over the batch, of what the same rewards score, the group's, or each reward by its "
+        "own in the group, then the sum (GDPO).", one_of(*NORMALISATIONS), "[code] global",
+    )  # fmt: skip
+    clip: float = setting(5.0, "They are limited to ±it.", above(0, NO_LIMIT), "[code] 5")
+    merge_equal_prompts: bool = setting(
+        False, "Equal texts in one batch are one group, not one a draw.", paper="[code] True"
+    )
+
+
+@dataclasses.dataclass
+class Decoding(Section):
+    """How latents become the images that rewards see."""
+
+    batch_size: int = setting(4, "Images a device decodes at once.", at_least(1, MOST_ROWS))
+    dtype: str = setting("float32", "Of the autoencoder.", one_of("float32", "bfloat16"))
 
 
 @dataclasses.dataclass
@@ -318,6 +289,9 @@ class RoutedTask(Section):
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
+    schedule: dict[str, float] = setting(
+        {}, "Other weights from a step on: {'100': 0.5}; a curriculum.", rules.SCHEDULE, open_names=True
+    )
     rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
 
 
@@ -372,11 +346,14 @@ class Objective(Section):
     """Which loss, on which steps; see objectives/opd.py."""
 
     name: str = setting(
-        "clipped", "'direct' is the loss itself, 'clipped' PPO's surrogate.", one_of(*OBJECTIVES), "[paper] clipped"
-    )
+        "clipped", "'direct' is the loss itself, 'clipped' PPO's surrogate; 'mixed': of the teachers' reward and the "
+        "advantage by the tasks' rewards together.", one_of(*OBJECTIVES), "[paper] clipped",
+    )  # fmt: skip
     reward: str = setting(
-        "kl", "Of 'clipped'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
+        "kl", "The teachers'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
     )
+    teacher_weight: float = setting(1.0, "Of 'mixed': what the teachers' reward counts.", at_least(0, 1e6))
+    task_weight: float = setting(1.0, "Of 'mixed': λ, what the tasks' advantage counts.", at_least(0, 1e6))
     weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
     clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0, NO_LIMIT), "[paper] 1e-4")
     reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0, NO_LIMIT), "[code] 5")
@@ -391,7 +368,7 @@ class OPD(Config):
     stage: str = setting("opd", "What is run.", one_of("opd"))
     tasks: dict[str, RoutedTask] = setting({}, "The routed tasks; in the bank they stand by name.")
     images_per_prompt: int = setting(
-        1, "Beyond 1 they form groups, which distillation does not need.", at_least(1, MOST_ROWS), "[code] 16"
+        1, "Beyond 1 they form groups, which 'mixed' alone needs.", at_least(1, MOST_ROWS), "[code] 16"
     )
     whole_teachers: bool = setting(False, "Teachers and anchor are weights of whole networks, like `model.path`.")
     anchor: Anchor = setting(Anchor, "MAR's teacher.")
@@ -406,6 +383,9 @@ class OPD(Config):
         1, "With several the rollout is stored and replayed.", at_least(1, 1000), "[code] 2"
     )
     minibatches: int = setting(1, "Parts of a rollout, one an update.", at_least(1, 1000), "[code] 2")
+    advantages: Comparison = setting(Comparison, "Of 'mixed': how rewards become advantages.")
+    decoding: Decoding = setting(Decoding, "Of 'mixed': how latents become images.")
+    lag: int = setting(0, "Of 'mixed': see stage grpo.", between(0, 1))
     export: str = setting(
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from fopd_jax.config.identity import default_of
 from fopd_jax.config.parse import flatten
-from fopd_jax.config.schema import Config, Section
+from fopd_jax.config.schema import Config
+from fopd_jax.config.section import Section
 
 
 def describe(config: Config, flags: Collection[str]) -> str:

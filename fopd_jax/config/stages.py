@@ -1,7 +1,17 @@
-"""The stages' configs, as one type."""
+"""The stages' configs, as one type, and what several of them have in common."""
 
-from fopd_jax.config.learning import GRPO
-from fopd_jax.config.schema import OPD, FlowMatching
+from fopd_jax.config.learning import GRPO, ForwardRL, Reinforced
+from fopd_jax.config.schema import OPD, Config, FlowMatching
 
-StageConfig = OPD | FlowMatching | GRPO
+StageConfig = OPD | FlowMatching | GRPO | ForwardRL
 """A config of any of the stages there are."""
+
+
+def is_mixed(config: Config) -> bool:
+    """Whether a config distils and trains on rewards at once."""
+    return isinstance(config, OPD) and config.objective.name == "mixed"
+
+
+def trains_on_rewards(config: Config) -> bool:
+    """Whether its images are scored while it trains."""
+    return isinstance(config, Reinforced) or is_mixed(config)

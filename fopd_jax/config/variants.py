@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from fopd_jax.config.learning import GRPO, NoiseWindow, Reinforced, RewardedTask
+from fopd_jax.config.learning import GRPO, ForwardRL, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
 from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.stages import is_mixed
 
 SMOKE = "smoke"
 _SKILLS = ("text", "composition")
@@ -49,7 +50,7 @@ def smoke(config: AnyConfig) -> AnyConfig:
     config.eval.num_steps, config.eval.tasks = 4, ()
     run = config.run
     run.steps, run.log_every, run.checkpoint_every, run.eval_every = 2, 1, 2, 2
-    run.attention, run.remat = "xla", "none"
+    run.attention, run.remat, run.micro_batches = "xla", "none", 1
     config.rewards, run.servers = {}, {}
     if isinstance(config, OPD):
         _shrink_teaching(config)
@@ -67,6 +68,10 @@ def _shrink_teaching(config: OPD) -> None:
     config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+    if is_mixed(config):
+        config.images_per_prompt = 4
+        for name, task in config.tasks.items():
+            task.rewards = {name: 1.0}
 
 
 def _shrink_learning(config: Reinforced) -> None:
@@ -75,3 +80,5 @@ def _shrink_learning(config: Reinforced) -> None:
     config.images_per_prompt, config.rollouts.num_steps = 4, 3
     if isinstance(config, GRPO):
         config.window = NoiseWindow()
+    elif isinstance(config, ForwardRL):
+        config.levels.within, config.levels.times = None, min(config.levels.times, 2)

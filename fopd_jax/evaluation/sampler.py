@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.schedule import make_levels
-from fopd_jax.flow.transition import Transition, standard_normal
+from fopd_jax.flow.solver import Solver, solve
+from fopd_jax.flow.transition import standard_normal
 from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
 from fopd_jax.parallel.sharding import activation_rules, batch_sharding, batch_ways, filled
@@ -59,13 +59,13 @@ class Sampler:
 
 def make_sampler(
     velocity: Velocity,
-    transition: Transition,
+    solver: Solver,
     sigmas: np.ndarray,
     guidance: float,
     latent_shape: tuple[int, ...],
     mesh: Mesh,
 ) -> Sampler:
-    """A sampler of one schedule, transition and guidance scale; a scale of 1 does without the negative prompt."""
+    """A sampler of one schedule, solver and guidance scale; a scale of 1 does without the negative prompt."""
 
     def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
         def policy(x: Array, sigma: Array) -> Array:
@@ -74,7 +74,7 @@ def make_sampler(
         noise = standard_normal(keys, latent_shape)
         steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
         with activation_rules(mesh):
-            return sample_final(policy, transition, make_levels(sigmas), noise, steps)
+            return solve(solver, policy, make_levels(sigmas), noise, steps)
 
     return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 

@@ -15,7 +15,7 @@ log-densities being means per dimension, hence the small ε. The surrogates l:
 
 At ρ = 1 all three have the gradient of -A·log π_θ, guard's times s. u is 1, or the step's share of the noise
 (TempFlow-GRPO, 2508.04324); w is the divergence of the transitions with dt left out, as in the released code, unless
-told otherwise.
+told otherwise. The means are over all trained steps of all samples that take part.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 
 from fopd_jax.config.learning import PolicyGradient
 from fopd_jax.flow.schedule import Level
-from fopd_jax.flow.transition import SDE, Transition
-from fopd_jax.flow.weighting import check_weighting, weight
+from fopd_jax.flow.transition import CPS, SDE, Transition
+from fopd_jax.flow.weighting import LEAST_NOISE, check_weighting, weight
 
 Samples = Float[Array, " b"]
 Totals = dict[str, Samples]
@@ -56,11 +56,16 @@ def check_objective(objective: PolicyGradient, transition: Transition) -> None:
     """Refuse fields that do not go together.
 
     Raises:
-      ValueError: the transition has no density, a divergence is asked of one that has none of Gaussians with a variance
+      ValueError: the transition draws nothing, a divergence is asked of one that has none of Gaussians with a variance
         worth dividing by, or the weighting does not fit; names field, found and right.
     """
-    if not transition.has_density:
+    if not isinstance(transition, SDE | CPS):
         raise ValueError("rollouts.transition: found 'ode', expected 'sde' or 'cps': without noise nothing is chosen")
+    if transition.noise_level < LEAST_NOISE:
+        raise ValueError(
+            f"rollouts.noise_level: found {transition.noise_level:g}, expected at least {LEAST_NOISE:g}: without noise "
+            "nothing is chosen"
+        )
     if objective.kl_beta > 0:
         check_weighting(objective.kl_weighting, transition, "objective.kl_weighting")
     if objective.name != "clip" and not isinstance(transition, SDE):
@@ -73,7 +78,7 @@ def needs_old_velocity(objective: PolicyGradient) -> bool:
 
 
 def step_weights(objective: PolicyGradient, transition: Transition, sigmas: np.ndarray) -> Float[np.ndarray, " t"]:
-    """u of each step but the schedule's last: 1, or its std by their mean."""
+    """u of each step but the schedule's last: 1, or its std by the mean of all these, whichever of them are trained."""
     count = len(sigmas) - 2
     if objective.step_weighting == "uniform":
         return np.ones(count, np.float32)
@@ -128,7 +133,7 @@ def timestep_terms(
         gap = w * _mean_square(v - stop(acted.reference))
     terms = {
         "loss": share * loss + objective.kl_beta * gap,
-        "policy_loss": loss,
+        "policy_loss": share * loss,
         "reference_gap": gap,
         "ratio": ratio,
         "off_policy": (ratio != 1).astype(jnp.float32),

@@ -12,6 +12,14 @@ norms being means per dimension. `direct` is that loss. `clipped` wraps its firs
                averaged over D dimensions its mean gradient is 1/D of the direct one under weighting `kl`
   kl_detached  the first one detached: it does not depend on the action, so its mean gradient is zero. The paper's first
                text; kept to show that it does not learn
+
+`mixed` adds the advantage A of the sample by its task's rewards, the same at all its steps, to that reward:
+r = w_T·r_T + λ·A under one ratio. With the attached r_T its gradient at ρ = 1 is
+
+    w_T·w·∇‖v_θ - v_k‖² - λ·A·∇log π_θ(x') + w_T·w·‖v_θ - v_k‖²·∇log π_θ(x'),
+
+whose last term has mean zero over the action. A sample without an advantage, because its rewards failed or its group is
+all equal, has A = 0: it is distilled as ever. The clip is decided by the sum's sign, as in the released code.
 """
 
 from typing import Any
@@ -54,10 +62,12 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         than `kl` with `log_ratio`; names field, found and right.
     """
     check_weighting(objective.weighting, transition)
-    if objective.name != "clipped":
+    if objective.name == "direct":
         return
     if not transition.has_density:
-        raise ValueError("objective.name: 'clipped' needs a transition with a density ('sde' or 'cps'), found 'ode'")
+        raise ValueError(
+            f"objective.name: {objective.name!r} needs a transition with a density ('sde' or 'cps'), found 'ode'"
+        )
     if objective.reward == "log_ratio" and objective.weighting != "kl":
         raise ValueError(
             f"objective.weighting: found {objective.weighting!r}, but reward 'log_ratio' has no weighting but 'kl'"
@@ -76,11 +86,17 @@ def surrogate(log_prob: Samples, log_prob_old: Samples, reward: Samples, clip: f
 
 
 def distillation_loss(
-    objective: Objective, gap: Samples, log_prob: Samples, log_prob_old: Samples, log_prob_teacher: Samples
+    objective: Objective,
+    gap: Samples,
+    log_prob: Samples,
+    log_prob_old: Samples,
+    log_prob_teacher: Samples,
+    advantage: Samples | None = None,
 ) -> Samples:
     """The teacher's term for one step; `gap` is `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
 
-    A detached reward is clamped to ±`reward_limit`; an attached one is not, which would silence the worst samples.
+    `advantage`: of 'mixed', which needs one. A detached reward is clamped to ±`reward_limit`; an attached one is not,
+    which would silence the worst samples.
     """
     if objective.name == "direct":
         return gap
@@ -88,12 +104,16 @@ def distillation_loss(
     reward = rewards[objective.reward]
     if objective.reward != "kl":
         reward = jnp.clip(reward, -objective.reward_limit, objective.reward_limit)
+    if objective.name == "mixed":
+        if advantage is None:
+            raise ValueError("objective.name: found 'mixed', expected another where nothing scores the samples")
+        reward = objective.teacher_weight * reward + objective.task_weight * stop(advantage)
     return surrogate(log_prob, log_prob_old, reward, objective.clip)
 
 
 def trains(objective: Objective, noisy: Array) -> Array:
-    """1 where a step counts, else 0: noisy steps for the clipped objective, all for the direct one unless asked."""
-    only_noisy = objective.name == "clipped" or objective.window_only
+    """1 where a step counts, else 0: all for the direct objective unless asked, noisy ones for those with a ratio."""
+    only_noisy = objective.name != "direct" or objective.window_only
     return noisy.astype(jnp.float32) if only_noisy else jnp.ones((), jnp.float32)
 
 
@@ -107,16 +127,17 @@ def timestep_terms(
     x_next: Float[Array, "b *shape"],
     log_prob: Samples,
     log_prob_old: Samples,
+    advantage: Samples | None = None,
 ) -> Totals:
     """`TERMS` of one timestep, one value per sample, for the student's velocity v at x and the step drawn there.
 
-    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it.
+    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed'.
     """
     w = weight(objective.weighting, transition, level.sigma, level.sigma_next)
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
     direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
     log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
-    loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher)
+    loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage)
     ratio = jnp.exp(log_prob - log_prob_old)
     terms = direct | {
         "loss": loss + objective.mar_beta * direct["anchor_gap"],

@@ -84,6 +84,11 @@ class GradientGroups:
         specs = jax.tree.broadcast(self.specs, sums)
         return jax.tree.map(lambda leaf, spec: self._constrain(leaf, self._spec(spec)), sums, specs)
 
+    def places(self, sums: Tree) -> Tree:
+        """Where such sums are."""
+        specs = jax.tree.broadcast(self.specs, sums)
+        return jax.tree.map(lambda _, spec: NamedSharding(self.mesh, self._spec(spec)), sums, specs)
+
     def _spec(self, spec: P) -> P:
         """A group's own sum, split over those axes alone that its members share."""
         return P(self.once, *(None if axis in self.once else axis for axis in spec))

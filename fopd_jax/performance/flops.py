@@ -1,4 +1,4 @@
-"""FLOPs of a whole OPD update, from those of one sample's pass through the network (`Backbone.flops`)."""
+"""FLOPs of a whole update, from those of one sample's pass through the network (`Backbone.flops`)."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from fopd_jax.backbones.record import Pass
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update of a whole batch, by phase; `rollout` holds the student's forwards without a gradient."""
+    """One update of a whole batch, by phase. `rollout`: what trains, forward alone; `teachers`: others, forward."""
 
     teachers: float
     rollout: float
@@ -24,6 +24,15 @@ class Update:
     def hardware(self) -> float:
         """With recomputation: what HFU counts."""
         return self.model + self.recomputed
+
+    def __add__(self, other: "Update") -> "Update":
+        return Update(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, count: float | int) -> "Update":
+        return Update(*(each * count for each in dataclasses.astuple(self)))
+
+
+NOTHING = Update(teachers=0.0, rollout=0.0, forward=0.0, backward=0.0, recomputed=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from fopd_jax.performance.compilation import Memory, memory_of
 from fopd_jax.performance.compiling import Compiled, compile_twice, empty_cache
+from fopd_jax.performance.flops import Update
 from fopd_jax.performance.host import available_memory
 from fopd_jax.performance.phases import Arguments, Phase, phases, programs, time_programs
 from fopd_jax.performance.problem import Fields, Problem
@@ -89,7 +90,7 @@ def _run(problem: Problem, matmul: MatmulPeak, options: Options) -> Fields:
         "step": dataclasses.asdict(timing),
         "loss": steps.loss(),
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "peak": peak_bytes(device)},
-        **speed(problem, timing, matmul, device.device_kind),
+        **speed(problem.samples, problem.flops, problem.mesh.size, timing, matmul, device.device_kind),
     }
     if options.profile:
         with jax.profiler.trace(options.profile):
@@ -119,18 +120,18 @@ def _phase_fields(phase: Phase, chips: int, whole: Timing, matmul: MatmulPeak) -
     }
 
 
-def speed(problem: Problem, timing: Timing, matmul: MatmulPeak, device_kind: str) -> Fields:
+def speed(samples: int, flops: Update, chips: int, timing: Timing, matmul: MatmulPeak, device_kind: str) -> Fields:
     """Rates at the median step, and utilisation of the matrix product's peak and of the datasheet's (None: unknown).
 
     MFU counts what the mathematics needs, HFU also what rematerialisation repeats.
     """
-    chips, chip = problem.mesh.size, find_chip(device_kind)
-    samples = problem.samples / timing.median
-    model, hardware = (flops / chips / timing.median for flops in (problem.flops.model, problem.flops.hardware))
+    chip = find_chip(device_kind)
+    rate = samples / timing.median
+    model, hardware = (each / chips / timing.median for each in (flops.model, flops.hardware))
     peaks = {"matmul": matmul.flops_per_second, "datasheet": chip.peak_flops if chip else None}
     return {
-        "samples_per_second": samples,
-        "samples_per_second_per_chip": samples / chips,
+        "samples_per_second": rate,
+        "samples_per_second_per_chip": rate / chips,
         "model_flops_per_second_per_chip": model,
         "hardware_flops_per_second_per_chip": hardware,
         "mfu": {name: peak and model / peak for name, peak in peaks.items()},

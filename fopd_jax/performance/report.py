@@ -98,6 +98,9 @@ def describe(fields: Fields) -> str:
     lines += _describe_collectives(fields) if fields["memory"]["fits"] else []
     flops = fields["flops_per_chip"]
     lines += [f"FLOPs a chip and update: {flops['model']:.4g}, {flops['hardware']:.4g} with recomputation"]
+    for kind, each in fields.get("calls", {}).items():
+        called = f"the program {fields['program']!r} {kind} {each['count']} times"
+        lines += [f"  {called}, {each['flops_per_chip']['model']:.4g} each"]
     if fields.get("roofline_seconds"):
         seconds = fields["roofline_seconds"]
         lines += [

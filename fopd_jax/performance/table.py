@@ -22,6 +22,29 @@ def describe(fields: Fields) -> str:
     return "\n".join(lines + (["", *_phases(fields["phases"])] if "phases" in fields else []))
 
 
+def describe_learning(fields: Fields) -> str:
+    """One measurement of a step of reinforcement learning."""
+    lines = [
+        f"{fields['config']} ({fields['preset']}, {fields['dtype']}, remat {fields['remat']}), {fields['chips']} "
+        f"chips, mesh {fields['mesh']}",
+        f"stage {fields['stage']}: {fields['batch_size']} images a rollout, {fields['images_per_prompt']} a prompt, in "
+        f"{fields['parts']} parts, guidance {fields['guidance']:g}; trains {fields['trained']}; "
+        "neither decoding nor rewards are in these figures",
+    ]
+    if not fields["fits"]:
+        return "\n".join([*lines, f"does not fit: {fields['reason']}"])
+    for name, seconds in fields["compile"].items():
+        needs = _size(fields["memory"][name]["total"])
+        lines.append(f"program {name}: compiled in {seconds:.1f} s; memory a chip {needs}")
+    lines.append(f"{'':8}{'median':>12}{'quartiles':>20}{'images/s':>11}{'TFLOP/s':>9}{'MFU':>8}")
+    for name, row in fields["phases"].items():
+        quartiles = f"{row['lower']:.4g} to {row['upper']:.4g}"
+        rate, mfu = row["model_flops_per_second_per_chip"] / TERA, row["mfu"]["matmul"]
+        images = row["samples_per_second"]
+        lines.append(f"{name:8}{row['median']:>10.4g} s{quartiles:>20}{images:>11.4g}{rate:>9.4g}{mfu:>8.1%}")
+    return "\n".join(lines)
+
+
 def describe_batches(rows: list[Fields]) -> str:
     """A sweep, one line a batch."""
     return "\n".join(

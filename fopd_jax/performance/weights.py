@@ -51,8 +51,7 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     `params`: the base's, where they are there already.
     """
     frozen, state, batch = update.arguments
-    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
-    state = dataclasses.replace(fresh, trained=random_tree(state.trained, 1), ema=random_tree(state.ema, 1))
+    state = random_state(state)
     route = np.arange(batch.route.shape[0], dtype=np.int32) % len(update.pieces.spec.teachers)
     conditioning = random_tree(batch.conditioning, 2)
     if params is None:
@@ -61,6 +60,13 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
     return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+
+
+def random_state(state: TrainState) -> TrainState:
+    """What trains and its copies at random, all of them alike; nothing counted yet."""
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
+    copies = {name: random_tree(getattr(state, name), 1) for name in ("trained", "ema", "old")}
+    return dataclasses.replace(fresh, **copies)
 
 
 def held_bytes(update: AbstractUpdate) -> dict[str, int]:

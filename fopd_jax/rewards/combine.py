@@ -14,8 +14,13 @@ from jaxtyping import Bool, Float, Int
 from fopd_jax.rewards.reward import Metadata, Scores
 
 Normalise = Literal["global", "group", "each"]
-"""By what the distance to the group's mean is divided: 'global' is the deviation over the whole batch (Flow-GRPO),
-'group' the group's own; 'each' divides every reward by its own in the group, sums, and divides by the batch's (GDPO).
+"""By what the distance to the group's mean is divided: 'global' is the deviation over the batch (Flow-GRPO), 'group'
+the group's own; 'each' divides every reward by its own in the group, sums, and divides by the batch's (GDPO).
+
+A batch of several tasks has one deviation for all samples that the same rewards score with the same weights. Flow-GRPO
+knows one task; the released multi-task code takes the tasks by turns, so that its batches are of one. Over samples of
+different rewards the deviation would be the distance between their levels: of PickScore, about 22, beside GenEval, from
+0 to 1, both tasks' advantages come out tens of times too small.
 """
 EPSILON = 1e-4  # beside a deviation, as Flow-GRPO has it
 FEWEST = 2
@@ -121,7 +126,10 @@ def _sum(
     distance = _distance(total, valid, index)
     if normalise == "group":
         return distance / (_deviation(distance, valid, index)[index] + EPSILON)
-    return distance / (_spread(total[valid]) + EPSILON)
+    weights = np.stack([weight for _, weight in terms], axis=1)
+    kinds = np.unique(weights, axis=0, return_inverse=True)[1].reshape(-1)
+    spreads = np.array([_spread(total[valid & (kinds == kind)]) for kind in range(kinds.max(initial=-1) + 1)])
+    return distance / (spreads[kinds] + EPSILON)
 
 
 def _each(terms: Terms, valid: Bool[np.ndarray, " n"], index: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -21,12 +21,13 @@ from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.display import Display
 from fopd_jax.running.drift import Drift
 from fopd_jax.running.means import SKIPPED, Means, split
-from fopd_jax.running.metrics import EVALUATION, TRAINING, MetricWriter, logged
+from fopd_jax.running.metrics import EVALUATION, MetricWriter, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
 from fopd_jax.running.stage import Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
+TRAINING = "train/"  # prefix of an update's scalars
 BASELINE = 5  # lines of metrics that say how rollouts looked when a run began
 CLOCKED = "rewards/"  # those of them that say how fast rewards were
 FAILED = "failed/evaluations"  # how many of this process's evaluations came to nothing

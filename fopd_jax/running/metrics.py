@@ -23,8 +23,8 @@ from fopd_jax.running.resources import Misses
 from fopd_jax.running.tracking import Tracker
 
 SCALARS, CLOCKED = "metrics.jsonl", "performance.jsonl"
-EVALUATION, TRAINING = "eval/", "train/"
-"""Prefixes of an evaluation's scalars and of training's."""
+EVALUATION = "eval/"
+"""Prefix of an evaluation's scalars."""
 
 
 @contextlib.contextmanager

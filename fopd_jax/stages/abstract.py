@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fopd_jax.adapters.lora import Groups, adapter_shapes, stack_bank
 from fopd_jax.backbones.record import LatentShape
@@ -21,6 +22,8 @@ from fopd_jax.parallel.sharding import (
     stacked_shardings,
 )
 from fopd_jax.performance.problem import AbstractUpdate
+from fopd_jax.performance.program import Program
+from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
@@ -86,6 +89,14 @@ def abstract_base(boxed: Tree, dtype: Any, mesh: AnyMesh) -> Tree:
 def encoded_rows(encoded: Conditioning, count: int, dtype: Any, sharding: jax.sharding.Sharding) -> Conditioning:
     """Encoded prompts as shapes, so many of them; `encoded`: the shapes of one."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype, sharding=sharding), encoded)
+
+
+def encoding_programs(config: Config, encoded: Conditioning, mesh: AnyMesh) -> list[Program]:
+    """With resident encoders what encodes a batch's prompts; `encoded`: the shapes of one."""
+    if not config.run.encoding.resident or config.model.preset in EMBEDDED or not isinstance(mesh, Mesh):
+        return []
+    width = encoded.context.shape[-1]
+    return [encode_program(mesh, config.batch_size, config.model.t5_length, width, config.model.dtype)]
 
 
 def world_shapes(model: Model) -> tuple[LatentShape, Conditioning]:

@@ -8,13 +8,15 @@ import jax
 
 from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
-from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.learning import GRPO, ForwardRL, Reinforced, RewardedTask
+from fopd_jax.config.schema import NOISELESS, OPD, Config
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.stages.opd_update import scale_of
 from fopd_jax.stages.plan import Plan
+from fopd_jax.tasks.sampling import Curriculum
 
 _BYTES = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -25,6 +27,7 @@ def describe_plan(plan: Plan, config: Config, workdir: Path) -> str:
     rows = [
         *_what(plan, config, workdir),
         ("prompts", _prompts(plan)),
+        *(_learning(config) if isinstance(config, Reinforced) else []),
         ("to encode", _encoding(plan)),
         ("updates", _updates(plan, config)),
         ("memory", _memory(plan)),
@@ -51,6 +54,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
 
@@ -97,9 +101,61 @@ def _teachers(config: OPD) -> str:
     return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
 
 
+def _curriculum(config: Config) -> str:
+    """The weights from each change of them on, where there is one."""
+    if not isinstance(config, OPD | Reinforced):
+        return ""
+    names, (_, *later) = list(config.tasks), Curriculum.of(list(config.tasks.values())).stretches
+    stretches = (
+        f"from step {start} on {', '.join(f'{n} {w:g}' for n, w in zip(names, shares.weights, strict=True))}"
+        for start, shares in later
+    )
+    return "; ".join(stretches)
+
+
 def _prompts(plan: Plan) -> str:
     tasks = plan.setup.pipeline.world.tasks.values()
     return ", ".join(f"{task.name}: {len(task.train):,} to train on, {len(task.test):,} held out" for task in tasks)
+
+
+def _learning(config: Reinforced) -> list[tuple[str, str]]:
+    """By which rewards, from how many images, with which loss."""
+    tasks = ", ".join(f"{name} (share {task.weight:g}) by {_sum(task)}" for name, task in config.tasks.items())
+    ours, prompts = config.rollouts, config.batch_size // config.images_per_prompt
+    noise = f" of noise {ours.noise_level:g}" if ours.transition not in NOISELESS else ""
+    images = f"{prompts} prompts x {config.images_per_prompt} images = {config.batch_size:,} a step"
+    how = f"{ours.num_steps} steps of {ours.transition}{noise}, {_guided(config.guidance)}"
+    late = ", made while rewards score the one before" if config.lag else ""
+    count, size = config.updates_per_rollout, config.batch_size // config.minibatches
+    updates = f"{count} update{'s' if count > 1 else ''} a rollout of {size:,} images"
+    return [("rewards", tasks), ("rollouts", f"{images}, {how}{late}"), ("learning", f"{updates}, {_loss(config)}")]
+
+
+def _sum(task: RewardedTask) -> str:
+    """A task's rewards: those with a weight, then those that are only looked at."""
+    trained = [f"{weight:g} {name}" if weight != 1 else name for name, weight in task.rewards.items() if weight]
+    watched = [name for name, weight in task.rewards.items() if not weight]
+    return " + ".join(trained) + (f" (and {', '.join(watched)} logged)" if watched else "")
+
+
+def _loss(config: Reinforced) -> str:
+    """Which one, and on what of each image."""
+    if not isinstance(config, GRPO | ForwardRL):
+        return config.stage
+    held = f"held to the base by {beta:g}" if (beta := config.objective.kl_beta) else "no reference"
+    if isinstance(config, ForwardRL):
+        levels = f"{config.levels.times or 'all'} noise levels of each ({config.levels.distribution})"
+        return f"{config.objective.name} at {levels}, {held}"
+    window, last = config.window, config.rollouts.num_steps - 1
+    start, stop = window.within or (0, last + 1)
+    size = min(window.size or stop - start, last - start)
+    moves = {"none": f"from step {start} on", "slide": f"sliding within steps {start} to {min(stop, last) - 1}"}
+    where = moves.get(window.moves, f"anywhere within steps {start} to {min(stop, last) - 1}")
+    return f"{config.objective.name} at {size} of {last + 1} steps, {where}, {held}"
+
+
+def _guided(scale: float) -> str:
+    return "no guidance" if scale == 1 else f"guidance {scale:g}"
 
 
 def _encoding(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy as np
 from jaxtyping import Array
 
 from fopd_jax.backbones.weights import boxed_variables
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import learning as settings
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.sharding import replicated
@@ -17,21 +17,23 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin
-from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, update_cost
+from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, rollout_shapes, update_cost
+from fopd_jax.stages.opd_update import MixedUpdate
 from fopd_jax.stages.plan import trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
 from fopd_jax.stages.setup import make_setup, refuse_files
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
 from fopd_jax.steps.grpo.step import metric_names
+from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.visits import Pass, Sums, make_passes
 from fopd_jax.tasks.prompts import read_tasks
 
 
 class FlowGRPO:
-    """The passes of `steps.grpo`, driven one by one."""
+    """The passes of `steps.grpo`, or others of their kind, driven one by one; `base`: what does not train."""
 
-    def __init__(self, update: GRPOUpdate, base: Base, batch_size: int) -> None:
+    def __init__(self, update: GRPOUpdate | MixedUpdate, base: Base | Frozen, batch_size: int) -> None:
         spec, mesh = update.pieces.spec, update.pieces.groups.mesh
         passes = make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
         whole = [jax.tree.map(lambda leaf, k=k: leaf[k], passes) for k in range(len(passes.part))]
@@ -39,10 +41,10 @@ class FlowGRPO:
         self._rolling, self._learning = placed[: spec.parts], placed[spec.parts :]
         self._programs, self._base = update.programs, base
         self._unscored = put_replicated(
-            jax.tree.map(np.asarray, Credit.none(len(spec.rewards), batch_size)), replicated(mesh)
+            jax.tree.map(np.asarray, Credit.none(len(spec.rewards), batch_size, len(spec.tasks))), replicated(mesh)
         )
 
-    def roll_out(self, state: TrainState, conditioning: Conditioning) -> tuple[TrainState, tuple[Rollout, Sums]]:
+    def roll_out(self, state: TrainState, conditioning: Any) -> tuple[TrainState, tuple[Rollout, Sums]]:
         """Every part, by the state's policy."""
         progress = (state, *self._programs.begin(self._base, state, conditioning))
         for each in self._rolling:
@@ -54,7 +56,7 @@ class FlowGRPO:
         return rolled[0].x
 
     def learn(
-        self, state: TrainState, rolled: tuple[Rollout, Sums], conditioning: Conditioning, credit: Credit
+        self, state: TrainState, rolled: tuple[Rollout, Sums], conditioning: Any, credit: Credit
     ) -> tuple[TrainState, Metrics]:
         """All updates on a rollout."""
         progress, found = (state, *rolled), []
@@ -80,11 +82,13 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
 
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
-        return {"base": base, **trained_parts(update.trained.state)}
+        rollout = rollout_shapes(spec, mesh, config.batch_size)
+        return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
+    names = (*metric_names(spec.rewards, spec.tasks), *METRICS)
     return ReinforcedPlan(
-        setup, update.trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.rewards), *METRICS), held,
+        setup, update.trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
         lambda base: FlowGRPO(update, base, config.batch_size),
     )  # fmt: skip

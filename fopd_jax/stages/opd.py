@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
+from fopd_jax.config.stages import is_mixed
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.parallel.distributed import rows_of
@@ -20,6 +22,7 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
+from fopd_jax.running.journal import Journal
 from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import teachers
@@ -27,9 +30,12 @@ from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_token
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
-from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update, scale_of, update_cost
+from fopd_jax.stages.grpo import FlowGRPO
+from fopd_jax.stages.opd_update import MixedUpdate, OPDUpdate, make_mixed, make_spec, make_update, scale_of, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
+from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning, refuse_files
+from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
@@ -41,7 +47,7 @@ from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 class OPDPlan(Plan):
     """`stream`: of prompts; `teach()` loads the base and puts teachers and student's start beside it."""
 
-    update: OPDUpdate
+    update: OPDUpdate | MixedUpdate
     stream: PromptStream
     teach: Callable[[], teachers.Teaching]
 
@@ -58,7 +64,14 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
-    update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)
+    make = make_mixed if is_mixed(config) else make_update
+    update = make(config, pipeline.model, boxed, spec, setup.optimizer, mesh)
+    if is_mixed(config):
+        check_rewarded(config.tasks, pipeline.world)
+    elif config.lag:
+        raise ValueError(
+            f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
+        )
     taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher}
     stream = PromptStream(
         pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
@@ -85,14 +98,15 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         return {"base": base, "bank": bank, **trained_parts(trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
+    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
     return OPDPlan(
-        setup, trained, lambda: stream.upto(config.run.steps), (*metric_names(spec.teachers), RATE), held,
+        setup, trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
     )  # fmt: skip
 
 
-class OPD:
-    """The stage, see `running.stage.Stage`."""
+class Distillation:
+    """The stage but for its step, see `running.stage.Stage`."""
 
     def __init__(self, config: settings.OPD, workdir: Path, run: Path | None = None) -> None:
         plan = plan_opd(config)
@@ -144,19 +158,9 @@ class OPD:
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 
-    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """One jitted program."""
-        batch, measured = self.feed(step), self.setup.measured(state)
-        conditioning = self.pipeline.world.embed(batch.conditioning)
-        state, metrics = self.update.step(self.frozen, state, Batch(conditioning, batch.route))
-        return state, {**metrics, **measured}
-
-    def drain(self) -> None:
-        """Nothing is ever in flight but the update itself."""
-
-    def close(self) -> None:
-        """End the thread that makes batches ahead."""
-        self.feed.close()
+    def embedded(self, batch: Batch) -> Batch:
+        """A batch as updates take it."""
+        return Batch(self.pipeline.world.embed(batch.conditioning), batch.route)
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -196,6 +200,41 @@ class OPD:
         most = self.config.run.max_failed_rewards
         with contextlib.closing(self.setup) as setup:
             write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)
+
+
+class OPD(Distillation):
+    """The stage, where the update is one program."""
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """One jitted program."""
+        batch, measured = self.feed(step), self.setup.measured(state)
+        assert isinstance(self.update, OPDUpdate)
+        state, metrics = self.update.step(self.frozen, state, self.embedded(batch))
+        return state, {**metrics, **measured}
+
+    def drain(self) -> None:
+        """Nothing is ever in flight but the update itself."""
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead."""
+        self.feed.close()
+
+
+class MixedOPD(Distillation, ReinforcementLearning):
+    """The stage of objective 'mixed': steps of reinforcement learning, all else of distillation."""
+
+    def __init__(self, config: settings.OPD, workdir: Path, run: Path | None = None) -> None:
+        Distillation.__init__(self, config, workdir, run)
+        assert isinstance(self.update, MixedUpdate)
+        self.method = FlowGRPO(self.update, self.frozen, config.batch_size)
+        self.journal = Journal(workdir, jax.process_index())
+        self.scoring = make_scoring(config, self.pipeline, self.journal)
+        self.ahead = None
+
+
+def make_opd(config: settings.OPD, workdir: Path, run: Path | None = None) -> OPD | MixedOPD:
+    """The stage that a config's objective needs."""
+    return (MixedOPD if is_mixed(config) else OPD)(config, workdir, run)
 
 
 def origin(config: settings.OPD) -> Origin:

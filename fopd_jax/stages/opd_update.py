@@ -1,4 +1,7 @@
-"""From a config to the jitted OPD update and to where what trains lives; needs no weights and no devices."""
+"""From a config to the jitted OPD update, or the programs of its mixed form, and to where what trains lives.
+
+No weights and no devices are needed.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,13 +11,17 @@ import optax
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import EMA, OPD, PAPER_GUIDANCE
+from fopd_jax.config.stages import is_mixed
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained
+from fopd_jax.steps.grpo.step import Programs
+from fopd_jax.steps.opd.mixed import make_programs
 from fopd_jax.steps.opd.pieces import Pieces
 from fopd_jax.steps.opd.spec import OPDSpec
 from fopd_jax.steps.opd.step import OPDStep, make_step
@@ -40,6 +47,15 @@ class OPDUpdate:
         return self.trained.state
 
 
+@dataclasses.dataclass(frozen=True)
+class MixedUpdate:
+    """The same of objective 'mixed', as programs that a host drives."""
+
+    programs: Programs
+    pieces: Pieces
+    trained: Trained
+
+
 def make_update(
     config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
 ) -> OPDUpdate:
@@ -48,6 +64,34 @@ def make_update(
     Raises:
       ValueError: names the field that is out of range, or that does not go with another.
     """
+    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh)
+    step = make_step(pieces, optimizer, config.ema, (trained.places, replicated(mesh)))
+    return OPDUpdate(step, trained, pieces, optimizer, config.ema)
+
+
+def make_mixed(
+    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+) -> MixedUpdate:
+    """The same of objective 'mixed'.
+
+    Raises:
+      ValueError: as `make_update`; or images do not come in groups, which advantages are of.
+    """
+    if config.images_per_prompt < 2:
+        raise ValueError("images_per_prompt: found 1, expected at least 2: 'mixed' compares a prompt's images")
+    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh)
+    if (config.batch_size // spec.parts) % batch_ways(mesh):
+        raise ValueError(
+            f"run.micro_batches: found {spec.micro_batches}: parts of {config.batch_size // spec.parts} samples, "
+            f"which the mesh's {batch_ways(mesh)} batch ways do not divide"
+        )
+    programs = make_programs(pieces, optimizer, config.ema, trained.places, replicated(mesh))
+    return MixedUpdate(programs, pieces, trained)
+
+
+def _make_pieces(
+    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+) -> tuple[Trained, Pieces]:
     check_batch("batch_size", config.batch_size, mesh)
     spec.check(config.batch_size)
     samples = config.batch_size // batch_ways(mesh)
@@ -56,9 +100,7 @@ def make_update(
             f"anchor.every: found {spec.anchor_every}, expected a divisor of the {samples} samples a device"
         )
     trained = make_trained(config, model, boxed, optimizer, mesh)
-    pieces = Pieces(spec, make_velocity(model), trained.student, trained.groups)
-    step = make_step(pieces, optimizer, config.ema, (trained.places, replicated(mesh)))
-    return OPDUpdate(step, trained, pieces, optimizer, config.ema)
+    return trained, Pieces(spec, make_velocity(model), trained.student, trained.groups)
 
 
 def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
@@ -87,6 +129,8 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         trained=sampler.trained,
         anchor_every=config.anchor.every,
         one_timestep=config.one_timestep,
+        rewards=reward_names(config.tasks) if is_mixed(config) else (),
+        tasks=told_apart(config.tasks) if is_mixed(config) else {},
     )
 
 
@@ -114,4 +158,8 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
     teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
-    return update_flops(student, teacher.forward, schedule)
+    found = update_flops(student, teacher.forward, schedule)
+    if not is_mixed(config):
+        return found
+    rows = config.batch_size * (2 if spec.guidance != 1 else 1)  # all steps are drawn, since images are scored
+    return dataclasses.replace(found, rollout=rows * (len(spec.sigmas) - 1) * student.forward)

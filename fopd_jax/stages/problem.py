@@ -5,15 +5,14 @@ from jax.sharding import Mesh
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.schema import OPD, Config
+from fopd_jax.config.stages import is_mixed
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.problem import AbstractUpdate, Fields, Problem
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.report import flops_fields
-from fopd_jax.performance.text import encode_program
 from fopd_jax.performance.weights import held_bytes
-from fopd_jax.stages.abstract import abstract_update
+from fopd_jax.stages.abstract import abstract_update, encoding_programs
 from fopd_jax.stages.opd_update import update_cost
-from fopd_jax.worlds.embedded import EMBEDDED
 
 
 def make_problem(config: Config, mesh: Mesh) -> Problem:
@@ -24,6 +23,8 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     """
     if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
+    if is_mixed(config):
+        raise ValueError("objective.name: found 'mixed', expected an update that is one program")
     update = abstract_update(config, mesh)
     flops = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     held = {"flops_per_chip": flops_fields(flops, mesh.size), "held_bytes": held_bytes(update)}
@@ -31,21 +32,13 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
 
 
 def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
-    """The update, and with resident encoders what encodes a batch's prompts for it."""
+    """The update, and with resident encoders what encodes a batch's prompts for it; none of objective 'mixed'."""
+    if is_mixed(config):
+        return []
     update = abstract_update(config, mesh)
-    programs = [
-        Program(
-            "update",
-            update.step,
-            update.arguments,
-            update_cost(config, update.pieces.spec, _text_tokens(update), update.model),
-        )
-    ]
-    if config.run.encoding.resident and config.model.preset not in EMBEDDED and isinstance(mesh, Mesh):
-        width = update.arguments[2].conditioning.context.shape[-1]
-        encode = encode_program(mesh, config.batch_size, config.model.t5_length, width, config.model.dtype)
-        programs.append(encode)
-    return programs
+    cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
+    whole = Program("update", update.step, update.arguments, cost)
+    return [whole, *encoding_programs(config, update.arguments[2].conditioning, mesh)]
 
 
 def _about(config: OPD, update: AbstractUpdate, mesh: Mesh) -> Fields:

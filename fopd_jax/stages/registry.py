@@ -9,12 +9,15 @@ from fopd_jax.config.schema import Config
 from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.program import Program
 from fopd_jax.running.stage import Stage
-from fopd_jax.stages import flow_matching, grpo, opd
+from fopd_jax.stages import flow_matching, forward_rl, grpo, opd
 from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.flow_matching import FlowMatching, plan_flow_matching
 from fopd_jax.stages.flow_matching_update import flow_matching_programs
+from fopd_jax.stages.forward_rl import ForwardRL, plan_forward_rl
+from fopd_jax.stages.forward_rl_update import forward_rl_programs
 from fopd_jax.stages.grpo import GRPO, plan_grpo
-from fopd_jax.stages.opd import OPD, plan_opd
+from fopd_jax.stages.grpo_update import grpo_programs
+from fopd_jax.stages.opd import make_opd, plan_opd
 from fopd_jax.stages.plan import Plan
 from fopd_jax.stages.problem import opd_programs
 
@@ -34,8 +37,9 @@ class Kind:
 
 
 STAGES: dict[type[Config], Kind] = {
-    schema.OPD: Kind(OPD, plan_opd, opd_programs, opd.origin),
-    learning.GRPO: Kind(GRPO, plan_grpo, lambda config, mesh: [], grpo.origin),
+    schema.OPD: Kind(make_opd, plan_opd, opd_programs, opd.origin),
+    learning.GRPO: Kind(GRPO, plan_grpo, grpo_programs, grpo.origin),
+    learning.ForwardRL: Kind(ForwardRL, plan_forward_rl, forward_rl_programs, forward_rl.origin),
     schema.FlowMatching: Kind(FlowMatching, plan_flow_matching, flow_matching_programs, flow_matching.origin),
 }
 

@@ -5,7 +5,7 @@ A step is a host composite: its rewards run in processes, threads or on servers 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,9 @@ from jaxtyping import Array
 
 from fopd_jax.adapters.lora import effective, init_adapter
 from fopd_jax.adapters.lora import zeros_like as no_adapter
-from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import Reinforced
+from fopd_jax.config.schema import OPD
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
@@ -41,7 +41,7 @@ from fopd_jax.stages.setup import RATE, describe_weights, null_conditioning
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.prompt_stream import PromptStream
+from fopd_jax.worlds.prompt_stream import Batch, PromptStream
 from fopd_jax.worlds.world import World
 
 LAG = "lag"
@@ -50,9 +50,12 @@ METRICS = (RATE, LAG, *looks.NAMES)
 
 
 class Method(Protocol):
-    """One algorithm: how it makes images, and what it learns of their credit. States are donated."""
+    """One algorithm: how it makes images, and what it learns of their credit. States are donated.
 
-    def roll_out(self, state: TrainState, conditioning: Conditioning) -> tuple[TrainState, Any]:
+    `conditioning`: of the batch, or whatever `ReinforcementLearning.embedded` makes of it.
+    """
+
+    def roll_out(self, state: TrainState, conditioning: Any) -> tuple[TrainState, Any]:
         """The state as it was, and what was rolled out."""
         ...
 
@@ -60,9 +63,7 @@ class Method(Protocol):
         """The final latents `[B, h, w, c]`."""
         ...
 
-    def learn(
-        self, state: TrainState, rolled: Any, conditioning: Conditioning, credit: Credit
-    ) -> tuple[TrainState, Metrics]:
+    def learn(self, state: TrainState, rolled: Any, conditioning: Any, credit: Credit) -> tuple[TrainState, Metrics]:
         """The state after all updates on one rollout."""
         ...
 
@@ -81,15 +82,32 @@ def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
     Raises:
       ValueError: a task has no reward, or a prompt that can never be scored; names field, prompt and reason.
     """
-    for name, task in world.tasks.items():
-        if name in config.tasks and not task.weights:
-            raise ValueError(f"tasks.{name}.rewards: found none with a weight, expected what is trained on there")
-    check_training_prompts({name: world.tasks[name] for name in config.tasks if name in world.tasks}, world)
+    check_rewarded(config.tasks, world)
     return PromptStream(
         world, config.tasks, lambda tasks, prompts: np.zeros(len(prompts), np.int32),
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size),
     )  # fmt: skip
+
+
+def check_rewarded(names: Collection[str], world: World) -> None:
+    """Refuse tasks that cannot be trained on; `names`: a config's.
+
+    Raises:
+      ValueError: as `make_stream`.
+    """
+    tasks = {name: world.tasks[name] for name in names if name in world.tasks}
+    for name, task in tasks.items():
+        if not task.weights:
+            raise ValueError(f"tasks.{name}.rewards: found none with a weight, expected what is trained on there")
+    check_training_prompts(tasks, world)
+
+
+def make_scoring(config: Reinforced | OPD, pipeline: Pipeline, journal: Journal) -> Scoring:
+    """Of the rollouts of a config's tasks, by their rewards; `journal`: keeps what they said."""
+    world = dataclasses.replace(pipeline.world, tasks={name: pipeline.world.tasks[name] for name in config.tasks})
+    most = config.run.max_failed_rewards
+    return Scoring(world, pipeline.mesh, config.advantages, most, journal, config_hash(config))
 
 
 def check_training_prompts(tasks: dict[str, Task], world: World) -> None:
@@ -106,7 +124,7 @@ class _Ahead:
 
     step: int
     rolled: Any
-    conditioning: Conditioning
+    conditioning: Any
     pending: Pending
     lag: int
 
@@ -134,12 +152,8 @@ class ReinforcementLearning:
         self.method = plan.method(self.base)
         sharding, self.prompts = batch_sharding(pipeline.mesh), plan.stream
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
-        tasks = {name: pipeline.world.tasks[name] for name in config.tasks}
-        world = dataclasses.replace(pipeline.world, tasks=tasks)
         self.journal = Journal(workdir, jax.process_index())
-        self.scoring = Scoring(
-            world, pipeline.mesh, config.advantages, config.run.max_failed_rewards, self.journal, config_hash(config)
-        )
+        self.scoring = make_scoring(config, pipeline, self.journal)
         self.ahead: _Ahead | None = None
 
     @property
@@ -193,8 +207,7 @@ class ReinforcementLearning:
 
     def rolled_out(self, state: TrainState, step: int, lag: int) -> tuple[TrainState, _Ahead]:
         """The rollout of a step by this state, its images being scored; its noise is the step's, whatever the lag."""
-        batch = self.feed(step)
-        conditioning = self.pipeline.world.embed(batch.conditioning)
+        conditioning = self.embedded(self.feed(step))
         state, rolled = self.method.roll_out(_at(state, lag), conditioning)
         state = _at(state, -lag)
         merged = self.config.advantages.merge_equal_prompts
@@ -202,6 +215,10 @@ class ReinforcementLearning:
             drawn = self.prompts.drawn(step, merge_equal_prompts=merged)
             pending = self.scoring.begin(step, self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
+
+    def embedded(self, batch: Batch) -> Any:
+        """What the method rolls out."""
+        return self.pipeline.world.embed(batch.conditioning)
 
     def rests(self, step: int) -> bool:
         """Whether nothing is made ahead of a step: the state before it is saved or evaluated, or is the last."""
@@ -271,16 +288,6 @@ class ReinforcementLearning:
             )
 
 
-@partial(jax.jit, static_argnums=1)
-def _moved(step: Array, by: int) -> Array:
-    return step + by
-
-
-def _at(state: TrainState, later: int) -> TrainState:
-    """The same weights so many steps later."""
-    return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
-
-
 def trained_rewards(config: Reinforced) -> dict[str, float]:
     """What a policy is trained on: weights of rewards, averaged over the prompts of all tasks."""
     shares = sum(task.weight for task in config.tasks.values())
@@ -289,6 +296,16 @@ def trained_rewards(config: Reinforced) -> dict[str, float]:
         for name, weight in task.rewards.items():
             found[name] = found.get(name, 0.0) + weight * task.weight / shares
     return {name: weight for name, weight in found.items() if weight}
+
+
+@partial(jax.jit, static_argnums=1)
+def _moved(step: Array, by: int) -> Array:
+    return step + by
+
+
+def _at(state: TrainState, later: int) -> TrainState:
+    """The same weights so many steps later."""
+    return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
 
 
 def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
+from fopd_jax.config.learning import RewardedTask
+from fopd_jax.config.schema import RoutedTask
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.exits import naming
 from fopd_jax.rewards.registry import check_named, make_rewards
@@ -42,3 +44,16 @@ def check_prompts(tasks: Mapping[str, Task], rewards: Mapping[str, Reward]) -> N
         for name in task.scored:
             with naming(f"tasks.{task.name}.rewards.{name}"):
                 rewards[name].check(task.test, task.beside("test"))
+
+
+Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask]
+
+
+def reward_names(tasks: Rewarded) -> tuple[str, ...]:
+    """Of all tasks, each once, in the config's order."""
+    return tuple(dict.fromkeys(name for task in tasks.values() for name in task.rewards))
+
+
+def told_apart(tasks: Rewarded) -> dict[str, dict[str, float]]:
+    """The weights of each task's rewards, where there are several tasks."""
+    return {name: dict(task.rewards) for name, task in tasks.items()} if len(tasks) > 1 else {}

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fopd_jax.config.learning import Comparison
 from fopd_jax.evaluation.sampler import check_finite
@@ -136,7 +136,7 @@ class Scoring:
         """Of the rollout scored last, this process's first group; nothing before there is one."""
         return {"rollouts": draw_group(*self._shown)} if self._shown else {}
 
-    def _first_group(self, pending: Pending, credit: Credit) -> "_Group":
+    def _first_group(self, pending: Pending, credit: Credit) -> _Group:
         mine = rows_of(batch_sharding(self._mesh), len(pending.drawn))
         first = pending.drawn[int(mine[0])]
         chosen = np.array([i for i, row in enumerate(mine) if pending.drawn[int(row)].group == first.group])
@@ -169,6 +169,7 @@ class Scoring:
             asked=self._asked(drawn),
             valid=advantages.valid,
             flat=advantages.flat,
+            task=self._numbers(drawn),
         )
 
     def _weights(self, drawn: Sequence[Drawn]) -> Mapping[str, Float[np.ndarray, " b"]]:
@@ -179,6 +180,11 @@ class Scoring:
     def _asked(self, drawn: Sequence[Drawn]) -> Bool[np.ndarray, "r b"]:
         tasks = self._world.tasks
         return np.array([[name in tasks[each.task].rewards for each in drawn] for name in self.names])
+
+    def _numbers(self, drawn: Sequence[Drawn]) -> Int[np.ndarray, " b"] | None:
+        """Which task each sample is of, where there are several."""
+        tasks = list(self._world.tasks)
+        return np.array([tasks.index(each.task) for each in drawn], np.int32) if len(tasks) > 1 else None
 
     def close(self) -> None:
         """Give up what is not scored yet."""

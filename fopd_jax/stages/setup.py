@@ -10,17 +10,17 @@ import numpy as np
 import optax
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.learning import Reinforced, RewardedTask
+from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import Config, Evaluation, Pairs, RoutedTask
-from fopd_jax.config.stages import StageConfig
+from fopd_jax.config.stages import StageConfig, trains_on_rewards
 from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
 from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate
 from fopd_jax.flow.schedule import flow_match_sigmas
-from fopd_jax.flow.transition import make_transition
+from fopd_jax.flow.solver import make_solver
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.policy.velocity import Tree
@@ -95,7 +95,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
-    trains = isinstance(config, Reinforced)  # on rewards, also of tasks that are not evaluated
+    trains = trains_on_rewards(config)  # also on those of tasks that are not evaluated
     others = {name for task in config.tasks.values() for name in task.rewards if trains}
     pipeline = dataclasses.replace(pipeline, world=furnish(config, pipeline.world, names, others))
     chosen = select_tasks(pipeline.world, names)
@@ -134,13 +134,13 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
     """The sampler that the section `eval` describes.
 
     Raises:
-      ValueError: as `make_transition` and `flow_match_sigmas`.
+      ValueError: as `make_solver` and `flow_match_sigmas`.
     """
     with within("eval"):
-        transition = make_transition(evaluation.transition, evaluation.noise_level)
+        solver = make_solver(evaluation.transition, evaluation.noise_level)
     return make_sampler(
         pipeline.velocity,
-        transition,
+        solver,
         flow_match_sigmas(evaluation.num_steps, shift),
         evaluation.guidance,
         pipeline.world.latent_shape,
@@ -163,6 +163,7 @@ def describe_weights(workdir: Path, config: Config, state: TrainState, variables
     parts = (
         Part(f"trains: {config.trained}", state.trained if whole else state.trained.weights, stacks=True),
         Part("its moments and average", (state.opt_state, state.ema)),
+        *([] if state.old is None else [Part("its old copy, which rolls out", state.old)]),
         Part("frozen: network", frozen, stacks=True),
         *others,
     )

@@ -1,6 +1,7 @@
 """What trains of a config, on a mesh: where it lives, how it is read, over which devices its gradients are summed."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 
 from fopd_jax.adapters.lora import adapter_shapes
 from fopd_jax.backbones.registry import family_of
+from fopd_jax.config.learning import ForwardRL
 from fopd_jax.config.schema import Config
 from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.gradients import GradientGroups
@@ -35,20 +37,24 @@ class Trained:
 
     def sized(self, start: Tree, optimizer: optax.GradientTransformation, seed: int) -> "Trained":
         """The same for a start of other ranks than the config's; `start`: arrays or shapes."""
-        shapes = jax.eval_shape(partial(init_state, optimizer=optimizer, seed=seed), start)
+        shapes = jax.eval_shape(self._init(optimizer, seed), start)
         return dataclasses.replace(self, state=place(shapes, self.places))
 
     def born(self, start: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
         """The state of step 0, made in its shards; `start`: of what trains, numpy or wherever it is."""
         places = self.places
         placed = put_replicated(start, places.trained)
-        return jax.jit(partial(init_state, optimizer=optimizer, seed=seed), out_shardings=places)(placed)
+        return jax.jit(self._init(optimizer, seed), out_shardings=places)(placed)
+
+    def _init(self, optimizer: optax.GradientTransformation, seed: int) -> Callable[[Tree], TrainState]:
+        return partial(init_state, optimizer=optimizer, seed=seed, keeps_old=self.state.old is not None)
 
 
 def make_trained(
     config: Config, model: Any, boxed: Tree, optimizer: optax.GradientTransformation, mesh: AnyMesh
 ) -> Trained:
-    """From the fields `trained`, `adapter`, `model.dtype` and `run.reduce_once`; needs no weights and no devices.
+    """From the fields `trained`, `adapter`, `model.dtype` and `run.reduce_once`, and whether a stage keeps an old copy;
+    needs no weights and no devices.
 
     `boxed`: the network's variables as shapes with logical axes.
 
@@ -64,7 +70,8 @@ def make_trained(
         trained, student = adapter_shapes(config.adapter, params, family_of(model).targets), ADAPTER
         places = jax.tree.map(lambda _: replicated(mesh), trained)
     groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
-    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed), trained)
+    keeps_old = isinstance(config, ForwardRL) and config.keeps_old
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, config.seed, keeps_old=keeps_old), trained)
     return Trained(place(state, state_shardings(state, optimizer, places)), student, groups)
 
 

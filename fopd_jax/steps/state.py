@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from fopd_jax.config.learning import OldDecay
 from fopd_jax.config.schema import EMA, Optimizer
 
 Tree = Any
@@ -24,6 +25,7 @@ class TrainState:
     trained: Tree
     opt_state: Tree
     ema: Tree
+    old: Tree = None  # a second, slower copy of what trains, in stages that roll out by one
 
     def rng(self) -> PRNGKeyArray:
         """The key of this step alone, so that resuming needs no generator state.
@@ -72,14 +74,17 @@ def learning_rate(settings: Optimizer, opt_state: Tree) -> jax.Array:
     return jnp.asarray(_schedule(settings)(count), jnp.float32)
 
 
-def init_state(trained: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state; the average starts at the initial values."""
+def init_state(
+    trained: Tree, optimizer: optax.GradientTransformation, seed: int, *, keeps_old: bool = False
+) -> TrainState:
+    """A fresh state; the average, and the old copy where there is one, start at the initial values."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
         trained=jax.tree.map(jnp.copy, trained),  # the step donates its state: the caller keeps what it gave
         opt_state=optimizer.init(trained),
         ema=jax.tree.map(jnp.copy, trained),
+        old=jax.tree.map(jnp.copy, trained) if keeps_old else None,
     )
 
 
@@ -114,13 +119,28 @@ def advance(state: TrainState, ema: EMA, skipped: jax.Array | bool = False) -> T
     return dataclasses.replace(state, step=step, ema=moved)
 
 
-def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, trained: Tree) -> TrainState:
-    """Where a state lives: averages and moments as what trains (`trained`: its shardings), the scalars everywhere.
+def old_decay(settings: OldDecay, step: jax.Array) -> jax.Array:
+    """What is kept of the old copy at the end of a step, the first being 1."""
+    grown = settings.start + settings.slope * jnp.maximum(step - settings.wait, 0).astype(jnp.float32)
+    return jnp.minimum(grown, settings.limit)
 
-    `state`: arrays or shapes.
+
+def move_old(settings: OldDecay, state: TrainState, skipped: jax.Array | bool = False) -> TrainState:
+    """old ← d·old + (1 - d)·trained, d being `old_decay` of the steps that are closed; a skipped one moves nothing."""
+    if state.old is None:
+        return state
+    d = jnp.where(skipped, 1.0, old_decay(settings, state.step))
+    return dataclasses.replace(state, old=jax.tree.map(lambda o, x: d * o + (1 - d) * x, state.old, state.trained))
+
+
+def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, trained: Tree) -> TrainState:
+    """Where a state lives: averages, old copies and moments as what trains, the scalars everywhere.
+
+    `state`: arrays or shapes; `trained`: shardings of what trains.
     """
     everywhere = NamedSharding(jax.tree.leaves(trained)[0].mesh, PartitionSpec())
     opt_state = optax.tree.map_params(
         optimizer, lambda _, place: place, state.opt_state, trained, transform_non_params=lambda _: everywhere
     )
-    return TrainState(step=everywhere, seed=everywhere, trained=trained, opt_state=opt_state, ema=trained)
+    old = None if state.old is None else trained
+    return TrainState(step=everywhere, seed=everywhere, trained=trained, opt_state=opt_state, ema=trained, old=old)

@@ -116,7 +116,7 @@ def visit(
         differentiates = inside & trains
 
         def differentiate(parameters: Tree, members: Tree) -> tuple[Tree, Tree]:
-            loss = partial(_timestep, course, level, slot, draws, members)
+            loss = partial(_timestep, course, level, slot, inside, draws, members)
             total, backward, seen = jax.vjp(loss, parameters, has_aux=True)
             taken = lambda: backward(jnp.ones_like(total))[0]  # noqa: E731
             return jax.lax.cond(differentiates, taken, lambda: _zeros(parameters)), seen
@@ -133,15 +133,21 @@ def visit(
 
 
 def _timestep(
-    course: Course, level: Level, slot: Array, draws: Any, members: Tree, parameters: Tree
+    course: Course, level: Level, slot: Array, inside: Array, draws: Any, members: Tree, parameters: Tree
 ) -> tuple[Array, tuple[Stored, Totals]]:
-    """The loss of one timestep, and what was done there: the action that was drawn now, or the stored one."""
+    """The loss of one timestep, and what was done there: the action that was drawn now, or the stored one.
+
+    What is stored is what is measured: neither the state nor its density may be computed a second time beside it, which
+    fusion does, rounding otherwise. What leaves a conditional is in memory; a barrier keeps compilers that move code
+    across conditionals from it, while on CPUs it is gone before anything is fused.
+    """
     rows, here, keys = members
     v = course.velocity(parameters, rows, here.x, level.sigma)
-    drawn, _ = draw(course.transition, level, here.x, v, keys)
-    # The state that is stored is the one that is measured: not computed a second time beside its density.
-    x_next = jax.lax.optimization_barrier(jnp.where(draws, drawn, here.x_next))
-    log_prob = log_density(course.transition, level, here.x, v, x_next)
+    drawn = partial(draw, course.transition, level, here.x, jax.lax.stop_gradient(v), keys)
+    x_next = jax.lax.optimization_barrier(jax.lax.cond(draws, lambda: drawn()[0], lambda: here.x_next))
+    density = partial(log_density, course.transition, level, here.x)
+    nothing = jnp.zeros(here.x.shape[:1], here.x.dtype)
+    log_prob = jax.lax.optimization_barrier(jax.lax.cond(inside, lambda: density(v, x_next), lambda: nothing))
     old = jnp.where(draws, jax.lax.stop_gradient(log_prob), here.log_prob)
     acted = dataclasses.replace(here, x_next=x_next, log_prob=old)
     if here.velocity is not None:
@@ -225,6 +231,26 @@ def put_part(tree: Tree, rows: Tree, part: Array, parts: int, axis: int = 0) -> 
         return found.reshape(leaf.shape)
 
     return jax.tree.map(put, tree, rows)
+
+
+def check_parts(batch_size: int, updates: int, minibatches: int, micro_batches: int) -> None:
+    """Refuse minibatches and micro-batches that a batch does not divide into, or that no update would see.
+
+    Raises:
+      ValueError: names the field.
+    """
+    if minibatches > updates:
+        raise ValueError(
+            f"minibatches: found {minibatches}, expected at most updates_per_rollout ({updates}): the rest of each "
+            "rollout would never be trained on"
+        )
+    if batch_size % minibatches:
+        raise ValueError(f"minibatches: found {minibatches}, expected a divisor of batch_size {batch_size}")
+    if batch_size % (minibatches * micro_batches):
+        raise ValueError(
+            f"run.micro_batches: found {micro_batches}, expected a divisor of the {batch_size // minibatches} samples "
+            "a minibatch"
+        )
 
 
 def _parted(leaf: Array, parts: int, axis: int) -> Array:

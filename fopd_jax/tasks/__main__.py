@@ -37,6 +37,7 @@ from fopd_jax.tasks.builders import build
 from fopd_jax.tasks.describe import WORDS, Measure, Turn, as_text, overlaps, profile, schedule
 from fopd_jax.tasks.images import read_captions
 from fopd_jax.tasks.prompt_set import PromptSet
+from fopd_jax.tasks.sampling import Curriculum, Shares
 from fopd_jax.tasks.sources import read_sets
 from fopd_jax.worlds.embedded import EMBEDDED
 
@@ -143,10 +144,10 @@ def turns_of(config: StageConfig, sets: dict[str, PromptSet]) -> list[Turn]:
     """
     sizes = {name: len(sets[f"{name}.prompts"]) for name in config.tasks}
     if not isinstance(config, FlowMatching):
-        weights, draws = {name: task.weight for name, task in config.tasks.items()}, config.batch_size
-        return schedule(sizes, weights, draws // config.images_per_prompt, config.run.steps)
-    shares = {name: pairs.share for name, pairs in config.tasks.items()}
-    return schedule(sizes, shares, config.batch_size, config.run.steps)
+        draws = config.batch_size // config.images_per_prompt
+        return schedule(sizes, Curriculum.of(list(config.tasks.values())), draws, config.run.steps)
+    shares = Shares(tuple(float(pairs.share) for pairs in config.tasks.values()))
+    return schedule(sizes, Curriculum(((0, shares),)), config.batch_size, config.run.steps)
 
 
 def measure_of(path: str) -> Measure:

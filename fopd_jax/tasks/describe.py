@@ -10,7 +10,7 @@ from typing import Any
 from fopd_jax.console import align
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.prompts import plain
-from fopd_jax.tasks.sampling import Shares
+from fopd_jax.tasks.sampling import Curriculum
 
 _SHOWN, _EXAMPLES, _TAGS = 100, 3, 40
 _QUOTED, _SINGLE, _CURLY = re.compile(r'"[^"]*"'), re.compile(r"(?<!\w)'[^']+'(?!\w)"), re.compile("[“”„‟‘’‚‛«»]")
@@ -67,9 +67,11 @@ class Overlap:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """How often a task's prompts come: its share, draws a step and epochs in the whole run."""
+    """How often a task's prompts come, from step `start` to `stop`: its share, draws a step and epochs in them."""
 
     task: str
+    start: int
+    stop: int
     share: float
     a_step: float
     steps_an_epoch: float | None
@@ -112,18 +114,15 @@ def overlaps(sets: Mapping[str, PromptSet]) -> list[Overlap]:
     return found
 
 
-def schedule(sizes: Mapping[str, int], weights: Mapping[str, float], draws: int, steps: int) -> list[Turn]:
-    """When each task's prompts come, of `draws` a step in so many steps.
-
-    Raises:
-      ValueError: as `Shares`.
-    """
-    counts = Shares(tuple(map(float, weights.values()))).counts(draws * steps).tolist()
-    total = sum(weights.values())
+def schedule(sizes: Mapping[str, int], curriculum: Curriculum, draws: int, steps: int) -> list[Turn]:
+    """When each task's prompts come, of `draws` a step in so many steps, for each stretch of equal weights."""
     turns = []
-    for (task, weight), count in zip(weights.items(), counts, strict=True):
-        a_step = draws * weight / total
-        turns.append(Turn(task, weight / total, a_step, sizes[task] / a_step if a_step else None, count / sizes[task]))
+    for start, stop, shares in curriculum.within(steps) if steps else [(0, 0, curriculum.stretches[0][1])]:
+        counts, total = shares.counts(draws * (stop - start)).tolist(), sum(shares.weights)
+        for (task, size), weight, count in zip(sizes.items(), shares.weights, counts, strict=True):
+            a_step = draws * weight / total
+            each = size / a_step if a_step else None
+            turns.append(Turn(task, start, stop, weight / total, a_step, each, count / size))
     return turns
 
 
@@ -148,8 +147,12 @@ def as_text(
     both = [[each.first, each.second, each.exact, each.up_to_case, _short(each.example)] for each in shared]
     parts.append(_table(heads, both) if both else "no two sets share a prompt")
     if turns:
-        heads = ["task", "share", "draws a step", "steps an epoch", f"epochs in {steps} steps"]
-        parts.append(_table(heads, [_turn(each) for each in turns]))
+        heads = ["task", "share", "draws a step", "steps an epoch"]
+        if all((each.start, each.stop) == (0, steps) for each in turns):
+            parts.append(_table([*heads, f"epochs in {steps} steps"], [_turn(each) for each in turns]))
+        else:
+            rows = [[f"{each.start} to {each.stop}", *_turn(each)] for each in turns]
+            parts.append(_table(["steps", *heads, "epochs in them"], rows))
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,8 @@
 """Which prompts come when: a function of the seed and of a prompt's number among all that are drawn, nothing else.
 
-How many of the first n draws are a task's has a closed form (`Shares`), and so has which prompt of it comes as its
-j-th (`Walk`): any step can be asked for without the ones before it.
+How many of the first n draws are a task's has a closed form (`Shares`), also where its weight changes as training goes
+on (`Curriculum`), and so has which prompt of it comes as its j-th (`Walk`): any step can be asked for without the ones
+before it.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -48,6 +50,62 @@ class Shares:
     def bound(self) -> float:
         """The most by which a task's count ever differs from draws times share."""
         return max(_bounds(_tree(self.weights), 0.0))
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A task's weight, and others from later steps on, by the step's number."""
+
+    weight: float
+    schedule: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """The tasks' weights as a function of the step, constant between a few steps at which they change.
+
+    `stretches`: the first step of each, 0 that of the first one, and the shares there. A stretch divides its draws by
+    shares of its own, and a task's count is the sum over them: nothing of it is lost or repeated at a change, and at
+    any step it differs from the sum of its shares by at most the sum of the stretches' bounds.
+    """
+
+    stretches: tuple[tuple[int, Shares], ...]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Weighted]) -> "Curriculum":
+        """From the weights of tasks, in their order.
+
+        Raises:
+          ValueError: no weight is above 0, of a stretch; names its first step.
+        """
+        starts = sorted({0, *(int(step) for task in tasks for step in task.schedule)})
+        found = []
+        for start in starts:
+            try:
+                found.append((start, Shares(tuple(_weight_at(task, start) for task in tasks))))
+            except ValueError as error:
+                raise ValueError(f"{error}, from step {start} on" if start else str(error)) from error
+        return cls(tuple(found))
+
+    def counts(self, steps: int, draws: int) -> Int[np.ndarray, " tasks"]:
+        """Of the first so many steps, with so many draws each, those of each task."""
+        found = self.stretches[0][1].counts(0)
+        for start, stop, shares in self.within(steps):
+            found = found + shares.counts(draws * (stop - start))
+        return found
+
+    def within(self, steps: int) -> Iterator[tuple[int, int, Shares]]:
+        """The stretches that begin in the first so many steps: from which step, to which, and their shares."""
+        stops = [*(start for start, _ in self.stretches[1:]), steps]
+        for (start, shares), stop in zip(self.stretches, stops, strict=True):
+            if start < steps:
+                yield start, min(stop, steps), shares
+
+
+def _weight_at(task: Weighted, step: int) -> float:
+    """The weight that was set last."""
+    since = {0: task.weight} | {int(start): weight for start, weight in task.schedule.items()}
+    return float(since[max(start for start in since if start <= step)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Codec:
         self._folder, self._mesh = folder, mesh
         self._network = Autoencoder(manifest.component("vae").config)
         self.decoder = autoencoder_decoder(self._network.config, lambda: self._params)
-        self._decode = jax.jit(self.decoder.make(Decoding(), mesh))
+        self._decode = jax.jit(self.decoder.make(Decoding(batch_size=1), mesh))
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n height width 3"]:
         """Latents → images in about [-1, 1]."""

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.rewards.reward import Metadata
-from fopd_jax.tasks.sampling import Shares, Walk
+from fopd_jax.tasks.sampling import Curriculum, Walk
 from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.world import World, select_tasks
 
@@ -50,8 +50,8 @@ class Drawn:
 class PromptStream:
     """Training prompts as a function of the step alone: tasks by weight, prompts by epochs, teachers by task.
 
-    Counts of the tasks follow their weights at every step (`tasks.sampling.Shares`), no prompt of a task comes twice
-    within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
+    Counts of the tasks follow their weights of the time at every step (`tasks.sampling.Curriculum`), no prompt of a
+    task comes twice within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`.
 
     Raises:
@@ -81,14 +81,14 @@ class PromptStream:
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
         self._all, sizes = tuple(self.tasks.values()), [len(task.train) for task in self.tasks.values()]
-        self._shares = Shares(tuple(float(tasks[name].weight) for name in self.tasks))
+        self._curriculum = Curriculum.of([tasks[name] for name in self.tasks])
         self._walks = [Walk(seed, task.name, size) for task, size in zip(self._all, sizes, strict=True)]
         self._beside = [task.beside("train") for task in self._all]
         self._first = np.cumsum([0, *sizes[:-1]])
 
     def _places(self, step: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Of one step's whole batch each draw's task, by number, and its prompt's place in the task."""
-        before, after = (self._shares.counts(self.count * number) for number in (step, step + 1))
+        before, after = (self._curriculum.counts(number, self.count) for number in (step, step + 1))
         tasks = np.repeat(np.arange(len(self._all)), after - before)
         places = [walk(*ends) for walk, *ends in zip(self._walks, before.tolist(), after.tolist(), strict=True)]
         order = np.random.default_rng((self.seed, step)).permutation(self.count)
@@ -125,7 +125,7 @@ class PromptStream:
         """The distinct prompts of the first `steps` batches, no more: in the order in which they first come, or if that
         takes too many draws to see, the last of them by task.
         """
-        counts = self._shares.counts(self.count * steps).tolist()
+        counts = self._curriculum.counts(steps, self.count).tolist()
         asked = (
             task.train[place]
             for task, walk, count in zip(self._all, self._walks, counts, strict=True)

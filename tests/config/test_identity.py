@@ -11,7 +11,8 @@ from fopd_jax.config import parse, schema
 from fopd_jax.config.identity import config_hash, default_of, fields_hash, identity, left_out, normalise
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import find, flatten, override, resolve, thaw
-from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask, setting
+from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.section import setting
 from tests.config.fields import LEAVES, STAGES, valid
 
 EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text())

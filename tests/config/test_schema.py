@@ -414,3 +414,10 @@ def test_two_configs_share_no_default():
     first.run.mesh.data = 3
     assert second == schema.OPD()
     assert second.run.mesh.data == -1
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "05", "1.5", "x", "1000000001", "١"])
+def test_a_schedule_is_by_numbers_of_steps(step: str):
+    lines = refusals("opd", {"tasks.x.schedule": {step: 1.0}})
+    assert set(lines) == {"tasks.x.schedule"}
+    resolve(override(valid("opd"), {"tasks.x.schedule": {"1": 0.0, "1000000000": 1e6}}))

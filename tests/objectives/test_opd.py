@@ -28,6 +28,8 @@ ALLOWED = (  # every combination that is defined: (objective, reward, weighting,
     *(("clipped", r, w, SDE(0.7)) for r in ("kl", "kl_detached") for w in ("kl", "kl_no_dt", "ode", "uniform")),
     *(("clipped", r, w, CPS(0.7)) for r in ("kl", "kl_detached") for w in ("ode", "uniform")),
     ("clipped", "log_ratio", "kl", SDE(0.7)),
+    *(("mixed", r, "kl", SDE(0.7)) for r in ("kl", "log_ratio", "kl_detached")),
+    ("mixed", "kl", "uniform", CPS(0.7)),
 )
 
 

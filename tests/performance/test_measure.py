@@ -205,7 +205,7 @@ def test_the_matrix_product_is_timed(monkeypatch: pytest.MonkeyPatch):
 def test_utilisation_tells_repeated_work_and_the_datasheets_peak_apart(mesh: Mesh):
     """Two seconds for an update of 4 on a chip of 989 TFLOP/s, with full rematerialisation."""
     problem = make_problem(tiny_config(**{"model.remat": "full"}), mesh)
-    found = speed(problem, summarise([2.0]), PEAK, "NVIDIA H200")
+    found = speed(problem.samples, problem.flops, problem.mesh.size, summarise([2.0]), PEAK, "NVIDIA H200")
     assert found["mfu"]["datasheet"] == pytest.approx(problem.flops.model / 2 / 989e12)
     assert found["hfu"]["matmul"] == pytest.approx(problem.flops.hardware / 2 / PEAK.flops_per_second)
     assert found["hfu"]["matmul"] > found["mfu"]["matmul"]

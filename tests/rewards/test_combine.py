@@ -54,9 +54,13 @@ def by_loops(found: dict[str, Scores], weights: dict[str, Any], groups: np.ndarr
                 values[i] = total(i) - mean(mine)
                 if normalise == "group":
                     values[i] /= deviation(mine) + 1e-4
-    if normalise != "group" and any(valid):
-        batch = [values[i] if normalise == "each" else total(i) for i in range(count) if valid[i]]
+    if normalise == "each" and any(valid):
+        batch = [values[i] for i in range(count) if valid[i]]
         values = [value / (deviation(batch) + 1e-4) for value in values]
+    if normalise == "global":
+        kinds = list(zip(*weight.values(), strict=True))
+        batches = {kind: [total(i) for i in range(count) if valid[i] and kinds[i] == kind] for kind in kinds}
+        values = [values[i] / (deviation(batches[kinds[i]]) + 1e-4) if valid[i] else 0.0 for i in range(count)]
     values = [min(max(value, -clip), clip) for value in values]
     return values, valid, len(members) - len(kept)
 
@@ -116,6 +120,85 @@ def test_gdpo_hears_a_reward_of_small_spread():
     assert abs(drowned[2] - drowned[0]) < 0.01 * abs(drowned[1] - drowned[0])
     heard = combine(found, weights, groups, "each").values
     np.testing.assert_allclose(heard, np.array([-1, 0, 0, 1]) * math.sqrt(2), atol=1e-3)
+
+
+# ---- several tasks in one batch
+
+TASK = np.repeat([0, 1], 8)
+GROUPS = np.repeat(np.arange(4), 4)  # two of each task
+
+
+def mixed_batch(scale: float) -> dict[str, Scores]:
+    """Task 0 is scored by `small` in [0, 1], task 1 by `large`, which is `scale` times that and far from 0."""
+    rng = np.random.default_rng(3)
+    small, large = rng.random(16), scale * (20 + rng.random(16))
+    return {"small": scores(*np.where(TASK == 0, small, NAN)), "large": scores(*np.where(TASK == 1, large, NAN))}
+
+
+WEIGHTS = {"small": np.where(TASK == 0, 1.0, 0.0), "large": np.where(TASK == 1, 1.0, 0.0)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("normalise", ["global", "group", "each"])
+def test_a_task_of_a_large_scale_drowns_no_other(normalise: Any, scale: float):
+    """Each task's advantages are those that it has alone, but for GDPO's deviation over the batch, a common factor."""
+    found = mixed_batch(scale)
+    whole = combine(found, WEIGHTS, GROUPS, normalise)
+    assert whole.valid.all()
+    ratios = []
+    for task, name in enumerate(("small", "large")):
+        mine = task == TASK
+        alone = combine({name: scores(*found[name].values[mine])}, {name: 1.0}, GROUPS[mine], normalise)
+        ratios.append(whole.values[mine] / alone.values)
+        assert 0.5 < np.abs(whole.values[mine]).mean() < 1.5
+    np.testing.assert_allclose(ratios, 1.0, rtol=0.03 if normalise == "each" else 1e-12)
+
+
+def test_one_deviation_over_tasks_of_different_rewards_would_silence_them():
+    """What is avoided: the spread of all totals is the distance between the tasks' levels, here 20 to within 0.3."""
+    found = mixed_batch(1.0)
+    totals = np.where(TASK == 0, found["small"].values, found["large"].values)
+    distance = totals - totals.reshape(4, 4).mean(1).repeat(4)
+    assert np.abs(distance / totals.std()).mean() < 0.05 < 0.5 < np.abs(combine(found, WEIGHTS, GROUPS).values).mean()
+
+
+def test_tasks_that_share_their_rewards_share_the_deviation():
+    """Flow-GRPO's own numbers, whatever the tasks: the batch's deviation, not each task's."""
+    values = np.concatenate([np.arange(8) / 8, 10 * np.arange(8) / 8])
+    found = combine({"r": scores(*values)}, {"r": np.ones(16)}, GROUPS).values
+    centred = values - values.reshape(4, 4).mean(1).repeat(4)
+    np.testing.assert_allclose(found, centred / (values.std() + 1e-4))
+
+
+@pytest.mark.parametrize("normalise", ["global", "each"])
+def test_a_shared_and_an_own_reward_by_hand(normalise: Any):
+    """GRPO-Mix of two tasks with one reward in common, half a weight, and one failure of each kind."""
+    rng = np.random.default_rng(5)
+    own, common = rng.random((2, 16)), 5 + 3 * rng.random(16)
+    found = {
+        "a": scores(*np.where((TASK == 0) & (np.arange(16) != 2), own[0], NAN)),
+        "b": scores(*np.where(TASK == 1, own[1], NAN)),
+        "quality": scores(*np.where(np.arange(16) != 13, common, NAN)),
+    }
+    weights = {"a": 1.0 * (TASK == 0), "b": 1.0 * (TASK == 1), "quality": np.full(16, 0.5)}
+    result = combine(found, weights, GROUPS, normalise)
+    assert np.flatnonzero(~result.valid).tolist() == [2, 13]
+    mine = np.where(TASK == 0, own[0], own[1])
+    expected, sums = np.zeros(16), mine + 0.5 * common
+    for group in range(4):
+        rows = [i for i in range(16) if GROUPS[i] == group and i not in (2, 13)]
+        if normalise == "each":
+            for values, weight in ((mine, 1.0), (common, 0.5)):
+                centred = values[rows] - values[rows].mean()
+                expected[rows] += weight * centred / (values[rows].std() + 1e-4)
+        else:
+            expected[rows] = sums[rows] - sums[rows].mean()
+    if normalise == "each":
+        expected /= expected[result.valid].std() + 1e-4
+    else:
+        for task in (0, 1):
+            expected[task == TASK] /= sums[result.valid & (task == TASK)].std() + 1e-4
+    np.testing.assert_allclose(result.values, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_failure_is_no_low_score():

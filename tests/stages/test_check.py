@@ -73,6 +73,27 @@ def test_configs_without_their_weights_are_refused_by_the_folder(name: str, tmp_
         main.check(resolve(load(name)), tmp_path / "run")
 
 
+def test_a_teachers_training_tells_rewards_rollouts_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = load("sd35m_grpo", "mix:smoke")
+    assign(config, {"tasks.text.rewards": {"text": 0.5, "quality": 0.0}, "lag": 1, "rollouts.num_steps": 10})
+    assign(config, {"window.within": (0, 5), "window.size": 3, "window.moves": "random"})
+    rows = checked(config, tmp_path / "run", capsys)
+    assert rows["rewards"] == "composition (share 1) by composition, text (share 1) by 0.5 text (and quality logged)"
+    assert rows["rollouts"] == (
+        "2 prompts x 4 images = 8 a step, 10 steps of sde of noise 0.7, guidance 4.5, made while rewards score the one "
+        "before"
+    )
+    assert rows["learning"] == (
+        "2 updates a rollout of 4 images, clip at 3 of 10 steps, anywhere within steps 0 to 4, held to the base by 0.04"
+    )
+    assert re.search(r", rollout [\d.]+ KiB\)", rows["memory"])
+    rows = checked(load("sd35m_nft", "smoke"), tmp_path / "run", capsys)
+    assert rows["learning"] == (
+        "1 update a rollout of 8 images, nft at all noise levels of each (schedule), held to the base by 0.0001"
+    )
+    assert rows["rollouts"] == "2 prompts x 4 images = 8 a step, 3 steps of dpm2, no guidance"
+
+
 def test_the_memory_is_that_of_the_shapes():
     config = resolve(load())
     held = plan_opd(config).held()

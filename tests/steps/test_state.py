@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from fopd_jax.adapters.lora import Adapter
+from fopd_jax.config.learning import OldDecay
 from fopd_jax.config.schema import EMA, Optimizer
 from fopd_jax.steps.state import (
     TrainState,
@@ -20,6 +21,8 @@ from fopd_jax.steps.state import (
     learning_rate,
     make_optimizer,
     move_average,
+    move_old,
+    old_decay,
 )
 
 RATE, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.999), 1e-1, 1.0
@@ -188,3 +191,45 @@ def test_rng_is_a_function_of_seed_and_step_alone() -> None:
     assert key_data(trained) == key_data(state) == key_data(init_state(adapter(5), tx, 3))
     others = [dataclasses.replace(init_state(adapter(0), tx, s), step=jnp.int32(n)) for s in (3, 4) for n in range(3)]
     assert len({key_data(each) for each in others}) == 6
+
+
+# ---- the old copy
+
+
+SCHEDULES = {  # of DiffusionNFT (both), and of CRD: settings, and the formula as it is published
+    "slow": (OldDecay(slope=0.001, limit=0.5), lambda k: min(0.001 * k, 0.5)),
+    "late": (OldDecay(slope=0.0075, wait=75, limit=0.999), lambda k: 0.0 if k < 75 else min(0.0075 * (k - 75), 0.999)),
+    "early": (OldDecay(start=0.25, slope=0.005, limit=0.999), lambda k: min(0.25 + 0.005 * k, 0.999)),
+    "none": (OldDecay(slope=0.0), lambda k: 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_how_much_of_the_old_copy_stays(name: str) -> None:
+    settings, formula = SCHEDULES[name]
+    steps = np.array([0, 1, 2, 74, 75, 76, 149, 150, 400, 499, 500, 501, 10**6], np.int32)
+    found = [float(old_decay(settings, jnp.asarray(k))) for k in steps]
+    np.testing.assert_allclose(found, [formula(int(k)) for k in steps], rtol=1e-5, atol=1e-7)
+
+
+def test_the_old_copy_follows_what_trains() -> None:
+    tx, settings = optimizer(), OldDecay(start=0.75, slope=0.0, limit=0.9)
+    state = init_state(adapter(0), tx, seed=0, keeps_old=True)
+    moved, _ = apply_gradients(state, jax.tree.map(jnp.ones_like, state.trained), tx)
+    np.testing.assert_array_equal(flat(moved.old), flat(state.trained))  # an update alone does not move it
+    followed = move_old(settings, moved)
+    np.testing.assert_allclose(flat(followed.old), 0.75 * flat(moved.old) + 0.25 * flat(moved.trained), rtol=1e-6)
+    np.testing.assert_array_equal(flat(move_old(settings, moved, skipped=True).old), flat(moved.old))
+    at_once = move_old(OldDecay(slope=0.0), moved)
+    np.testing.assert_array_equal(flat(at_once.old), flat(moved.trained))
+
+
+def test_without_an_old_copy_a_state_is_what_it_was() -> None:
+    """Leaves and their order, by which checkpoints are read."""
+    state = init_state(adapter(0), optimizer(), seed=0)
+    assert state.old is None
+    assert move_old(OldDecay(), state) is state
+    beside = init_state(adapter(0), optimizer(), seed=0, keeps_old=True)
+    names = [[jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(each)] for each in (state, beside)]
+    assert names[1][: len(names[0])] == names[0]
+    assert all(name.startswith(".old") for name in names[1][len(names[0]) :])

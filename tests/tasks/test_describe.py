@@ -9,6 +9,7 @@ from fopd_jax.config.help import describe_program
 from fopd_jax.interop.scorers.words import make_tokenizer, read_merges
 from fopd_jax.tasks.describe import WORDS, Measure, as_text, overlaps, profile, schedule
 from fopd_jax.tasks.prompt_set import PromptSet
+from fopd_jax.tasks.sampling import Curriculum, Shares
 from fopd_jax.tasks.sources import read_set
 from tests.interop.scorers.test_words import open_clip_words
 from tests.shared_data import shared
@@ -46,10 +47,24 @@ def test_overlaps_are_told_exactly_and_up_to_case_and_spaces():
 
 
 def test_the_schedule_is_that_of_the_stream():
-    turns = schedule({"a": 100, "b": 20, "c": 5}, {"a": 3.0, "b": 1.0, "c": 0.0}, draws=8, steps=50)
+    curriculum = Curriculum(((0, Shares((3.0, 1.0, 0.0))),))
+    turns = schedule({"a": 100, "b": 20, "c": 5}, curriculum, draws=8, steps=50)
     assert [(each.share, each.a_step) for each in turns] == [(0.75, 6.0), (0.25, 2.0), (0.0, 0.0)]
     assert [each.steps_an_epoch for each in turns] == [100 / 6, 10.0, None]
     assert [each.epochs for each in turns] == [3.0, 5.0, 0.0]
+
+
+def test_a_schedule_of_changing_weights_has_a_row_for_each_stretch():
+    curriculum = Curriculum(((0, Shares((3.0, 1.0))), (10, Shares((0.0, 1.0))), (90, Shares((1.0, 1.0)))))
+    turns = schedule({"a": 100, "b": 20}, curriculum, draws=8, steps=50)
+    assert [(each.task, each.start, each.stop, each.share, each.epochs) for each in turns] == [
+        ("a", 0, 10, 0.75, 0.6), ("b", 0, 10, 0.25, 1.0), ("a", 10, 50, 0.0, 0.0), ("b", 10, 50, 1.0, 16.0)
+    ]  # fmt: skip
+    text = as_text({}, [], turns, WORDS, 50)
+    assert [line.split()[:5] for line in text.split("\n")[-2:]] == [
+        ["10", "to", "50", "a", "0.0%"],
+        ["10", "to", "50", "b", "100.0%"],
+    ]
 
 
 def test_the_text_has_a_row_for_each_set():

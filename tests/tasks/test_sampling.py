@@ -1,12 +1,13 @@
 """Which prompts come when: shares exact at every draw, epochs without repeats, any draw without the ones before it."""
 
+import dataclasses
 from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from fopd_jax.tasks.sampling import Shares, Walk
+from fopd_jax.tasks.sampling import Curriculum, Shares, Walk
 
 WEIGHTS = [
     (1.0,), (1.0, 1.0), (3.0, 1.0, 1.0), (0.3, 0.5, 0.2), (1.0, 0.0, 2.0), (1.0,) * 7, (1e6, 1.0), (1e-6, 1.0, 1.0),
@@ -71,3 +72,64 @@ def test_every_order_is_as_likely():
     """First places of 3,000 permutations of ten: χ² with 9 degrees of freedom below its 99.9% point."""
     first = Counter(Walk(0, "ocr", 10)(0, 30_000)[::10].tolist())
     assert sum((first[k] - 300) ** 2 / 300 for k in range(10)) < 27.88
+
+
+# ---- weights that change
+
+
+@dataclasses.dataclass
+class Weighted:
+    weight: float
+    schedule: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+CHANGES = {
+    "one task after the other": [Weighted(1.0, {"7": 0.0}), Weighted(0.0, {"7": 1.0})],
+    "three stretches": [Weighted(3.0, {"10": 1.0}), Weighted(1.0, {"4": 2.0, "10": 0.3}), Weighted(1.0)],
+    "never": [Weighted(3.0), Weighted(1.0)],
+}
+
+
+def simulated(tasks: list[Weighted], draws: int, steps: int) -> list[list[int]]:
+    """Step by step: the weights that hold, and a stretch's own count of draws, from which each step's are taken."""
+    counts, rows, weights, since = [0] * len(tasks), [[0] * len(tasks)], None, 0
+    for step in range(steps):
+        now = tuple(
+            next((task.schedule[str(s)] for s in range(step, 0, -1) if str(s) in task.schedule), task.weight)
+            for task in tasks
+        )
+        starts = any(str(step) in task.schedule for task in tasks)
+        if weights is None or starts:
+            weights, since = now, step
+        before, after = (Shares(weights).counts(draws * (each - since)) for each in (step, step + 1))
+        counts = [count + int(b) - int(a) for count, a, b in zip(counts, before, after, strict=True)]
+        rows.append(counts)
+    return rows
+
+
+@pytest.mark.parametrize("draws", [1, 7, 12])
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_curriculum_is_its_simulation_at_any_step(case: str, draws: int):
+    curriculum, expected = Curriculum.of(CHANGES[case]), simulated(CHANGES[case], draws, 30)
+    for step in (0, 29, 3, 4, 7, 10, 11, 30):  # whatever was asked before
+        assert curriculum.counts(step, draws).tolist() == expected[step]
+    far = curriculum.counts(10**9, draws)
+    assert far.sum() == draws * 10**9
+
+
+def test_counts_follow_the_weights_of_every_stretch():
+    curriculum = Curriculum.of(CHANGES["three stretches"])
+    assert [(start, stop) for start, stop, _ in curriculum.within(30)] == [(0, 4), (4, 10), (10, 30)]
+    assert [(start, stop) for start, stop, _ in curriculum.within(4)] == [(0, 4)]
+    bounds = 0.0
+    for start, stop, shares in curriculum.within(400):
+        bounds += shares.bound()
+        drawn = curriculum.counts(stop, 5) - curriculum.counts(start, 5)
+        exact = 5 * (stop - start) * np.array(shares.weights) / sum(shares.weights)
+        assert np.abs(drawn - exact).max() <= shares.bound() + 1e-9
+    assert bounds < 3
+
+
+def test_a_stretch_without_weights_is_named():
+    with pytest.raises(ValueError, match=r"^tasks: found weights \[0\.0, 0\.0\], expected .* above 0, from step 5 on$"):
+        Curriculum.of([Weighted(1.0, {"5": 0.0}), Weighted(0.0)])

@@ -190,3 +190,37 @@ def test_a_task_that_the_world_lacks_is_named():
     tasks = {"aesthetics": RoutedTask("teachers/aesthetics")}
     with pytest.raises(ValueError, match="tasks: found 'aesthetics', expected some of"):
         PromptStream(_world(), tasks, RoutingTable.of_tasks({}, None).routes, batch_size=2, images_per_prompt=1, seed=0)
+
+
+# ---- weights that change
+
+
+CHANGING = {"tasks.geneval.schedule": {"5": 0.0}, "tasks.ocr.schedule": {"5": 4.0, "9": 0.5}}
+
+
+def test_a_change_of_weights_repeats_and_loses_no_prompt():
+    """Each task walks on through its epochs; a run that begins anywhere draws what one from the beginning does."""
+    stream = _stream(_world(), **CHANGING)
+    batches = [stream.draw(step) for step in range(40)]
+    counts = {name: dict.fromkeys(stream.tasks[name].train, 0) for name in TASKS}
+    for tasks, prompts in batches:
+        for task, prompt in zip(tasks, prompts, strict=True):
+            counts[task][prompt] += 1
+        for each in counts.values():  # so each epoch is over before another prompt comes once more
+            assert max(each.values()) - min(each.values()) <= 1
+    assert min(sum(each.values()) for each in counts.values()) > 15
+    assert not any("geneval" in tasks for tasks, _ in batches[5:])
+    resumed = _stream(_world(), **CHANGING)
+    assert [resumed.draw(step) for step in range(39, 2, -1)] == batches[:2:-1]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, 40])
+def test_the_prompts_of_changing_weights_are_known(steps: int):
+    stream = _stream(_world(), **CHANGING)
+    asked = [prompt for step in range(steps) for prompt in stream.draw(step)[1]]
+    assert list(stream.upto(steps)) == list(dict.fromkeys(asked))
+
+
+def test_without_a_change_nothing_is_drawn_otherwise():
+    plain, same = _stream(_world()), _stream(_world(), **{"tasks.geneval.schedule": {"3": 3.0}})
+    assert [plain.draw(step) for step in range(3)] == [same.draw(step) for step in range(3)]

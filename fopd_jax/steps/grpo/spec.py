@@ -1,6 +1,7 @@
 """What a Flow-GRPO update is made of: its static description, and the trees that flow through it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from fopd_jax.flow.transition import Transition
 from fopd_jax.objectives.grpo import check_objective
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.state import TrainState
-from fopd_jax.steps.visits import Stored
+from fopd_jax.steps.visits import Stored, check_parts
 
 PLACE = 2**32 - 4  # what a step's key is folded with for the window's place
 
@@ -34,7 +35,8 @@ class Credit:
     """What rewards say of a rollout: `advantage [B]`, and what metrics are made of.
 
     `values [R, B]`: of each reward, NaN where it failed or was not asked; `asked [R, B]`: whether it was; `valid [B]`:
-    whether the sample takes part, `flat [B]`: whether its group is all equal, so that it teaches nothing.
+    whether the sample takes part, `flat [B]`: whether its group is all equal, so that it teaches nothing. `task [B]`:
+    which of the config's tasks it is of, where there are several.
     """
 
     advantage: Any  # float arrays; Any because tree operations put anything into a leaf
@@ -42,12 +44,13 @@ class Credit:
     asked: Any
     valid: Any
     flat: Any
+    task: Any = None
 
     @classmethod
-    def none(cls, rewards: int, size: int) -> "Credit":
-        """Before anything is scored."""
+    def none(cls, rewards: int, size: int, tasks: int = 0) -> "Credit":
+        """Before anything is scored; `tasks`: how many there are, 0: metrics do not tell them apart."""
         no, nothing = jnp.zeros(size, bool), jnp.zeros((rewards, size))
-        return cls(jnp.zeros(size), nothing, nothing != 0, no, no)
+        return cls(jnp.zeros(size), nothing, nothing != 0, no, no, jnp.zeros(size, jnp.int32) if tasks else None)
 
     @property
     def counts(self) -> Array:
@@ -70,7 +73,10 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSpec:
-    """The static part. `group`: neighbouring rows that come from one draw of a prompt; `rewards`: their names."""
+    """The static part. `group`: neighbouring rows that come from one draw of a prompt; `rewards`: their names.
+
+    `tasks`: the weights of their rewards, where there are several whose metrics are told apart.
+    """
 
     objective: PolicyGradient
     transition: Transition
@@ -79,6 +85,7 @@ class GRPOSpec:
     guidance: float
     group: int
     rewards: tuple[str, ...]
+    tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     window: NoiseWindow = dataclasses.field(default_factory=NoiseWindow)
     shared_noise: bool = False
     updates_per_rollout: int = 1
@@ -101,18 +108,7 @@ class GRPOSpec:
             raise ValueError(f"window.size: found {self.window.size}, expected at most {stop - start}")
         if self.trained < 1:
             raise ValueError("window.within: holds no trained step: the schedule's last is not trained")
-        if self.minibatches > self.updates_per_rollout:
-            raise ValueError(
-                f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
-                f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
-            )
-        if batch_size % self.minibatches:
-            raise ValueError(f"minibatches: found {self.minibatches}, expected a divisor of batch_size {batch_size}")
-        if batch_size % self.parts:
-            raise ValueError(
-                f"run.micro_batches: found {self.micro_batches}, expected a divisor of the "
-                f"{batch_size // self.minibatches} samples a minibatch"
-            )
+        check_parts(batch_size, self.updates_per_rollout, self.minibatches, self.micro_batches)
 
     @property
     def parts(self) -> int:

@@ -6,6 +6,7 @@ of everything. The reference is the base with the adapter left off, asked while 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from fopd_jax.objectives.grpo import TERMS, Acted, Totals, needs_old_velocity, s
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.steps.grpo.metrics import NO_TASKS, Tasks, credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Base, Credit, GRPOSpec, Rollout
 from fopd_jax.steps.state import TrainState, advance
 from fopd_jax.steps.student import ADAPTER, Student
@@ -32,6 +34,8 @@ Metrics = dict[str, jax.Array]
 Progress = tuple[TrainState, Rollout, Sums]
 Seen = tuple[Totals, Array, Array]
 """Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+Stacked = tuple[dict[str, Array], Array, Array]
+"""The same of several passes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +73,48 @@ def go(
     each: Pass,
 ) -> tuple[Progress, Seen]:
     """One pass: a part is drawn down to its final latents, or trained on, and perhaps an update made."""
-    spec, groups = pieces.spec, pieces.groups
+    spec, first = pieces.spec, progress[1].first
+    rows, course = _Rows(conditioning, credit.advantage, credit.counts), _course(pieces, base, first)
+    return take_pass(
+        course, pieces.groups, pieces.policy, optimizer, spec.levels(first), spec.trained, spec.parts, progress, rows,
+        each,
+    )  # fmt: skip
+
+
+def take_pass(
+    course: Course,
+    groups: GradientGroups,
+    policy: Student,
+    optimizer: optax.GradientTransformation,
+    levels: Level,
+    trained: int,
+    parts: int,
+    progress: Progress,
+    rows: Tree,
+    each: Pass,
+) -> tuple[Progress, Seen]:
+    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch."""
     state, rollout, sums = progress
-    rows = _Rows(conditioning, credit.advantage, credit.counts)
-    rows, x = part_of((rows, rollout.x), each.part, spec.parts)
-    own, keys = part_of((rollout.stored, rollout.keys), each.part, spec.parts, axis=1)
-    first, levels = rollout.first, spec.levels(rollout.first)
-    ends = jnp.where(each.draws, 0, first), jnp.where(each.draws, len(spec.sigmas) - 1, first + spec.trained)
+    rows, x = part_of((rows, rollout.x), each.part, parts)
+    own, keys = part_of((rollout.stored, rollout.keys), each.part, parts, axis=1)
+    first, count = rollout.first, levels.sigma.shape[0]
+    ends = jnp.where(each.draws, 0, first), jnp.where(each.draws, count, first + trained)
     last, own, gradients, totals = visit(
-        _course(pieces, base, first), groups, pieces.policy.compute(state.trained), rows, keys, levels, x, own,
-        ends, (first, first + spec.trained), each.draws, each.draws, each.trains,
+        course, groups, policy.compute(state.trained), rows, keys, levels, x, own,
+        ends, (first, first + trained), each.draws, each.draws, each.trains,
     )  # fmt: skip
     last = jnp.where(each.draws, last, x)
     rollout = dataclasses.replace(
         rollout,
-        x=put_part(rollout.x, last, each.part, spec.parts),
-        stored=put_part(rollout.stored, own, each.part, spec.parts, axis=1),
+        x=put_part(rollout.x, last, each.part, parts),
+        stored=put_part(rollout.stored, own, each.part, parts, axis=1),
     )
     state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums.plus(gradients, totals))
     return (state, rollout, sums), (totals, norm, skipped)
 
 
-def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen) -> tuple[TrainState, Metrics]:
-    """Close a step; `seen`: of all training passes, stacked."""
+def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) -> tuple[TrainState, Metrics]:
+    """Close a step; `seen`: what every training pass saw, stacked."""
     totals, norms, skips = seen
     weight = totals["weight"].sum()
     means = {name: value.sum() / jnp.maximum(weight, 1) for name, value in totals.items() if name != "weight"}
@@ -99,34 +122,17 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Seen)
     skipped = skips.any()
     return advance(state, ema, skipped), {
         **means,
-        **credit_metrics(pieces.spec.rewards, credit),
+        **credit_metrics(pieces.spec.rewards, credit, pieces.spec.tasks),
         "grad_norm": norms.sum() / pieces.spec.updates_per_rollout,
         "skipped": skipped.astype(jnp.float32),
         "samples/advantage": credit.advantage,
     }
 
 
-def credit_metrics(rewards: tuple[str, ...], credit: Credit) -> Metrics:
-    """Of each reward the mean and the share of failures, and what becomes of the samples."""
-    there = credit.asked & ~jnp.isnan(credit.values)
-    found: Metrics = {}
-    for name, value, asked, is_there in zip(rewards, credit.values, credit.asked, there, strict=True):
-        count = is_there.sum().astype(jnp.float32)
-        found[f"reward/{name}"] = jnp.where(is_there, value, 0.0).sum() / jnp.maximum(count, 1)
-        found[f"weights/reward/{name}"] = count
-        found[f"failed/{name}"] = 1 - count / jnp.maximum(asked.sum(), 1)
-    valid = credit.valid.sum()
-    return found | {
-        "flat_share": (credit.valid & credit.flat).sum() / jnp.maximum(valid, 1),
-        "dropped_share": 1 - valid / credit.valid.size,
-    }
-
-
-def metric_names(rewards: tuple[str, ...]) -> tuple[str, ...]:
+def metric_names(rewards: tuple[str, ...], tasks: Tasks = NO_TASKS) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
     terms = (name for name in TERMS if name != "weight")
-    scored = (f"{kind}/{name}" for name in rewards for kind in ("reward", "failed"))
-    return (*terms, *scored, "flat_share", "dropped_share", "grad_norm", "skipped")
+    return (*terms, *credit_names(rewards, tasks), "grad_norm", "skipped")
 
 
 Score = Callable[[Tree, Array, Tree], Credit]
@@ -152,7 +158,7 @@ def make_step(
 
         with activation_rules(pieces.groups.mesh):
             size = jax.tree.leaves(conditioning)[0].shape[0]
-            credit = Credit.none(len(spec.rewards), size)
+            credit = Credit.none(len(spec.rewards), size, len(spec.tasks))
             progress = (state, *begin(pieces, base, state, conditioning))
             (progress, credit), seen = jax.lax.scan(pass_, (progress, credit), (passes, scores))
             seen = jax.tree.map(lambda leaf: leaf[spec.parts :], seen)
@@ -163,10 +169,13 @@ def make_step(
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The same for a host that scores between them: `begin`, `go` and `end`, jitted; states are donated."""
+    """The same for a host that scores between them: `begin`, `go` and `end`, jitted; states are donated.
 
-    begin: Callable[[Base, TrainState, Conditioning], tuple[Rollout, Sums]]
-    go: Callable[[Base, Progress, Conditioning, Credit, Pass], tuple[Progress, Seen]]
+    What does not train comes first, `Base` here; what a rollout is of stands beside the state, here conditioning.
+    """
+
+    begin: Callable[[Any, TrainState, Any], tuple[Rollout, Sums]]
+    go: Callable[[Any, Progress, Any, Credit, Pass], tuple[Progress, Seen]]
     end: Callable[[TrainState, Credit, Sequence[Seen]], tuple[TrainState, Metrics]]
 
 
@@ -174,17 +183,30 @@ def make_programs(
     pieces: Pieces, optimizer: optax.GradientTransformation, ema: EMA, places: Any = None, everywhere: Any = None
 ) -> Programs:
     """`places`: shardings of the state; `everywhere`: of metrics."""
+    functions = partial(begin, pieces), partial(go, pieces, optimizer), partial(end, pieces, ema)
+    return jit_passes(*functions, pieces.groups.mesh, places, everywhere)
 
-    def begin_(base: Base, state: TrainState, conditioning: Conditioning) -> tuple[Rollout, Sums]:
-        with activation_rules(pieces.groups.mesh):
-            return begin(pieces, base, state, conditioning)
 
-    def go_(base: Base, progress: Progress, *rest: Any) -> tuple[Progress, Seen]:
-        with activation_rules(pieces.groups.mesh):
-            return go(pieces, optimizer, base, progress, *rest)
+def jit_passes(
+    begin: Callable[..., tuple[Rollout, Sums]],
+    go: Callable[..., tuple[Progress, Seen]],
+    end: Callable[..., tuple[TrainState, Metrics]],
+    mesh: Any,
+    places: Any = None,
+    everywhere: Any = None,
+) -> Programs:
+    """The programs of three such functions, what is static given to them before."""
+
+    def begin_(base: Any, state: TrainState, conditioning: Any) -> tuple[Rollout, Sums]:
+        with activation_rules(mesh):
+            return begin(base, state, conditioning)
+
+    def go_(base: Any, progress: Progress, *rest: Any) -> tuple[Progress, Seen]:
+        with activation_rules(mesh):
+            return go(base, progress, *rest)
 
     def end_(state: TrainState, credit: Credit, seen: Sequence[Seen]) -> tuple[TrainState, Metrics]:
-        return end(pieces, ema, state, credit, jax.tree.map(lambda *each: jnp.stack(each), *seen))
+        return end(state, credit, jax.tree.map(lambda *each: jnp.stack(each), *seen))
 
     return Programs(
         jax.jit(begin_),

@@ -46,19 +46,19 @@ def replay(
         own, own_keys, pick = part_of((stored, keys, picks), each.part, parts, axis=1)
         parameters = pieces.student.compute(state.trained)
         _, own, gradients, totals = visit(
-            _course(pieces, frozen, pick), groups, parameters, rows, own_keys, levels, x, own,
+            opd_course(pieces, frozen, pick), groups, parameters, rows, own_keys, levels, x, own,
             _ends(pieces, each.draws), spec.window, each.draws, each.draws, each.trains,
         )  # fmt: skip
         sums = sums.plus(gradients, totals)
         state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums)
         return (state, put_part(stored, own, each.part, parts, axis=1), sums), (totals, norm, skipped)
 
-    stored = blank(_course(pieces, frozen, picks), groups, batch, levels, noise, _count(pieces))
+    stored = blank(opd_course(pieces, frozen, picks), groups, batch, levels, noise, trained_steps(pieces))
     sums = Sums.zeros(groups, pieces.student.compute(state.trained))
     with jax.named_scope("opd_replay"):
         (state, _, _), seen = jax.lax.scan(go, (state, stored, sums), passes)
     totals, norms, skips = jax.tree.map(lambda leaf: leaf[np.flatnonzero(passes.trains)], seen)
-    rows = _rows(passes, size // parts, parts)
+    rows = visited(passes, size // parts, parts)
     flat = {name: value.reshape(-1) for name, value in totals.items()}
     losses = jnp.zeros(size).at[rows].add(flat["loss"] / flat["weight"])
     return advance(state, ema, skips.any()), mean_metrics(flat, batch.route[rows], spec.teachers) | {
@@ -68,13 +68,13 @@ def replay(
     }
 
 
-def _rows(passes: Pass, rows: int, parts: int) -> np.ndarray:
+def visited(passes: Pass, rows: int, parts: int) -> np.ndarray:
     """The batch's rows that the training passes go through, in their order."""
     return np.concatenate([part + parts * np.arange(rows) for part in passes.part[passes.trains]])
 
 
-def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
-    """What passes of distillation have in common; `picks`: see `anchor_picks`."""
+def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
+    """What passes of distillation have in common; `picks`: see `anchor_picks`; rows are a `Batch`'s."""
     spec = pieces.spec
 
     def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> Array:
@@ -91,7 +91,8 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
     return Course(spec.transition, velocity, targets, terms, TERMS)
 
 
-def _count(pieces: Pieces) -> int:
+def trained_steps(pieces: Pieces) -> int:
+    """Their number."""
     first, stop = pieces.spec.window
     return stop - first
 
@@ -109,8 +110,8 @@ def collect(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> 
     """Roll out under the current student; states, actions, log-densities and targets of every trained step."""
     spec, size = pieces.spec, batch.route.shape[0]
     noise, keys = start(spec, state, size)
-    course, levels = _course(pieces, frozen, anchor_picks(spec, state, size)), spec.levels(0, spec.window[1])
-    stored = blank(course, pieces.groups, batch, levels, noise, _count(pieces))
+    course, levels = opd_course(pieces, frozen, anchor_picks(spec, state, size)), spec.levels(0, spec.window[1])
+    stored = blank(course, pieces.groups, batch, levels, noise, trained_steps(pieces))
     with jax.named_scope("opd_rollout"):
         return visit(
             course, pieces.groups, pieces.student.compute(state.trained), batch, keys, levels, noise, stored,
@@ -131,7 +132,7 @@ def loss_and_gradient(
     Raises:
       ValueError: the trajectory has another number of steps or of samples.
     """
-    expected = (_count(pieces), batch.route.shape[0])
+    expected = (trained_steps(pieces), batch.route.shape[0])
     if stored.log_prob.shape != expected:
         raise ValueError(f"stored: found {stored.log_prob.shape} steps and samples, expected {expected}")
     with activation_rules(pieces.groups.mesh):
@@ -143,10 +144,10 @@ def replayed_gradients(
     pieces: Pieces, frozen: Frozen, trained: Tree, batch: Batch, stored: Stored
 ) -> tuple[Tree, Totals]:
     """The fused gradient at stored states and actions, for parameters that may have moved since; sums per sample."""
-    spec, course, asks = pieces.spec, _course(pieces, frozen, None), stored.targets is None
+    spec, course, asks = pieces.spec, opd_course(pieces, frozen, None), stored.targets is None
     levels = spec.levels(0, spec.window[1])
     if asks:
-        room = blank(course, pieces.groups, batch, levels, stored.x[0], _count(pieces))
+        room = blank(course, pieces.groups, batch, levels, stored.x[0], trained_steps(pieces))
         stored = dataclasses.replace(stored, targets=room.targets)
     keys = jnp.broadcast_to(jax.random.key(0), (levels.sigma.shape[0], batch.route.shape[0]))  # nothing is drawn
     with jax.named_scope("opd_replay"):

@@ -1,6 +1,7 @@
 """What an OPD update is made of: its static description, and the trees that flow through it."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class OPDSpec:
     loss over those timesteps alone (earlier ones are sampled only, later ones not at all); `anchor_every = m` asks the
     anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
+
+    `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
     """
 
     objective: Objective
@@ -57,6 +60,8 @@ class OPDSpec:
     trained: tuple[int, int] | None = None
     anchor_every: int = 1
     one_timestep: bool = False
+    rewards: tuple[str, ...] = ()
+    tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
