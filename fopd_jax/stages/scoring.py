@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -40,6 +40,15 @@ class Pending:
     tickets: Sequence[tuple[np.ndarray, Ticket]]
 
 
+class _Group(NamedTuple):
+    """What `draw_group` asks for."""
+
+    prompt: str
+    pixels: UInt8[np.ndarray, "n h w 3"]
+    rank: Float[np.ndarray, " n"]
+    labels: Sequence[str]
+
+
 class Scoring:
     """Scores rollouts of a world's tasks by the rewards that these name, and compares them within their groups.
 
@@ -52,7 +61,7 @@ class Scoring:
     ) -> None:
         self._world, self._mesh, self._comparison = world, mesh, comparison
         self._journal, self._identity, self._idle = journal, identity, 0
-        self._last: tuple[Pending, Credit] | None = None
+        self._shown: _Group | None = None
         self.names = tuple(dict.fromkeys(name for task in world.tasks.values() for name in task.rewards))
         rewards = {name: world.rewards[name] for name in self.names}
         self._pool = Pool(rewards, most_failed=most_failed, outstanding=2 * len(world.tasks))
@@ -110,7 +119,7 @@ class Scoring:
         seen = dict(gather_rows(together("scores", wait), sharding, len(drawn)))
         credit = self._credit(drawn, seen.pop(_VALUES))
         self._tell_of_nothing(pending.step, bool((credit.valid & ~credit.flat).any()))
-        self._last = pending, credit
+        self._shown = self._first_group(pending, credit)
         groups = np.array([each.group for each in drawn])
         return put_replicated(credit, replicated(self._mesh)), metrics(seen, groups)
 
@@ -125,16 +134,16 @@ class Scoring:
 
     def picture(self) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
         """Of the rollout scored last, this process's first group; nothing before there is one."""
-        if self._last is None:
-            return {}
-        pending, credit = self._last
+        return {"rollouts": draw_group(*self._shown)} if self._shown else {}
+
+    def _first_group(self, pending: Pending, credit: Credit) -> _Group:
         mine = rows_of(batch_sharding(self._mesh), len(pending.drawn))
         first = pending.drawn[int(mine[0])]
         chosen = np.array([i for i, row in enumerate(mine) if pending.drawn[int(row)].group == first.group])
         asked, values = credit.asked[:, mine[chosen]].T, credit.values[:, mine[chosen]].T
         labels = [self._label(*each) for each in zip(asked, values, strict=True)]
         rank = np.where(credit.valid, credit.advantage, -np.inf)[mine[chosen]]
-        return {"rollouts": draw_group(first.prompt, pending.pixels[chosen], rank, labels)}
+        return _Group(first.prompt, pending.pixels[chosen], rank, labels)
 
     def _label(self, asked: Bool[np.ndarray, " r"], values: Float[np.ndarray, " r"]) -> str:
         said = zip(self.names, asked, values, strict=True)

@@ -33,7 +33,7 @@ from fopd_jax.running import loop
 from fopd_jax.running.checkpoints import Checkpoints
 from fopd_jax.running.metrics import MetricWriter
 from fopd_jax.running.supervision import make_supervision
-from fopd_jax.stages.grpo import plan_grpo
+from fopd_jax.stages.grpo import origin, plan_grpo
 from fopd_jax.stages.reinforced import ReinforcementLearning
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.steps.grpo.step import credit_metrics
@@ -122,7 +122,7 @@ def make(workdir: Path, functions: Mapping[str, Callable[..., Any] | None], **ch
     plan = plan_grpo(config)
     method = Little(tuple(functions), plan.setup.pipeline.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    return ReinforcementLearning(config, workdir, dataclasses.replace(plan, method=lambda base: method))
+    return ReinforcementLearning(config, workdir, dataclasses.replace(plan, method=lambda base: method), origin)
 
 
 def run(stage: ReinforcementLearning) -> TrainState:

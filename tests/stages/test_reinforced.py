@@ -305,7 +305,7 @@ def test_a_reward_for_darkness_is_told_by_what_it_does_to_the_pictures(
     def darkness(images: np.ndarray, prompts: Any, metadata: Any) -> np.ndarray:
         return 1 - images.mean((1, 2, 3)) / 255
 
-    run(stage := make(tmp_path / "run", {"darkness": darkness}))
+    run(stage := make(tmp_path / "run", {"darkness": darkness}, steps=2 * STEPS))
     lines = logged(stage.workdir)
     dark = [line["train/monitors/dark_share"] for line in lines]
     assert dark[-1] > 2 * dark[0]
@@ -315,7 +315,7 @@ def test_a_reward_for_darkness_is_told_by_what_it_does_to_the_pictures(
     assert len(told) == 1
     assert "rollouts: monitors/dark_share is" in told[0]
     assert "look at the pictures" in told[0]
-    run(make(tmp_path / "run", {"darkness": darkness}, steps=STEPS + 1))
+    run(make(tmp_path / "run", {"darkness": darkness}, steps=2 * STEPS + 1))
     assert "monitors/" not in capfd.readouterr().err  # it was told before
 
 
