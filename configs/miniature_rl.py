@@ -71,11 +71,11 @@ def nft(skill: str) -> ForwardRL:
         name=f"miniature_rl_{skill}_nft",
         rollouts=Rollouts(num_steps=6, transition="ode"),
         levels=TrainedLevels(times=2),
-        objective=Forward("nft", kl_beta=0.15 if held else 0.0),
+        objective=Forward("nft", kl_beta=0.75 if held else 0.0),
         old=OldDecay(slope=0.0),
         optimizer=Optimizer(learning_rate=7e-4 if held else 1e-3, warmup=5, weight_decay=0.0),
         run=Run(
-            steps={"text": 40, "composition": 40, "quality": 25, "mix": 60}[skill],
+            steps={"text": 60, "composition": 60, "quality": 25, "mix": 60}[skill],
             eval_every=20,
             attention="xla",
             remat="none",
