@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 VARIANTS: dict[str, list[str]] = {
     "miniature": [""],
     "miniature_pretrain": ["clean", "mediocre"],
+    "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
     "miniature_teacher": ["text", "composition", "quality"],
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
     "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],

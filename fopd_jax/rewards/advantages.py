@@ -75,7 +75,11 @@ def _sum(
     distance = _distance(total, valid, members)
     if normalise == "group":
         return distance / (_deviation(distance, valid, members) + EPSILON)
-    return distance / (_spread(total, valid) + EPSILON)
+    alike = (weights[:, :, None] == weights[:, None]).all(axis=0)  # [b, b]: scored by the same rewards
+    peers = alike & valid[None]
+    means = _sums(total, peers) / jnp.maximum(_sums(valid, peers), 1)
+    spread = jnp.sqrt(_sums(jnp.square(total - means), peers) / jnp.maximum(_sums(valid, peers), 1))
+    return distance / (spread + EPSILON)
 
 
 def _each(
