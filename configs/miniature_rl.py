@@ -75,7 +75,7 @@ def nft(skill: str) -> ForwardRL:
         old=OldDecay(slope=0.0),
         optimizer=Optimizer(learning_rate=7e-4 if held else 1e-3, warmup=5, weight_decay=0.0),
         run=Run(
-            steps={"text": 60, "composition": 60, "quality": 25, "mix": 60}[skill],
+            steps={"text": 40, "composition": 40, "quality": 25, "mix": 60}[skill],
             eval_every=20,
             attention="xla",
             remat="none",

@@ -1,13 +1,15 @@
-"""Every field of both stages, found by walking the schema; dicts of sections are walked with one entry, `x`."""
+"""Every field of all stages, found by walking the schema; dicts of sections are walked with one entry, `x`."""
 
 import dataclasses
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Section, Server
+from fopd_jax.config.learning import GRPO, ForwardRL, RewardedTask
+from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Server
+from fopd_jax.config.section import Section
 
-STAGES = {"opd": OPD, "flow_matching": FlowMatching}
+STAGES = {"opd": OPD, "flow_matching": FlowMatching, "grpo": GRPO, "forward_rl": ForwardRL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,9 @@ def valid(stage: str) -> Any:
     config: Any = FlowMatching(name="any", tasks={"x": Pairs()})
     if stage == "opd":
         config = OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
-    else:
+    elif stage in ("grpo", "forward_rl"):
+        config = STAGES[stage](name="any", tasks={"x": RewardedTask()})
+    if stage != "opd":
         config.run.alarms = {"x": (0.0, 1.0)}
     config.rewards, config.run.servers = {"x": RewardConfig()}, {"x": Server()}
     return config

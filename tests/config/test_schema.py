@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, find, flatten, override, resolve, thaw, unflatten
 from fopd_jax.config.rules import PATH
@@ -44,14 +44,15 @@ def test_every_field_is_described():
     for field, _ in EVERY:
         assert len(field.metadata["doc"]) >= 5, field
         assert field.metadata["doc"][-1] == ".", field
-        assert re.fullmatch(r"|(\[(paper|code)\] [^\[]+(; )?)+", field.metadata["paper"]), field
+        assert re.fullmatch(r"|(\[(paper|code|DiffusionNFT|AWM|CRD)\] [^\[]+([;,] )?)+", field.metadata["paper"]), field
 
 
 def test_every_section_is_reached_by_some_stage():
-    defined = {each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, schema.Section)}
+    kinds = [*vars(schema).values(), *vars(learning).values()]
+    defined = {each for each in kinds if isinstance(each, type) and issubclass(each, schema.Section)}
     found = [find(valid(field.stage), field.name) for field in GROUPS]
     reached = {type(each["x"] if isinstance(each, dict) else each) for each in found}
-    assert defined - {schema.Section, schema.Config, *STAGES.values()} == reached
+    assert defined - {schema.Section, schema.Config, learning.Reinforced, *STAGES.values()} == reached
 
 
 def test_what_the_other_tests_change_is_valid():
@@ -165,8 +166,10 @@ def choice(*names: str) -> tuple[list[Any], list[Any]]:
 
 
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
-    "name": NAME, "anchor.name": NAME, "objective.name": choice("direct", "clipped"),
-    "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
+    "name": NAME, "anchor.name": NAME, "opd:objective.name": choice("direct", "clipped", "mixed"),
+    "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"), "grpo:stage": choice("grpo"),
+    "forward_rl:stage": choice("forward_rl"), "grpo:objective.name": choice("clip", "guard", "dppo"),
+    "forward_rl:objective.name": choice("nft", "awm", "crd"),
     "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX,
     "model.dtype": choice("float32", "bfloat16"), "model.t5_length": COUNT,
     "model.resolution": ([0, -1, (0, 1), (1, 0), (1, 2**14 + 1)], [1, (1, 2), (2**14, 1)]),
@@ -188,7 +191,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
     "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice("kl", "kl_no_dt", "ode", "uniform"),
-    "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
+    "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "opd:images_per_prompt": COUNT,
+    "grpo:images_per_prompt": ([1, 0, -1], [2]), "forward_rl:images_per_prompt": ([1, 0, -1], [2]),
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
     "empty_caption": PROBABILITY,
@@ -197,6 +201,15 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
         ["", "ocr", "clip-score", "a:f", "a.b_c.d2:_f"],
     ),
+    "micro_batches": COUNT, "teacher_weight": NON_NEGATIVE, "task_weight": NON_NEGATIVE, "lag": ([-1, 2], [0, 1]),
+    "tasks.x.schedule": ([{"0": 1.0}, {"x": 1.0}, {"5": -1e-9}, {"5": 1e6 + 1}], [{}, {"1": 0.0}, {"7": 1e6}]),
+    "normalise": choice("global", "group", "each"), "decoding.dtype": choice("float32", "bfloat16"),
+    "rollouts.num_steps": ([1, 0, -1], [2]), "window.within": STEPS, "window.size": INDEX,
+    "moves": choice("none", "slide", "random"), "divergence": NON_NEGATIVE, "kl_beta": NON_NEGATIVE,
+    "kl_weighting": choice("kl", "kl_no_dt", "ode", "uniform"), "step_weighting": choice("uniform", "noise"),
+    "levels.times": INDEX, "levels.within": STEPS, "objective.beta": POSITIVE, "old_beta": NON_NEGATIVE,
+    "distribution": choice("schedule", "uniform", "logit_normal"), "reference_guidance": NON_NEGATIVE,
+    "old.start": PROBABILITY, "old.slope": PROBABILITY, "old.limit": PROBABILITY, "wait": INDEX,
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -211,7 +224,8 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
-    "rewards.x.options", "run.servers.x.token_file",
+    "rewards.x.options", "run.servers.x.token_file", "run.one_program", "rollouts.shared_noise",
+    "advantages.merge_equal_prompts",
 }  # fmt: skip
 
 
@@ -306,7 +320,10 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "adapter.targets": ["mlp", "attn"], "optimizer.betas": [0, 0], "eval.tasks": ["x"], "run.reduce_once": ["data"],
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
         "run.servers.x.urls": ["http://host"],
-    } | ({"sampler.window": [0, 2], "sampler.trained": [1, 2]} if stage == "opd" else {})  # fmt: skip
+    } | {
+        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2]}, "grpo": {"window.within": [0, 2]},
+        "forward_rl": {"levels.within": [0, 2]}, "flow_matching": {},
+    }[stage]  # fmt: skip
     assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
     config = resolve(override(valid(stage), lists))
     found = {name: find(config, name) for name in lists} | {"run.alarms": config.run.alarms["x"]}
