@@ -160,11 +160,14 @@ class Band:
 BANDS: Mapping[str, Band] = {
     f"{PREFIX}dark_share": Band(high=2.0, least=0.1),
     f"{PREFIX}edge_density": Band(low=0.5, high=3.0, least=0.05),
-    f"{PREFIX}colour_entropy": Band(low=0.5),
+    f"{PREFIX}colour_entropy": Band(low=0.4),
     DIVERSITY: Band(low=0.5),
     EXTRA_TEXT: Band(high=0.5, absolute=True),
 }
-"""Half or twice of where a run began; of sharp photographs 1% to 8% of the pixels are edges, of noise half of them."""
+"""Half or twice of where a run began; of sharp photographs 1% to 8% of the pixels are edges, of noise half of them.
+
+Colours may lose more than half of their entropy by becoming clean: the miniature's do under rewards of what is drawn.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,8 +151,8 @@ def watched(*updates: dict[str, float], watch: Watch | None = None) -> tuple[Wat
     return watch, told
 
 
-def test_the_published_case_raises_every_alarm():
-    """UniRL's OCR run: dark pixels .451 to .926, edges .01183 to .00479, entropy 4.037 to 1.849 bits."""
+def test_the_published_case_raises_alarms():
+    """UniRL's OCR run: dark pixels .451 to .926, edges .01183 to .00479; of entropy 4.037 to 1.849 bits are no alarm."""
     begin = {"dark_share": 0.451, "edge_density": 0.01183, "colour_entropy": 4.037}
     end = {"dark_share": 0.926, "edge_density": 0.00479, "colour_entropy": 1.849}
     _, told = watched(begin, begin, begin, end)
@@ -161,8 +161,6 @@ def test_the_published_case_raises_every_alarm():
         "monitors/dark_share": "monitors/dark_share is 0.926, expected 0 … 0.902: it began at 0.451, "
         "the mean of 2 updates",
         "monitors/edge_density": "monitors/edge_density is 0.00479, expected 0.005915 … 0.15: it began at 0.01183, "
-        "the mean of 2 updates",
-        "monitors/colour_entropy": "monitors/colour_entropy is 1.849, expected 2.018 … inf: it began at 4.037, "
         "the mean of 2 updates",
     }
 
@@ -178,7 +176,7 @@ def test_a_collapse_of_modes_and_a_burst_of_noise_raise_alarms():
 
 
 def test_the_first_updates_are_the_baseline_and_stay_it():
-    _, told = watched(*[{"colour_entropy": value} for value in (4.0, 6.0, 2.6, 2.4, 2.4, 5.0)])
+    _, told = watched(*[{"colour_entropy": value} for value in (4.0, 6.0, 2.1, 1.9, 1.9, 5.0)])
     assert [len(each) for each in told] == [0, 0, 0, 1, 1, 0]
 
 
