@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> OPD:
         batch_size=64,
         cold_start=ColdStart(weights={"text": 1 / 3, "composition": 1 / 3, "quality": 1 / 3}),
         sampler=Sampler(num_steps=6),
-        objective=Objective(weighting="uniform", mar_beta=0.02),
+        objective=Objective(weighting="uniform"),
         optimizer=Optimizer(learning_rate=1e-3, warmup=5),
         ema=EMA(decay=0.95, every=1),
         eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0, final_samples=1024),

@@ -152,7 +152,7 @@ def watched(*updates: dict[str, float], watch: Watch | None = None) -> tuple[Wat
 
 
 def test_the_published_case_raises_alarms():
-    """UniRL's OCR run: dark pixels .451 to .926, edges .01183 to .00479; of entropy 4.037 to 1.849 bits are no alarm."""
+    """UniRL's OCR run: dark pixels .451 to .926, edges .01183 to .00479; entropy 4.037 to 1.849 bits is none."""
     begin = {"dark_share": 0.451, "edge_density": 0.01183, "colour_entropy": 4.037}
     end = {"dark_share": 0.926, "edge_density": 0.00479, "colour_entropy": 1.849}
     _, told = watched(begin, begin, begin, end)
