@@ -7,7 +7,8 @@ and so for `composition`, `quality` and `mix`, which is GRPO-Mix: one policy on 
 half of quality's. No clean image, no caption that goes with one: prompts, and what a reader says of the images. The
 packaged `teacher_*.safetensors` are the `adapter.safetensors` of the three `-nft` runs.
 
-`quality` alone is earned best by an empty canvas: its policies are held to the base (`objective.kl_beta`) and end early.
+`quality` alone is earned best by an empty canvas: its policies are held to the base (`objective.kl_beta`) and end
+early.
 Without that both algorithms find the empty canvas within 25 steps (quality .96-.98, text .05 and less); the monitors
 say so.
 
