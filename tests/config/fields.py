@@ -1,13 +1,15 @@
-"""Every field of both stages, found by walking the schema; dicts of sections are walked with one entry, `x`."""
+"""Every field of all stages, found by walking the schema; dicts of sections are walked with one entry, `x`."""
 
 import dataclasses
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Section, Server
+from fopd_jax.config.learning import GRPO, ForwardRL, RewardedTask
+from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Server
+from fopd_jax.config.section import Section
 
-STAGES = {"opd": OPD, "flow_matching": FlowMatching}
+STAGES = {"opd": OPD, "flow_matching": FlowMatching, "grpo": GRPO, "forward_rl": ForwardRL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,14 @@ class Field:
 
 def valid(stage: str) -> Any:
     """A config of the stage that resolves, with an entry `x` in every dict."""
-    config: Any = FlowMatching(name="any", tasks={"x": Pairs()})
-    if stage == "opd":
-        config = OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
-    else:
+    made: dict[str, Any] = {
+        "opd": OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0})),
+        "flow_matching": FlowMatching(name="any", tasks={"x": Pairs()}),
+        "grpo": GRPO(name="any", tasks={"x": RewardedTask()}),
+        "forward_rl": ForwardRL(name="any", tasks={"x": RewardedTask()}),
+    }
+    config = made[stage]
+    if stage != "opd":
         config.run.alarms = {"x": (0.0, 1.0)}
     config.rewards, config.run.servers = {"x": RewardConfig()}, {"x": Server()}
     return config
