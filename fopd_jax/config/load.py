@@ -8,7 +8,7 @@ import runpy
 import traceback
 from pathlib import Path
 
-from fopd_jax.config import schema
+from fopd_jax.config import learning, schema
 from fopd_jax.config.parse import STAGES
 from fopd_jax.config.recorded import RECORD_FILE, recorded_config
 from fopd_jax.config.stages import StageConfig
@@ -41,7 +41,7 @@ def load_config(path: str | Path, variant: str = "") -> StageConfig:
         kinds = " or ".join(kind.__name__ for kind in STAGES.values())
         raise ValueError(
             f"{path}{_first_line(make)}: get_config returned {type(config).__name__}, "
-            f"expected {kinds} of fopd_jax.config.schema"
+            f"expected {kinds} of fopd_jax.config.schema and .learning"
         )
     return config
 
@@ -72,7 +72,7 @@ def _said(error: BaseException) -> str:
     except Exception:  # a user's own class
         text = "without a message"
     if misspelt := re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
-        kind, name = getattr(schema, misspelt[1], None), misspelt[2]
+        kind, name = {**vars(schema), **vars(learning)}.get(misspelt[1]), misspelt[2]
         known = [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
         close = difflib.get_close_matches(name, known, 1)
         text += f", did you mean {close[0]!r}?" if close else f", only {', '.join(known)}" if known else ""

@@ -170,7 +170,7 @@ def resolve(config: AnyConfig) -> AnyConfig:
       ValueError: it is none, or fields are of another type or out of range; a line for each, with its full name.
     """
     if not isinstance(config, Config) or type(config) not in STAGES.values():
-        kinds = " or ".join(f"fopd_jax.config.schema.{kind.__name__}" for kind in STAGES.values())
+        kinds = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in STAGES.values())
         raise ValueError(f"get_config: found {type(config).__name__}, expected {kinds}")
     config, problems = settle(config)
     if problems:

@@ -75,11 +75,8 @@ def _sum(
     distance = _distance(total, valid, members)
     if normalise == "group":
         return distance / (_deviation(distance, valid, members) + EPSILON)
-    alike = (weights[:, :, None] == weights[:, None]).all(axis=0)  # [b, b]: scored by the same rewards
-    peers = alike & valid[None]
-    means = _sums(total, peers) / jnp.maximum(_sums(valid, peers), 1)
-    spread = jnp.sqrt(_sums(jnp.square(total - means), peers) / jnp.maximum(_sums(valid, peers), 1))
-    return distance / (spread + EPSILON)
+    alike = (weights[:, :, None] == weights[:, None, :]).all(axis=0)
+    return distance / (_spread(total, valid, alike) + EPSILON)
 
 
 def _each(
@@ -91,7 +88,7 @@ def _each(
         counted = valid & (weight != 0)
         distance = _distance(values, counted, members)
         total += weight * distance / (_deviation(distance, counted, members) + EPSILON)
-    return total / (_spread(total, valid) + EPSILON)
+    return total / (_spread(total, valid, jnp.ones((valid.size, valid.size), bool)) + EPSILON)
 
 
 def _distance(values: Values, counted: Counted, members: Members) -> Values:
@@ -113,11 +110,12 @@ def _deviation(distance: Values, counted: Counted, members: Members) -> Values:
     return _of_samples(jnp.sqrt(_sums(jnp.square(distance), members) / sizes), members)
 
 
-def _spread(values: Values, valid: Counted) -> Float[Array, ""]:
-    """The standard deviation over the valid samples of the batch, 0 of none."""
-    size = jnp.maximum(valid.sum(dtype=jnp.float32), 1)
-    distance = values - jnp.where(valid, values, 0.0).sum() / size
-    return jnp.sqrt(jnp.where(valid, jnp.square(distance), 0.0).sum() / size)
+def _spread(values: Values, valid: Counted, alike: Bool[Array, "b b"]) -> Values:
+    """Of each sample the standard deviation of the valid ones that are `alike`, 0 of none."""
+    counted = alike & valid[None]
+    size = jnp.maximum(_sums(valid, counted), 1)
+    distance = values - _sums(values, counted) / size
+    return jnp.sqrt(_sums(jnp.square(distance), counted) / size)
 
 
 def _sums(values: Any, members: Members) -> Float[Array, " g"]:

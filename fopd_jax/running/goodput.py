@@ -16,8 +16,8 @@ from fopd_jax.running.guards import in_one_line
 
 PHASES = ("init", "compile", "step", "data", "rewards", "eval", "checkpoint", "lost")
 REPEATED = ("step", "data", "rewards", "eval", "checkpoint")
-LATER = ("rewards",)  # files of earlier versions lack it
 """What a killed run did after its last checkpoint has to be done again: it moves to `lost`."""
+LATER = ("rewards",)  # files of earlier versions lack it
 
 FILE, WRITE_EVERY, REMEMBERED = "goodput.json", 1.0, 20  # seconds between writes; checkpoints whose seconds are kept
 _COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")

@@ -23,8 +23,7 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     """
     if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
-    if is_mixed(config):
-        raise ValueError("objective.name: found 'mixed', expected an update that is one program")
+    _refuse_mixed(config)
     update = abstract_update(config, mesh)
     flops = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     held = {"flops_per_chip": flops_fields(flops, mesh.size), "held_bytes": held_bytes(update)}
@@ -32,9 +31,12 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
 
 
 def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
-    """The update, and with resident encoders what encodes a batch's prompts for it; none of objective 'mixed'."""
-    if is_mixed(config):
-        return []
+    """The update, and with resident encoders what encodes a batch's prompts for it.
+
+    Raises:
+      ValueError: as `make_problem`.
+    """
+    _refuse_mixed(config)
     update = abstract_update(config, mesh)
     cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     whole = Program("update", update.step, update.arguments, cost)
@@ -61,6 +63,11 @@ def _about(config: OPD, update: AbstractUpdate, mesh: Mesh) -> Fields:
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
     }
+
+
+def _refuse_mixed(config: OPD) -> None:
+    if is_mixed(config):
+        raise ValueError("objective.name: found 'mixed', expected 'direct' or 'clipped', whose update is one program")
 
 
 def _text_tokens(update: AbstractUpdate) -> int:

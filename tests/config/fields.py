@@ -25,11 +25,13 @@ class Field:
 
 def valid(stage: str) -> Any:
     """A config of the stage that resolves, with an entry `x` in every dict."""
-    config: Any = FlowMatching(name="any", tasks={"x": Pairs()})
-    if stage == "opd":
-        config = OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0}))
-    elif stage in ("grpo", "forward_rl"):
-        config = STAGES[stage](name="any", tasks={"x": RewardedTask()})
+    made: dict[str, Any] = {
+        "opd": OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0})),
+        "flow_matching": FlowMatching(name="any", tasks={"x": Pairs()}),
+        "grpo": GRPO(name="any", tasks={"x": RewardedTask()}),
+        "forward_rl": ForwardRL(name="any", tasks={"x": RewardedTask()}),
+    }
+    config = made[stage]
     if stage != "opd":
         config.run.alarms = {"x": (0.0, 1.0)}
     config.rewards, config.run.servers = {"x": RewardConfig()}, {"x": Server()}

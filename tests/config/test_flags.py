@@ -221,7 +221,8 @@ def write(folder: Path, body: str, head: str = HEAD) -> Path:
 
 
 BODIES: dict[str, tuple[str, str, str]] = {
-    "nothing": (HEAD, "pass", ", line 4: get_config returned NoneType, expected OPD or FlowMatching of "),
+    "nothing": (HEAD, "pass", ", line 4: get_config returned NoneType, expected OPD or FlowMatching or GRPO or "
+                "ForwardRL of fopd_jax.config.schema and .learning"),
     "a dict": (HEAD, "return {'name': 'any'}", ", line 4: get_config returned dict, expected OPD or FlowMatching"),
     "a ConfigDict": (HEAD, "import ml_collections; return ml_collections.ConfigDict()",
                      ", line 4: get_config returned ConfigDict, expected OPD or FlowMatching"),
@@ -235,6 +236,10 @@ BODIES: dict[str, tuple[str, str, str]] = {
                          ", line 5: AttributeError: OPD has no field 'seeds', only name, stage, "),
     "an unknown argument": (HEAD, "return OPD(seeds=3)", ", line 5: TypeError: OPD.__init__() got an unexpected "
                             "keyword argument 'seeds', did you mean 'seed'?"),
+    "an unknown argument of stage 1": (
+        "", "from fopd_jax.config.learning import OldDecay\ndef get_config():\n    return OldDecay(starts=0)",
+        ", line 3: TypeError: OldDecay.__init__() got an unexpected keyword argument 'starts', did you mean 'start'?",
+    ),
     "a syntax error": ("", "x = 1\n\ndef get_config(:\n    pass", ", line 3: SyntaxError: invalid syntax"),
     "indentation": ("", "def get_config():\npass", ", line 2: IndentationError: expected an indented block"),
     "a missing import": ("", "import nowhere_at_all", ", line 1: ModuleNotFoundError: No module named 'nowhere"),

@@ -35,15 +35,19 @@ OTHER: dict[Any, Any] = {
 CHOSEN: dict[str, Any] = {
     "model.dtype": "float32", "trained": "params", "sampler.trained": (1, 2), "transition": "cps",
     "method": "none", "merge": "factors", "servers.x.urls": ("http://host",),
-    "objective.name": "direct", "reward": "log_ratio", "weighting": "ode", "export": "raw",
+    "objective.name": "direct", "grpo:objective.name": "guard",
+    "forward_rl:objective.name": "awm", "reward": "log_ratio", "weighting": "ode", "export": "raw",
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
-    "reduce_once": (), "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
+    "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "normalise": "each", "decoding.dtype": "bfloat16",
+    "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
+    "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
 }  # fmt: skip
 
 
-def other(name: str, hint: Any, found: Any) -> Any:
+def other(stage: str, name: str, hint: Any, found: Any) -> Any:
     """A valid value that is not the one found."""
-    chosen = [value for end, value in CHOSEN.items() if f".{name}".endswith(f".{end}")]
+    ends = (end for end in CHOSEN if f".{name}".endswith(f".{end}") or end == f"{stage}:{name}")
+    chosen = [CHOSEN[end] for end in ends]
     return chosen[-1] if chosen else not found if hint is bool else OTHER[hint]
 
 
@@ -81,7 +85,7 @@ def test_every_field_counts_but_those_of_run(stage: str):
     hashes = []
     for field in LEAVES:
         if field.stage == stage and field.name != "stage":
-            value = other(field.name, field.hint, find(config, field.name))
+            value = other(stage, field.name, field.hint, find(config, field.name))
             changed = resolve(override(config, {field.name: value}))
             assert (config_hash(changed) == before) == field.name.startswith("run."), field
             hashes += [config_hash(changed)] if not field.name.startswith("run.") else []

@@ -81,7 +81,7 @@ def test_a_stage_has_no_fields_of_the_other():
 
 def test_what_is_no_stage_is_not_resolved():
     with pytest.raises(
-        ValueError, match=r"^get_config: found Config, expected .*schema\.OPD or .*schema\.FlowMatching$"
+        ValueError, match=r"^get_config: found Config, expected .*schema\.OPD or .*FlowMatching or .*learning\.GRPO or "
     ):
         resolve(Config(name="any"))
 

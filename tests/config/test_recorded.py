@@ -47,8 +47,8 @@ def test_names_of_earlier_versions_are_understood_and_unknown_ones_named():
     for name in ("later", "model.later", "model.shift.later", "tasks.text.later", "later.still", "name.a.b"):
         with pytest.raises(ValueError, match=f"^{re.escape(name)}: no such field"):
             unflatten(fields | {name: 1})
-    with pytest.raises(ValueError, match="stage: found 'grpo', expected opd or flow_matching"):
-        unflatten(fields | {"stage": "grpo"})
+    with pytest.raises(ValueError, match="stage: found 'sft', expected opd or flow_matching or grpo or forward_rl"):
+        unflatten(fields | {"stage": "sft"})
 
 
 # ---- on the command line

@@ -51,19 +51,20 @@ def test_every_second_is_charged_once_and_to_the_innermost_phase():
         clock.now += 1
     clock.now += 4
     watch.mark(1)
-    expected = {"init": 6.0, "step": 4.0, "data": 0.5, "eval": 0.25, "compile": 0.0, "checkpoint": 0.0, "lost": 0.0}
-    assert watch.seconds == expected
+    expected = {"init": 6.0, "step": 4.0, "data": 0.5, "eval": 0.25}
+    assert watch.seconds == dict.fromkeys(goodput.PHASES, 0.0) | expected
     assert sum(watch.shares().values()) == pytest.approx(1, abs=1e-12)
 
 
 def test_what_a_kill_makes_a_run_repeat_is_lost(tmp_path: Path):
     path = tmp_path / "goodput.json"
-    work = [("step", 8.0), ("checkpoint", 1.0), ("step", 4.0), ("eval", 2.0), ("compile", 16.0)]
+    work = [("step", 8.0), ("checkpoint", 1.0), ("step", 3.0), ("rewards", 1.0), ("eval", 2.0), ("compile", 16.0)]
     _run(path, 0, work, {1: 20})  # saved at step 20, then killed six seconds of work later
     watch = _run(path, 20, [("step", 4.0)], {})
     assert watch.runs == 2
     assert watch.seconds == {
-        "init": 2.0, "compile": 16.0, "step": 12.0, "data": 0.0, "eval": 0.0, "checkpoint": 1.0, "lost": 6.0,
+        "init": 2.0, "compile": 16.0, "step": 12.0, "data": 0.0, "rewards": 0.0, "eval": 0.0, "checkpoint": 1.0,
+        "lost": 6.0,
     }  # fmt: skip
     assert json.loads(path.read_text())["seconds"] == watch.seconds
     assert "goodput 32.4% of 0.01 hours in 2 runs" in watch.summary()
@@ -90,6 +91,14 @@ def test_a_run_that_ended_well_has_lost_nothing(tmp_path: Path):
 
 
 _SECONDS = dict.fromkeys(("init", "compile", "step", "data", "eval", "checkpoint", "lost"), 1.0)
+
+
+def test_a_record_of_before_rewards_had_a_phase_is_read(tmp_path: Path):
+    path = tmp_path / "goodput.json"
+    path.write_text(json.dumps({"runs": 1, "seconds": _SECONDS, "saved": {"3": _SECONDS}}))
+    watch = _run(path, 3, [("rewards", 2.0)], {})
+    assert (watch.runs, watch.seconds["rewards"], watch.seconds["step"]) == (2, 2.0, 1.0)
+    assert not (tmp_path / "goodput.json.damaged").exists()
 
 
 @pytest.mark.parametrize(

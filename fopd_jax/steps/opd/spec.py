@@ -108,7 +108,7 @@ class OPDSpec:
         if self.one_timestep and (self.objective.name != "direct" or self.anchor_every > 1):
             raise ValueError("one_timestep: found True, which needs objective.name 'direct' and anchor.every 1")
         if self.one_timestep and (self.updates_per_rollout, self.parts) != (1, 1):
-            raise ValueError("one_timestep: found True, expected False with several updates per rollout")
+            raise ValueError("one_timestep: found True, expected False with several updates or run.micro_batches")
 
     @property
     def window(self) -> tuple[int, int]:
