@@ -104,7 +104,9 @@ def _reached(name: str, curve: dict[str, list[float]], base: dict[str, float]) -
     above = np.flatnonzero(scores >= REACHED[skill])
     if not len(above):
         return None
-    k = above[0]
+    k = int(above[0])
+    if not k:
+        return {"images": 0.0, "seconds": 0.0}
     share = (REACHED[skill] - scores[k - 1]) / (scores[k] - scores[k - 1])
     at = images[k - 1] + share * (images[k] - images[k - 1])
     return {"images": float(at), "seconds": float(at / curve["images"][0] * curve["seconds"][0])}

@@ -33,7 +33,8 @@ Other recipes are settings:
     --config.objective.name=awm --config.objective.kl_beta=0.001 --config.objective.old_beta=1.0 --config.levels.times=6
         --config.rollouts.num_steps=14 --config.advantages.clip=1.0 --config.batch_size=576      AWM (2509.25050)
     --config.objective.name=crd --config.objective.kl_beta=0.1 --config.objective.reference_guidance=4.5
-        --config.old.start=0.25 --config.old.slope=0.005 --config.old.limit=0.999      CRD (2603.14128)
+        --config.old.start=0.25 --config.old.slope=0.005 --config.old.limit=0.999 --config.minibatches=2
+        --config.updates_per_rollout=2                                CRD (2603.14128)
     --config.old.slope=0.0                                            on policy: the old policy is the new one
     --config.batch_size=256 --config.images_per_prompt=16             16 groups of 16
 """

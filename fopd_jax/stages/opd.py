@@ -231,6 +231,10 @@ class MixedOPD(Distillation, ReinforcementLearning):
         self.scoring = make_scoring(config, self.pipeline, self.journal)
         self.ahead = None
 
+    def draw(self, state: TrainState) -> dict[str, np.ndarray]:
+        """What the averaged student draws, and a group of the rollouts that it learns from."""
+        return {**Distillation.draw(self, state), **self.scoring.picture()}
+
 
 def make_opd(config: settings.OPD, workdir: Path, run: Path | None = None) -> OPD | MixedOPD:
     """The stage that a config's objective needs."""
