@@ -75,7 +75,8 @@ def _sum(
     distance = _distance(total, valid, members)
     if normalise == "group":
         return distance / (_deviation(distance, valid, members) + EPSILON)
-    return distance / (_spread(total, valid) + EPSILON)
+    alike = (weights[:, :, None] == weights[:, None, :]).all(axis=0)  # samples that the same rewards score alike
+    return distance / (_spreads(total, alike & valid[None]) + EPSILON)
 
 
 def _each(
@@ -87,7 +88,7 @@ def _each(
         counted = valid & (weight != 0)
         distance = _distance(values, counted, members)
         total += weight * distance / (_deviation(distance, counted, members) + EPSILON)
-    return total / (_spread(total, valid) + EPSILON)
+    return total / (_spreads(total, valid[None])[0] + EPSILON)
 
 
 def _distance(values: Values, counted: Counted, members: Members) -> Values:
@@ -109,11 +110,11 @@ def _deviation(distance: Values, counted: Counted, members: Members) -> Values:
     return _of_samples(jnp.sqrt(_sums(jnp.square(distance), members) / sizes), members)
 
 
-def _spread(values: Values, valid: Counted) -> Float[Array, ""]:
-    """The standard deviation over the valid samples of the batch, 0 of none."""
-    size = jnp.maximum(valid.sum(dtype=jnp.float32), 1)
-    distance = values - jnp.where(valid, values, 0.0).sum() / size
-    return jnp.sqrt(jnp.where(valid, jnp.square(distance), 0.0).sum() / size)
+def _spreads(values: Values, counted: Bool[Array, "k b"]) -> Float[Array, " k"]:
+    """The standard deviation over the counted samples of the batch, 0 of none."""
+    size = jnp.maximum(counted.sum(axis=1, dtype=jnp.float32), 1)
+    distance = values[None] - (jnp.where(counted, values[None], 0.0).sum(axis=1) / size)[:, None]
+    return jnp.sqrt(jnp.where(counted, jnp.square(distance), 0.0).sum(axis=1) / size)
 
 
 def _sums(values: Any, members: Members) -> Float[Array, " g"]:
