@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.schedule import make_levels
@@ -105,6 +105,11 @@ def check_finite(images: Float[np.ndarray, "n h w 3"], names: Sequence[str]) -> 
     Raises:
       ValueError: there are some; names the first one and says how many.
     """
-    broken = [name for name, image in zip(names, images, strict=True) if not np.isfinite(image).all()]
+    refuse_broken(np.array([np.isfinite(image).all() for image in images], bool), names)
+
+
+def refuse_broken(finite: Bool[np.ndarray, " n"], names: Sequence[str]) -> None:
+    """The same, where it is known of each image whether all of it is finite."""
+    broken = [name for name, whole in zip(names, finite, strict=True) if not whole]
     if broken:
         raise ValueError(f"images: {len(broken)} of {len(names)} are not finite, the first of {broken[0]}")

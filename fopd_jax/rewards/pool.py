@@ -144,7 +144,7 @@ class Pool:
             self._lanes[name].put(jobs[name])
         for name in [each for each in wanted if each not in self._lanes]:  # last: the others run meanwhile
             jobs[name].run()
-        return Ticket(jobs, known, self._collect)
+        return Ticket(jobs, known, self.count)
 
     def statistics(self) -> dict[str, float]:
         """Metrics of each reward since the last call, flat: `rewards/NAME/…`.
@@ -198,8 +198,12 @@ class Pool:
             return all_failed(len(images), spell_error(error))
         return scores
 
-    def _collect(self, found: Mapping[str, Scores]) -> None:
-        """Count a batch's scores, and refuse to go on with too many failures."""
+    def count(self, found: Mapping[str, Scores]) -> None:
+        """Count a batch's scores, as is done with those of a ticket once they are collected.
+
+        Raises:
+          TooManyFailures: as `Ticket.result`.
+        """
         for name, scores in found.items():
             self._tallies[name].count(scores)
         for name in found:

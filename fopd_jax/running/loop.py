@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from fopd_jax.running.drift import Drift
 from fopd_jax.running.means import SKIPPED, Means, split
 from fopd_jax.running.metrics import EVALUATION, MetricWriter, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
-from fopd_jax.running.stage import Metrics, Stage
+from fopd_jax.running.stage import LATER, Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
@@ -155,8 +155,11 @@ class _Run:
             return
         step, metrics = self.pending
         self.pending = None
+        metrics = dict(metrics)
+        later: Any = metrics.pop(LATER, dict)
         scalars = {name: value for name, value in metrics.items() if not name.startswith(guards.SAMPLES)}
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        values |= later()
         self.watch.watchdog.beat(f"step {step}")
         alarms = self.skip(step, values, metrics) if values.get(SKIPPED, 0.0) else self.add(step, values)
         self.display.step(step, values)

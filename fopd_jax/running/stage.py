@@ -1,6 +1,6 @@
 """What the loop runs: a stage, from its first state to what it leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,7 +10,10 @@ from fopd_jax.console import Progress
 from fopd_jax.steps.state import TrainState
 
 Tree = Any
-Metrics = Mapping[str, jax.Array]
+Later = Callable[[], Mapping[str, float]]
+Metrics = Mapping[str, jax.Array | Later]
+LATER = "later"
+"""Of metrics the name of more of them, which the host makes of an update's results once these are there."""
 
 
 @runtime_checkable
@@ -47,7 +50,9 @@ class Stage(Protocol):
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Update number `step`, counted from 0: one jitted program, or a composite on the host.
 
-        It may return before devices have finished. The state is donated. Metrics named `samples/…` are `[B]`.
+        It may return before devices have finished. The state is donated. Metrics named `samples/…` are `[B]`, and
+        those under `LATER`, a function, are asked for when the others are looked at, while the next update runs; what
+        it raises ends the run before anything later is saved.
         """
         ...
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import learning as settings
 from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.sharding import replicated
+from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
@@ -22,8 +22,9 @@ from fopd_jax.stages.opd_update import MixedUpdate
 from fopd_jax.stages.plan import trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
 from fopd_jax.stages.setup import make_setup, refuse_files
+from fopd_jax.stages.traced_scoring import TracedScoring
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
-from fopd_jax.steps.grpo.step import metric_names
+from fopd_jax.steps.grpo.step import Step, make_step, metric_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.visits import Pass, Sums, make_passes
@@ -85,12 +86,16 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
         rollout = rollout_shapes(spec, mesh, config.batch_size)
         return {"base": base, **trained_parts(update.trained.state), "rollout": rollout}
 
+    def one(scoring: TracedScoring) -> Step:
+        placed = update.trained.places, replicated(mesh), replicated(mesh), batch_sharding(mesh)
+        return make_step(update.pieces, setup.optimizer, config.ema, scoring.credit, placed)
+
     tokens = partial(encoded_tokens, pipeline, config.model)
     names = (*metric_names(spec.rewards, spec.tasks), *METRICS)
     return ReinforcedPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
-        lambda base: FlowGRPO(update, base, config.batch_size),
+        lambda base: FlowGRPO(update, base, config.batch_size), one,
     )  # fmt: skip
 
 

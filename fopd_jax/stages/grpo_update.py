@@ -123,6 +123,8 @@ def abstract_update(config: GRPO, mesh: AnyMesh) -> GRPOUpdate:
 def grpo_programs(config: GRPO, mesh: AnyMesh) -> list[Program]:
     """The passes' program, which is nearly all of a step; those that begin and end one; what encodes its prompts.
 
+    Where `run.one_program` makes one of them, it is of the same passes, and of decoder and rewards, which are not here.
+
     The second one's arguments are `(base, state, conditioning)`.
 
     Raises:

@@ -1,6 +1,7 @@
 """What both stages of reinforcement learning are: roll out, score, compare, learn; and what surrounds that.
 
-A step is a host composite: its rewards run in processes, threads or on servers while the devices go on.
+A step is a host composite: its rewards run in processes, threads or on servers while the devices go on. Where they are
+all in JAX it may be one program instead, which is `one_program`'s.
 """
 
 import contextlib
@@ -34,11 +35,14 @@ from fopd_jax.stages import looks
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exports
+from fopd_jax.stages.one_program import OneProgram
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
 from fopd_jax.stages.scoring import Pending, Scoring
 from fopd_jax.stages.setup import RATE, describe_weights, null_conditioning
+from fopd_jax.stages.traced_scoring import TracedScoring, is_traceable, make_traced_scoring
 from fopd_jax.steps.grpo.spec import Base, Credit
+from fopd_jax.steps.grpo.step import Step
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
@@ -70,10 +74,14 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ReinforcedPlan(Plan):
-    """`stream`: of prompts; `method(base)`: the algorithm, once there are weights."""
+    """`stream`: of prompts; `method(base)`: the algorithm, once there are weights.
+
+    `one(scoring)`: its step as one program, None of an algorithm that has none.
+    """
 
     stream: PromptStream
     method: Callable[[Base], Method]
+    one: Callable[[TracedScoring], Step] | None = None
 
 
 def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
@@ -105,9 +113,15 @@ def check_rewarded(names: Collection[str], world: World) -> None:
 
 def make_scoring(config: Reinforced | OPD, pipeline: Pipeline, journal: Journal) -> Scoring:
     """Of the rollouts of a config's tasks, by their rewards; `journal`: keeps what they said."""
-    world = dataclasses.replace(pipeline.world, tasks={name: pipeline.world.tasks[name] for name in config.tasks})
     most = config.run.max_failed_rewards
-    return Scoring(world, pipeline.mesh, config.advantages, most, journal, config_hash(config))
+    return Scoring(
+        _narrowed(pipeline.world, config), pipeline.mesh, config.advantages, most, journal, config_hash(config)
+    )
+
+
+def _narrowed(world: World, config: Reinforced | OPD) -> World:
+    """With the tasks that are trained on."""
+    return dataclasses.replace(world, tasks={name: world.tasks[name] for name in config.tasks})
 
 
 def check_training_prompts(tasks: dict[str, Task], world: World) -> None:
@@ -130,7 +144,9 @@ class _Ahead:
 
 
 class ReinforcementLearning:
-    """The stage, see `running.stage.Stage`."""
+    """The stage, see `running.stage.Stage`. `one`: the step, where it is one program."""
+
+    one: OneProgram | None = None
 
     def __init__(
         self,
@@ -151,10 +167,22 @@ class ReinforcementLearning:
         self.base = Base(load_base(config.model, pipeline, config.seed), null_conditioning(pipeline))
         self.method = plan.method(self.base)
         sharding, self.prompts = batch_sharding(pipeline.mesh), plan.stream
-        self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
         self.journal = Journal(workdir, jax.process_index())
         self.scoring = make_scoring(config, pipeline, self.journal)
+        self.one = self._one_program(plan)
+        say(f"a step: {'passes, rewards beside them' if self.one is None else 'one program, rewards within it'}")
+        rows = plan.stream.batch if self.one is None else self.one.rows
+        self.feed = Feed(rows, sharding, config.batch_size, config.run.steps)
         self.ahead: _Ahead | None = None
+
+    def _one_program(self, plan: ReinforcedPlan) -> OneProgram | None:
+        """Where it is asked for and can be."""
+        config, mesh, world = self.config, self.pipeline.mesh, _narrowed(self.pipeline.world, self.config)
+        if plan.one is None or not config.run.one_program or config.lag or not is_traceable(world):
+            return None
+        count = config.batch_size // config.images_per_prompt
+        scoring = make_traced_scoring(world, mesh, config.advantages, config.decoding, count)
+        return OneProgram(plan.one(scoring), scoring, self.base, plan.stream, self.scoring)
 
     @property
     def whole(self) -> bool:
@@ -195,6 +223,10 @@ class ReinforcementLearning:
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Roll out, unless that was done ahead; score, while the next rollout is made where it may be; learn."""
         measured = self.setup.measured(state)
+        if self.one is not None:
+            batch, asked = self.feed(step)
+            state, metrics = self.one.advance(state, step, self.embedded(batch), asked)
+            return state, {**metrics, **measured, LAG: jax.device_put(np.float32(0))}
         state, now = self.rolled_out(state, step, lag=0) if self.ahead is None else (state, self.ahead)
         self.ahead = None
         if self.config.lag and not self.rests(step + 1):
@@ -246,7 +278,8 @@ class ReinforcementLearning:
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
-        return self.feed.whole(step)
+        whole = self.feed.whole(step)
+        return whole if self.one is None else whole[0]
 
     def explain(self, step: int, rows: Sequence[int]) -> list[str]:
         """Tasks and prompts."""

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fopd_jax.config.learning import Comparison
-from fopd_jax.evaluation.sampler import check_finite
+from fopd_jax.evaluation.sampler import check_finite, refuse_broken
 from fopd_jax.parallel.agreement import together
-from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of, warn
+from fopd_jax.parallel.distributed import fetch, gather_rows, held_rows, put_replicated, rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.rewards.combine import Normalise, combine
 from fopd_jax.rewards.monitors import EXTRA_TEXT, extra_text_of
@@ -21,6 +21,7 @@ from fopd_jax.rewards.pool import Pool, Ticket, TooManyFailures
 from fopd_jax.rewards.reward import Scores
 from fopd_jax.running.journal import Journal, fingerprint
 from fopd_jax.stages.looks import draw_group, look, metrics
+from fopd_jax.stages.traced_scoring import Seen
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.worlds.prompt_stream import Drawn
 from fopd_jax.worlds.world import World
@@ -77,10 +78,9 @@ class Scoring:
         def submit() -> Pending:
             images = self._world.decode(held_rows(latents))
             own = [drawn[int(row)] for row in mine]
-            check_finite(images, [f"prompt {each.prompt!r}" for each in own])
+            check_finite(images, _named(own))
             pixels, tickets = to_pixels(images), []
-            for task in dict.fromkeys(each.task for each in own):
-                rows = np.array([i for i, each in enumerate(own) if each.task == task])
+            for task, rows in _by_task(own).items():
                 tickets.append((rows, self._submit(step, task, pixels[rows], [own[i] for i in rows])))
             return Pending(step, drawn, pixels, tickets)
 
@@ -90,9 +90,13 @@ class Scoring:
         prompts, metadata = [each.prompt for each in own], [each.metadata for each in own]
         of = fingerprint(self._identity, pixels, prompts, metadata)
         return self._pool.submit(
-            pixels, prompts, metadata, tuple(self._world.tasks[task].rewards),
+            pixels, prompts, metadata, self._names_of(task),
             known=self._journal.find(step, of), keep=partial(self._journal.add, step, of),
         )  # fmt: skip
+
+    def _names_of(self, task: str) -> tuple[str, ...]:
+        """Of a task's rewards."""
+        return tuple(self._world.tasks[task].rewards)
 
     def let_go(self, pending: Pending) -> None:
         """Nobody will learn of that rollout."""
@@ -105,7 +109,7 @@ class Scoring:
         Raises:
           TooManyFailures: of any process, on all; see `Pool`.
         """
-        drawn, sharding = pending.drawn, batch_sharding(self._mesh)
+        drawn = pending.drawn
 
         def wait() -> dict[str, np.ndarray]:
             seen, own = look(pending.pixels), len(pending.pixels)
@@ -116,12 +120,48 @@ class Scoring:
                     values[rows, self.names.index(name)] = each.values
             return {**seen, EXTRA_TEXT: extra, _VALUES: values}
 
-        seen = dict(gather_rows(together("scores", wait), sharding, len(drawn)))
+        seen = self._gathered(together("scores", wait), len(drawn))
         credit = self._credit(drawn, seen.pop(_VALUES))
-        self._tell_of_nothing(pending.step, bool((credit.valid & ~credit.flat).any()))
-        self._shown = self._first_group(pending, credit)
-        groups = np.array([each.group for each in drawn])
-        return put_replicated(credit, replicated(self._mesh)), metrics(seen, groups)
+        measured = self._measured(pending.step, drawn, pending.pixels, credit, seen)
+        return put_replicated(credit, replicated(self._mesh)), measured
+
+    def finish_within(self, step: int, drawn: Sequence[Drawn], credit: Credit, images: Seen) -> dict[str, float]:
+        """The second half of the same for a rollout that a program has scored: its failures are counted, its images
+        looked at. Waits for that program; of several processes also for whatever their devices were given after it.
+
+        Raises:
+          ValueError: an image is not finite; names its prompt.
+          TooManyFailures: as `finish`.
+        """
+        mine = rows_of(batch_sharding(self._mesh), len(drawn))
+        credit, pixels, finite = fetch(credit), held_rows(images.pixels), held_rows(images.finite)
+
+        def wait() -> dict[str, np.ndarray]:
+            own = [drawn[int(row)] for row in mine]
+            refuse_broken(finite, _named(own))
+            for task, rows in _by_task(own).items():
+                values = {name: credit.values[self.names.index(name), mine[rows]] for name in self._names_of(task)}
+                self._pool.count({name: _scores(each) for name, each in values.items()})
+            return {**look(pixels), EXTRA_TEXT: np.full(len(mine), np.nan)}  # what is traced does not tell what it read
+
+        seen = self._gathered(together("scores", wait), len(drawn))
+        return self._measured(step, drawn, pixels, credit, seen)
+
+    def _gathered(self, own: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+        return dict(gather_rows(own, batch_sharding(self._mesh), size))
+
+    def _measured(
+        self,
+        step: int,
+        drawn: Sequence[Drawn],
+        pixels: UInt8[np.ndarray, "n h w 3"],
+        credit: Credit,
+        seen: Mapping[str, np.ndarray],
+    ) -> dict[str, float]:
+        """How a scored rollout looks; `pixels`: this process's, `seen`: of the whole batch."""
+        self._tell_of_nothing(step, bool((credit.valid & ~credit.flat).any()))
+        self._shown = self._first_group(drawn, pixels, credit)
+        return metrics(seen, np.array([each.group for each in drawn]))
 
     def _tell_of_nothing(self, step: int, learns: bool) -> None:
         """Once, where rewards tell no image from another for long."""
@@ -136,14 +176,14 @@ class Scoring:
         """Of the rollout scored last, this process's first group; nothing before there is one."""
         return {"rollouts": draw_group(*self._shown)} if self._shown else {}
 
-    def _first_group(self, pending: Pending, credit: Credit) -> _Group:
-        mine = rows_of(batch_sharding(self._mesh), len(pending.drawn))
-        first = pending.drawn[int(mine[0])]
-        chosen = np.array([i for i, row in enumerate(mine) if pending.drawn[int(row)].group == first.group])
+    def _first_group(self, drawn: Sequence[Drawn], pixels: UInt8[np.ndarray, "n h w 3"], credit: Credit) -> _Group:
+        mine = rows_of(batch_sharding(self._mesh), len(drawn))
+        first = drawn[int(mine[0])]
+        chosen = np.array([i for i, row in enumerate(mine) if drawn[int(row)].group == first.group])
         asked, values = credit.asked[:, mine[chosen]].T, credit.values[:, mine[chosen]].T
         labels = [self._label(*each) for each in zip(asked, values, strict=True)]
         rank = np.where(credit.valid, credit.advantage, -np.inf)[mine[chosen]]
-        return _Group(first.prompt, pending.pixels[chosen], rank, labels)
+        return _Group(first.prompt, pixels[chosen], rank, labels)
 
     def _label(self, asked: Bool[np.ndarray, " r"], values: Float[np.ndarray, " r"]) -> str:
         said = zip(self.names, asked, values, strict=True)
@@ -189,6 +229,16 @@ class Scoring:
     def close(self) -> None:
         """Give up what is not scored yet."""
         self._pool.close()
+
+
+def _by_task(own: Sequence[Drawn]) -> dict[str, Int[np.ndarray, " k"]]:
+    """Which of these rows each task has."""
+    tasks = dict.fromkeys(each.task for each in own)
+    return {task: np.array([i for i, each in enumerate(own) if each.task == task]) for task in tasks}
+
+
+def _named(drawn: Sequence[Drawn]) -> list[str]:
+    return [f"prompt {each.prompt!r}" for each in drawn]
 
 
 def _scores(values: Float[np.ndarray, " b"]) -> Scores:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards import traced
 from fopd_jax.rewards.advantages import advantages
 from fopd_jax.rewards.combine import Normalise
+from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Traced
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.tasks.task import Task
@@ -31,13 +32,24 @@ class Asked:
     """What scores need of a batch's prompts, rows on the host or on the devices.
 
     `rows`: of each reward; `weights [B, R]`: of each reward for each sample; `asked [B, R]`: whether the sample's task
-    names it; `groups [B]`.
+    names it; `groups [B]`; `task [B]`: which of the tasks it is of, None where there is one alone.
     """
 
     rows: Mapping[str, Tree]
     weights: Float[np.ndarray, "b r"] | Float[Array, "b r"]
     asked: Bool[np.ndarray, "b r"] | Bool[Array, "b r"]
     groups: Int[np.ndarray, " b"] | Int[Array, " b"]
+    task: Int[np.ndarray, " b"] | Int[Array, " b"] | None = None
+
+
+@struct.dataclass
+class Seen:
+    """For the host to look at: `pixels [B, h, w, 3]`, images in uint8 as their rewards saw them; `finite [B]`: whether
+    all of an image was, before it was made bytes.
+    """
+
+    pixels: Any  # Any because tree operations put anything into a leaf
+    finite: Any
 
 
 def is_traceable(world: World) -> bool:
@@ -65,11 +77,14 @@ class TracedScoring:
         """Rows of a batch, on the host."""
         prompts, metadata = [each.prompt for each in drawn], [each.metadata for each in drawn]
         named = [self.tasks[each.task].rewards for each in drawn]
+        tasks = list(self.tasks)
+        numbers = np.array([tasks.index(each.task) for each in drawn], np.int32)
         return Asked(
             rows=traced.prepare(self.rewards, prompts, metadata),
             weights=np.array([[each.get(name, 0.0) for name in self.rewards] for each in named], np.float32),
             asked=np.array([[name in each for name in self.rewards] for each in named]),
             groups=np.array([each.group for each in drawn], np.int32),
+            task=numbers if len(tasks) > 1 else None,
         )
 
     def params(self) -> Tree:
@@ -77,8 +92,8 @@ class TracedScoring:
         decoder = put_replicated(self.decoder.params(), replicated(self.mesh))
         return {"decoder": decoder, "rewards": traced.place(self.rewards, self.mesh)}
 
-    def credit(self, params: Tree, latents: Float[Array, "b h w c"], asked: Asked) -> Credit:
-        """The credit of final latents, traced."""
+    def credit(self, params: Tree, latents: Float[Array, "b h w c"], asked: Asked) -> tuple[Credit, Seen]:
+        """The credit of final latents, and their images, traced."""
         with jax.named_scope("decode"):
             images = self.decoder.make(self.decoding, self.mesh)(params["decoder"], latents)
         with jax.named_scope("rewards"):
@@ -89,7 +104,9 @@ class TracedScoring:
             values, jnp.asarray(asked.weights).T, groups, self.count, cast(Normalise, settings.normalise),
             settings.clip, self.mesh,
         )  # fmt: skip
-        return Credit(found.values, values, jnp.asarray(asked.asked).T, found.valid, found.flat)
+        task = None if asked.task is None else jnp.asarray(asked.task)
+        credit = Credit(found.values, values, jnp.asarray(asked.asked).T, found.valid, found.flat, task)
+        return credit, Seen(to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
 
 
 def make_traced_scoring(

@@ -108,8 +108,13 @@ class Little:
         return _learn(state, rolled, credit, self.names)
 
 
-def make(workdir: Path, functions: Mapping[str, Callable[..., Any] | None], **changes: Any) -> ReinforcementLearning:
-    """The stage on the miniature's text prompts, with rewards of one's own; None: what has that name anyway."""
+def make(
+    workdir: Path, functions: Mapping[str, Callable[..., Any] | None], one: Any = None, **changes: Any
+) -> ReinforcementLearning:
+    """The stage on the miniature's text prompts, with rewards of one's own; None: what has that name anyway.
+
+    `one`: see `ReinforcedPlan`.
+    """
     config = load("miniature_rl", "text:smoke")
     config.tasks = {"text": RewardedTask(rewards=dict.fromkeys(functions, 1.0))}
     config.rewards = {name: RewardConfig(kind=f"{__name__}:{name}_") for name in functions if functions[name]}
@@ -122,7 +127,8 @@ def make(workdir: Path, functions: Mapping[str, Callable[..., Any] | None], **ch
     plan = plan_grpo(config)
     method = Little(tuple(functions), plan.setup.pipeline.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    return ReinforcementLearning(config, workdir, dataclasses.replace(plan, method=lambda base: method), origin)
+    plan = dataclasses.replace(plan, method=lambda base: method, one=one)
+    return ReinforcementLearning(config, workdir, plan, origin)
 
 
 def run(stage: ReinforcementLearning) -> TrainState:

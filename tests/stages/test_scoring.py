@@ -1,19 +1,25 @@
 """From latents to credit: on the host and within a program, against a loop over samples; 1e-6."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.learning import Comparison, Decoding
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.rewards import pool
+from fopd_jax.rewards.pool import TooManyFailures
 from fopd_jax.rewards.reward import Reward, Scores, Traced, collect
+from fopd_jax.running.journal import Journal
 from fopd_jax.stages.scoring import Scoring
 from fopd_jax.stages.traced_scoring import is_traceable, make_traced_scoring
 from fopd_jax.steps.grpo.spec import Credit
@@ -90,13 +96,13 @@ def expected(comparison: Comparison, rows: Sequence[Drawn]) -> dict[str, np.ndar
         members.setdefault(rows[i].group, []).append(i)
     members = {group: each for group, each in members.items() if len(each) > 1}
     valid = sorted(i for each in members.values() for i in each)
-    spread = np.std([totals[i] for i in valid])
+    spreads = {task: np.std([totals[i] for i in valid if rows[i].task == task]) for task in NAMES}
     advantage, flat = np.zeros(15), np.zeros(15, bool)
     for each in members.values():
         of_group = [totals[i] for i in each]
-        by = np.std(of_group) if comparison.normalise == "group" else spread
         for i in each:
             flat[i] = max(of_group) == min(of_group)
+            by = np.std(of_group) if comparison.normalise == "group" else spreads[rows[i].task]
             advantage[i] = 0 if flat[i] else (totals[i] - np.mean(of_group)) / (by + 1e-4)
     advantage = np.clip(advantage, -comparison.clip, comparison.clip)
     return {"advantage": advantage, "values": values, "valid": np.isin(np.arange(15), valid), "flat": flat}
@@ -113,23 +119,67 @@ def check(credit: Credit, comparison: Comparison, rows: Sequence[Drawn]) -> None
     )
 
 
+def one_device() -> Mesh:
+    return make_mesh(MeshShape(), jax.devices()[:1])
+
+
+def make_scoring(folder: Path, comparison: Comparison, most_failed: float = 1.0) -> Scoring:
+    return Scoring(make_world(), one_device(), comparison, most_failed, Journal(folder, 0), "")
+
+
 CASES = [("global", 5.0, False), ("group", 1.2, False), ("global", 5.0, True)]
 
 
 @pytest.mark.parametrize(("normalise", "clip", "merged"), CASES)
-def test_credit_is_a_loops(normalise: str, clip: float, merged: bool) -> None:
+def test_credit_is_a_loops(normalise: str, clip: float, merged: bool, tmp_path: Path) -> None:
     """By pool and by program; where equal prompts are merged the first and third draw are one group."""
-    comparison, rows, mesh = (
-        Comparison(normalise, clip, merged),
-        drawn(merged),
-        make_mesh(MeshShape(), jax.devices()[:1]),
-    )
-    host = Scoring(make_world(), mesh, comparison, most_failed=1.0)
-    check(host.finish(host.begin(jnp.asarray(latents()), rows)), comparison, rows)
-    host.close()
-    scoring = make_traced_scoring(make_world(), mesh, comparison, Decoding(), count=5)
-    credit = jax.jit(scoring.credit)(scoring.params(), jnp.asarray(latents()), scoring.ask(rows))
+    comparison, rows, mesh = Comparison(normalise, clip, merged), drawn(merged), one_device()
+    with contextlib.closing(make_scoring(tmp_path, comparison)) as host:
+        credit, looks = host.finish(host.begin(0, jnp.asarray(latents()), rows))
+        pictures = host.picture()
     check(credit, comparison, rows)
+    scoring = make_traced_scoring(make_world(), mesh, comparison, Decoding(), count=5)
+    found, seen = jax.jit(scoring.credit)(scoring.params(), jnp.asarray(latents()), scoring.ask(rows))
+    check(found, comparison, rows)
+    np.testing.assert_array_equal(found.task, credit.task)
+    np.testing.assert_array_equal(found.task, np.array(TASKS) == "counting")
+    with contextlib.closing(make_scoring(tmp_path, comparison)) as host:
+        assert host.finish_within(0, rows, found, seen) == looks
+        np.testing.assert_array_equal(host.picture()["rollouts"], pictures["rollouts"])
+
+
+def test_what_a_program_could_not_score_is_counted_as_what_the_host_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red is asked of 15 images a step, the first task's 9 first."""
+    monkeypatch.setattr(pool, "LEAST", 24)
+    scoring = make_traced_scoring(make_world(), one_device(), Comparison(), Decoding(), count=5)
+    rows = drawn(merged=False)
+    found, seen = jax.jit(scoring.credit)(scoring.params(), jnp.asarray(latents()), scoring.ask(rows))
+    errors = []
+    for within in (False, True):
+        with contextlib.closing(make_scoring(tmp_path, Comparison(), most_failed=0.1)) as host:
+            steps = (
+                (lambda step: host.finish_within(step, rows, found, seen)) if within
+                else (lambda step: host.finish(host.begin(step, jnp.asarray(latents()), rows)))
+            )  # fmt: skip
+            steps(0)  # these are too few to count
+            with pytest.raises(TooManyFailures, match=r"rewards\.red: 12% of its last 24 scores failed") as error:
+                steps(1)
+            errors.append(str(error.value).partition(", most often")[0])
+    assert errors[0] == errors[1]
+
+
+def test_an_image_of_a_program_that_is_not_finite_is_refused_by_its_prompt(tmp_path: Path) -> None:
+    scoring, x = make_traced_scoring(make_world(), one_device(), Comparison(), Decoding(), count=5), latents()
+    x[10, 2, 1, 1] = np.inf
+    rows = drawn(merged=False)
+    found, seen = jax.jit(scoring.credit)(scoring.params(), jnp.asarray(x), scoring.ask(rows))
+    with contextlib.closing(make_scoring(tmp_path, Comparison())) as host:
+        with pytest.raises(ValueError, match="images: 1 of 15 are not finite, the first of prompt 'c'"):
+            host.finish_within(0, rows, found, seen)
+        with pytest.raises(ValueError, match="images: 1 of 15 are not finite, the first of prompt 'c'"):
+            host.begin(0, jnp.asarray(x), rows)
 
 
 def test_what_cannot_be_traced_is_told() -> None:
@@ -139,6 +189,6 @@ def test_what_cannot_be_traced_is_told() -> None:
     rewards = {**world.rewards, "blue": dataclasses.replace(world.rewards["blue"], traced=None)}
     world = dataclasses.replace(world, rewards=rewards)
     assert not is_traceable(world)
-    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    mesh = one_device()
     with pytest.raises(ValueError, match=r"rewards\.blue: has no form within a program"):
         make_traced_scoring(world, mesh, Comparison(), Decoding(), 5)

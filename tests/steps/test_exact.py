@@ -151,8 +151,8 @@ def _grpo(case: Case, optimizer: Any) -> list[float]:
     )  # fmt: skip
     credit = put_replicated(credit, replicated(parts.mesh))
     if case.form == "one":
-        places = update.trained.places, replicated(parts.mesh)
-        step = make_step(update.pieces, optimizer, config.ema, lambda scorers, latents, prompts: credit, places)
+        places = update.trained.places, *[replicated(parts.mesh)] * 3
+        step = make_step(update.pieces, optimizer, config.ema, lambda scorers, latents, prompts: (credit, ()), places)
         metrics = step(base, {}, state, parts.conditioning, {})[1]
         assert float(metrics["grad_norm"]) > 0
         return [float(metrics["off_policy"])]

@@ -135,34 +135,38 @@ def metric_names(rewards: tuple[str, ...], tasks: Tasks = NO_TASKS) -> tuple[str
     return (*terms, *credit_names(rewards, tasks), "grad_norm", "skipped")
 
 
-Score = Callable[[Tree, Array, Tree], Credit]
-"""`(what rewards and decoder need, final latents, what they need of the prompts) → credit`, traced."""
+Score = Callable[[Tree, Array, Tree], tuple[Credit, Tree]]
+"""`(what rewards and decoder need, final latents, what they need of the prompts) → (credit, seen)`, traced; `seen` is
+returned as it is, `[B, …]`."""
+Step = Callable[[Base, Tree, TrainState, Conditioning, Tree], tuple[TrainState, Metrics, Credit, Tree]]
+"""`(base, scorers, state, conditioning, prompts) → (state, metrics, credit, seen)`; the state is donated."""
 
 
 def make_step(
     pieces: Pieces, optimizer: optax.GradientTransformation, ema: EMA, score: Score, placed: Any = None
-) -> Callable[[Base, Tree, TrainState, Conditioning, Tree], tuple[TrainState, Metrics]]:
-    """Everything as one jitted program: `step(base, scorers, state, conditioning, prompts) → (state, metrics)`."""
+) -> Step:
+    """Everything as one jitted program; `placed`: shardings of what it returns."""
     spec = pieces.spec
     passes = make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
     scores = np.arange(len(passes.part)) == spec.parts
 
     def step(
         base: Base, scorers: Tree, state: TrainState, conditioning: Conditioning, prompts: Tree
-    ) -> tuple[TrainState, Metrics]:
-        def pass_(carry: tuple[Progress, Credit], turn: tuple[Pass, Array]) -> tuple[Any, Seen]:
-            (progress, credit), (each, now) = carry, turn
-            credit = jax.lax.cond(now, lambda: score(scorers, progress[1].x, prompts), lambda: credit)
-            progress, seen = go(pieces, optimizer, base, progress, conditioning, credit, each)
-            return (progress, credit), seen
+    ) -> tuple[TrainState, Metrics, Credit, Tree]:
+        def pass_(carry: tuple[Progress, tuple[Credit, Tree]], turn: tuple[Pass, Array]) -> tuple[Any, Seen]:
+            (progress, scored), (each, now) = carry, turn
+            scored = jax.lax.cond(now, lambda: score(scorers, progress[1].x, prompts), lambda: scored)
+            progress, seen = go(pieces, optimizer, base, progress, conditioning, scored[0], each)
+            return (progress, scored), seen
 
         with activation_rules(pieces.groups.mesh):
-            size = jax.tree.leaves(conditioning)[0].shape[0]
-            credit = Credit.none(len(spec.rewards), size, len(spec.tasks))
             progress = (state, *begin(pieces, base, state, conditioning))
-            (progress, credit), seen = jax.lax.scan(pass_, (progress, credit), (passes, scores))
+            shapes = jax.eval_shape(score, scorers, progress[1].x, prompts)
+            credit, images = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            scored = credit, pieces.groups.rows(images)
+            (progress, (credit, images)), seen = jax.lax.scan(pass_, (progress, scored), (passes, scores))
             seen = jax.tree.map(lambda leaf: leaf[spec.parts :], seen)
-            return end(pieces, ema, progress[0], credit, seen)
+            return *end(pieces, ema, progress[0], credit, seen), credit, images
 
     return jax.jit(step, donate_argnums=2, out_shardings=placed)
 

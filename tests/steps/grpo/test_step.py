@@ -150,14 +150,16 @@ def test_one_program_makes_the_hosts_update() -> None:
     spec = make_spec(PolicyGradient(clip=1e-3, kl_beta=0.1), updates_per_rollout=3, minibatches=3, micro_batches=2)
     host = Host(spec, optax.sgd(0.05), EMA(every=1))
 
-    def score(scorers: Any, latents: jax.Array, prompts: jax.Array) -> Credit:
-        return compared(jnp.where(prompts, jnp.nan, scorers * latents.mean((1, 2, 3))))
+    def score(scorers: Any, latents: jax.Array, prompts: jax.Array) -> tuple[Credit, jax.Array]:
+        return compared(jnp.where(prompts, jnp.nan, scorers * latents.mean((1, 2, 3)))), latents
 
     step = make_step(host.pieces, host.optimizer, host.ema, score)
     conditioning, failing = jax.tree.map(jnp.asarray, grouped()), jnp.arange(SIZE) == 4
-    one, metrics = step(base(), jnp.float32(3.0), host.start(), conditioning, failing)
+    one, metrics, found, seen = step(base(), jnp.float32(3.0), host.start(), conditioning, failing)
     state, rolled = host.roll_out(host.start(), conditioning)
-    credit = jax.jit(score)(jnp.float32(3.0), rolled[0].x, failing)
+    credit, _ = jax.jit(score)(jnp.float32(3.0), rolled[0].x, failing)
+    np.testing.assert_allclose(seen, rolled[0].x, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.advantage, credit.advantage, rtol=1e-5, atol=1e-5)
     two, expected, _ = host.learn(state, rolled, conditioning, credit)
     for name in ("trained", "ema"):
         changes = [jax.tree.map(jnp.subtract, getattr(each, name), STUDENT) for each in (one, two)]
@@ -169,7 +171,7 @@ def test_one_program_makes_the_hosts_update() -> None:
     for name in metrics:
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
     assert int(one.step) == int(two.step) == 1
-    one, _ = step(base(), jnp.float32(3.0), one, conditioning, failing)
+    one, *_ = step(base(), jnp.float32(3.0), one, conditioning, failing)
     assert step._cache_size() == 1
 
 
