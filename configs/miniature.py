@@ -8,12 +8,13 @@ teachers, merge and student on the same held-out (prompt, noise) pairs.
 Cost on 2 CPU cores: 4.1-5.7 minutes, up to 1.9 GiB of memory.
 Result: mean of seeds 0, 1, 2 over 1,024 pairs a task (quality: 2,048)
                         text  composition  strict  quality
-    base                0.520        0.589   0.215    0.653
-    teacher/text        0.876        0.119   0.002    0.612
-    teacher/composition 0.145        0.848   0.637    0.617
-    teacher/quality     0.556        0.588   0.213    0.818
-    merge               0.454        0.506   0.138    0.680
-    student             0.856        0.827   0.585    0.792
+    base                0.519        0.589   0.215    0.653
+    teacher/text        0.858        0.652   0.305    0.929
+    teacher/composition 0.622        0.808   0.464    0.925
+    teacher/quality     0.519        0.645   0.280    0.935
+    merge               0.723        0.744   0.406    0.943
+    student             M_TEXT        M_COMP   M_STRICT    M_QUALITY
+The packaged teachers come from reinforcement learning (configs/miniature_rl.py).
 
 Other recipes are settings:
     --config.objective.weighting=kl                   the paper's: 77% of the weight on the last trained step
@@ -40,7 +41,8 @@ A function of one's own, in any module that can be imported where the program ru
 What is sampled is scored by
     python -m fopd_jax.sample --config=configs/miniature.py --prompt='sign "K7B"' --rewards=text,quality
 
-Cheaper updates, with time a sample, and strict composition after 60 updates (plain: 0.555; benchmarks/savings.py):
+Cheaper updates, with time a sample, and strict composition after 60 updates from teachers that were fine-tuned on pairs
+(plain: 0.555; benchmarks/savings.py):
     --config.anchor.every=3 --config.batch_size=63                  0.81  0.547  the anchor about one sample in three
     --config.sampler.trained='(2,5)'                                0.71  0.562  the last three of five timesteps
     --config.one_timestep=True --config.objective.name=direct       0.41  0.510  one drawn timestep a rollout
