@@ -113,10 +113,8 @@ def check_rewarded(names: Collection[str], world: World) -> None:
 
 def make_scoring(config: Reinforced | OPD, pipeline: Pipeline, journal: Journal) -> Scoring:
     """Of the rollouts of a config's tasks, by their rewards; `journal`: keeps what they said."""
-    most = config.run.max_failed_rewards
-    return Scoring(
-        _narrowed(pipeline.world, config), pipeline.mesh, config.advantages, most, journal, config_hash(config)
-    )
+    world, most = _narrowed(pipeline.world, config), config.run.max_failed_rewards
+    return Scoring(world, pipeline.mesh, config.advantages, config.decoding, most, journal, config_hash(config))
 
 
 def _narrowed(world: World, config: Reinforced | OPD) -> World:

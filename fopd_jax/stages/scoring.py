@@ -1,18 +1,21 @@
 """From a rollout's latents to each sample's credit, on the host: decoded, scored in the background, compared."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from fopd_jax.config.learning import Comparison
-from fopd_jax.evaluation.sampler import check_finite, refuse_broken
+from fopd_jax.config.learning import Comparison, Decoding
+from fopd_jax.evaluation.sampler import refuse_broken
 from fopd_jax.parallel.agreement import together
-from fopd_jax.parallel.distributed import fetch, gather_rows, held_rows, put_replicated, rows_of, warn
+from fopd_jax.parallel.distributed import fetch, gather_rows, held_rows, put_replicated, rows_of, spread, warn
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.rewards.combine import Normalise, combine
 from fopd_jax.rewards.monitors import EXTRA_TEXT, extra_text_of
@@ -28,6 +31,8 @@ from fopd_jax.worlds.world import World
 
 IDLE = 10
 """Steps without a difference to learn from, after which that is told."""
+LIMIT_S = 1800.0
+"""That a reward may take for a rollout of one task: as long as a step may, before the watchdog speaks."""
 _VALUES = "values"
 
 
@@ -50,6 +55,29 @@ class _Group(NamedTuple):
     labels: Sequence[str]
 
 
+def make_pictures(world: World, mesh: Mesh, decoding: Decoding) -> Callable[[Array], tuple[Array, Array]]:
+    """`latents [B, h, w, c] → images as bytes [B, H, W, 3], and whether all of each was finite [B]`: each device's own.
+
+    Raises:
+      ValueError: the world has no decoder within a program.
+    """
+    if world.decoder is None:
+        raise ValueError("decoding: the world has no decoder that programs can hold")
+    decode = world.decoder.make(decoding, mesh)
+
+    @jax.jit
+    def draw(params: Any, latents: Array) -> tuple[Array, Array]:
+        images = decode(params, latents)
+        return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+
+    @functools.cache
+    def params() -> Any:
+        assert world.decoder is not None
+        return spread(world.decoder.params(), mesh)
+
+    return lambda latents: draw(params(), latents)
+
+
 class Scoring:
     """Scores rollouts of a world's tasks by the rewards that these name, and compares them within their groups.
 
@@ -58,14 +86,22 @@ class Scoring:
     """
 
     def __init__(
-        self, world: World, mesh: Mesh, comparison: Comparison, most_failed: float, journal: Journal, identity: str
+        self,
+        world: World,
+        mesh: Mesh,
+        comparison: Comparison,
+        decoding: Decoding,
+        most_failed: float,
+        journal: Journal,
+        identity: str,
     ) -> None:
         self._world, self._mesh, self._comparison = world, mesh, comparison
+        self._pictures = make_pictures(world, mesh, decoding)
         self._journal, self._identity, self._idle = journal, identity, 0
         self._shown: _Group | None = None
         self.names = tuple(dict.fromkeys(name for task in world.tasks.values() for name in task.rewards))
         rewards = {name: world.rewards[name] for name in self.names}
-        self._pool = Pool(rewards, most_failed=most_failed, outstanding=2 * len(world.tasks))
+        self._pool = Pool(rewards, most_failed=most_failed, outstanding=2 * len(world.tasks), limit=LIMIT_S)
 
     def begin(self, step: int, latents: Array, drawn: Sequence[Drawn]) -> Pending:
         """Decode a step's rollout, and begin to score it; waits until the latents are there.
@@ -75,11 +111,12 @@ class Scoring:
         """
         mine = rows_of(batch_sharding(self._mesh), len(drawn))
 
+        decoded, finite = self._pictures(latents)  # on every process's devices, before any waits for another
+
         def submit() -> Pending:
-            images = self._world.decode(held_rows(latents))
+            pixels, tickets = held_rows(decoded), []
             own = [drawn[int(row)] for row in mine]
-            check_finite(images, _named(own))
-            pixels, tickets = to_pixels(images), []
+            refuse_broken(held_rows(finite), _named(own))
             for task, rows in _by_task(own).items():
                 tickets.append((rows, self._submit(step, task, pixels[rows], [own[i] for i in rows])))
             return Pending(step, drawn, pixels, tickets)

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from fopd_jax.config.learning import Comparison, Decoding
-from fopd_jax.parallel.distributed import put_replicated
-from fopd_jax.parallel.sharding import replicated
+from fopd_jax.parallel.distributed import spread
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards import traced
 from fopd_jax.rewards.advantages import advantages
@@ -89,7 +88,7 @@ class TracedScoring:
 
     def params(self) -> Tree:
         """What decoder and rewards compute with, on every device."""
-        decoder = put_replicated(self.decoder.params(), replicated(self.mesh))
+        decoder = spread(self.decoder.params(), self.mesh)
         return {"decoder": decoder, "rewards": traced.place(self.rewards, self.mesh)}
 
     def credit(self, params: Tree, latents: Float[Array, "b h w c"], asked: Asked) -> tuple[Credit, Seen]:

@@ -124,7 +124,7 @@ def one_device() -> Mesh:
 
 
 def make_scoring(folder: Path, comparison: Comparison, most_failed: float = 1.0) -> Scoring:
-    return Scoring(make_world(), one_device(), comparison, most_failed, Journal(folder, 0), "")
+    return Scoring(make_world(), one_device(), comparison, Decoding(), most_failed, Journal(folder, 0), "")
 
 
 CASES = [("global", 5.0, False), ("group", 1.2, False), ("global", 5.0, True)]
