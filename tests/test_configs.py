@@ -238,7 +238,7 @@ FROM_FILE = {
     "eval.final_samples", "run.eval_every", "run.attention", "tasks.text.teacher", "tasks.text.guidance",
     "tasks.composition.teacher", "tasks.composition.guidance", "anchor.name", "anchor.adapter", "anchor.guidance",
     "guidance", "cold_start.weights.text", "cold_start.weights.composition", "cold_start.weights.quality",
-    "sampler.num_steps", "objective.weighting", "objective.mar_beta",
+    "sampler.num_steps", "objective.weighting",
 }  # fmt: skip
 
 
