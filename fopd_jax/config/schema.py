@@ -352,13 +352,13 @@ class Objective(Section):
     reward: str = setting(
         "kl", "The teachers'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
     )
-    teacher_weight: float = setting(1.0, "Of 'mixed': what the teachers' reward counts.", at_least(0, 1e6))
-    task_weight: float = setting(1.0, "Of 'mixed': λ, what the tasks' advantage counts.", at_least(0, 1e6))
     weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
     clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0, NO_LIMIT), "[paper] 1e-4")
     reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0, NO_LIMIT), "[code] 5")
     mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0, 1000), "[paper] 0.02; [code] 0.04")
     window_only: bool = setting(False, "'direct' trains noisy steps only, as 'clipped' always does.")
+    teacher_weight: float = setting(1.0, "Of 'mixed': what the teachers' reward counts.", at_least(0, 1e6))
+    task_weight: float = setting(1.0, "Of 'mixed': λ, what the tasks' advantage counts.", at_least(0, 1e6))
 
 
 @dataclasses.dataclass

@@ -16,7 +16,6 @@ from fopd_jax.parallel.distributed import barrier, is_main, warn
 from fopd_jax.performance.flops import Update
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.resources import room_for
-from fopd_jax.stages.pipeline import check_base
 from fopd_jax.stages.rewards import check_prompts
 from fopd_jax.stages.setup import Setup
 from fopd_jax.stages.trained import Trained
@@ -59,7 +58,6 @@ def check_plan(plan: Plan, config: Config, workdir: Path) -> None:
       ValueError: names the field or folder.
     """
     run, world = config.run, plan.setup.pipeline.world
-    check_base(config.model, plan.setup.pipeline)
     if unknown := sorted(run.alarms.keys() - set(plan.metrics)):
         raise ValueError(f"run.alarms: no metric {unknown[0]!r}, expected some of {', '.join(sorted(plan.metrics))}")
     check_best(run, plan.setup)

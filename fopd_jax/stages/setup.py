@@ -27,7 +27,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards.registry import close_all
 from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.cards import base_hash
-from fopd_jax.stages.pipeline import Pipeline, make_pipeline
+from fopd_jax.stages.pipeline import Pipeline, check_base, make_pipeline
 from fopd_jax.stages.rewards import furnish
 from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
 from fopd_jax.tasks.task import Task
@@ -94,6 +94,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
       ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
+    check_base(config.model, pipeline)  # first: a damaged base is nobody's
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
     trains = trains_on_rewards(config)  # also on those of tasks that are not evaluated
     others = {name for task in config.tasks.values() for name in task.rewards if trains}

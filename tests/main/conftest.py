@@ -56,4 +56,4 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(opd_step, "fused", traced)
     monkeypatch.setattr(opd_step, "replay", traced)
-    monkeypatch.setattr(sampler, "sample_final", traced)
+    monkeypatch.setattr(sampler, "solve", traced)

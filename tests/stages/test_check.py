@@ -116,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"run.keep_best": "max:text", "run.eval_every": 0}, r"run\.keep_best: found 'max:text', which needs evaluations"),
     ({"run.keep_best": "max:composition", "eval.tasks": ("text",)}, r"run\.keep_best: .* one of text, quality$"),
     ({"model.path": "pyproject.toml"}, r"model\.path: pyproject\.toml: damaged"),
-    ({"adapter.rank": 97}, r"adapter\.rank: found 97, but the merged layers have rank 96 at most"),
+    ({"adapter.rank": 49}, r"adapter\.rank: found 49, but the merged layers have rank 48 at most"),
     ({"tasks.text.teacher": "nowhere"}, r"tasks\.text\.teacher: nowhere: no such file"),
     ({"tasks.text.rewards": {"txt": 1.0}}, r"rewards\.txt\.kind: no reward 'txt'; did you mean 'text'\?"),
     ({"rewards": {"txt": RewardConfig()}}, r"rewards\.txt: no task names this reward; did you mean 'text'\?"),
