@@ -289,10 +289,10 @@ class RoutedTask(Section):
     weight: float = setting(
         1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
     )
+    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
     schedule: dict[str, float] = setting(
         {}, "Other weights from a step on: {'100': 0.5}; a curriculum.", rules.SCHEDULE, open_names=True
     )
-    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
 
 
 @dataclasses.dataclass

@@ -3,9 +3,11 @@
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fopd_jax.config.learning import GRPO, ForwardRL, RewardedTask
+from fopd_jax.config.load import load_config
 from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Server
 from fopd_jax.config.section import Section
 
@@ -54,3 +56,18 @@ def _walk(stage: str, kind: type, path: str) -> Iterator[tuple[Field, type | Non
 EVERY = [found for stage, kind in STAGES.items() for found in _walk(stage, kind, "")]
 LEAVES = [field for field, holds in EVERY if holds is None]
 GROUPS = [field for field, holds in EVERY if holds is not None]
+
+
+OWN, DRIFT = Pairs(share=0.75, degraded=0.2), Pairs(share=0.25, wrong_caption=1.0, degraded=1.0)
+TEACHERS = {"text": {"text": OWN, "composition": DRIFT}, "composition": {"text": DRIFT, "composition": OWN}}
+
+
+def as_then(which: str) -> Any:
+    """A config file's config, not frozen, with what its experiment has changed since the version before undone."""
+    name, _, variant = which.partition(":")
+    config: Any = load_config(Path(__file__).parents[2] / "configs" / f"{name}.py", variant)
+    if name == "miniature":
+        config.objective.mar_beta = 0.05
+    if name == "miniature_teacher" and variant in TEACHERS:
+        config.tasks = dict(TEACHERS[variant])
+    return config

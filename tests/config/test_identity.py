@@ -9,11 +9,10 @@ import pytest
 
 from fopd_jax.config import parse, schema
 from fopd_jax.config.identity import config_hash, default_of, fields_hash, identity, left_out, normalise
-from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import find, flatten, override, resolve, thaw
 from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask
 from fopd_jax.config.section import setting
-from tests.config.fields import LEAVES, STAGES, valid
+from tests.config.fields import LEAVES, STAGES, as_then, valid
 
 EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text())
 EXTENDABLE = (  # of the version before: left out of its identity
@@ -58,8 +57,7 @@ def earlier_identity(which: str) -> dict[str, Any]:
 
 
 def today(which: str) -> Any:
-    name, _, variant = which.partition(":")
-    return resolve(load_config(Path(__file__).parents[2] / "configs" / f"{name}.py", variant))
+    return resolve(as_then(which))
 
 
 # ---- what is in it

@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fopd_jax.config.identity import left_out
-from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import RENAMED, assign, current_name, find, flatten, override, resolve
 from fopd_jax.config.schema import Config, RoutedTask
-from tests.config.fields import EVERY, LEAVES, STAGES, valid
+from tests.config.fields import EVERY, LEAVES, STAGES, as_then, valid
 
 EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text())
 """Every field of each config of the version before, by its name then, and the config's hash then."""
@@ -118,8 +116,7 @@ def test_renamed_fields_are_none_of_today_and_become_some():
 
 @pytest.mark.parametrize("which", EARLIER)
 def test_every_field_of_the_version_before_is_a_field_of_today(which: str):
-    name, _, variant = which.partition(":")
-    config: Any = load_config(Path(__file__).parents[2] / "configs" / f"{name}.py", variant)
+    config = as_then(which)
     fields = EARLIER[which]["fields"]
     assert len(fields) >= 49
     changed = override(config, fields)  # each is there
@@ -131,8 +128,7 @@ def test_every_field_of_the_version_before_is_a_field_of_today(which: str):
 
 @pytest.mark.parametrize("which", EARLIER)
 def test_configs_mean_what_they_meant_in_the_version_before(which: str):
-    name, _, variant = which.partition(":")
-    config = resolve(load_config(Path(__file__).parents[2] / "configs" / f"{name}.py", variant))
+    config = resolve(as_then(which))
     flat = flatten(config)
     before = {current_name(field): value for field, value in EARLIER[which]["fields"].items()}
     means = {field: left_out("opd", field) if flat.get(field) is None else flat[field] for field in before}
