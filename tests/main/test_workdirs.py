@@ -16,6 +16,7 @@ from fopd_jax.running import lock, workdir
 from fopd_jax.worlds.miniature.pairs import Renderings
 from fopd_jax.worlds.miniature.world import make_world
 from fopd_jax.worlds.prompt_stream import PromptStream
+from tests.config.fields import as_then
 from tests.configs import load, prepare
 from tests.main import earlier
 from tests.main.experiment import Overrides, assert_refused, snapshot
@@ -87,13 +88,13 @@ def test_what_is_compiled_in_preparation_is_found_by_the_next_workdir(
 
 # ---- of the version before
 
-CONFIGS = {"miniature": ("miniature",), "miniature_teacher": ("miniature_teacher", "text")}
+CONFIGS = {"miniature": "miniature", "miniature_teacher": "miniature_teacher:text"}
 FIELDS = {"miniature": earlier.MINIATURE, "miniature_teacher": earlier.MINIATURE_TEACHER}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_experiment_goes_on_under_the_hash_that_it_has(name: str, tmp_path: Path):
-    config, folder = load(*CONFIGS[name]), tmp_path / "run"
+    config, folder = as_then(CONFIGS[name]), tmp_path / "run"
     earlier.write(folder, FIELDS[name])
     before = snapshot(folder)
     for changes in ({}, {"run.steps": 9, "run.remat": "dots", "run.reduce_once": ()}):
@@ -134,7 +135,7 @@ def test_another_experiment_is_refused_with_both_values(
     saved(folder)
     before = snapshot(folder)
     with pytest.raises(ValueError, match="belongs to another config") as error:
-        workdir.check(folder, identity(resolve(override(load(*CONFIGS[name]), here))))
+        workdir.check(folder, identity(resolve(override(as_then(CONFIGS[name]), here))))
     _, line = str(error.value).splitlines()  # what differs, and nothing else
     assert line.strip().startswith(expected)
     assert snapshot(folder) == before
@@ -145,7 +146,7 @@ def test_a_task_less_is_another_experiment(tmp_path: Path):
     earlier.write(tmp_path / "run", fields)
     saved(tmp_path / "run")
     with pytest.raises(ValueError, match=r"tasks: \['composition'\] there, \['composition', 'text'\] here"):
-        workdir.check(tmp_path / "run", identity(resolve(load())))
+        workdir.check(tmp_path / "run", identity(resolve(as_then("miniature"))))
 
 
 def test_what_is_drawn_stays_what_it_was():
@@ -162,7 +163,7 @@ def test_what_is_drawn_stays_what_it_was():
             ("text", 'sign "7ZZ"'),
         ]
         np.testing.assert_array_equal(stream.batch(7).route[:12], [0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0])
-    teacher = resolve(load("miniature_teacher", "text"))
+    teacher = resolve(as_then("miniature_teacher:text"))
     world, (size, empty) = make_world(), (teacher.batch_size, teacher.empty_caption)
     images = Renderings(world.tasks, world.encode, teacher.tasks, size, empty, 0).batch(7, np.arange(size))["x0"]
     expected = [-0.8188242316246033, 0.8185185194015503, -0.7666667103767395, -0.7851852178573608]
