@@ -91,10 +91,11 @@ def test_where_the_file_is_silent_the_papers_is_assumed_with_one_line(tmp_path: 
         path = _write(tmp_path / "a.safetensors", packaged, **said)
         assert plan_opd(_config(path)).update.pieces.spec.teacher_guidance == (1.0, PAPER_GUIDANCE, 1.0)
         assert _warnings(capsys) == [f"warning: tasks.text.teacher: {path} {SILENT} {TEXT}"]
-    config = _config(path, **{"anchor.guidance": None, TEXT: 1.0})
+    config = _config(path, **{"anchor.guidance": None, "anchor.adapter": path, TEXT: 1.0})
     assert settled(config).anchor.guidance == PAPER_GUIDANCE
-    anchor = f"warning: anchor.adapter: packaged:teacher_quality.safetensors {SILENT} anchor.guidance"
-    assert _warnings(capsys) == [anchor]
+    assert _warnings(capsys) == [f"warning: anchor.adapter: {path} {SILENT} anchor.guidance"]
+    assert settled(resolve(load(**{"anchor.guidance": None}))).anchor.guidance == 1.0  # the packaged one says it
+    assert not _warnings(capsys)
 
 
 def test_a_config_that_says_another_is_followed_and_told(tmp_path: Path, packaged: Adapter, capsys: Any):
@@ -112,7 +113,7 @@ def test_a_config_that_says_another_is_followed_and_told(tmp_path: Path, package
 def test_one_who_teaches_and_anchors_is_told_of_both(tmp_path: Path, packaged: Adapter, capsys: Any):
     path = _write(tmp_path / "a.safetensors", packaged, guidance=2.0)
     changes = {"anchor.name": "text", "anchor.adapter": path, "anchor.guidance": 3.0, TEXT: 1.0}
-    plan_opd(_config(path, **changes, **{"cold_start.weights": {"text": 1.0}}))
+    plan_opd(_config(path, **changes, **{"cold_start.method": "none", "cold_start.weights": {}}))
     told = f"warning: tasks.text.teacher: {path} is for guidance 2, but"
     assert _warnings(capsys) == [f"{told} tasks.text.guidance is 1", f"{told} anchor.guidance is 3"]
 
