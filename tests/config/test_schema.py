@@ -192,6 +192,14 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
     "empty_caption": PROBABILITY,
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
+    "tasks.x.schedule": ([{"0": 1.0}, {"1": -1e-9}, {"1": 1.1e6}], [{}, {"1": 0.0}, {"7": 0.5, "1000000000": 1e6}]),
+    "objective.teacher_weight": ([-1e-9, 1.1e6], [0.0, 1.0, 1e6]),
+    "objective.task_weight": ([-1e-9, 1.1e6], [0.0, 1.0, 1e6]),
+    "advantages.normalise": (["batch", ""], ["global", "group", "each"]),
+    "advantages.clip": ([0.0, -1.0, 1.1e30], [1e-6, 5.0, 1e30]),
+    "decoding.batch_size": ([0, -1, 2**20 + 1], [1, 2**20]),
+    "decoding.dtype": (["float16", ""], ["float32", "bfloat16"]),
+    "lag": ([-1, 2], [0, 1]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
         ["", "ocr", "clip-score", "a:f", "a.b_c.d2:_f"],
@@ -210,7 +218,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
-    "rewards.x.options", "run.servers.x.token_file",
+    "rewards.x.options", "run.servers.x.token_file", "advantages.merge_equal_prompts",
 }  # fmt: skip
 
 
