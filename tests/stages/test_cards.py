@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.adapters.card import AdapterCard
-from fopd_jax.adapters.lora import Adapter
+from fopd_jax.adapters.lora import Adapter, rank_of
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten, override, resolve
 from fopd_jax.config.schema import PAPER_GUIDANCE, Model
@@ -293,7 +293,8 @@ def test_a_stage_says_how_to_use_what_it_trained(
     assert card is not None
     assert card.fields() == expected | {
         "resolution": [24, 24], "eval_steps": 10, "preset": "miniature", "base": own_hash,
-        "rank": 32, "alpha": 32 * packaged.scale, "targets": ["attn"], "updates": 3, "scores": {"text": 0.25},
+        "rank": rank_of(packaged), "alpha": rank_of(packaged) * packaged.scale, "targets": ["attn"],
+        "updates": 3, "scores": {"text": 0.25},
         "scored_at": 2, "config": config.name, "config_hash": config_hash(config), "version": "0.1.0",
     }  # fmt: skip
     assert card.scale == packaged.scale == load_adapter(path)[0].scale
