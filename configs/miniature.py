@@ -13,7 +13,7 @@ Result: mean of seeds 0, 1, 2 over 1,024 pairs a task (quality: 2,048)
     teacher/composition 0.622        0.808   0.464    0.925
     teacher/quality     0.519        0.645   0.280    0.935
     merge               0.723        0.744   0.406    0.943
-    student             M_TEXT        M_COMP   M_STRICT    M_QUALITY
+    student             0.856        0.806   0.457    0.928
 The packaged teachers come from reinforcement learning (configs/miniature_rl.py).
 
 Other recipes are settings:

@@ -158,7 +158,8 @@ def test_a_workdir_of_the_version_before_is_continued(program: Program, whole: P
     """Its checkpoints bear the hash of all of its fields; finished and extended by the
     folder alone it ends as a workdir of today.
     """
-    fields, folder = earlier.tiny_identity(program.overrides), program.folder / "continued"
+    since = {"objective.mar_beta": 0.02}  # what the experiment has changed since
+    fields, folder = earlier.tiny_identity(program.overrides | since), program.folder / "continued"
     earlier.write(folder, fields)
     config = (folder / "config.json").read_bytes()
     alone = [sys.executable, "-m", "fopd_jax.main", f"--workdir={folder}", f"--config.run.steps={STEPS}"]

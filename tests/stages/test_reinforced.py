@@ -250,7 +250,7 @@ def test_too_many_failures_end_the_run_by_name_and_are_asked_again_by_the_next(
             raise ConnectionError("the judge is away")
         return images.mean((1, 2, 3))
 
-    stage = make(tmp_path / "run", {"quick": breaks, "dear": (judge := Judge())}, max_failed_rewards=0.24)
+    stage = make(tmp_path / "run", {"quick": breaks, "dear": (judge := Judge(3))}, max_failed_rewards=0.24)
     with pytest.raises(TooManyFailures, match=r"rewards\.quick: 25% of its last 32 .*judge is away") as error:
         run(stage)
     assert (fault := explain(error.value)) is not None
