@@ -172,6 +172,11 @@ def sample_keys(rng: Key[Array, ""], num_steps: int, batch: int) -> Key[Array, "
     return jax.vmap(of_sample, in_axes=(None, 0))(jnp.arange(batch), jnp.arange(num_steps))
 
 
+def starting_keys(keys: Key[Array, "t b"], group: int) -> Key[Array, " b"]:
+    """Of `sample_keys` those of the noises that samples start from: `group` neighbours have the first one's."""
+    return keys[0] if group == 1 else keys[0, np.arange(keys.shape[1]) // group * group]
+
+
 def noise_window(num_steps: int, start: int, stop: int) -> Bool[np.ndarray, "t"]:
     """True for the steps `start <= t < stop` that are sampled with noise (Flow-GRPO-Fast: 2-3 in the first half).
 

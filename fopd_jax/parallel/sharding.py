@@ -147,3 +147,17 @@ def check_batch(field: str, size: int, mesh: AnyMesh) -> None:
     ways = batch_ways(mesh)
     if size < 1 or size % ways:
         raise ValueError(f"{field}: found {size}, expected a multiple of {ways} (mesh axes data x fsdp)")
+
+
+def check_parted(batch_size: int, parts: int, micro_batches: int, mesh: AnyMesh) -> None:
+    """Refuse parts of a batch that cannot be split evenly, either.
+
+    Raises:
+      ValueError: names `run.micro_batches`, the parts' size and what has to divide it.
+    """
+    ways = batch_ways(mesh)
+    if (batch_size // parts) % ways:
+        raise ValueError(
+            f"run.micro_batches: found {micro_batches}: parts of {batch_size // parts} samples, "
+            f"which the mesh's {ways} batch ways do not divide"
+        )

@@ -57,6 +57,13 @@ def advise(folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str
     ]
 
 
+def advise_teacher(folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str) -> list[str]:
+    """The same of what may teach; an adapter can."""
+    teaches = "in a config of stage `opd`, this teaches a task"
+    as_teacher = [f"--config.tasks.TASK.teacher={folder}/{name}.safetensors   # {teaches}"]
+    return [*advise(folder, name, whole, pipeline, source), *([] if whole else as_teacher)]
+
+
 def export(
     folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model, card: AdapterCard
 ) -> None:

@@ -22,11 +22,11 @@ from fopd_jax.running.stage import Metrics
 from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
-from fopd_jax.stages.export import advise, export, export_name, exports
+from fopd_jax.stages.export import advise_teacher, export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
-from fopd_jax.stages.setup import RATE, describe_weights, make_setup, refuse_files
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup
 from fopd_jax.steps.flow_matching import METRICS
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
@@ -49,7 +49,6 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
     """
     setup = make_setup(config, partial(read_image_tasks, config.tasks))
     pipeline = setup.pipeline
-    refuse_files(config.tasks, pipeline)
     latent_shape, model, mesh = pipeline.world.latent_shape, pipeline.model, pipeline.mesh
     boxed = boxed_variables(model, latent_shape)
     update = make_update(config, model, boxed, setup.optimizer, mesh)
@@ -159,12 +158,7 @@ class FlowMatching:
 
     def advise(self, source: str) -> list[str]:
         """What to do with the weights."""
-        taught = "in a config of stage `opd`, this teaches a task"
-        as_teacher = [f"--config.tasks.TASK.teacher={self.workdir}/adapter.safetensors   # {taught}"]
-        return [
-            *advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source),
-            *([] if self.whole else as_teacher),
-        ]
+        return advise_teacher(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
 
     def finish(self, state: TrainState) -> None:
         """Write the averaged weights, and what they draw; the rewards have nothing more to score."""

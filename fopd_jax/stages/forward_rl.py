@@ -18,7 +18,7 @@ from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.forward_rl_update import ForwardUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
-from fopd_jax.stages.setup import make_setup, refuse_files
+from fopd_jax.stages.setup import make_setup
 from fopd_jax.steps.forward_rl import metric_names
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.state import TrainState
@@ -54,7 +54,6 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
-    refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)

@@ -21,7 +21,7 @@ from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, roll
 from fopd_jax.stages.opd_update import MixedUpdate
 from fopd_jax.stages.plan import trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
-from fopd_jax.stages.setup import make_setup, refuse_files
+from fopd_jax.stages.setup import make_setup
 from fopd_jax.stages.traced_scoring import TracedScoring
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
 from fopd_jax.steps.grpo.step import Step, make_step, metric_names
@@ -75,7 +75,6 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
-    refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     update = make_update(config, pipeline.model, boxed, spec, setup.optimizer, mesh)

@@ -18,7 +18,7 @@ from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.objectives.grpo import needs_old_velocity
-from fopd_jax.parallel.sharding import AnyMesh, batch_sharding, batch_ways, check_batch, replicated
+from fopd_jax.parallel.sharding import AnyMesh, batch_sharding, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import NOTHING, Update
 from fopd_jax.performance.program import Calls, Program, whole
 from fopd_jax.policy.velocity import Tree, make_velocity
@@ -76,11 +76,7 @@ def make_update(
     """
     check_batch("batch_size", config.batch_size, mesh)
     spec.check(config.batch_size)
-    if (config.batch_size // spec.parts) % batch_ways(mesh):
-        raise ValueError(
-            f"run.micro_batches: found {spec.micro_batches}: parts of {config.batch_size // spec.parts} samples, "
-            f"which the mesh's {batch_ways(mesh)} batch ways do not divide"
-        )
+    check_parted(config.batch_size, spec.parts, spec.micro_batches, mesh)
     trained = make_trained(config, model, boxed, optimizer, mesh)
     pieces = Pieces(spec, make_velocity(model), trained.student, trained.groups)
     programs = make_programs(pieces, optimizer, config.ema, trained.places, replicated(mesh))

@@ -34,7 +34,7 @@ from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.opd_update import MixedUpdate, OPDUpdate, make_mixed, make_spec, make_update, scale_of, update_cost
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
-from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning, refuse_files
+from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
@@ -61,7 +61,6 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     config = settled(config)
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
-    refuse_files(config.tasks, pipeline)
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
     make = make_mixed if is_mixed(config) else make_update

@@ -15,7 +15,7 @@ from fopd_jax.config.stages import is_mixed
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
-from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, replicated
+from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.rewards import reward_names, told_apart
@@ -80,11 +80,7 @@ def make_mixed(
     if config.images_per_prompt < 2:
         raise ValueError("images_per_prompt: found 1, expected at least 2: 'mixed' compares a prompt's images")
     trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh)
-    if (config.batch_size // spec.parts) % batch_ways(mesh):
-        raise ValueError(
-            f"run.micro_batches: found {spec.micro_batches}: parts of {config.batch_size // spec.parts} samples, "
-            f"which the mesh's {batch_ways(mesh)} batch ways do not divide"
-        )
+    check_parted(config.batch_size, spec.parts, spec.micro_batches, mesh)
     programs = make_programs(pieces, optimizer, config.ema, trained.places, replicated(mesh))
     return MixedUpdate(programs, pieces, trained)
 

@@ -34,7 +34,7 @@ from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import looks
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
-from fopd_jax.stages.export import advise, export, export_name, exports
+from fopd_jax.stages.export import advise_teacher, export, export_name, exports
 from fopd_jax.stages.one_program import OneProgram
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
@@ -297,12 +297,7 @@ class ReinforcementLearning:
 
     def advise(self, source: str) -> list[str]:
         """What to do with the weights."""
-        taught = "in a config of stage `opd`, this teaches a task"
-        as_teacher = [f"--config.tasks.TASK.teacher={self.workdir}/adapter.safetensors   # {taught}"]
-        return [
-            *advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source),
-            *([] if self.whole else as_teacher),
-        ]
+        return advise_teacher(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
 
     def finish(self, state: TrainState) -> None:
         """Export the averaged weights, and report them beside the base."""

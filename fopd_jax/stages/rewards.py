@@ -1,7 +1,10 @@
 """The rewards that a config's tasks name: put beside the world's own, and asked about the prompts to score."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
 
 from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
@@ -10,6 +13,7 @@ from fopd_jax.exits import naming
 from fopd_jax.rewards.registry import check_named, make_rewards
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.tasks.task import Task
+from fopd_jax.worlds.prompt_stream import Drawn
 from fopd_jax.worlds.world import World
 
 
@@ -46,14 +50,20 @@ def check_prompts(tasks: Mapping[str, Task], rewards: Mapping[str, Reward]) -> N
                 rewards[name].check(task.test, task.beside("test"))
 
 
-Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask]
+Rewarded = Mapping[str, RewardedTask] | Mapping[str, RoutedTask] | Mapping[str, Task]
 
 
 def reward_names(tasks: Rewarded) -> tuple[str, ...]:
-    """Of all tasks, each once, in the config's order."""
+    """Of all tasks, each once, in their order: that of `Credit.values`."""
     return tuple(dict.fromkeys(name for task in tasks.values() for name in task.rewards))
 
 
 def told_apart(tasks: Rewarded) -> dict[str, dict[str, float]]:
     """The weights of each task's rewards, where there are several tasks."""
     return {name: dict(task.rewards) for name, task in tasks.items()} if len(tasks) > 1 else {}
+
+
+def task_numbers(tasks: Mapping[str, Task], drawn: Sequence[Drawn]) -> Int[np.ndarray, " b"] | None:
+    """Which task each sample is of, where there are several."""
+    places = {name: number for number, name in enumerate(tasks)}
+    return np.array([places[each.task] for each in drawn], np.int32) if len(places) > 1 else None

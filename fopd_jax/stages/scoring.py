@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -19,12 +18,12 @@ from fopd_jax.parallel.distributed import fetch, gather_rows, held_rows, put_rep
 from fopd_jax.parallel.sharding import batch_sharding, replicated
 from fopd_jax.rewards.combine import Normalise, combine
 from fopd_jax.rewards.monitors import EXTRA_TEXT, extra_text_of
-from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.pool import Pool, Ticket, TooManyFailures
 from fopd_jax.rewards.reward import Scores
 from fopd_jax.running.journal import Journal, fingerprint
 from fopd_jax.stages.looks import draw_group, look, metrics
-from fopd_jax.stages.traced_scoring import Seen
+from fopd_jax.stages.rewards import reward_names, task_numbers
+from fopd_jax.stages.traced_scoring import Seen, see
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.worlds.prompt_stream import Drawn
 from fopd_jax.worlds.world import World
@@ -55,8 +54,8 @@ class _Group(NamedTuple):
     labels: Sequence[str]
 
 
-def make_pictures(world: World, mesh: Mesh, decoding: Decoding) -> Callable[[Array], tuple[Array, Array]]:
-    """`latents [B, h, w, c] → images as bytes [B, H, W, 3], and whether all of each was finite [B]`: each device's own.
+def make_pictures(world: World, mesh: Mesh, decoding: Decoding) -> Callable[[Array], Seen]:
+    """`latents [B, h, w, c] → their images`, each device's own.
 
     Raises:
       ValueError: the world has no decoder within a program.
@@ -66,9 +65,8 @@ def make_pictures(world: World, mesh: Mesh, decoding: Decoding) -> Callable[[Arr
     decode = world.decoder.make(decoding, mesh)
 
     @jax.jit
-    def draw(params: Any, latents: Array) -> tuple[Array, Array]:
-        images = decode(params, latents)
-        return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+    def draw(params: Any, latents: Array) -> Seen:
+        return see(decode(params, latents))
 
     @functools.cache
     def params() -> Any:
@@ -99,7 +97,7 @@ class Scoring:
         self._pictures = make_pictures(world, mesh, decoding)
         self._journal, self._identity, self._idle = journal, identity, 0
         self._shown: _Group | None = None
-        self.names = tuple(dict.fromkeys(name for task in world.tasks.values() for name in task.rewards))
+        self.names = reward_names(world.tasks)
         rewards = {name: world.rewards[name] for name in self.names}
         self._pool = Pool(rewards, most_failed=most_failed, outstanding=2 * len(world.tasks), limit=LIMIT_S)
 
@@ -110,13 +108,12 @@ class Scoring:
           ValueError: an image is not finite; names its prompt.
         """
         mine = rows_of(batch_sharding(self._mesh), len(drawn))
-
-        decoded, finite = self._pictures(latents)  # on every process's devices, before any waits for another
+        images = self._pictures(latents)  # on every process's devices, before any waits for another
 
         def submit() -> Pending:
-            pixels, tickets = held_rows(decoded), []
+            pixels, tickets = held_rows(images.pixels), []
             own = [drawn[int(row)] for row in mine]
-            refuse_broken(held_rows(finite), _named(own))
+            refuse_broken(held_rows(images.finite), _named(own))
             for task, rows in _by_task(own).items():
                 tickets.append((rows, self._submit(step, task, pixels[rows], [own[i] for i in rows])))
             return Pending(step, drawn, pixels, tickets)
@@ -246,7 +243,7 @@ class Scoring:
             asked=self._asked(drawn),
             valid=advantages.valid,
             flat=advantages.flat,
-            task=self._numbers(drawn),
+            task=task_numbers(self._world.tasks, drawn),
         )
 
     def _weights(self, drawn: Sequence[Drawn]) -> Mapping[str, Float[np.ndarray, " b"]]:
@@ -257,11 +254,6 @@ class Scoring:
     def _asked(self, drawn: Sequence[Drawn]) -> Bool[np.ndarray, "r b"]:
         tasks = self._world.tasks
         return np.array([[name in tasks[each.task].rewards for each in drawn] for name in self.names])
-
-    def _numbers(self, drawn: Sequence[Drawn]) -> Int[np.ndarray, " b"] | None:
-        """Which task each sample is of, where there are several."""
-        tasks = list(self._world.tasks)
-        return np.array([tasks.index(each.task) for each in drawn], np.int32) if len(tasks) > 1 else None
 
     def close(self) -> None:
         """Give up what is not scored yet."""

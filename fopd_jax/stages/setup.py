@@ -94,6 +94,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
       ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
+    _refuse_files(config.tasks, pipeline)
     check_base(config.model, pipeline)  # first: a damaged base is nobody's
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
     trains = trains_on_rewards(config)  # also on those of tasks that are not evaluated
@@ -118,7 +119,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     )
 
 
-def refuse_files(tasks: Mapping[str, RoutedTask | RewardedTask | Pairs], pipeline: Pipeline) -> None:
+def _refuse_files(tasks: Mapping[str, RoutedTask | RewardedTask | Pairs], pipeline: Pipeline) -> None:
     """Refuse files of prompts that a world with prompts of its own would not read.
 
     Raises:

@@ -19,6 +19,7 @@ from fopd_jax.rewards.advantages import advantages
 from fopd_jax.rewards.combine import Normalise
 from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Traced
+from fopd_jax.stages.rewards import reward_names, task_numbers
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.decoder import Decoder
@@ -53,8 +54,13 @@ class Seen:
 
 def is_traceable(world: World) -> bool:
     """Whether all of a world's tasks can be scored within a program."""
-    named = {name for task in world.tasks.values() for name in task.rewards}
+    named = reward_names(world.tasks)
     return world.decoder is not None and all(world.rewards[name].traced is not None for name in named)
+
+
+def see(images: Float[Array, "b h w 3"]) -> Seen:
+    """Decoded images in about [-1, 1] as rewards see them, traced."""
+    return Seen(to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +82,12 @@ class TracedScoring:
         """Rows of a batch, on the host."""
         prompts, metadata = [each.prompt for each in drawn], [each.metadata for each in drawn]
         named = [self.tasks[each.task].rewards for each in drawn]
-        tasks = list(self.tasks)
-        numbers = np.array([tasks.index(each.task) for each in drawn], np.int32)
         return Asked(
             rows=traced.prepare(self.rewards, prompts, metadata),
             weights=np.array([[each.get(name, 0.0) for name in self.rewards] for each in named], np.float32),
             asked=np.array([[name in each for name in self.rewards] for each in named]),
             groups=np.array([each.group for each in drawn], np.int32),
-            task=numbers if len(tasks) > 1 else None,
+            task=task_numbers(self.tasks, drawn),
         )
 
     def params(self) -> Tree:
@@ -105,7 +109,7 @@ class TracedScoring:
         )  # fmt: skip
         task = None if asked.task is None else jnp.asarray(asked.task)
         credit = Credit(found.values, values, jnp.asarray(asked.asked).T, found.valid, found.flat, task)
-        return credit, Seen(to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
+        return credit, see(images)
 
 
 def make_traced_scoring(
@@ -118,6 +122,5 @@ def make_traced_scoring(
     """
     if world.decoder is None:
         raise ValueError("run.one_program: found True, but the world has no decoder within a program")
-    names = dict.fromkeys(name for task in world.tasks.values() for name in task.rewards)
-    rewards = traced.traced_of({name: world.rewards[name] for name in names})
+    rewards = traced.traced_of({name: world.rewards[name] for name in reward_names(world.tasks)})
     return TracedScoring(world.tasks, rewards, world.decoder, mesh, comparison, decoding, count)

@@ -22,13 +22,13 @@ from jaxtyping import Array, Float, Int, Key
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.learning import ForwardObjective, OldDecay, TrainedLevels
 from fopd_jax.config.schema import EMA
-from fopd_jax.flow.rollout import sample_keys
+from fopd_jax.flow.rollout import sample_keys, starting_keys
 from fopd_jax.flow.schedule import make_levels
 from fopd_jax.flow.solver import Solver, solve
 from fopd_jax.flow.transition import at_least_float32, standard_normal
 from fopd_jax.objectives.forward_rl import Noised, Totals, forward_terms, term_names
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
-from fopd_jax.parallel.sharding import activation_rules, batch_ways
+from fopd_jax.parallel.sharding import activation_rules, check_parted
 from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
 from fopd_jax.steps.grpo.metrics import Tasks, credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Base, Credit
@@ -73,12 +73,7 @@ class ForwardSpec:
         if not 0 <= start < stop <= steps:
             raise ValueError(f"levels.within: found {(start, stop)}, expected 0 <= start < stop <= {steps}")
         check_parts(batch_size, self.updates_per_rollout, self.minibatches, self.micro_batches)
-        ways = batch_ways(groups.mesh)
-        if (batch_size // self.parts) % ways:
-            raise ValueError(
-                f"run.micro_batches: found {self.micro_batches}: parts of {batch_size // self.parts} samples, "
-                f"which the mesh's {ways} batch ways do not divide"
-            )
+        check_parted(batch_size, self.parts, self.micro_batches, groups.mesh)
         wanted = self.parts * groups.count
         if self.unit > 1 and (batch_size // self.group) % wanted:
             raise ValueError(
@@ -138,7 +133,7 @@ def roll_out(pieces: Pieces, base: Base, state: TrainState, conditioning: Condit
     """Final latents of the old policy: each sample's a function of the seed, the step and its row."""
     spec, size = pieces.spec, jax.tree.leaves(conditioning)[0].shape[0]
     keys = sample_keys(state.rng(), len(spec.sigmas), size)
-    starts = keys[0, np.arange(size) // spec.group * spec.group] if spec.shared_noise else keys[0]
+    starts = starting_keys(keys, spec.group if spec.shared_noise else 1)
     weights = pieces.policy.policy(base.variables, state.trained if state.old is None else state.old)
     velocity = pieces.guided(base, weights, spec.guidance)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import EMA
-from fopd_jax.flow.rollout import sample_keys
+from fopd_jax.flow.rollout import sample_keys, starting_keys
 from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.objectives.grpo import TERMS, Acted, Totals, needs_old_velocity, step_weights, timestep_terms
@@ -52,7 +52,7 @@ def begin(pieces: Pieces, base: Base, state: TrainState, conditioning: Condition
     """Pure noise and room for what is drawn of it: each sample's a function of the seed, the step and its row."""
     spec, size = pieces.spec, jax.tree.leaves(conditioning)[0].shape[0]
     keys = sample_keys(state.rng(), len(spec.sigmas), size)
-    starts = keys[0, np.arange(size) // spec.group * spec.group] if spec.shared_noise else keys[0]
+    starts = starting_keys(keys, spec.group if spec.shared_noise else 1)
     x = pieces.groups.rows(standard_normal(starts, spec.latent_shape))
     first = spec.place(state)
     course, levels = _course(pieces, base, first), spec.levels(first)
