@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=VARIANTS, choices=VARIANTS)
     arguments = parser.parse_args()
-    found = {name: measure(name, arguments.work / name) for name in arguments.only}
+    for name in arguments.only:
+        train(name, arguments.work / name)
+    there = [name for name in VARIANTS if (arguments.work / name / "results.json").exists()]
+    found = {name: measure(name, arguments.work / name) for name in there}
     print(table(found))
     write_json(
         RESULTS,
@@ -60,11 +63,15 @@ def main() -> None:
     draw_skills(found, DOCS / "rl_seesaw.png")
 
 
-def measure(name: str, work: Path) -> dict[str, Any]:
-    """Run a variant, unless it has run; its curves, and the scores of base and policy on the report's pairs."""
+def train(name: str, work: Path) -> None:
+    """Run a variant, unless it has run."""
     if not (work / "results.json").exists():
         command = [sys.executable, "-m", "fopd_jax.main", f"--config={CONFIG}:{name}", f"--workdir={work}"]
         subprocess.run([*command, f"--config.run.eval_every={EVERY}"], check=True)
+
+
+def measure(name: str, work: Path) -> dict[str, Any]:
+    """A variant's curves, and the scores of base and policy on the report's pairs, which are others and more."""
     config = load_config(CONFIG, name)
     assert isinstance(config, Reinforced)
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
@@ -85,7 +92,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         "base": report["base"],
         "policy": report["policy"],
         "curve": curve,
-        "reached": _reached(name, curve, report["base"]),
+        "reached": _reached(name, curve),
     }
 
 
@@ -95,21 +102,21 @@ def _seconds(work: Path) -> float:
     return float(np.median([line["time/step_seconds"] for line in lines if "time/step_seconds" in line]))
 
 
-def _reached(name: str, curve: dict[str, list[float]], base: dict[str, float]) -> dict[str, float] | None:
-    """Images and seconds until the curve first reaches its mark, on the straight line between two points."""
+def _reached(name: str, curve: dict[str, list[float]]) -> dict[str, float] | None:
+    """Images and seconds until the curve first reaches its mark, on the straight line between two points; at the first
+    one, if it does so there. The report's score of the base is no point of it, being of other pairs.
+    """
     skill = OWN.get(name.removesuffix("-nft"))
     if skill is None:
         return None
-    images, scores = np.array([0, *curve["images"]]), np.array([base[skill], *curve[skill]])
+    images, seconds, scores = (np.array(curve[each]) for each in ("images", "seconds", skill))
     above = np.flatnonzero(scores >= REACHED[skill])
     if not len(above):
         return None
     k = int(above[0])
-    if not k:
-        return {"images": 0.0, "seconds": 0.0}
-    share = (REACHED[skill] - scores[k - 1]) / (scores[k] - scores[k - 1])
-    at = images[k - 1] + share * (images[k] - images[k - 1])
-    return {"images": float(at), "seconds": float(at / curve["images"][0] * curve["seconds"][0])}
+    share = (REACHED[skill] - scores[k - 1]) / (scores[k] - scores[k - 1]) if k else 1.0
+    at = {"images": images, "seconds": seconds}
+    return {name: float(each[k - 1] + share * (each[k] - each[k - 1]) if k else each[0]) for name, each in at.items()}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -126,8 +133,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def draw_curves(found: dict[str, dict[str, Any]], path: Path) -> None:
     """A panel a skill: its teacher's held-out score against images seen, an algorithm a line."""
-    figure, panels = _figure(len(OWN))
-    for panel, skill in zip(panels, OWN, strict=True):
+    skills = [skill for skill in OWN if {skill, f"{skill}-nft"} & found.keys()]
+    figure, panels = _figure(len(skills))
+    for panel, skill in zip(panels, skills, strict=True):
         for name in (skill, f"{skill}-nft"):
             if name in found:
                 _line(panel, found[name], skill, "DiffusionNFT" if name.endswith("-nft") else "Flow-GRPO")
@@ -144,13 +152,15 @@ def draw_skills(found: dict[str, dict[str, Any]], path: Path) -> None:
         for skill in SKILLS:
             _line(panel, each, skill, skill)
         panel.set(title=name, xlabel="images seen", ylim=(0, 1))
-    panels[0].legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(SKILLS), frameon=False)
+    _save(figure, path, below=0.08)
 
 
 def _line(panel: Any, each: dict[str, Any], skill: str, label: str) -> None:
     curve = each["curve"]
-    panel.plot([0, *curve["images"]], [each["base"][skill], *curve[skill]], label=label)
+    panel.plot(curve["images"], curve[skill], label=label)
+    panel.locator_params("x", nbins=5)
 
 
 def _figure(count: int, columns: int = 3) -> tuple[Any, Sequence[Any]]:
@@ -168,8 +178,9 @@ def _figure(count: int, columns: int = 3) -> tuple[Any, Sequence[Any]]:
     return figure, panels
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    """`below`: share of the height that is kept for a legend."""
+    figure.tight_layout(rect=(0, below, 1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
