@@ -20,8 +20,9 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.config.schema import OPD, PAPER_GUIDANCE, FlowMatching, RoutedTask
+from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
 from fopd_jax.config.stages import StageConfig
+from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.distributed import warn

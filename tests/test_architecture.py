@@ -137,7 +137,7 @@ def purity(source: Source) -> Iterator[str]:
         if name.split(".")[0] in {"pathlib", "os", "io", "shutil", "tempfile", "absl", "ml_collections"}:
             yield f"imports {name.split('.')[0]}"
         if name in meshes or (
-            name.startswith(f"{PACKAGE}.config.") and not {"schema", "learning"} & {*name.split(".")}
+            name.startswith(f"{PACKAGE}.config.") and not {"schema", "learning", "teaching"} & {*name.split(".")}
         ):
             yield f"imports {name}"
     for node in nodes(source.text):
@@ -169,7 +169,7 @@ def typed_configs(source: Source) -> Iterator[str]:
         for node in nodes(source.text)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
-        if alias.name.rpartition(".")[2] in ("schema", "learning")
+        if alias.name.rpartition(".")[2] in ("schema", "learning", "teaching")
     }
     found = {name.rpartition(".")[2] for name in imports(source.text) if name.startswith(f"{PACKAGE}.config.")}
     for node in nodes(source.text):

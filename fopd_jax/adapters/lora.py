@@ -14,7 +14,8 @@ import numpy as np
 from flax import struct, traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
-from fopd_jax.config.schema import MERGES, LoRAConfig
+from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.config.teaching import MERGES
 
 Tree = Any
 Layer = Mapping[str, Array | np.ndarray]  # "a" and "b"; files give NumPy's arrays

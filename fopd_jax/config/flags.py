@@ -15,11 +15,12 @@ from fopd_jax.config.identity import default_of
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import STAGES, current_name, fields_of, find, flatten, open_entry, resolve, settle, thaw
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import Config, TeacherGuidance
+from fopd_jax.config.schema import Config
 from fopd_jax.config.section import Section
 from fopd_jax.config.show import describe
 from fopd_jax.config.sizes import Pixels, SizeParser
 from fopd_jax.config.stages import StageConfig
+from fopd_jax.config.teaching import TeacherGuidance
 from fopd_jax.exits import refuse
 
 try:  # ml_collections reads --flagfile while it defines

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fopd_jax.config.parse import STAGES, current_name, flatten
-from fopd_jax.config.schema import PAPER_GUIDANCE, Config
+from fopd_jax.config.schema import Config
 from fopd_jax.config.section import Section
+from fopd_jax.config.teaching import PAPER_GUIDANCE
 
 Fields = Mapping[str, Any]
 _TEACHERS_GUIDANCE = re.compile(r"(tasks\.[^.]+|anchor)\.guidance")

@@ -7,8 +7,9 @@ import dataclasses
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import MOST_ROWS, MOST_SAMPLER_STEPS, MOST_STEPS, NO_LIMIT, above, at_least, between, one_of
-from fopd_jax.config.schema import SAMPLERS, WEIGHTINGS, Comparison, Config, Decoding, Optimizer, Run
+from fopd_jax.config.schema import SAMPLERS, Comparison, Config, Decoding, Optimizer, Run
 from fopd_jax.config.section import Section, setting
+from fopd_jax.config.teaching import WEIGHTINGS
 
 SURROGATES = ("clip", "guard", "dppo")
 STEP_WEIGHTINGS = ("uniform", "noise")

@@ -10,7 +10,7 @@ In `paper`: [paper] arXiv 2605.08063, [code] the authors' released PyTorch code.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Any
 
 from fopd_jax.config import rules
 from fopd_jax.config.rules import (
@@ -25,25 +25,14 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
+from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Objective, RoutedTask
 
-OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
-WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
-MERGES = ("svd", "concatenate", "factors")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 NORMALISATIONS = ("global", "group", "each")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
-TeacherGuidance = Annotated[float | None, "guidance"]
-"""The field's type; annotated as `Pixels` is."""
-PAPER_GUIDANCE = 4.5
-"""The scale of the paper's teachers: of one that neither config nor file gives another."""
-_GUIDANCE_DOC = "The scale under which the teacher is asked; 1: none; None: what its file says, else the paper's."
-_REWARDS_DOC = (
-    "Rewards that score its images, with their weights: {'ocr': 1.0}. They are evaluated, and trained on by objective "
-    "'mixed' alone; 0: beside the weighted sum."
-)
 
 
 # ---- what every stage has
@@ -274,57 +263,6 @@ class Config(Section):
 
 
 @dataclasses.dataclass
-class RoutedTask(Section):
-    """Prompts and the teacher that they are routed to."""
-
-    teacher: str = setting(
-        "", "Adapter (ours, PEFT, diffusers, ComfyUI), or a whole network if `whole_teachers`.", rules.PATH
-    )
-    prompts: str = setting(
-        "", "Training prompts in worlds without their own: a file, a generated set, a built one (tasks/sources.py).",
-        rules.PATH,
-    )  # fmt: skip
-    test: str = setting("", "Held-out prompts, likewise.", rules.PATH)
-    guidance: TeacherGuidance = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
-    weight: float = setting(
-        1.0, "Share among the prompts.", at_least(0, 1e6), "[paper] GenEval : OCR : PickScore = 3 : 1 : 1"
-    )
-    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
-    schedule: dict[str, float] = setting(
-        {}, "Other weights from a step on: {'100': 0.5}; a curriculum.", rules.SCHEDULE, open_names=True
-    )
-
-
-@dataclasses.dataclass
-class Anchor(Section):
-    """Manifold anchor regularisation (MAR) towards a frozen teacher of quality."""
-
-    name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
-    adapter: str = setting("", "Its weights; empty: the base is the anchor.", rules.PATH)
-    guidance: TeacherGuidance = setting(None, _GUIDANCE_DOC, rules.GUIDANCE, "[paper] 4.5")
-    every: int = setting(
-        1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
-    )
-
-
-@dataclasses.dataclass
-class ColdStart(Section):
-    """What the student starts from."""
-
-    method: str = setting("merge", "'none': the base.", one_of("merge", "none"), "[paper] merge")
-    merge: str = setting(
-        "svd", "'svd': the exact average at the student's rank; 'concatenate': at the sum of the ranks; 'factors': a "
-        "and b apart.", one_of(*MERGES), "[code] factors",
-    )  # fmt: skip
-    weights: dict[str, float] = setting(
-        {},
-        "Of teachers or anchor by name; {}: equal ones of all routed teachers.",
-        rules.WEIGHTS,
-        "[paper] the average",
-    )
-
-
-@dataclasses.dataclass
 class Sampler(Section):
     """The student's rollout. All steps but the last are sampled and trained."""
 
@@ -339,26 +277,6 @@ class Sampler(Section):
     trained: tuple[int, int] | None = setting(
         None, "(start, stop): train these timesteps alone.", rules.steps(MOST_SAMPLER_STEPS)
     )
-
-
-@dataclasses.dataclass
-class Objective(Section):
-    """Which loss, on which steps; see objectives/opd.py."""
-
-    name: str = setting(
-        "clipped", "'direct' is the loss itself, 'clipped' PPO's surrogate; 'mixed': of the teachers' reward and the "
-        "advantage by the tasks' rewards together.", one_of(*OBJECTIVES), "[paper] clipped",
-    )  # fmt: skip
-    reward: str = setting(
-        "kl", "The teachers'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
-    )
-    weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
-    clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0, NO_LIMIT), "[paper] 1e-4")
-    reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0, NO_LIMIT), "[code] 5")
-    mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0, 1000), "[paper] 0.02; [code] 0.04")
-    window_only: bool = setting(False, "'direct' trains noisy steps only, as 'clipped' always does.")
-    teacher_weight: float = setting(1.0, "Of 'mixed': what the teachers' reward counts.", at_least(0, 1e6))
-    task_weight: float = setting(1.0, "Of 'mixed': λ, what the tasks' advantage counts.", at_least(0, 1e6))
 
 
 @dataclasses.dataclass
@@ -406,7 +324,7 @@ class Pairs(Section):
         "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
     )
     test: str = setting("", "Held-out prompts in worlds without their own, see tasks/sources.py.", rules.PATH)
-    rewards: dict[str, float] = setting({}, _REWARDS_DOC, rules.REWARDS, open_names=True)
+    rewards: dict[str, float] = setting({}, REWARDS_DOC, rules.REWARDS, open_names=True)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ Weightings, for the step from sigma to sigma_next:
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fopd_jax.config.schema import WEIGHTINGS
+from fopd_jax.config.teaching import WEIGHTINGS
 from fopd_jax.flow.transition import ODE, SDE, Transition, at_least_float32
 
 LEAST_NOISE = 1e-6

@@ -20,6 +20,14 @@ r = w_T·r_T + λ·A under one ratio. With the attached r_T its gradient at ρ =
 
 whose last term has mean zero over the action. A sample without an advantage, because its rewards failed or its group is
 all equal, has A = 0: it is distilled as ever. The clip is decided by the sum's sign, as in the released code.
+
+What is compared (`match`): guided velocities of both; the student's conditional velocity with the targets' guided one,
+so that their guidance is folded into it (GFD-OPD, arXiv 2609.39692); or the branches apart, v_c under the prompt and
+d = v_c - v_n against the empty one (PDM, arXiv 2607.24731):
+
+    ‖v_c - v_c,k‖² + a·‖d - d_k‖²,    a = `branch_weight`.
+
+Guided velocities alone hide errors of the two branches that cancel.
 """
 
 from typing import Any
@@ -46,12 +54,28 @@ stop = jax.lax.stop_gradient
 class Targets:
     """Velocities `[B, h, w, c]` to match at one state: the teachers', and the anchor's where β > 0.
 
-    `anchored [B]`: how often the anchor's count, where that is not once.
+    `anchored [B]`: how often the anchor's count, where that is not once. Where branches are matched, the velocities are
+    conditional ones and `teacher_difference`, `anchor_difference` what these differ by from those of the empty prompt.
     """
 
     teacher: Any  # float arrays; Any because tree operations put anything into a leaf
     anchor: Any = None
     anchored: Any = None
+    teacher_difference: Any = None
+    anchor_difference: Any = None
+
+
+@struct.dataclass
+class Compared:
+    """What of the student is held to the targets `[B, h, w, c]`; `difference`: where branches are matched."""
+
+    velocity: Any
+    difference: Any = None
+
+
+def compared(match: str, text: Array, null: Array) -> Compared:
+    """Of the student's branches, where not its guided velocity is."""
+    return Compared(text, text - null) if match == "branches" else Compared(text)
 
 
 def check_objective(objective: Objective, transition: Transition) -> None:
@@ -71,6 +95,10 @@ def check_objective(objective: Objective, transition: Transition) -> None:
     if objective.reward == "log_ratio" and objective.weighting != "kl":
         raise ValueError(
             f"objective.weighting: found {objective.weighting!r}, but reward 'log_ratio' has no weighting but 'kl'"
+        )
+    if objective.reward == "log_ratio" and objective.match != "guided":
+        raise ValueError(
+            f"objective.match: found {objective.match!r}, expected 'guided': reward 'log_ratio' compares densities"
         )
 
 
@@ -121,7 +149,7 @@ def timestep_terms(
     objective: Objective,
     transition: Transition,
     level: Level,
-    v: Float[Array, "b *shape"],
+    v: Float[Array, "b *shape"] | Compared,
     targets: Targets,
     x: Float[Array, "b *shape"],
     x_next: Float[Array, "b *shape"],
@@ -129,7 +157,7 @@ def timestep_terms(
     log_prob_old: Samples,
     advantage: Samples | None = None,
 ) -> Totals:
-    """`TERMS` of one timestep, one value per sample, for the student's velocity v at x and the step drawn there.
+    """`TERMS` of one timestep, one value per sample, for what is compared of the student at x and the step drawn there.
 
     `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed'.
     """
@@ -147,18 +175,27 @@ def timestep_terms(
     return {name: value * counts for name, value in terms.items()}
 
 
-def direct_terms(objective: Objective, v: Float[Array, "b *shape"], targets: Targets, w: Samples) -> Totals:
+def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, targets: Targets, w: Samples) -> Totals:
     """`TERMS` of the direct objective at one state a sample, each counting w."""
-    gap = divergence(v, targets.teacher, w)
+    own = v if isinstance(v, Compared) else Compared(v)
+    gap = _gap(objective, own, targets.teacher, targets.teacher_difference, w)
     drift = jnp.zeros_like(gap)
     if targets.anchor is not None:
-        drift = divergence(v, targets.anchor, w if targets.anchored is None else w * targets.anchored)
+        counted = w if targets.anchored is None else w * targets.anchored
+        drift = _gap(objective, own, targets.anchor, targets.anchor_difference, counted)
     return {
         "loss": gap + objective.mar_beta * drift,
         "teacher_gap": gap,
         "anchor_gap": drift,
-        "velocity_mse": divergence(v, targets.teacher, jnp.ones_like(w)),
+        "velocity_mse": divergence(own.velocity, targets.teacher, jnp.ones_like(w)),
         "ratio": jnp.ones_like(gap),
         "clipped": jnp.zeros_like(gap),
         "weight": jnp.ones_like(gap),
     }
+
+
+def _gap(objective: Objective, own: Compared, target: Array, difference: Array | None, w: Samples) -> Samples:
+    gap = divergence(own.velocity, target, w)
+    if own.difference is None or difference is None:
+        return gap
+    return gap + objective.branch_weight * divergence(own.difference, difference, w)

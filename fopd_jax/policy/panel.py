@@ -5,6 +5,9 @@ questions. Hard routing is one question of coefficient 1; soft routing asks K te
 asks the teacher with 1 + λ and the base with -λ, `v = v_k + λ·(v_k - v_base)`; the anchor is a second target. A panel
 answers all questions at once. Entries of the bank are adapters on one network, or whole networks.
 
+A guided velocity is linear in its scale, so however many teachers a sample has, the base is asked about it once: under
+the mean of their scales by α_k·λ_k.
+
 Rows stay on the devices that hold them: joining sharded batches end to end would cost an all-to-all at every timestep,
 so the rows of all questions are interleaved, sample by sample, and samples are picked by selection, not by gathering.
 """
@@ -20,7 +23,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.policy.guidance import guided
+from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
+from fopd_jax.worlds.prompt_stream import Mix
 
 
 @struct.dataclass
@@ -28,42 +33,50 @@ class Questions:
     """What makes up one target: of each of n samples m questions, `bank [n, m]` with `coefficient [n, m]`.
 
     All samples of the batch are asked about, or one of every `every` neighbours, the one at `pick [n]` among them.
-    `coefficient` None: 1, where m is 1.
+    `coefficient` None: 1, where m is 1. `scale [n, m]`: of guidance; None: the entries' own. `branches`: the answer is
+    not guided, but the velocity under the prompt and what it differs from that under the empty one.
     """
 
-    bank: Any  # int32 arrays and a float one; Any because tree operations put anything into a leaf
+    bank: Any  # int32 arrays and float ones; Any because tree operations put anything into a leaf
     coefficient: Any = None
     pick: Any = None
     every: int = struct.field(pytree_node=False, default=1)
+    scale: Any = None
+    branches: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
 class Answer:
     """A target's velocity `[B, h, w, c]` at every sample, and how often it counts there `[B]` (None: once).
 
-    Where one of m neighbours was asked about, all m hold its velocity, and it alone counts, m times.
+    Where one of m neighbours was asked about, all m hold its velocity, and it alone counts, m times. `difference`: of
+    the branches, where they were asked for.
     """
 
     velocity: Any
     counts: Any = None
+    difference: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingTable:
     """Who teaches what: the tasks with a teacher, in the bank's order, and each bank entry's guidance scale.
 
-    `anchor`: the anchor's bank entry, where there is one.
+    `anchor`: the anchor's bank entry, where there is one. `extrapolation`: λ of each teacher; where one is not 0,
+    `base` is the base's entry.
 
     Raises:
-      ValueError: a teacher or the anchor has no scale, that is, no entry.
+      ValueError: a teacher, the anchor or the base has no scale, that is, no entry.
     """
 
     teachers: tuple[str, ...]
     guidance: tuple[float, ...]
     anchor: int | None = None
+    extrapolation: tuple[float, ...] = ()
+    base: int | None = None
 
     def __post_init__(self) -> None:
-        needed = max(len(self.teachers), 0 if self.anchor is None else self.anchor + 1)
+        needed = max(len(self.teachers), *(0 if each is None else each + 1 for each in (self.anchor, self.base)))
         if len(self.guidance) < needed:
             raise ValueError(f"guidance: found {len(self.guidance)} scales, expected {needed}, one for each bank entry")
 
@@ -95,14 +108,39 @@ class RoutingTable:
         return np.asarray([index[task] for task in tasks], np.int32)
 
     def questions(
-        self, route: Int[Array, " b"], every: int = 1, pick: Int[Array, " n"] | None = None
+        self,
+        route: Int[Array, " b"],
+        every: int = 1,
+        pick: Int[Array, " n"] | None = None,
+        mix: Mix | None = None,
+        sigma: Float[Array, "*s"] | float = 0.0,
+        *,
+        branches: bool = False,
     ) -> tuple[Questions, ...]:
-        """Each sample's own teacher, and of the anchor all samples or one of every `every`, the one at `pick`."""
-        hard = Questions(route[:, None])
+        """Each sample's own teacher, or several by `mix` at the noise level `sigma`; and of the anchor all samples or
+        one of every `every`, the one at `pick`.
+        """
+        own = Questions(route[:, None]) if mix is None else Questions(mix.bank, mix.at(jnp.asarray(sigma)))
+        own = dataclasses.replace(self._extrapolated(own), branches=branches)
         if self.anchor is None:
-            return (hard,)
+            return (own,)
         anchor = jnp.full((route.shape[0] // every, 1), self.anchor, route.dtype)
-        return hard, Questions(anchor, pick=pick, every=every)
+        return own, Questions(anchor, pick=pick, every=every, branches=branches)
+
+    def _extrapolated(self, own: Questions) -> Questions:
+        """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
+        if self.base is None:
+            return own
+        shares = jnp.ones(own.bank.shape) if own.coefficient is None else own.coefficient
+        scales = jnp.asarray(self.guidance, jnp.float32)[own.bank]
+        beyond = shares * jnp.asarray(self.extrapolation, jnp.float32)[own.bank]
+        total = beyond.sum(1, keepdims=True)
+        scale = (beyond * scales).sum(1, keepdims=True) / jnp.where(total == 0, 1.0, total)
+        return Questions(
+            bank=jnp.concatenate([own.bank, jnp.full_like(own.bank[:, :1], self.base)], axis=1),
+            coefficient=jnp.concatenate([shares + beyond, -total], axis=1),
+            scale=jnp.concatenate([scales, scale], axis=1),
+        )
 
 
 @runtime_checkable
@@ -117,14 +155,21 @@ class Panel(Protocol):
 
 
 def make_panel(
-    velocity: Velocity, table: RoutingTable, networks: bool, variables: Tree, bank: Tree, null: Conditioning
+    velocity: Velocity,
+    table: RoutingTable,
+    networks: bool,
+    variables: Tree,
+    bank: Tree,
+    null: Conditioning,
+    *,
+    branches: bool = False,
 ) -> Panel:
     """The panel over a bank of adapters on the network `variables`, or of whole networks beside its constants.
 
-    `null`: the empty prompt (one row).
+    `null`: the empty prompt (one row). `branches`: questions will ask for them.
     """
     kind = NetworkPanel if networks else AdapterPanel
-    return kind(velocity, table.guidance, variables, bank, null if table.guided else None)
+    return kind(velocity, table.guidance, variables, bank, null if table.guided or branches else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +199,22 @@ class AdapterPanel:
         conditioning, x, sigma = jax.tree.map(
             lambda leaf: _joined([_asked(leaf, each, block) for each in questions]), rows
         )
-        scales = jnp.asarray(self.guidance, jnp.float32)[entries]
-        v = guided_velocity(
-            self.velocity, self.variables, self.bank, x, sigma, conditioning, self.null, scales, entries
+        if self.null is None:
+            v = self.velocity(self.variables, self.bank, x, sigma, conditioning, entries)
+            return _answers(v, questions, block)
+        text, null = branches(self.velocity, self.variables, self.bank, x, sigma, conditioning, self.null, entries)
+        own = jnp.asarray(self.guidance, jnp.float32)
+        scales = _joined([_scales(each, own).reshape(-1, _rows_of(each, block)) for each in questions])
+        answers = _answers(guided(text, null, scales), questions, block)
+        if not any(each.branches for each in questions):
+            return answers
+        sides = zip(
+            questions, answers, _answers(text, questions, block), _answers(text - null, questions, block), strict=True
         )
-        return _answers(v, questions, block)
+        return tuple(
+            dataclasses.replace(plain, difference=apart.velocity) if each.branches else answer
+            for each, answer, plain, apart in sides
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +241,8 @@ class NetworkPanel:
         """
         if any(each.every != 1 for each in questions):
             raise ValueError("every: found a target asked about some samples, expected 1 where teachers are networks")
+        if any(each.branches or each.scale is not None for each in questions):
+            raise ValueError("scale, branches: found a question with some, expected none where teachers are networks")
         count = len(self.guidance)
 
         def ask(sums: Array, inputs: tuple[Array, Array, Tree]) -> tuple[Array, None]:
@@ -218,6 +276,10 @@ def _block(questions: Sequence[Questions]) -> int:
     if any(each.every not in (1, block) for each in questions):
         raise ValueError(f"every: found {[each.every for each in questions]}, expected 1 or one other number")
     return block
+
+
+def _scales(questions: Questions, guidance: Array) -> Array:
+    return guidance[questions.bank] if questions.scale is None else questions.scale
 
 
 def _rows_of(questions: Questions, block: int) -> int:

@@ -38,6 +38,25 @@ def make_velocity(module: Any) -> Velocity:
     return velocity
 
 
+def branches(
+    velocity: Velocity,
+    variables: Tree,
+    adapter: Tree,
+    x: Float[Array, "b h w c"],
+    sigma: Float[Array, "*s"],
+    conditioning: Conditioning,
+    null: Conditioning,
+    route: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """The velocities under the prompts and under the empty one, by one forward; `null` holds one empty prompt."""
+    empty = jax.tree.map(lambda text, row: jnp.broadcast_to(row, text.shape), conditioning, null)
+    doubled = jax.tree.map(interleave, conditioning, empty)
+    routes = None if route is None else interleave(route, route)
+    sigma = jnp.broadcast_to(sigma, x.shape[:1])
+    v = velocity(variables, adapter, interleave(x, x), interleave(sigma, sigma), doubled, routes)
+    return deinterleave(v)
+
+
 def guided_velocity(
     velocity: Velocity,
     variables: Tree,
@@ -55,13 +74,8 @@ def guided_velocity(
     """
     if null is None:
         return velocity(variables, adapter, x, sigma, conditioning, route)
-    empty = jax.tree.map(lambda text, row: jnp.broadcast_to(row, text.shape), conditioning, null)
-    doubled = jax.tree.map(interleave, conditioning, empty)
-    routes = None if route is None else interleave(route, route)
-    sigma = jnp.broadcast_to(sigma, x.shape[:1])
-    v = velocity(variables, adapter, interleave(x, x), interleave(sigma, sigma), doubled, routes)
-    v_text, v_null = deinterleave(v)
-    return guided(v_text, v_null, jnp.asarray(scale, v.dtype))
+    v_text, v_null = branches(velocity, variables, adapter, x, sigma, conditioning, null, route)
+    return guided(v_text, v_null, jnp.asarray(scale, v_text.dtype))
 
 
 def interleave(first: Array, second: Array) -> Array:

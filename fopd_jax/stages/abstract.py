@@ -59,7 +59,8 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
 
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:
     """Teachers and anchor as shapes with shardings; `rank`: of adapters, the largest of theirs."""
-    dtype, count, params = jnp.dtype(config.model.dtype), len(spec.teachers) + 1, nn.unbox(boxed["params"])
+    dtype, params = jnp.dtype(config.model.dtype), nn.unbox(boxed["params"])
+    count = len(spec.teachers) + 1 + (spec.table.base is not None)
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return place(bank, stacked_shardings(mesh, boxed["params"]))

@@ -10,7 +10,8 @@ from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.parse import AnyConfig, override, resolve
 from fopd_jax.config.recorded import RECORD_FILE, recorded_config
-from fopd_jax.config.schema import OPD, PAPER_GUIDANCE, Config, Model
+from fopd_jax.config.schema import OPD, Config, Model
+from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.exits import naming
 from fopd_jax.interop.files.converted import weights_hash
 from fopd_jax.interop.lora.cards import read_card

@@ -20,6 +20,7 @@ from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, M
 from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
+from fopd_jax.policy.routing import TaskMixes
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.journal import Journal
@@ -31,7 +32,16 @@ from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
-from fopd_jax.stages.opd_update import MixedUpdate, OPDUpdate, make_mixed, make_spec, make_update, scale_of, update_cost
+from fopd_jax.stages.opd_update import (
+    MixedUpdate,
+    OPDUpdate,
+    make_mixed,
+    make_spec,
+    make_update,
+    mixes,
+    scale_of,
+    update_cost,
+)
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
@@ -75,7 +85,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     stream = PromptStream(
         pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size),
+        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
     )  # fmt: skip
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
@@ -102,6 +112,16 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         setup, trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
     )  # fmt: skip
+
+
+def soft_routes(config: settings.OPD) -> TaskMixes | None:
+    """Where prompts have several teachers, their weights.
+
+    Raises:
+      ValueError: as `TaskMixes`.
+    """
+    weights = {name: (task.mix, task.noisy_mix) for name, task in config.tasks.items()}
+    return TaskMixes(tuple(config.tasks), weights) if mixes(config) else None
 
 
 class Distillation:

@@ -10,8 +10,9 @@ import optax
 
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
-from fopd_jax.config.schema import EMA, OPD, PAPER_GUIDANCE
+from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.config.stages import is_mixed
+from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
@@ -125,9 +126,15 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         trained=sampler.trained,
         anchor_every=config.anchor.every,
         one_timestep=config.one_timestep,
+        extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
     )
+
+
+def mixes(config: OPD) -> bool:
+    """Whether prompts have several teachers."""
+    return any(task.mix or task.noisy_mix for task in config.tasks.values())
 
 
 def scale_of(guidance: float | None) -> float:
@@ -144,9 +151,10 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         batch=config.batch_size,
         timesteps=trained,
         only_sampled=stop - trained,
-        guided_student=spec.guidance != 1,
-        guided_teachers=spec.table.guided,
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers else 1)
+        guided_student=spec.guidance != 1 or spec.apart,
+        guided_teachers=spec.table.guided or spec.apart,
+        teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
+        + (spec.table.base is not None)
         + (spec.objective.mar_beta > 0) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,

@@ -177,7 +177,7 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
     """Load the base and put the adapters beside it."""
     anchor = adapters[config.anchor.name] if config.anchor.adapter else None
     make_start = partial(start_adapter, config, adapters, pipeline)
-    bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor)
+    bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor, base=asks_base(config))
     variables = load_base(config.model, pipeline, config.seed)
 
     def start() -> Tree:
@@ -195,9 +195,20 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
     return Teaching(variables, bank, start, models)
 
 
-def make_bank(config: Config, pipeline: Pipeline, teachers: Mapping[str, Adapter], anchor: Adapter | None) -> Tree:
-    """Teachers in their order, then the anchor (None: the base), in `model.dtype`, split as the base's kernels are."""
-    bank = {**teachers, "anchor/": anchor or no_adapter(next(iter(teachers.values())))}
+def asks_base(config: OPD) -> bool:
+    """Whether the base is asked beside teachers and anchor."""
+    return any(task.extrapolation for task in config.tasks.values())
+
+
+def make_bank(
+    config: Config, pipeline: Pipeline, teachers: Mapping[str, Adapter], anchor: Adapter | None, *, base: bool = False
+) -> Tree:
+    """Teachers in their order, then the anchor (None: the base), and the base where it is asked.
+
+    In `model.dtype`, split as the base's kernels are.
+    """
+    nothing = no_adapter(next(iter(teachers.values())))
+    bank = {**teachers, "anchor/": anchor or nothing} | ({"base/": nothing} if base else {})
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
     stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
     return put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked))

@@ -51,17 +51,17 @@ class Stored:
 class Course:
     """What the passes of one kind of update have in common.
 
-    `velocity(parameters, rows, x, sigma) → v`: the policy's, guidance included. `ask(rows, x, level, t) → targets`: of
-    others at trained timestep t, counted from the first one. `terms(level, t, v, at, log_prob, rows) → {"loss": [B],
-    "weight": [B], …}`: one timestep's loss, what its mean divides by, and what is counted beside it; `at`: what is
-    stored of it, `log_prob`: of its action under v. `names`: of the terms. `rows`: whatever has a leading batch axis,
-    such as conditioning.
+    `velocity(parameters, rows, x, sigma) → (v, beside)`: the policy's, guidance included, and what of it the terms are
+    of. `ask(rows, x, level, t) → targets`: of others at trained timestep t, counted from the first one.
+    `terms(level, t, beside, at, log_prob, rows) → {"loss": [B], "weight": [B], …}`: one timestep's loss, what its mean
+    divides by, and what is counted beside it; `at`: what is stored of it, `log_prob`: of its action under v. `names`:
+    of the terms. `rows`: whatever has a leading batch axis, such as conditioning.
     """
 
     transition: Transition
-    velocity: Callable[[Tree, Tree, Array, Array], Array]
+    velocity: Callable[[Tree, Tree, Array, Array], tuple[Array, Any]]
     ask: Callable[[Tree, Array, Level, Array], Tree]
-    terms: Callable[[Level, Array, Array, Stored, Array, Tree], Totals]
+    terms: Callable[[Level, Array, Any, Stored, Array, Tree], Totals]
     names: tuple[str, ...]
 
 
@@ -142,7 +142,7 @@ def _timestep(
     across conditionals from it, while on CPUs it is gone before anything is fused.
     """
     rows, here, keys = members
-    v = course.velocity(parameters, rows, here.x, level.sigma)
+    v, beside = course.velocity(parameters, rows, here.x, level.sigma)
     drawn = partial(draw, course.transition, level, here.x, jax.lax.stop_gradient(v), keys)
     x_next = jax.lax.optimization_barrier(jax.lax.cond(draws, lambda: drawn()[0], lambda: here.x_next))
     density = partial(log_density, course.transition, level, here.x)
@@ -153,7 +153,7 @@ def _timestep(
     if here.velocity is not None:
         v_old = jax.lax.stop_gradient(v.astype(here.velocity.dtype))
         acted = dataclasses.replace(acted, velocity=jnp.where(draws, v_old, here.velocity))
-    terms = course.terms(level, slot, v, acted, log_prob, rows)
+    terms = course.terms(level, slot, beside, acted, log_prob, rows)
     return terms["loss"].sum(), (acted, terms)
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
@@ -19,17 +20,38 @@ from fopd_jax.worlds.world import World, select_tasks
 Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
 """`(tasks, prompts) -> each prompt's teacher`; raises ValueError where a task has none (see `policy.panel`)."""
 
+Mixes = Callable[[Sequence[str], Sequence[str]], "Mix"]
+"""`(tasks, prompts) -> each prompt's several teachers`."""
 
 MOST_ORDERED = 2**18
 """Draws; seeing them takes a second or few."""
 
 
 @struct.dataclass
+class Mix:
+    """Soft routing: the teachers `bank [B, m]` that each sample is taught by, with weights `[B, 2, m]` at the image
+    (t = 0) and at pure noise (t = 1), linear in t between them.
+    """
+
+    bank: Any
+    weights: Any
+
+    def at(self, sigma: Float[Array, "*b"]) -> Float[Array, "b m"]:
+        """The weights at a noise level, 0-d or one a sample."""
+        t = jnp.broadcast_to(sigma, self.bank.shape[:1])[:, None]
+        return (1 - t) * self.weights[:, 0] + t * self.weights[:, 1]
+
+
+@struct.dataclass
 class Batch:
-    """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices."""
+    """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices.
+
+    `mix`: several teachers a prompt, of which `route` is then the chief one.
+    """
 
     conditioning: Any  # Conditioning, once embedded
     route: Any
+    mix: Mix | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +74,8 @@ class PromptStream:
 
     Counts of the tasks follow their weights of the time at every step (`tasks.sampling.Curriculum`), no prompt of a
     task comes twice within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
-    `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`.
+    `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`. `mixes`: several
+    teachers a prompt, beside its route.
 
     Raises:
       ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
@@ -68,6 +91,7 @@ class PromptStream:
         images_per_prompt: int,
         seed: int,
         rows: Int[np.ndarray, " n"] | None = None,
+        mixes: Mixes | None = None,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
         for task in self.tasks.values():
@@ -76,7 +100,7 @@ class PromptStream:
             raise ValueError(
                 f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
-        self.encode, self.routes, self.seed = world.encode, routes, seed
+        self.encode, self.routes, self.mixes, self.seed = world.encode, routes, mixes, seed
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
@@ -141,5 +165,6 @@ class PromptStream:
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
         tasks, prompts = ([drawn[i] for i in self._mine] for drawn in self.draw(step))
-        batch = Batch(self.encode(prompts), self.routes(tasks, prompts))
+        mix = None if self.mixes is None else self.mixes(tasks, prompts)
+        batch = Batch(self.encode(prompts), self.routes(tasks, prompts), mix)
         return jax.tree.map(lambda leaf: leaf[self._repeat], batch)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fopd_jax.config import learning, schema
+from fopd_jax.config import learning, schema, teaching
 from fopd_jax.config.identity import identity
 from fopd_jax.config.parse import assign, find, flatten, override, resolve, thaw, unflatten
 from fopd_jax.config.rules import PATH
@@ -50,7 +50,7 @@ def test_every_field_is_described():
 
 
 def test_every_section_is_reached_by_some_stage():
-    known = {**vars(schema), **vars(learning)}.values()
+    known = {**vars(schema), **vars(learning), **vars(teaching)}.values()
     defined = {each for each in known if isinstance(each, type) and issubclass(each, Section)}
     found = [find(valid(field.stage), field.name) for field in GROUPS]
     reached = {type(each["x"] if isinstance(each, dict) else each) for each in found}
@@ -214,6 +214,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
+    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
+    "match": choice("guided", "conditional", "branches"),
+    "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (

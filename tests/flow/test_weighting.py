@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from fopd_jax.config.schema import WEIGHTINGS
+from fopd_jax.config.teaching import WEIGHTINGS
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import CPS, ODE, SDE
 from fopd_jax.flow.weighting import LEAST_NOISE, check_weighting, weight

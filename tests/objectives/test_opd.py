@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fopd_jax.config.schema import OBJECTIVES, REWARDS, Objective
+from fopd_jax.config.schema import Objective
+from fopd_jax.config.teaching import OBJECTIVES, REWARDS
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, transition_step
 from fopd_jax.flow.weighting import weight

@@ -15,7 +15,8 @@ from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter, rank_of
 from fopd_jax.config.identity import config_hash, identity
 from fopd_jax.config.parse import flatten, override, resolve
-from fopd_jax.config.schema import PAPER_GUIDANCE, Model
+from fopd_jax.config.schema import Model
+from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.interop.files.converted import Converted, Manifest, weights_hash, write_manifest
 from fopd_jax.interop.files.safetensors import load_adapter, save_adapter
 from fopd_jax.interop.lora.cards import read_card

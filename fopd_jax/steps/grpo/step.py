@@ -241,9 +241,10 @@ def _course(pieces: Pieces, base: Base, first: Array) -> Course:
     def guided(variables: Tree, adapter: Tree, conditioning: Conditioning, x: Array, sigma: Array) -> Array:
         return guided_velocity(pieces.velocity, variables, adapter, x, sigma, conditioning, null, spec.guidance)
 
-    def velocity(parameters: Tree, rows: _Rows, x: Array, sigma: Array) -> Array:
+    def velocity(parameters: Tree, rows: _Rows, x: Array, sigma: Array) -> tuple[Array, Array]:
         with jax.named_scope("policy"):
-            return guided(*pieces.policy.read(base.variables, parameters), rows.conditioning, x, sigma)
+            v = guided(*pieces.policy.read(base.variables, parameters), rows.conditioning, x, sigma)
+        return v, v
 
     def reference(rows: _Rows, x: Array, level: Level, t: Array) -> Array | None:
         if spec.objective.kl_beta == 0:

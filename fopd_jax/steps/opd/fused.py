@@ -11,7 +11,7 @@ from jaxtyping import Array
 from fopd_jax.flow.rollout import Step, draw, scan_steps
 from fopd_jax.objectives.opd import Totals, timestep_terms
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.pieces import Pieces, add, approach, mean_gradient, student_velocity, zero_totals
+from fopd_jax.steps.opd.pieces import Pieces, add, approach, mean_gradient, student_says, zero_totals
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import anchor_picks, ask
 from fopd_jax.steps.state import TrainState
@@ -31,10 +31,10 @@ def fused_gradients(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Ba
 
         def loss(parameters: Tree, rows: Any) -> tuple[Array, tuple[Array, Totals]]:
             conditioning, x, targets, keys = rows
-            v = student_velocity(pieces, frozen, parameters, conditioning, x, level.sigma)
+            v, own = student_says(pieces, frozen, parameters, conditioning, x, level.sigma)
             x_next, log_prob = draw(spec.transition, level, x, v, keys)
             old = jax.lax.stop_gradient(log_prob)
-            terms = timestep_terms(spec.objective, spec.transition, level, v, targets, x, x_next, log_prob, old)
+            terms = timestep_terms(spec.objective, spec.transition, level, own, targets, x, x_next, log_prob, old)
             return terms["loss"].sum(), (x_next, terms)
 
         rows = batch.conditioning, x, targets, step.keys

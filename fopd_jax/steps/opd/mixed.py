@@ -16,7 +16,7 @@ from fopd_jax.config.schema import EMA
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.objectives.opd import Targets, Totals, timestep_terms
+from fopd_jax.objectives.opd import Compared, Targets, Totals, timestep_terms
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.grpo.metrics import credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Credit, Rollout
@@ -102,15 +102,15 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
     """Distillation's, with the advantage in the reward."""
     plain, spec = opd_course(pieces, frozen, picks), pieces.spec
 
-    def velocity(parameters: Tree, rows: _Rows, x: Array, sigma: Array) -> Array:
+    def velocity(parameters: Tree, rows: _Rows, x: Array, sigma: Array) -> tuple[Array, Compared]:
         return plain.velocity(parameters, rows.batch, x, sigma)
 
     def ask(rows: _Rows, x: Array, level: Level, t: Array) -> Targets:
         return plain.ask(rows.batch, x, level, t)
 
-    def terms(level: Level, t: Array, v: Array, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
+    def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
         return timestep_terms(
-            spec.objective, spec.transition, level, v, at.targets, at.x, at.x_next, log_prob, at.log_prob,
+            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
             rows.advantage,
         )  # fmt: skip
 

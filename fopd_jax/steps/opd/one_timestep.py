@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from fopd_jax.flow.rollout import Seen, sample, sample_keys
 from fopd_jax.objectives.opd import Totals, direct_terms
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.pieces import Pieces, approach, mean_gradient, student_policy, student_velocity
+from fopd_jax.steps.opd.pieces import Pieces, approach, mean_gradient, student_policy, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import PICKS, ask
 from fopd_jax.steps.state import TrainState
@@ -33,8 +33,8 @@ def picked_gradients(
 
     def loss(parameters: Tree, rows: Any) -> tuple[Array, Totals]:
         conditioning, x, targets, sigma = rows
-        v = student_velocity(pieces, frozen, parameters, conditioning, x, sigma)
-        terms = direct_terms(spec.objective, v, targets, jnp.full(x.shape[:1], mean_weight))
+        _, own = student_says(pieces, frozen, parameters, conditioning, x, sigma)
+        terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight))
         return terms["loss"].sum(), terms
 
     rows = batch.conditioning, x, targets, level.sigma

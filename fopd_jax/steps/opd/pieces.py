@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import PolicyVelocity, sample, sample_keys
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.objectives.opd import TERMS, Totals
+from fopd_jax.objectives.opd import TERMS, Compared, Totals, compared
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
-from fopd_jax.policy.velocity import Tree, Velocity, guided_velocity
+from fopd_jax.policy.guidance import guided
+from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.student import ADAPTER, Student
@@ -42,6 +43,20 @@ def student_velocity(
     variables, adapter = pieces.student.read(frozen.variables, parameters)
     with jax.named_scope("student"):
         return guided_velocity(pieces.velocity, variables, adapter, x, sigma, conditioning, null, guidance)
+
+
+def student_says(
+    pieces: Pieces, frozen: Frozen, parameters: Tree, conditioning: Conditioning, x: Array, sigma: Array
+) -> tuple[Float[Array, "b h w c"], Compared]:
+    """The same, and what of the student is held to its targets."""
+    spec = pieces.spec
+    if spec.objective.match == "guided" or (spec.guidance == 1 and not spec.apart):
+        v = student_velocity(pieces, frozen, parameters, conditioning, x, sigma)
+        return v, Compared(v)
+    variables, adapter = pieces.student.read(frozen.variables, parameters)
+    with jax.named_scope("student"):
+        text, null = branches(pieces.velocity, variables, adapter, x, sigma, conditioning, frozen.null)
+    return guided(text, null, spec.guidance), compared(spec.objective.match, text, null)
 
 
 def student_policy(pieces: Pieces, frozen: Frozen, parameters: Tree, conditioning: Conditioning) -> PolicyVelocity:

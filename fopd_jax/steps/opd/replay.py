@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from fopd_jax.config.schema import EMA
 from fopd_jax.flow.schedule import Level
-from fopd_jax.objectives.opd import TERMS, Targets, Totals, timestep_terms
+from fopd_jax.objectives.opd import TERMS, Compared, Targets, Totals, timestep_terms
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_velocity
+from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import anchor_picks, ask
 from fopd_jax.steps.state import TrainState, advance
@@ -77,15 +77,15 @@ def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
     """What passes of distillation have in common; `picks`: see `anchor_picks`; rows are a `Batch`'s."""
     spec = pieces.spec
 
-    def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> Array:
-        return student_velocity(pieces, frozen, parameters, rows.conditioning, x, sigma)
+    def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> tuple[Array, Compared]:
+        return student_says(pieces, frozen, parameters, rows.conditioning, x, sigma)
 
     def targets(rows: Batch, x: Array, level: Level, t: Array) -> Targets:
         return ask(pieces, frozen, rows, x, level, None if picks is None else picks[t])
 
-    def terms(level: Level, t: Array, v: Array, at: Stored, log_prob: Array, rows: Batch) -> Totals:
+    def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: Batch) -> Totals:
         return timestep_terms(
-            spec.objective, spec.transition, level, v, at.targets, at.x, at.x_next, log_prob, at.log_prob
+            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob
         )
 
     return Course(spec.transition, velocity, targets, terms, TERMS)

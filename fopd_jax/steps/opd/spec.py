@@ -22,7 +22,8 @@ from fopd_jax.policy.velocity import Tree
 class Frozen:
     """What does not train: base network, bank of teachers (and anchor), the empty prompt (one row).
 
-    The bank holds adapters on the base (see `adapters.stack_bank`), or whole networks stacked along a leading axis.
+    Where the base is asked, it is the bank's last entry. The bank holds adapters on the base (see
+    `adapters.stack_bank`), or whole networks stacked along a leading axis.
     """
 
     variables: Tree
@@ -42,7 +43,7 @@ class OPDSpec:
     anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
 
-    `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
+    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
     """
 
     objective: Objective
@@ -60,6 +61,7 @@ class OPDSpec:
     trained: tuple[int, int] | None = None
     anchor_every: int = 1
     one_timestep: bool = False
+    extrapolation: tuple[float, ...] = ()
     rewards: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -135,7 +137,18 @@ class OPDSpec:
         """Who teaches what."""
         *scales, anchor = self.teacher_guidance
         teachers = dict(zip(self.teachers, scales, strict=True))
-        return RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
+        table = RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
+        if not any(self.extrapolation):
+            return table
+        base = len(self.teachers) + 1
+        return dataclasses.replace(
+            table, guidance=(*self.teacher_guidance, 1.0), extrapolation=self.extrapolation, base=base
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether velocities under the empty prompt are asked for beside the others."""
+        return self.objective.match == "branches"
 
     def levels(self, start: int, stop: int) -> Level:
         """Those of the schedule's steps `start <= t < stop`, stacked."""

@@ -28,13 +28,16 @@ def ask(
     """
     spec = pieces.spec
     table, every = spec.table, 1 if pick is None else spec.anchor_every
-    panel = make_panel(pieces.velocity, table, spec.whole_teachers, frozen.variables, frozen.bank, frozen.null)
+    panel = make_panel(
+        pieces.velocity, table, spec.whole_teachers, frozen.variables, frozen.bank, frozen.null, branches=spec.apart
+    )
     with jax.named_scope("teachers"):
-        questions = table.questions(batch.route, every, pick)
+        questions = table.questions(batch.route, every, pick, batch.mix, level.sigma, branches=spec.apart)
         teacher, *anchor = jax.lax.stop_gradient(panel.ask(x, level.sigma, batch.conditioning, questions))
     if not anchor:
-        return Targets(teacher.velocity)
-    return Targets(teacher.velocity, anchor[0].velocity, anchor[0].counts)
+        return Targets(teacher.velocity, teacher_difference=teacher.difference)
+    (anchor,) = anchor
+    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference)
 
 
 def anchor_picks(spec: OPDSpec, state: TrainState, size: int) -> Int[Array, "t n"] | None:
