@@ -13,6 +13,7 @@ from fopd_jax.config.section import Section, setting
 OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 MATCHES = ("guided", "conditional", "branches")
+NETWORK_DTYPES = ("float32", "bfloat16", "float8_e4m3")
 MERGES = ("svd", "concatenate", "factors")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
@@ -56,6 +57,9 @@ class RoutedTask(Section):
         {}, "The same at pure noise, `mix` being at the image, linear in t between them; {}: `mix` at all levels.",
         rules.WEIGHTS, open_names=True,
     )  # fmt: skip
+    network: str = setting(
+        "", "The one of `networks` that the teacher is, or is an adapter on; empty: an adapter on the student's base."
+    )
 
 
 @dataclasses.dataclass
@@ -68,6 +72,7 @@ class Anchor(Section):
     every: int = setting(
         1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
     )
+    network: str = setting("", "As of a task; then an empty `adapter` is that network itself.")
 
 
 @dataclasses.dataclass
@@ -111,3 +116,15 @@ class Objective(Section):
         one_of(*MATCHES),
     )  # fmt: skip
     branch_weight: float = setting(1.0, "Of 'branches': what the difference counts.", at_least(0, 1000))
+
+
+@dataclasses.dataclass
+class TeacherNetwork(Section):
+    """A network beside the student's base in the same latent space, that is a teacher or carries some."""
+
+    preset: str = setting("sd35_large", "Shape of the network, by its published name.")
+    path: str = setting("", "Its weights, as `model.path`; empty: random ones, of the seed.", rules.PATH)
+    dtype: str = setting(
+        "bfloat16", "Of its weights; 'float8_e4m3': those of dense layers, with a float32 scale an output channel.",
+        one_of(*NETWORK_DTYPES),
+    )  # fmt: skip

@@ -6,7 +6,8 @@ N heads, H head dimension, D width, R adapter rank, K adapters.
 
 Every dense layer reads an optional low-rank update from the variable collection `adapter`: leaves `a [D_in, R]` and
 `b [R, D_out]`, or a bank of them with a leading axis K from which `route [B]` gathers *inside the layer*, so that no
-per-sample copy of a whole adapter ever exists. `b` carries the adapter's scale already.
+per-sample copy of a whole adapter ever exists. `b` carries the adapter's scale already. Kernels may be kept in float8:
+then the collection `scales` holds a factor per output channel, `kernel [D_out]`, which multiplies the product.
 """
 
 import dataclasses
@@ -58,16 +59,15 @@ class MMDiTConfig:
 
 
 _SD3 = {"patch_size": 2, "channels": 16, "context_dim": 4096, "pooled_dim": 2048, "base_size": 64, "head_dim": 64}
+_MINIATURE = {"patch_size": 4, "channels": 3, "context_dim": 32, "pooled_dim": 24, "base_size": 6, "head_dim": 32}
 
 PRESETS: dict[str, MMDiTConfig] = {
     "sd35_medium": MMDiTConfig(depth=24, num_heads=24, dual_layers=13, qk_norm=True, table_size=384, **_SD3),
     "sd35_large": MMDiTConfig(depth=38, num_heads=38, dual_layers=0, qk_norm=True, table_size=192, **_SD3),
     "sd3_medium": MMDiTConfig(depth=24, num_heads=24, dual_layers=0, qk_norm=False, table_size=192, **_SD3),
-    "miniature": MMDiTConfig(
-        depth=4, num_heads=4, head_dim=32, dual_layers=2, qk_norm=True, patch_size=4, channels=3,
-        context_dim=32, pooled_dim=24, table_size=6, base_size=6,
-    ),
-}  # fmt: skip
+    "miniature": MMDiTConfig(depth=4, num_heads=4, dual_layers=2, qk_norm=True, table_size=6, **_MINIATURE),
+    "miniature_large": MMDiTConfig(depth=6, num_heads=6, dual_layers=0, qk_norm=True, table_size=6, **_MINIATURE),
+}
 
 
 def position_table(config: MMDiTConfig, rows: int, columns: int) -> Float[np.ndarray, "rows columns d"]:
@@ -126,6 +126,8 @@ class Dense(nn.Module):
         kernel = nn.spmd.with_logical_constraint(kernel, self.axes)
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
+        if self.has_variable("scales", "kernel"):
+            y = (y * self.get_variable("scales", "kernel").reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
         y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("adapter", "a"):
             a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
@@ -399,7 +401,7 @@ class MMDiT(nn.Module):
         in_axes: Any = (nn.broadcast, nn.broadcast)  # flax types it as int
         scanned = nn.scan(
             block_class,
-            variable_axes={"params": 0, "adapter": 0},
+            variable_axes={"params": 0, "adapter": 0, "scales": 0},
             split_rngs={"params": True},
             in_axes=in_axes,
             length=length,
@@ -436,15 +438,10 @@ def convert_layers(tree: dict[str, Any], *, scan: bool) -> dict[str, Any]:
         if scan:
             layers = [out.pop(f"{name}_{i}") for i in range(sum(k.rpartition("_")[0] == name for k in tree))]
             if layers:
-                out[name] = jax.tree.map(
-                    lambda *leaves: np.stack(leaves) if _on_host(leaves) else jnp.stack(leaves), *layers
-                )
+                on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
+                out[name] = jax.tree.map(lambda *leaves: (np if on_host else jnp).stack(leaves), *layers)
         elif name in out:
             stack = out.pop(name)
             length = len(jax.tree.leaves(stack)[0])
             out |= {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(length)}
     return out
-
-
-def _on_host(leaves: tuple[Any, ...]) -> bool:
-    return all(isinstance(leaf, np.ndarray) for leaf in leaves)

@@ -3,7 +3,7 @@
 A *question* about a sample is a bank entry and a coefficient; a *target* is the sum of the answers to a sample's m
 questions. Hard routing is one question of coefficient 1; soft routing asks K teachers, `v = Σ α_k·v_k`; extrapolation
 asks the teacher with 1 + λ and the base with -λ, `v = v_k + λ·(v_k - v_base)`; the anchor is a second target. A panel
-answers all questions at once. Entries of the bank are adapters on one network, or whole networks.
+answers all questions at once. Entries of the bank are adapters on one network; of several networks see `policy.groups`.
 
 A guided velocity is linear in its scale, so however many teachers a sample has, the base is asked about it once: under
 the mean of their scales by α_k·λ_k.
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.policy.guidance import guided
-from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
+from fopd_jax.policy.velocity import Tree, Velocity, branches
 from fopd_jax.worlds.prompt_stream import Mix
 
 
@@ -34,7 +34,8 @@ class Questions:
 
     All samples of the batch are asked about, or one of every `every` neighbours, the one at `pick [n]` among them.
     `coefficient` None: 1, where m is 1. `scale [n, m]`: of guidance; None: the entries' own. `branches`: the answer is
-    not guided, but the velocity under the prompt and what it differs from that under the empty one.
+    not guided, but the velocity under the prompt and what it differs from that under the empty one. `entry`: the only
+    one that is asked, where that is known beforehand.
     """
 
     bank: Any  # int32 arrays and float ones; Any because tree operations put anything into a leaf
@@ -43,6 +44,7 @@ class Questions:
     every: int = struct.field(pytree_node=False, default=1)
     scale: Any = None
     branches: bool = struct.field(pytree_node=False, default=False)
+    entry: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -125,7 +127,7 @@ class RoutingTable:
         if self.anchor is None:
             return (own,)
         anchor = jnp.full((route.shape[0] // every, 1), self.anchor, route.dtype)
-        return own, Questions(anchor, pick=pick, every=every, branches=branches)
+        return own, Questions(anchor, pick=pick, every=every, branches=branches, entry=self.anchor)
 
     def _extrapolated(self, own: Questions) -> Questions:
         """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
@@ -157,19 +159,17 @@ class Panel(Protocol):
 def make_panel(
     velocity: Velocity,
     table: RoutingTable,
-    networks: bool,
     variables: Tree,
     bank: Tree,
     null: Conditioning,
     *,
     branches: bool = False,
 ) -> Panel:
-    """The panel over a bank of adapters on the network `variables`, or of whole networks beside its constants.
+    """The panel over a bank of adapters on the network `variables`.
 
     `null`: the empty prompt (one row). `branches`: questions will ask for them.
     """
-    kind = NetworkPanel if networks else AdapterPanel
-    return kind(velocity, table.guidance, variables, bank, null if table.guided or branches else None)
+    return AdapterPanel(velocity, table.guidance, variables, bank, null if table.guided or branches else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,93 +193,96 @@ class AdapterPanel:
         Raises:
           ValueError: two targets are asked about subsets of different sizes.
         """
-        block = _block(questions)
-        entries = _joined([each.bank.reshape(-1, _rows_of(each, block)) for each in questions])
-        rows = (conditioning, x, jnp.broadcast_to(sigma, x.shape[:1]))
-        conditioning, x, sigma = jax.tree.map(
-            lambda leaf: _joined([_asked(leaf, each, block) for each in questions]), rows
-        )
-        if self.null is None:
-            v = self.velocity(self.variables, self.bank, x, sigma, conditioning, entries)
-            return _answers(v, questions, block)
-        text, null = branches(self.velocity, self.variables, self.bank, x, sigma, conditioning, self.null, entries)
-        own = jnp.asarray(self.guidance, jnp.float32)
-        scales = _joined([_scales(each, own).reshape(-1, _rows_of(each, block)) for each in questions])
-        answers = _answers(guided(text, null, scales), questions, block)
-        if not any(each.branches for each in questions):
-            return answers
-        sides = zip(
-            questions, answers, _answers(text, questions, block), _answers(text - null, questions, block), strict=True
-        )
-        return tuple(
-            dataclasses.replace(plain, difference=apart.velocity) if each.branches else answer
-            for each, answer, plain, apart in sides
-        )
+        block = block_of(questions)
+        entries = entries_of(questions, block)
+        rows = rows_of(questions, block, x, sigma, conditioning)
+        scales = None if self.null is None else scales_of(questions, block, self.guidance)
+        apart = any(each.branches for each in questions)
+        said = say(self.velocity, self.variables, self.bank, rows, self.null, scales, entries, apart=apart)
+        return answered(said, questions, block)
 
 
-@dataclasses.dataclass(frozen=True)
-class NetworkPanel:
-    """Whole networks, stacked along the bank's leading axis: each in turn is asked about all samples.
+@struct.dataclass
+class Rows:
+    """What a forward reads of n rows."""
 
-    Their weights are gathered layer by layer like the student's, so only one network's shards are ever whole. An
-    answer counts where a question asks for it.
+    conditioning: Any
+    x: Any
+    sigma: Any
+
+
+def say(
+    velocity: Velocity,
+    variables: Tree,
+    bank: Tree,
+    rows: Rows,
+    null: Conditioning | None,
+    scales: Array | None,
+    route: Array | None,
+    *,
+    apart: bool,
+) -> tuple[Array, ...]:
+    """One network's velocity at every row, guided by `scales` [n] where there is an empty prompt `null`; if branches are
+    asked for `apart`, then also that under the prompt, and what it differs from that under the empty one.
     """
-
-    velocity: Velocity
-    guidance: tuple[float, ...]
-    variables: Tree
-    bank: Tree
-    null: Conditioning | None
-
-    def ask(
-        self, x: Array, sigma: Array, conditioning: Conditioning, questions: Sequence[Questions]
-    ) -> tuple[Answer, ...]:
-        """See `Panel`.
-
-        Raises:
-          ValueError: a target is asked about some samples only, which would save nothing here.
-        """
-        if any(each.every != 1 for each in questions):
-            raise ValueError("every: found a target asked about some samples, expected 1 where teachers are networks")
-        if any(each.branches or each.scale is not None for each in questions):
-            raise ValueError("scale, branches: found a question with some, expected none where teachers are networks")
-        count = len(self.guidance)
-
-        def ask(sums: Array, inputs: tuple[Array, Array, Tree]) -> tuple[Array, None]:
-            entry, scale, params = inputs
-            variables = {"params": params, "constants": self.variables["constants"]}
-            v = guided_velocity(self.velocity, variables, {}, x, sigma, conditioning, self.null, scale)
-            share = jnp.stack([_share(each, entry) for each in questions])[..., None, None, None]
-            # A selection: an answer that nobody asked for counts for nothing, even where it is not finite.
-            return sums + jnp.where(share == 0, 0.0, share * v.astype(sums.dtype)[None]), None
-
-        bank = jax.tree.map(lambda leaf: leaf[:count], self.bank)
-        inputs = (jnp.arange(count), jnp.asarray(self.guidance, jnp.float32), bank)
-        sums, _ = jax.lax.scan(ask, jnp.zeros((len(questions), *x.shape), x.dtype), inputs)
-        return tuple(Answer(each) for each in sums)
+    if null is None:
+        return (velocity(variables, bank, rows.x, rows.sigma, rows.conditioning, route),)
+    text, empty = branches(velocity, variables, bank, rows.x, rows.sigma, rows.conditioning, null, route)
+    velocities = guided(text, empty, 1.0 if scales is None else scales)
+    return (velocities, text, text - empty) if apart else (velocities,)
 
 
-# ---- shares of whole networks' answers
-
-
-def _share(questions: Questions, entry: Array) -> Float[Array, " b"]:
-    """The summed coefficients with which each sample asks one bank entry."""
-    coefficient = jnp.ones(()) if questions.coefficient is None else questions.coefficient
-    return jnp.where(questions.bank == entry, coefficient, 0.0).sum(1)
+def answered(said: Sequence[Array], questions: Sequence[Questions], block: int) -> tuple[Answer, ...]:
+    """An answer to each target from what was said at its rows, see `say`."""
+    answers = _answers(said[0], questions, block)
+    if len(said) == 1:
+        return answers
+    sides = zip(questions, answers, *(_answers(each, questions, block) for each in said[1:]), strict=True)
+    return tuple(
+        dataclasses.replace(plain, difference=apart.velocity) if each.branches else answer
+        for each, answer, plain, apart in sides
+    )
 
 
 # ---- rows of one forward, in blocks of `block` neighbours: of each block the rows of the first target, then the next's
 
 
-def _block(questions: Sequence[Questions]) -> int:
+def block_of(questions: Sequence[Questions]) -> int:
+    """How many neighbours a block holds.
+
+    Raises:
+      ValueError: two targets are asked about subsets of different sizes.
+    """
     block = max(each.every for each in questions)
     if any(each.every not in (1, block) for each in questions):
         raise ValueError(f"every: found {[each.every for each in questions]}, expected 1 or one other number")
     return block
 
 
-def _scales(questions: Questions, guidance: Array) -> Array:
-    return guidance[questions.bank] if questions.scale is None else questions.scale
+def entries_of(questions: Sequence[Questions], block: int) -> Int[Array, " n"]:
+    """The bank entry that each row asks."""
+    return _joined([each.bank.reshape(-1, _rows_of(each, block)) for each in questions])
+
+
+def shares_of(questions: Sequence[Questions], block: int) -> Float[Array, " n"]:
+    """The coefficient of each row's answer."""
+    shares = (jnp.ones(each.bank.shape) if each.coefficient is None else each.coefficient for each in questions)
+    return _joined([share.reshape(-1, _rows_of(each, block)) for share, each in zip(shares, questions, strict=True)])
+
+
+def scales_of(questions: Sequence[Questions], block: int, guidance: Sequence[float]) -> Float[Array, " n"]:
+    """The guidance scale of each row."""
+    own = jnp.asarray(guidance, jnp.float32)
+    scales = (own[each.bank] if each.scale is None else each.scale for each in questions)
+    return _joined([scale.reshape(-1, _rows_of(each, block)) for scale, each in zip(scales, questions, strict=True)])
+
+
+def rows_of(
+    questions: Sequence[Questions], block: int, x: Array, sigma: Array, conditioning: Conditioning
+) -> Rows:
+    """Every target's rows of a batch."""
+    batch = Rows(conditioning, x, jnp.broadcast_to(sigma, x.shape[:1]))
+    return jax.tree.map(lambda leaf: _joined([_asked(leaf, each, block) for each in questions]), batch)
 
 
 def _rows_of(questions: Questions, block: int) -> int:

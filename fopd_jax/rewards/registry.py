@@ -39,7 +39,9 @@ FILE_OPTIONS: Mapping[str, str] = types.MappingProxyType({
     "aesthetic": "head", "deqa": "template", "geneval": "clip", "qwenvl": "template", "unifiedreward": "template",
 })  # fmt: skip
 """Of kinds that read another file beside their weights, the option that names it."""
-WORLDS: Mapping[str, str] = types.MappingProxyType({"miniature": "fopd_jax.worlds.miniature.rewards"})
+WORLDS: Mapping[str, str] = types.MappingProxyType(
+    dict.fromkeys(("miniature", "miniature_large"), "fopd_jax.worlds.miniature.rewards")
+)
 """Of presets whose world has rewards of its own the module that makes them: what serves rewards needs no world."""
 _REMOTE, _CUSTOM = KINDS["remote"], "fopd_jax.rewards.custom"
 _SERVED = (_REMOTE, "fopd_jax.rewards.served.judges")

@@ -47,6 +47,13 @@ class Shares:
             found[task] = count
         return found
 
+    def most(self, draws: int) -> Int[np.ndarray, " tasks"]:
+        """The most of each task that any `draws` successive ones hold."""
+        found = np.zeros(len(self.weights), np.int64)
+        for task, count in _most(_tree(self.weights), draws, draws):
+            found[task] = count
+        return found
+
     def bound(self) -> float:
         """The most by which a task's count ever differs from draws times share."""
         return max(_bounds(_tree(self.weights), 0.0))
@@ -94,6 +101,10 @@ class Curriculum:
             found = found + shares.counts(draws * (stop - start))
         return found
 
+    def most(self, draws: int) -> Int[np.ndarray, " tasks"]:
+        """The most of each task in any step of so many draws."""
+        return np.max([shares.most(draws) for _, shares in self.stretches], axis=0)
+
     def within(self, steps: int) -> Iterator[tuple[int, int, Shares]]:
         """The stretches that begin in the first so many steps: from which step, to which, and their shares."""
         stops = [*(start for start, _ in self.stretches[1:]), steps]
@@ -136,6 +147,17 @@ def _parted(node: int | _Fork, draws: int) -> Iterator[tuple[int, int]]:
     left = (2 * draws * node.part + node.whole) // (2 * node.whole)  # to the nearest
     yield from _parted(node.left, left)
     yield from _parted(node.right, draws - left)
+
+
+def _most(node: int | _Fork, least: int, most: int) -> Iterator[tuple[int, int]]:
+    """Of successive draws, between `least` and `most` of which come to a node. Roundings of two counts differ by what
+    lies between them, rounded down or up.
+    """
+    if isinstance(node, int):
+        yield node, most
+        return
+    for child, part in ((node.left, node.part), (node.right, node.whole - node.part)):
+        yield from _most(child, least * part // node.whole, -(-most * part // node.whole))
 
 
 def _bounds(node: int | _Fork, bound: float) -> Iterator[float]:

@@ -5,4 +5,4 @@ from collections.abc import Callable
 from fopd_jax.worlds.miniature.world import make_world
 from fopd_jax.worlds.world import World
 
-EMBEDDED: dict[str, Callable[[], World]] = {"miniature": make_world}
+EMBEDDED: dict[str, Callable[[], World]] = {"miniature": make_world, "miniature_large": make_world}

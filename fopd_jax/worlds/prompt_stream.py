@@ -15,6 +15,7 @@ from fopd_jax.config.schema import RoutedTask
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sampling import Curriculum, Walk
 from fopd_jax.worlds.foreseen import foresee
+from fopd_jax.worlds.placement import Placement
 from fopd_jax.worlds.world import World, select_tasks
 
 Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
@@ -75,7 +76,7 @@ class PromptStream:
     Counts of the tasks follow their weights of the time at every step (`tasks.sampling.Curriculum`), no prompt of a
     task comes twice within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`. `mixes`: several
-    teachers a prompt, beside its route.
+    teachers a prompt, beside its route. `placement`: which devices the draws of a step are dealt to, see there.
 
     Raises:
       ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
@@ -92,6 +93,7 @@ class PromptStream:
         seed: int,
         rows: Int[np.ndarray, " n"] | None = None,
         mixes: Mixes | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
         for task in self.tasks.values():
@@ -101,6 +103,7 @@ class PromptStream:
                 f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
         self.encode, self.routes, self.mixes, self.seed = world.encode, routes, mixes, seed
+        self.placement = placement
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
@@ -115,7 +118,10 @@ class PromptStream:
         before, after = (self._curriculum.counts(number, self.count) for number in (step, step + 1))
         tasks = np.repeat(np.arange(len(self._all)), after - before)
         places = [walk(*ends) for walk, *ends in zip(self._walks, before.tolist(), after.tolist(), strict=True)]
-        order = np.random.default_rng((self.seed, step)).permutation(self.count)
+        rng = np.random.default_rng((self.seed, step))
+        order = rng.permutation(self.count)
+        if self.placement is not None:
+            order = order[self.placement(tasks[order], rng)]
         return tasks[order], np.concatenate(places)[order]
 
     def draw(self, step: int) -> tuple[list[str], list[str]]:

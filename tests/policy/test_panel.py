@@ -13,7 +13,8 @@ import pytest
 
 from fopd_jax.adapters.lora import effective, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.policy.panel import AdapterPanel, Answer, NetworkPanel, Questions, RoutingTable, make_panel
+from fopd_jax.policy.groups import GroupedPanel, Member
+from fopd_jax.policy.panel import AdapterPanel, Answer, Questions, RoutingTable, make_panel
 from tests.steps.opd.network import SHAPE, adapter, check, make_velocity, normal, prompts, quick, variables
 
 BATCH, TOLERANCE = 6, 1e-6
@@ -36,9 +37,11 @@ def networks() -> Any:
 
 
 def panel_of(networked: bool, scales: tuple[float, ...] = SCALES, rows: list[int] | None = None) -> Any:
-    kind, bank = (NetworkPanel, networks()) if networked else (AdapterPanel, stack_bank(ADAPTERS))
-    everything = {"params": variables()["params"], "constants": {}}
-    return kind(make_velocity(rows=rows), scales, everything, bank, None if scales == PLAIN else NULL)
+    everything, velocity = {"params": variables()["params"], "constants": {}}, make_velocity(rows=rows)
+    if not networked:
+        return AdapterPanel(velocity, scales, everything, stack_bank(ADAPTERS), None if scales == PLAIN else NULL)
+    member = Member(velocity, tuple(range(len(scales))), everything, networks(), stacked=True)
+    return GroupedPanel((member,), RoutingTable(("a", "b", "c", "d"), scales), NULL, 1)
 
 
 def ask(networked: bool, *questions: Questions, scales: tuple[float, ...] = SCALES) -> tuple[Answer, ...]:
@@ -95,18 +98,19 @@ def test_extrapolation_asks_teacher_and_base(networked: bool) -> None:
     check(anchor.velocity, alone(networked, 2), TOLERANCE)
 
 
+@both
 @pytest.mark.parametrize("every", [2, 3])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_one_of_some_neighbours_is_asked_and_counts_for_all(every: int, soft: bool) -> None:
+def test_one_of_some_neighbours_is_asked_and_counts_for_all(networked: bool, every: int, soft: bool) -> None:
     count = BATCH // every
     pick = np.arange(1, count + 1) % every
     anchor, coefficient = jnp.full((count, 1), 2, jnp.int32), None
     if soft:
         anchor, coefficient = jnp.asarray([[2, 0]] * count, jnp.int32), jnp.asarray([[0.75, 0.25]] * count)
-    teacher, found = ask(False, Questions(ROUTE[:, None]), Questions(anchor, coefficient, jnp.asarray(pick), every))
-    check(teacher.velocity, own(False), TOLERANCE)
+    teacher, found = ask(networked, Questions(ROUTE[:, None]), Questions(anchor, coefficient, jnp.asarray(pick), every))
+    check(teacher.velocity, own(networked), TOLERANCE)
     asked = np.arange(count) * every + pick
-    expected = 0.75 * alone(False, 2) + 0.25 * alone(False, 0) if soft else alone(False, 2)
+    expected = 0.75 * alone(networked, 2) + 0.25 * alone(networked, 0) if soft else alone(networked, 2)
     check(found.velocity, np.repeat(expected[asked], every, axis=0), TOLERANCE)
     counts = np.zeros(BATCH)
     counts[asked] = every
@@ -133,16 +137,6 @@ def test_a_noise_level_per_sample_is_each_samples_own() -> None:
         check(found.velocity[i : i + 1], single.velocity, TOLERANCE)
 
 
-def test_a_network_that_nobody_asks_counts_for_nothing() -> None:
-    panel = panel_of(True, PLAIN)
-    bank = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), panel.bank)
-    route = jnp.asarray([0, 0, 2, 2, 0, 3], jnp.int32)
-    (found,) = NetworkPanel(panel.velocity, PLAIN, panel.variables, bank, None).ask(
-        X, SIGMA, TEXT, (Questions(route[:, None]),)
-    )
-    check(found.velocity, own(True, route, guided=False), TOLERANCE)
-
-
 # ---- what is refused
 
 
@@ -153,12 +147,6 @@ def test_subsets_of_two_sizes_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"^every: found \[2, 3\], expected 1 or one other number$"):
         panel_of(False).ask(X, SIGMA, TEXT, (two, three))
-
-
-def test_networks_are_asked_about_every_sample() -> None:
-    some = Questions(jnp.zeros((3, 1), jnp.int32), pick=jnp.zeros(3, jnp.int32), every=2)
-    with pytest.raises(ValueError, match=r"^every: found a target asked about some samples, expected 1"):
-        panel_of(True).ask(X, SIGMA, TEXT, (some,))
 
 
 # ---- the routing table
@@ -186,7 +174,7 @@ def test_the_empty_prompt_is_read_where_any_scale_needs_it(
     table = RoutingTable.of_tasks(dict(zip("ab", scales, strict=True)), anchor)
     assert table.guided == guided
     empty: Conditioning = NULL
-    panel: Any = make_panel(make_velocity(), table, False, variables(), {}, empty)
+    panel: Any = make_panel(make_velocity(), table, variables(), {}, empty)
     assert (panel.null is None) != guided
 
 

@@ -1,6 +1,7 @@
 """What every form of the OPD update is made of: the student's velocity, the way to the trained steps, the reduction."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,14 @@ class Pieces:
     """What the loss and its gradient are made of.
 
     `student`: what trains; `groups`: over which devices its gradients are summed when (default: on one device).
+    `voices`: velocities of the other networks among the teachers, by name.
     """
 
     spec: OPDSpec
     velocity: Velocity
     student: Student = ADAPTER
     groups: GradientGroups = dataclasses.field(default_factory=on_one_device)
+    voices: Mapping[str, Velocity] = dataclasses.field(default_factory=dict)
 
 
 def student_velocity(

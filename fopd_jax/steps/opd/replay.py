@@ -20,7 +20,7 @@ from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_says
 from fopd_jax.steps.opd.spec import Frozen
-from fopd_jax.steps.opd.targets import anchor_picks, ask
+from fopd_jax.steps.opd.targets import anchor_picks, ask, unanswered
 from fopd_jax.steps.state import TrainState, advance
 from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, make_passes, part_of, put_part, visit
 from fopd_jax.worlds.prompt_stream import Batch
@@ -65,6 +65,7 @@ def replay(
         "grad_norm": norms.sum() / spec.updates_per_rollout,
         "skipped": skips.any().astype(jnp.float32),
         "samples/loss": losses,
+        **unanswered(pieces, batch),
     }
 
 

@@ -14,8 +14,12 @@ from fopd_jax.flow.schedule import Level, make_levels
 from fopd_jax.flow.transition import Transition
 from fopd_jax.flow.weighting import weight
 from fopd_jax.objectives.opd import check_objective, trains
+from fopd_jax.policy.groups import Slots
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
+
+STACK = "*"
+"""Among `OPDSpec.members`: the whole networks."""
 
 
 @struct.dataclass
@@ -23,12 +27,14 @@ class Frozen:
     """What does not train: base network, bank of teachers (and anchor), the empty prompt (one row).
 
     Where the base is asked, it is the bank's last entry. The bank holds adapters on the base (see
-    `adapters.stack_bank`), or whole networks stacked along a leading axis.
+    `adapters.stack_bank`), or whole networks stacked along a leading axis. `networks`: of teachers that are others, by
+    name, their variables and the bank of adapters on them, {} where there is none.
     """
 
     variables: Tree
     bank: Tree
     null: Conditioning
+    networks: Tree = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,8 @@ class OPDSpec:
     anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
 
-    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
+    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`. `networks`: the
+    one of each teacher and of the anchor, '' that of the student's base; (): all are. `slots`: see `policy.groups`.
     """
 
     objective: Objective
@@ -64,6 +71,8 @@ class OPDSpec:
     extrapolation: tuple[float, ...] = ()
     rewards: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    networks: tuple[str, ...] = ()
+    slots: Slots | None = None
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
@@ -79,6 +88,8 @@ class OPDSpec:
                 f"teacher_guidance: found {len(self.teacher_guidance)} scales, expected {len(self.teachers) + 1}: "
                 "one per teacher and the anchor's"
             )
+        if self.networks and len(self.networks) != len(self.teacher_guidance):
+            raise ValueError(f"networks: found {len(self.networks)}, expected {len(self.teacher_guidance)} likewise")
         if self.minibatches < 1 or batch_size % self.minibatches:
             raise ValueError(f"minibatches: found {self.minibatches}, expected a divisor of batch_size {batch_size}")
         if self.minibatches > self.updates_per_rollout:
@@ -105,8 +116,6 @@ class OPDSpec:
             )
         if self.anchor_every < 1:
             raise ValueError(f"anchor.every: found {self.anchor_every}, expected at least 1")
-        if self.anchor_every > 1 and self.whole_teachers:
-            raise ValueError(f"anchor.every: found {self.anchor_every}, expected 1 where teachers are whole networks")
         if self.one_timestep and (self.objective.name != "direct" or self.anchor_every > 1):
             raise ValueError("one_timestep: found True, which needs objective.name 'direct' and anchor.every 1")
         if self.one_timestep and (self.updates_per_rollout, self.parts) != (1, 1):
@@ -144,6 +153,23 @@ class OPDSpec:
         return dataclasses.replace(
             table, guidance=(*self.teacher_guidance, 1.0), extrapolation=self.extrapolation, base=base
         )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several networks are asked."""
+        return self.whole_teachers or any(self.networks)
+
+    @property
+    def members(self) -> dict[str, tuple[int, ...]]:
+        """The table's entries that each network answers: the student's base '', others by name, `STACK`."""
+        table = self.table
+        names = self.networks or ("",) * (len(self.teachers) + 1)
+        if self.whole_teachers:
+            names = (STACK,) * len(names)
+        asked = dict(enumerate(names[: len(self.teachers) + self.anchored]))
+        if table.base is not None:
+            asked[table.base] = ""
+        return {name: tuple(k for k, own in asked.items() if own == name) for name in sorted(set(asked.values()))}
 
     @property
     def apart(self) -> bool:

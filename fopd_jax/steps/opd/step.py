@@ -21,6 +21,7 @@ from fopd_jax.steps.opd.one_timestep import picked_gradients
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics
 from fopd_jax.steps.opd.replay import replay
 from fopd_jax.steps.opd.spec import Frozen
+from fopd_jax.steps.opd.targets import unanswered
 from fopd_jax.steps.state import TrainState, advance, apply_if_finite
 from fopd_jax.worlds.prompt_stream import Batch
 
@@ -57,4 +58,5 @@ def fused(
         "grad_norm": norm,
         "skipped": skipped.astype(jnp.float32),
         "samples/loss": totals["loss"] / totals["weight"],
+        **unanswered(pieces, batch),
     }
