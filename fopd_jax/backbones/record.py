@@ -71,6 +71,7 @@ class Backbone:
     layers that adapters may act on, by the last two parts of their paths. `flops(shape, tokens, adapter or None,
     rematerialisation)`; `tokens(shape, latent shape, text tokens)`.
     `rules`: mesh axes of logical axes that the shared table lacks. `files`: None where nobody else keeps any.
+    `float8`: its dense layers read the collection `scales` (see `backbones.float8`).
     """
 
     name: str
@@ -85,3 +86,4 @@ class Backbone:
     tokens: Callable[[Shape, LatentShape, int], Tokens]
     rules: Rules = ()
     files: Files | None = None
+    float8: bool = False

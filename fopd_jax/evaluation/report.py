@@ -28,11 +28,15 @@ SAMPLES_FILE, RESULTS_FILE, TABLE_FILE = "samples.png", "results.json", "table.t
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A policy to report: its name, the network's variables and the effective adapter on them."""
+    """A policy to report: its name, the network's variables and the effective adapter on them.
+
+    `sampler`: of its own network, where that is another than the others'.
+    """
 
     name: str
     variables: Tree
     adapter: Tree
+    sampler: Sampler | None = None
 
     @property
     def policy(self) -> tuple[Tree, Tree]:
@@ -67,7 +71,9 @@ def write_report(
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with progress("report", total, "images") as count:
         for model in models:
-            found[model.name] = each = evaluate(sampler, world, eval_set, model.variables, model.adapter, count)
+            found[model.name] = each = evaluate(
+                model.sampler or sampler, world, eval_set, model.variables, model.adapter, count
+            )
             for line in each.told():
                 warn(f"scores of {model.name}: {line}")
             check_failures(each, max_failed, f" of {model.name}")
@@ -156,8 +162,9 @@ def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Seque
     labels = [prompts[column] for prompts, _ in batches.values() for column in columns]
 
     def row(model: Model) -> np.ndarray:
+        draw = model.sampler or sampler
         images = [
-            sampler(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
+            draw(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
             for name, (prompts, index) in batches.items()
         ]
         whole = np.concatenate(images)

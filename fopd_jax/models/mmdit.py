@@ -127,7 +127,8 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("scales", "kernel"):
-            y = (y * self.get_variable("scales", "kernel").reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
+            scales: Any = self.get_variable("scales", "kernel")
+            y = (y.astype(jnp.float32) * scales.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
         y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("adapter", "a"):
             a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
@@ -439,7 +440,8 @@ def convert_layers(tree: dict[str, Any], *, scan: bool) -> dict[str, Any]:
             layers = [out.pop(f"{name}_{i}") for i in range(sum(k.rpartition("_")[0] == name for k in tree))]
             if layers:
                 on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
-                out[name] = jax.tree.map(lambda *leaves: (np if on_host else jnp).stack(leaves), *layers)
+                stack: Any = np.stack if on_host else jnp.stack
+                out[name] = jax.tree.map(lambda *leaves, stack=stack: stack(leaves), *layers)
         elif name in out:
             stack = out.pop(name)
             length = len(jax.tree.leaves(stack)[0])

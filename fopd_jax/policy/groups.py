@@ -112,6 +112,15 @@ class GroupedPanel:
         groups = [group for member in self.members for group in member.groups]
         return tuple(self._count(number, group, questions, samples) for number, group in enumerate(groups))
 
+    def rows(self, questions: Sequence[Questions], samples: int, *, apart: bool = False) -> tuple[int, ...]:
+        """Each member's rows of a device, those under the empty prompt and slots that stay empty among them."""
+        counts, found = self.counts(questions, samples), []
+        for member in self.members:
+            own, counts = counts[: len(member.groups)], counts[len(member.groups) :]
+            sides = 2 if apart or self._guides(member) else 1
+            found.append(sides * sum(_filled(own) if member.stacked else own))
+        return tuple(found)
+
     def unanswered(self, questions: Sequence[Questions], samples: int) -> Int[Array, ""]:
         """How many of the questions find no slot."""
         block, groups = block_of(questions), [group for member in self.members for group in member.groups]
@@ -136,8 +145,7 @@ class GroupedPanel:
         self, member: Member, counts: tuple[int, ...], wanted: Int[Array, "w r"], asking: "_Asking", apart: bool
     ) -> tuple[Array, ...]:
         """What a member says at every row that asks it, 0 elsewhere."""
-        tile = tile_of(counts)
-        counts = tuple(-(-count // tile) * tile for count in counts) if member.stacked else counts
+        counts, tile = _filled(counts) if member.stacked else counts, tile_of(counts)
         seats = [_Seats.of(_among(wanted, group), count) for group, count in zip(member.groups, counts, strict=True)]
         null = self.null if apart or self._guides(member) else None
         if not sum(counts):
@@ -165,6 +173,12 @@ def tile_of(counts: Sequence[int]) -> int:
     asked = [count for count in counts if count]
     sizes = range(max(asked, default=1), 0, -1)
     return next(t for t in sizes if sum(-(-count // t) * t for count in asked) <= (1 + SURPLUS) * sum(asked))
+
+
+def _filled(counts: Sequence[int]) -> tuple[int, ...]:
+    """Whole tiles."""
+    tile = tile_of(counts)
+    return tuple(-(-count // tile) * tile for count in counts)
 
 
 @struct.dataclass

@@ -222,8 +222,8 @@ def say(
     *,
     apart: bool,
 ) -> tuple[Array, ...]:
-    """One network's velocity at every row, guided by `scales` [n] where there is an empty prompt `null`; if branches are
-    asked for `apart`, then also that under the prompt, and what it differs from that under the empty one.
+    """One network's velocity at every row, guided by `scales` [n] where there is an empty prompt `null`; if branches
+    are asked for `apart`, then also that under the prompt, and what it differs from that under the empty one.
     """
     if null is None:
         return (velocity(variables, bank, rows.x, rows.sigma, rows.conditioning, route),)
@@ -277,9 +277,7 @@ def scales_of(questions: Sequence[Questions], block: int, guidance: Sequence[flo
     return _joined([scale.reshape(-1, _rows_of(each, block)) for scale, each in zip(scales, questions, strict=True)])
 
 
-def rows_of(
-    questions: Sequence[Questions], block: int, x: Array, sigma: Array, conditioning: Conditioning
-) -> Rows:
+def rows_of(questions: Sequence[Questions], block: int, x: Array, sigma: Array, conditioning: Conditioning) -> Rows:
     """Every target's rows of a batch."""
     batch = Rows(conditioning, x, jnp.broadcast_to(sigma, x.shape[:1]))
     return jax.tree.map(lambda leaf: _joined([_asked(leaf, each, block) for each in questions]), batch)

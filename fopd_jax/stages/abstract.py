@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fopd_jax.adapters.lora import Groups, adapter_shapes, stack_bank
-from fopd_jax.backbones.record import LatentShape
+from fopd_jax.backbones.float8 import FLOAT8, float8_shapes
+from fopd_jax.backbones.record import Backbone, LatentShape
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import OPD, Config, LoRAConfig, Model
+from fopd_jax.config.teaching import TeacherNetwork
 from fopd_jax.parallel.sharding import (
     AnyMesh,
     bank_shardings,
@@ -24,7 +26,9 @@ from fopd_jax.parallel.sharding import (
 from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.text import encode_program
-from fopd_jax.policy.velocity import Tree
+from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.grouping import own_adapters
+from fopd_jax.stages.networks import Known, answering, fitting_module
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
 from fopd_jax.stages.trained import place
@@ -42,16 +46,19 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     """
     model, dtype = abstract_model(config, mesh), jnp.dtype(config.model.dtype)
     latent_shape, encoded = world_shapes(config.model)
-    boxed = boxed_variables(model, latent_shape)
-    spec = make_spec(config, latent_shape)
-    update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
+    boxed, (family, shape) = boxed_variables(model, latent_shape), find_preset(config.model.preset)
+    spec = make_spec(config, latent_shape, mesh)
+    others, modules = abstract_others(config, mesh, (family, shape, config.model.preset, latent_shape))
+    update = make_update(
+        config, model, boxed, spec, make_optimizer(config.optimizer), mesh,
+        {name: make_velocity(each) for name, each in modules.items()},
+    )  # fmt: skip
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
-    targets = find_preset(config.model.preset)[0].targets
-    bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
-    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null)
+    bank = abstract_bank(config, boxed, spec, mesh, family.targets, config.adapter.rank)
+    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null, others)
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
@@ -61,13 +68,51 @@ def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, target
     """Teachers and anchor as shapes with shardings; `rank`: of adapters, the largest of theirs."""
     dtype, params = jnp.dtype(config.model.dtype), nn.unbox(boxed["params"])
     count = len(spec.teachers) + 1 + (spec.table.base is not None)
+    if any(spec.networks):
+        count = len(own_adapters(config)) if any(own_adapters(config)) else 0
     if spec.whole_teachers:
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return place(bank, stacked_shardings(mesh, boxed["params"]))
-    adapter = adapter_shapes(LoRAConfig(rank, config.adapter.alpha, config.adapter.targets), params, targets)
+    lora = LoRAConfig(rank, config.adapter.alpha, config.adapter.targets)
+    return _adapters(lora, boxed, targets, mesh, dtype, count)
+
+
+def _adapters(lora: LoRAConfig, boxed: Tree, targets: Groups, mesh: AnyMesh, dtype: Any, count: int) -> Tree:
+    """A bank of so many adapters as shapes with shardings; {} of none."""
+    if not count:
+        return {}
+    adapter = adapter_shapes(lora, nn.unbox(boxed["params"]), targets)
     bank = jax.eval_shape(stack_bank, {str(k): adapter for k in range(count)})
     bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), bank)
     return place(bank, bank_shardings(mesh, boxed["params"], bank))
+
+
+def abstract_others(config: OPD, mesh: AnyMesh, known: Known) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """Of each network beside the base variables and bank as shapes with shardings, and its module; from presets alone.
+
+    Raises:
+      ValueError: as `fitting_module`.
+    """
+    named, trees, modules = answering(config), {}, {}
+    files = {task: config.tasks[task].teacher if task else config.anchor.adapter for task in named}
+    for name, settings in config.networks.items():
+        family, shape = find_preset(settings.preset)
+        module: Any = fitting_module(f"networks.{name}", settings, family, shape, config, mesh, known)
+        adapted = [bool(files[task]) for task, network in named.items() if network == name]
+        count = len(adapted) if any(adapted) else 0
+        trees[name] = abstract_other(config, settings, family, module, mesh, known[-1], count)
+        modules[name] = module
+    return trees, modules
+
+
+def abstract_other(
+    config: OPD, settings: TeacherNetwork, family: Backbone, module: Any, mesh: AnyMesh, latent: LatentShape, count: int
+) -> tuple[Tree, Tree]:
+    """One of them, with so many adapters of the config's rank on it."""
+    boxed, eighth = boxed_variables(module, latent), settings.dtype == FLOAT8
+    variables = abstract_base(boxed, jnp.dtype("bfloat16" if eighth else settings.dtype), mesh)
+    bank = _adapters(config.adapter, boxed, family.targets, mesh, module.dtype, count)
+    return float8_shapes(variables) if eighth else variables, bank
 
 
 # ---- of every stage

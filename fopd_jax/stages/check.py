@@ -94,11 +94,17 @@ def _trains(plan: Plan, config: Config) -> str:
 
 def _teachers(config: OPD) -> str:
     tasks = [
-        f"{name} ← {task.teacher} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
+        f"{name} ← {_on(task.network, task.teacher)} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
         for name, task in config.tasks.items()
     ]
-    anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"
+    weights = _on(config.anchor.network, config.anchor.adapter) or "the base"
+    anchor = f"{weights} (guidance {scale_of(config.anchor.guidance):g})"
     return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
+
+
+def _on(network: str, weights: str) -> str:
+    """A teacher that is on another network than the base, or is it."""
+    return f"{weights} on {network}" if network and weights else network or weights
 
 
 def _curriculum(config: Config) -> str:

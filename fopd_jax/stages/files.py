@@ -22,6 +22,7 @@ def input_files(config: Config) -> dict[str, Path]:
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
         weights |= {"anchor.adapter": config.anchor.adapter}
+        weights |= {f"networks.{name}.path": network.path for name, network in config.networks.items()}
     if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
@@ -37,5 +38,7 @@ def input_files(config: Config) -> dict[str, Path]:
 
 
 def _is_refused(config: Config, field: str, path: Path) -> bool:
-    whole = field == "model.path" or (isinstance(config, OPD) and config.whole_teachers)
+    whole = (
+        field == "model.path" or field.startswith("networks.") or (isinstance(config, OPD) and config.whole_teachers)
+    )
     return whole and path.is_dir() and not is_converted(path)

@@ -26,11 +26,12 @@ from fopd_jax.running.feed import Feed
 from fopd_jax.running.journal import Journal
 from fopd_jax.running.overview import Part
 from fopd_jax.running.stage import Metrics
-from fopd_jax.stages import teachers
-from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
+from fopd_jax.stages import networks, teachers
+from fopd_jax.stages.abstract import abstract_bank, abstract_base, abstract_other, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
+from fopd_jax.stages.grouping import mixes, placement
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
@@ -38,7 +39,6 @@ from fopd_jax.stages.opd_update import (
     make_mixed,
     make_spec,
     make_update,
-    mixes,
     scale_of,
     update_cost,
 )
@@ -48,6 +48,7 @@ from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_condi
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
+from fopd_jax.steps.opd.targets import UNANSWERED
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
@@ -72,20 +73,22 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     setup = make_setup(config, partial(read_tasks, config.tasks))
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     latent_shape = pipeline.world.latent_shape
-    boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
+    boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape, mesh)
+    others = networks.make_others(config, setup)
     make = make_mixed if is_mixed(config) else make_update
-    update = make(config, pipeline.model, boxed, spec, setup.optimizer, mesh)
+    update = make(config, pipeline.model, boxed, spec, setup.optimizer, mesh, networks.voices(others))
     if is_mixed(config):
         check_rewarded(config.tasks, pipeline.world)
     elif config.lag:
         raise ValueError(
             f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
         )
-    taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher}
+    taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher or task.network}
     stream = PromptStream(
         pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
+        placement=placement(config, spec, mesh),
     )  # fmt: skip
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
@@ -93,25 +96,37 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)
     else:
-        cards = teachers.check_cards(config, setup, found)
-        adapters = teachers.load_adapters(config, pipeline, found, cards)
+        cards = teachers.check_cards(config, setup, found.of(""))
+        adapters = teachers.load_adapters(config, pipeline, found.of(""), cards)
         start = teachers.start_shapes(config, pipeline, adapters)
         if config.trained == "adapter":
             trained = trained.sized(start, setup.optimizer, config.seed)
         teach = partial(teachers.teach_by_adapters, config, pipeline, adapters)
-        rank = max(map(rank_of, adapters.values()))
+        if others:
+            teach = partial(networks.teach_by_others, config, pipeline, adapters, others)
+        rank = max(map(rank_of, adapters.values()), default=rank)
 
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
         bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
-        return {"base": base, "bank": bank, **trained_parts(trained.state)}
+        beside = {f"network {name}": _held(config, other) for name, other in others.items()}
+        return {"base": base, "bank": bank, **beside, **trained_parts(trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
     names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
+    names = names if spec.slots is None or is_mixed(config) else (*names, UNANSWERED)
+    shapes = {name: other.pipeline.model for name, other in others.items()}
     return OPDPlan(
         setup, trained, lambda: stream.upto(config.run.steps), names, held,
-        lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
+        lambda: update_cost(config, spec, tokens(), pipeline.model, shapes), update, stream, teach,
     )  # fmt: skip
+
+
+def _held(config: settings.OPD, other: networks.Other) -> Tree:
+    """What the devices hold of another network, as shapes."""
+    pipeline, adapted = other.pipeline, any(each is not None for each in other.teachers.values())
+    place = pipeline.family, pipeline.model, pipeline.mesh, pipeline.world.latent_shape
+    return abstract_other(config, other.settings, *place, len(other.teachers) * adapted)
 
 
 def soft_routes(config: settings.OPD) -> TaskMixes | None:
@@ -137,7 +152,8 @@ class Distillation:
         plan.prepare()  # before the base: text encoders and network need not be in memory together
         say("loading base and teachers")
         self.teaching = plan.teach()
-        self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
+        null = null_conditioning(self.pipeline)
+        self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null, self.teaching.networks)
         sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
 
@@ -175,7 +191,8 @@ class Distillation:
         """Print what trains and what does not."""
         experts = [*self.config.tasks, self.config.anchor.name]
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
-        describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
+        others = (Part(f"frozen: network {name}", tree) for name, tree in self.frozen.networks.items())
+        describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank, *others)
 
     def embedded(self, batch: Batch) -> Batch:
         """A batch as updates take it."""

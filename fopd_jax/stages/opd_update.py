@@ -4,6 +4,7 @@ No weights and no devices are needed.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -18,7 +19,8 @@ from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
-from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.policy.velocity import Tree, Velocity, make_velocity
+from fopd_jax.stages.grouping import asked_flops, mixes, slots_of
 from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.step import Programs
@@ -58,20 +60,32 @@ class MixedUpdate:
 
 
 def make_update(
-    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    config: OPD,
+    model: Any,
+    boxed: Tree,
+    spec: OPDSpec,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+    voices: Mapping[str, Velocity] | None = None,
 ) -> OPDUpdate:
-    """Build the update; `boxed`: the network's variables as shapes with logical axes.
+    """Build the update; `boxed`: the network's variables as shapes with logical axes. `voices`: see `Pieces`.
 
     Raises:
       ValueError: names the field that is out of range, or that does not go with another.
     """
-    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh)
+    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh, voices)
     step = make_step(pieces, optimizer, config.ema, (trained.places, replicated(mesh)))
     return OPDUpdate(step, trained, pieces, optimizer, config.ema)
 
 
 def make_mixed(
-    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    config: OPD,
+    model: Any,
+    boxed: Tree,
+    spec: OPDSpec,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+    voices: Mapping[str, Velocity] | None = None,
 ) -> MixedUpdate:
     """The same of objective 'mixed'.
 
@@ -80,14 +94,20 @@ def make_mixed(
     """
     if config.images_per_prompt < 2:
         raise ValueError("images_per_prompt: found 1, expected at least 2: 'mixed' compares a prompt's images")
-    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh)
+    trained, pieces = _make_pieces(config, model, boxed, spec, optimizer, mesh, voices)
     check_parted(config.batch_size, spec.parts, spec.micro_batches, mesh)
     programs = make_programs(pieces, optimizer, config.ema, trained.places, replicated(mesh))
     return MixedUpdate(programs, pieces, trained)
 
 
 def _make_pieces(
-    config: OPD, model: Any, boxed: Tree, spec: OPDSpec, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    config: OPD,
+    model: Any,
+    boxed: Tree,
+    spec: OPDSpec,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+    voices: Mapping[str, Velocity] | None,
 ) -> tuple[Trained, Pieces]:
     check_batch("batch_size", config.batch_size, mesh)
     spec.check(config.batch_size)
@@ -97,11 +117,12 @@ def _make_pieces(
             f"anchor.every: found {spec.anchor_every}, expected a divisor of the {samples} samples a device"
         )
     trained = make_trained(config, model, boxed, optimizer, mesh)
-    return trained, Pieces(spec, make_velocity(model), trained.student, trained.groups)
+    return trained, Pieces(spec, make_velocity(model), trained.student, trained.groups, voices or {})
 
 
-def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
-    """The static part of the update from the config.
+def make_spec(config: OPD, latent_shape: tuple[int, int, int], mesh: AnyMesh | None = None) -> OPDSpec:
+    """The static part of the update from the config; with the mesh that it is for several networks have as many slots
+    as its prompt stream asks for, and all that could be without one.
 
     Raises:
       ValueError: as `make_transition` and `noise_window`, of the section `sampler`.
@@ -110,7 +131,8 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
         noisy = noise_window(sampler.num_steps, *(sampler.window or (0, sampler.num_steps)))
-    return OPDSpec(
+    networks = (*(task.network for task in config.tasks.values()), config.anchor.network)
+    spec = OPDSpec(
         objective=config.objective,
         transition=transition,
         sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
@@ -129,12 +151,9 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
+        networks=networks if config.networks else (),
     )
-
-
-def mixes(config: OPD) -> bool:
-    """Whether prompts have several teachers."""
-    return any(task.mix or task.noisy_mix for task in config.tasks.values())
+    return spec if mesh is None else dataclasses.replace(spec, slots=slots_of(config, spec, mesh))
 
 
 def scale_of(guidance: float | None) -> float:
@@ -142,8 +161,12 @@ def scale_of(guidance: float | None) -> float:
     return PAPER_GUIDANCE if guidance is None else guidance
 
 
-def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Update:
-    """FLOPs of one update of a config, whose static part is `spec`, on a network."""
+def update_cost(
+    config: OPD, spec: OPDSpec, text_tokens: int, model: Any, others: Mapping[str, Any] | None = None
+) -> Update:
+    """FLOPs of one update of a config, whose static part is `spec`, on a network; `others`: networks of teachers by
+    name, by default those of their presets.
+    """
     family, shape = family_of(model), model.config
     start, stop = spec.window
     trained = 1 if spec.one_timestep else stop - start
@@ -153,7 +176,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         only_sampled=stop - trained,
         guided_student=spec.guidance != 1 or spec.apart,
         guided_teachers=spec.table.guided or spec.apart,
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
+        teacher_forwards=(len(spec.teachers) if mixes(config) else 1)
         + (spec.table.base is not None)
         + (spec.objective.mar_beta > 0) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,
@@ -161,8 +184,11 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     )
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
-    teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
+    teacher = family.flops(shape, tokens, config.adapter, config.run.remat)
     found = update_flops(student, teacher.forward, schedule)
+    if spec.grouped:
+        asked = asked_flops(config, spec, text_tokens, model, others or {})
+        found = dataclasses.replace(found, teachers=trained * sum(asked.values()))
     if not is_mixed(config):
         return found
     rows = config.batch_size * (2 if spec.guidance != 1 else 1)  # all steps are drawn, since images are scored

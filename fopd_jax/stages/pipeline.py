@@ -68,8 +68,8 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     mesh = make_mesh(run.mesh)
     path = weight_path(model.path)
     _check_there(model.path, model.preset, "model.path: ")
-    manifest = _manifest("model.path", path) if model.path and path.is_dir() else None
-    family, shape = _network(model.preset, path, manifest)
+    manifest = manifest_of("model.path", path) if model.path and path.is_dir() else None
+    family, shape = find_network(model.preset, path, manifest)
     check_width(shape.width, mesh)
     attention = choose_attention(run.attention, model.dtype, shape.head_dim, mesh)
     module = family.build(shape, attention, jnp.dtype(model.dtype), run.remat)
@@ -101,8 +101,18 @@ def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> Att
     return found
 
 
-def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "model.path") -> tuple[Backbone, Shape]:
+def find_network(
+    preset: str, path: Path, manifest: Manifest | None, section: str = "model", field: str = ""
+) -> tuple[Backbone, Shape]:
+    """Family and shape of the network that a section names by `preset` and `path`; `field`: where it is not its path.
+
+    Raises:
+      ValueError: there is no such preset, or the folder holds none or another one; names the field.
+    """
+    field = field or f"{section}.path"
     if manifest is None:
+        if preset not in preset_names():
+            raise ValueError(f"{section}.preset: found {preset!r}, expected one of {preset_names()}")
         return find_preset(preset)
     if "transformer" not in manifest.components:
         raise ValueError(f"{field}: {path} holds no transformer, only {', '.join(manifest.components)}")
@@ -110,12 +120,12 @@ def _network(preset: str, path: Path, manifest: Manifest | None, field: str = "m
         expected = f"{manifest.preset!r}, which is what {path} holds"
         if preset not in (*preset_names(), CUSTOM):
             expected = f"one of {(*preset_names(), CUSTOM)}; {path} holds {manifest.preset!r}"
-        raise ValueError(f"model.preset: found {preset!r}, expected {expected}")
+        raise ValueError(f"{section}.preset: found {preset!r}, expected {expected}")
     with naming(f"{field}: {path}"):
         return family_of_class(manifest.class_name), manifest.transformer
 
 
-def _manifest(field: str, folder: Path) -> Manifest:
+def manifest_of(field: str, folder: Path) -> Manifest:
     """The manifest of a converted folder; what is wrong with it is laid to a field."""
     with naming(field):
         return read_manifest(folder)
@@ -145,7 +155,7 @@ def load_base(model: Model, pipeline: Pipeline, seed: int = 0, dtype: str | None
     return random_network(pipeline.model, pipeline.world.latent_shape, seed, stored, pipeline.mesh)
 
 
-def check_base(model: Model, pipeline: Pipeline) -> None:
+def check_base(model: Model, pipeline: Pipeline, field: str = "model.path") -> None:
     """Refuse a file that `load_base` would refuse, before anything long; of converted folders the manifest is read.
 
     Raises:
@@ -157,7 +167,7 @@ def check_base(model: Model, pipeline: Pipeline) -> None:
                 weight_path(model.path), pipeline.preset, boxed_variables(pipeline.model, pipeline.world.latent_shape)
             )
         except ValueError as error:
-            raise ValueError(f"model.path: {error}") from error
+            raise ValueError(f"{field}: {error}") from error
 
 
 def load_network(source: str, pipeline: Pipeline, dtype: Any) -> Tree:
@@ -179,7 +189,7 @@ def check_network(field: str, source: str, pipeline: Pipeline) -> None:
     path = weight_path(source)
     _check_there(source, pipeline.preset, f"{field}: ")
     if pipeline.manifest is not None:
-        _network(pipeline.preset, path, _manifest(field, path), field)
+        find_network(pipeline.preset, path, manifest_of(field, path), field=field)
 
 
 def load_policy(source: str, pipeline: Pipeline) -> Adapter:

@@ -40,10 +40,20 @@ from fopd_jax.stages.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where teachers come from, by name: the tasks in order, then the anchor if it has weights; `anchor`: its name."""
+    """Where teachers come from, by name: the tasks in order, then the anchor if it has weights; `anchor`: its name.
+
+    `networks`: of those that are on another network than the student's base. One that is such a network has no weights
+    of its own here.
+    """
 
     names: dict[str, str]
     anchor: str | None
+    networks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, network: str) -> "Sources":
+        """Those on one network, '' being the student's base."""
+        names = {name: source for name, source in self.names.items() if self.networks.get(name, "") == network}
+        return Sources(names, self.anchor if self.anchor in names else None)
 
     def field(self, name: str) -> str:
         return "anchor.adapter" if name == self.anchor else f"tasks.{name}.teacher"
@@ -55,24 +65,28 @@ class Teaching:
 
     `variables`: the base; `bank`: teachers by task in the config's order, then the anchor. What is not there while
     training is made anew when it is asked for: `start()`, of what trains, and `models()`, everybody but the student, to
-    report.
+    report. `networks`: of teachers beside the base, see `Frozen`.
     """
 
     variables: Tree
     bank: Tree
     start: Callable[[], Tree]
     models: Callable[[], list[Model]]
+    networks: Tree = dataclasses.field(default_factory=dict)
 
 
 def sources(config: OPD) -> Sources:
     """Raises ValueError where the anchor has a teacher's name but other weights."""
-    names = {name: config.tasks[name].teacher for name in config.tasks}
-    if not config.anchor.adapter:
-        return Sources(names, None)
-    if names.get(config.anchor.name, config.anchor.adapter) != config.anchor.adapter:
-        raise ValueError(f"anchor.name: found {config.anchor.name!r}, which is a task with another teacher")
-    anchor = None if config.anchor.name in names else config.anchor.name
-    return Sources(names | {config.anchor.name: config.anchor.adapter}, anchor)
+    names = {name: task.teacher for name, task in config.tasks.items() if task.teacher or not task.network}
+    networks = {name: task.network for name, task in config.tasks.items() if task.network}
+    weights, name = config.anchor.adapter, config.anchor.name
+    if not weights and not config.anchor.network:
+        return Sources(names, None, networks)
+    if name in config.tasks and (names.get(name, ""), networks.get(name, "")) != (weights, config.anchor.network):
+        raise ValueError(f"anchor.name: found {name!r}, which is a task with another teacher")
+    anchor = None if name in config.tasks else name
+    networks |= {name: config.anchor.network} if config.anchor.network else {}
+    return Sources(names | ({name: weights} if weights else {}), anchor, networks)
 
 
 def check_start(config: OPD, found: Sources) -> None:
@@ -84,9 +98,12 @@ def check_start(config: OPD, found: Sources) -> None:
     start = config.cold_start
     if start.method == "none":
         return
-    unknown = set(start.weights) - set(found.names)
+    own = found.of("").names
+    if found.networks and not own:
+        raise ValueError("cold_start.method: found 'merge', expected 'none': no teacher is on the student's base")
+    unknown = set(start.weights) - set(own)
     if unknown:
-        raise ValueError(f"cold_start.weights: found {sorted(unknown)}, expected some of {tuple(found.names)}")
+        raise ValueError(f"cold_start.weights: found {sorted(unknown)}, expected some of {tuple(own)}")
     if config.whole_teachers and config.trained == "adapter":
         raise ValueError("cold_start.method: found 'merge', expected 'none': whole networks have no adapter to merge")
 
@@ -152,7 +169,7 @@ def conform_all(config: Config, pipeline: Pipeline, adapters: Mapping[str, Adapt
     Raises:
       ValueError: one adapts a layer that `config.adapter` does not, or is of another shape; names it and the layer.
     """
-    rank = max(rank_of(adapter) for adapter in adapters.values())
+    rank = max((rank_of(adapter) for adapter in adapters.values()), default=config.adapter.rank)
     layers = adapter_shapes(config.adapter, _shapes(pipeline)["params"], pipeline.family.targets).weights
     return [conform(name, adapter, layers, rank) for name, adapter in adapters.items()]
 
@@ -173,11 +190,16 @@ def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) 
     return start
 
 
-def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
-    """Load the base and put the adapters beside it."""
-    anchor = adapters[config.anchor.name] if config.anchor.adapter else None
+def teach_by_adapters(
+    config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter], bank: Callable[[], Tree] | None = None
+) -> Teaching:
+    """Load the base and put the adapters beside it; `bank`: makes another one than of all tasks and the anchor."""
+    anchor = adapters[config.anchor.name] if config.anchor.adapter and not config.anchor.network else None
     make_start = partial(start_adapter, config, adapters, pipeline)
-    bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor, base=asks_base(config))
+    if bank is None:
+        tasks = {name: adapters[name] for name in config.tasks}
+        bank = partial(make_bank, config, pipeline, tasks, anchor, base=asks_base(config))
+    bank = bank()
     variables = load_base(config.model, pipeline, config.seed)
 
     def start() -> Tree:
@@ -186,7 +208,7 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
 
     def models() -> list[Model]:
         """The base is an adapter, too, so that every model is sampled by one program."""
-        base = effective(no_adapter(next(iter(adapters.values()))))
+        base = effective(no_adapter(next(iter(adapters.values()), None) or make_start()))
         found = {"base": base} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
         if config.cold_start.method == "merge":
             found["merge"] = effective(make_start())
@@ -226,7 +248,8 @@ def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline)
 
 def start_weights(config: OPD) -> dict[str, float]:
     """Of the teachers (or the anchor) in the student's start; by default the routed ones count alike."""
-    return config.cold_start.weights or dict.fromkeys(config.tasks, 1 / len(config.tasks))
+    own = [name for name, task in config.tasks.items() if not task.network]
+    return config.cold_start.weights or dict.fromkeys(own, 1 / max(len(own), 1))
 
 
 def _add_to_base(config: OPD, pipeline: Pipeline, adapter: Adapter) -> Tree:

@@ -1,8 +1,8 @@
 """Which devices the draws of a step are dealt to, so that none is asked for more of a network than the others.
 
 A batch is split over devices, and each device's rows into parts that go through the network one after the other. Where
-networks have slots for a fixed number of rows a device and part (`policy.groups`), draws that ask the same networks must
-be spread evenly over those: they are dealt out like cards.
+networks have slots for a fixed number of rows a device and part (`policy.groups`), draws that ask the same networks
+must be spread evenly over those: they are dealt out like cards.
 """
 
 import dataclasses

@@ -76,4 +76,5 @@ SD3 = Backbone(
     flops=pass_flops,
     tokens=tokens,
     files=Files(CLASS_NAME, read_lora, write_adapter, constants, write_network),
+    float8=True,
 )

@@ -1,5 +1,7 @@
 """What the student is to match at a state: its panel's answers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -47,9 +49,7 @@ def panel_of(pieces: Pieces, frozen: Frozen) -> Panel:
     """Who answers: one network under its bank, or several."""
     spec = pieces.spec
     if not spec.grouped:
-        return make_panel(
-            pieces.velocity, spec.table, frozen.variables, frozen.bank, frozen.null, branches=spec.apart
-        )
+        return make_panel(pieces.velocity, spec.table, frozen.variables, frozen.bank, frozen.null, branches=spec.apart)
     return grouped_panel(pieces, frozen)
 
 
@@ -68,13 +68,21 @@ def grouped_panel(pieces: Pieces, frozen: Frozen) -> GroupedPanel:
     return GroupedPanel(tuple(members), spec.table, frozen.null, ways, spec.slots)
 
 
+def members_of(spec: OPDSpec) -> tuple[Member, ...]:
+    """Who is who among several networks, without their weights."""
+    return tuple(Member(_silent, entries, {}, {}, name == STACK) for name, entries in spec.members.items())
+
+
+def _silent(*_: Any) -> Array:
+    raise NotImplementedError("a panel without weights answers nothing")
+
+
 def unanswered(pieces: Pieces, batch: Batch) -> dict[str, Array]:
     """As a metric: how many questions about a batch find no slot, whatever part of it they are asked in."""
     spec, groups = pieces.spec, pieces.groups
     if spec.slots is None:
         return {}
-    members = tuple(Member(pieces.velocity, entries, {}, {}, name == STACK) for name, entries in spec.members.items())
-    panel = GroupedPanel(members, spec.table, None, batch_ways(groups.mesh), spec.slots)
+    panel = GroupedPanel(members_of(spec), spec.table, None, batch_ways(groups.mesh), spec.slots)
     size, counts = batch.route.shape[0] // spec.parts, []
     for part in range(spec.parts):
         route, mix = part_of((jnp.asarray(batch.route), batch.mix), jnp.int32(part), spec.parts)

@@ -1,0 +1,98 @@
+"""Which of several networks each task's samples ask, and what follows: slots, the places of draws, FLOPs by network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from fopd_jax.backbones.registry import family_of, find_preset
+from fopd_jax.config.schema import OPD
+from fopd_jax.parallel.sharding import AnyMesh, batch_ways
+from fopd_jax.policy.groups import GroupedPanel, Slots
+from fopd_jax.policy.panel import Questions
+from fopd_jax.steps.opd.spec import OPDSpec
+from fopd_jax.steps.opd.targets import members_of
+from fopd_jax.tasks.sampling import Curriculum
+from fopd_jax.worlds.placement import Placement, Split, most_a_block, placement_of
+
+
+def mixes(config: OPD) -> bool:
+    """Whether prompts have several teachers."""
+    return any(task.mix or task.noisy_mix for task in config.tasks.values())
+
+
+def own_adapters(config: OPD) -> tuple[bool, ...]:
+    """Of the entries that are on the student's base, in their order, which are adapters on it."""
+    found = [bool(task.teacher) for task in config.tasks.values() if not task.network]
+    if config.objective.mar_beta > 0 and not config.anchor.network:
+        found.append(bool(config.anchor.adapter))
+    return (*found, *([False] if any(task.extrapolation for task in config.tasks.values()) else []))
+
+
+def split_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Split:
+    """How a batch is split; raises ValueError where it is not."""
+    return Split(config.batch_size, config.images_per_prompt, batch_ways(mesh), spec.parts)
+
+
+def asked_by(config: OPD, spec: OPDSpec) -> Int[np.ndarray, "tasks groups"]:
+    """How many questions a sample of each task asks the groups of entries that `policy.groups` asks together."""
+    names, groups = list(config.tasks), [group for each in members_of(spec) for group in each.groups]
+    found = np.zeros((len(names), len(groups)), np.int64)
+    for row, (name, task) in zip(found, config.tasks.items(), strict=True):
+        weighed = {**task.mix, **{each: w for each, w in task.noisy_mix.items() if w}} or {name: 1.0}
+        asked = {names.index(each) for each, weight in weighed.items() if weight and each in names}
+        if spec.table.base is not None and any(spec.extrapolation[entry] for entry in asked):
+            asked.add(spec.table.base)
+        row += [len(asked & set(group)) for group in groups]
+    return found
+
+
+def slots_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Slots | None:
+    """Of several networks, for a batch that is split evenly."""
+    rows = batch_ways(mesh) * spec.parts
+    if not spec.grouped or config.batch_size % rows or config.batch_size % config.images_per_prompt:
+        return None
+    split = split_of(config, spec, mesh)
+    most = Curriculum.of(list(config.tasks.values())).most(config.batch_size // config.images_per_prompt)
+    return Slots(split.samples, most_a_block(split, asked_by(config, spec), most.tolist()))
+
+
+def placement(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Placement | None:
+    """Where draws go for those slots to suffice."""
+    return None if spec.slots is None else placement_of(split_of(config, spec, mesh), asked_by(config, spec))
+
+
+def asked_flops(
+    config: OPD, spec: OPDSpec, text_tokens: int, model: Any, others: Mapping[str, Any]
+) -> dict[str, float]:
+    """FLOPs of what one timestep asks of each network, '' being the student's base: of slots, filled or not."""
+    slots = spec.slots
+    ways = 1 if slots is None else config.batch_size // (slots.samples * spec.parts)
+    size, questions = config.batch_size // spec.parts, 1 + (spec.table.base is not None)
+    questions = questions + (len(spec.teachers) - 1 if mixes(config) else 0)
+    targets = [Questions(np.zeros((size, questions), np.int32))]
+    if spec.table.anchor is not None:
+        anchor = np.zeros((size // spec.anchor_every, 1), np.int32)
+        targets.append(Questions(anchor, every=spec.anchor_every, entry=spec.table.anchor))
+    panel = GroupedPanel(members_of(spec), spec.table, None, ways, slots)
+    rows = panel.rows(targets, size, apart=spec.apart)
+    found = {}
+    for name, count in zip(spec.members, rows, strict=True):
+        family, shape = find_preset(config.networks[name].preset) if name in config.networks else (None, None)
+        module = others.get(name, model)
+        if name in others or family is None:
+            family, shape = family_of(module), module.config
+        tokens = family.tokens(shape, spec.latent_shape, text_tokens)
+        adapted = _adapted(config, name)
+        flops = family.flops(shape, tokens, config.adapter if adapted else None, "none")
+        found[name] = float(count * ways * spec.parts) * flops.forward
+    return found
+
+
+def _adapted(config: OPD, name: str) -> bool:
+    """Whether some of a network's entries are adapters on it."""
+    if not name:
+        return not config.whole_teachers and any(own_adapters(config))
+    files = [task.teacher for task in config.tasks.values() if task.network == name]
+    return any(files) or (config.anchor.network == name and bool(config.anchor.adapter))
