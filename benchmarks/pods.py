@@ -23,6 +23,7 @@ from fopd_jax.files import write_text
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
+LARGE = "configs/sd35m_large.py"
 OPD, GRPO = "configs/sd35m_opd.py", "configs/sd35m_grpo.py:ocr"
 TEACHERS = 4  # routed ones; the anchor comes on top
 LIMIT_SECONDS = 12 * 60
@@ -78,6 +79,10 @@ JOBS = {
     "grpo-v5p-64": Job("v5p:4x4x4", 18, config=GRPO),
     "grpo-v6e-256": Job("v6e:16x16", 6, config=GRPO),
     "grpo-v6e-4": Job("v6e:2x2", 4, config=GRPO),
+    **{
+        f"large-{name}": Job(topology, fsdp=8, trained="params", once=("data",), config=LARGE)
+        for name, topology in (("v5e-256", "v5e:16x16"), ("v5p-64", "v5p:4x4x4"), ("v6e-256", "v6e:16x16"))
+    },
     "fast-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_fast.py:ocr"),
     "nft-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_nft.py:geneval"),
 }

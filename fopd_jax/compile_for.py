@@ -145,6 +145,11 @@ def _compile(program: Program, topology: Topology, mesh: dict[str, int]) -> Fiel
         "memory": memory_fields(compilation, topology.chip),
         "flops_per_chip": flops_fields(program.flops, topology.count),
     }
+    if program.networks:
+        fields["networks"] = {
+            name: {"flops_per_chip": flops / topology.count, "held_bytes": held}
+            for name, (flops, held) in program.networks.items()
+        }
     if program.calls:
         fields["calls"] = {
             kind: {"count": each.count, "flops_per_chip": flops_fields(each.flops, topology.count)}

@@ -65,6 +65,7 @@ def smoke(config: AnyConfig) -> AnyConfig:
 def _shrink_teaching(config: OPD) -> None:
     """The packaged teachers in place of the config's, at as many sampler steps as it takes to train two of them."""
     config.tasks = {name: RoutedTask(teacher=f"packaged:teacher_{name}.safetensors", guidance=1.0) for name in _SKILLS}
+    config.networks = {}
     config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
     config.cold_start.weights = {}
     config.sampler.num_steps = 3

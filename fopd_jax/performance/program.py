@@ -25,7 +25,8 @@ class Program:
     """`step.lower(*arguments)` compiles it.
 
     `step`: the jitted callable. `arguments`: its arguments as shapes with dtypes and shardings. `flops`: of one step of
-    training, all devices together. `calls`: by kind, where a step calls it more than once.
+    training, all devices together. `calls`: by kind, where a step calls it more than once. `networks`: where several
+    are asked, of each the FLOPs of one step, all devices together, and the bytes that one device holds of it.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Program:
     arguments: tuple[Any, ...]
     flops: Update
     calls: Mapping[str, Calls] = dataclasses.field(default_factory=dict)
+    networks: Mapping[str, tuple[float, int]] = dataclasses.field(default_factory=dict)

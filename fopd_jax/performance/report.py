@@ -98,6 +98,8 @@ def describe(fields: Fields) -> str:
     lines += _describe_collectives(fields) if fields["memory"]["fits"] else []
     flops = fields["flops_per_chip"]
     lines += [f"FLOPs a chip and update: {flops['model']:.4g}, {flops['hardware']:.4g} with recomputation"]
+    for name, each in fields.get("networks", {}).items():
+        lines += [f"  asked of {name}: {each['flops_per_chip']:.4g}; held of it: {_gib(each['held_bytes'])}"]
     for kind, each in fields.get("calls", {}).items():
         called = f"the program {fields['program']!r} {kind} {each['count']} times"
         lines += [f"  {called}, {each['flops_per_chip']['model']:.4g} each"]

@@ -77,6 +77,8 @@ def held_bytes(update: AbstractUpdate) -> dict[str, int]:
         "optimizer": state.opt_state, "ema": state.ema,
     }  # fmt: skip
     held = {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    if frozen.networks:
+        held["networks"] = sum(map(shard_bytes, jax.tree.leaves(frozen.networks)))
     return held | {"total": sum(held.values())}
 
 

@@ -1,5 +1,6 @@
 """Which update is measured: a config in other sizes, and what it computes and holds by arithmetic."""
 
+import jax
 from jax.sharding import Mesh
 
 from fopd_jax.backbones.registry import find_preset
@@ -10,9 +11,11 @@ from fopd_jax.parallel.sharding import AnyMesh
 from fopd_jax.performance.problem import AbstractUpdate, Fields, Problem
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.report import flops_fields
-from fopd_jax.performance.weights import held_bytes
+from fopd_jax.performance.weights import held_bytes, shard_bytes
 from fopd_jax.stages.abstract import abstract_update, encoding_programs
+from fopd_jax.stages.grouping import asked_flops
 from fopd_jax.stages.opd_update import update_cost
+from fopd_jax.steps.opd.spec import STACK
 
 
 def make_problem(config: Config, mesh: Mesh) -> Problem:
@@ -39,7 +42,7 @@ def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
     _refuse_mixed(config)
     update = abstract_update(config, mesh)
     cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
-    whole = Program("update", update.step, update.arguments, cost)
+    whole = Program("update", update.step, update.arguments, cost, networks=_networks(config, update))
     return [whole, *encoding_programs(config, update.arguments[2].conditioning, mesh)]
 
 
@@ -63,6 +66,18 @@ def _about(config: OPD, update: AbstractUpdate, mesh: Mesh) -> Fields:
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
     }
+
+
+def _networks(config: OPD, update: AbstractUpdate) -> dict[str, tuple[float, int]]:
+    """FLOPs of what an update asks of each of several networks, and the bytes a device holds of it."""
+    spec, (frozen, _, _) = update.pieces.spec, update.arguments
+    if not spec.grouped:
+        return {}
+    asked = asked_flops(config, spec, _text_tokens(update), update.model, {})
+    timesteps = 1 if spec.one_timestep else spec.window[1] - spec.window[0]
+    trees = {"": frozen.variables, STACK: frozen.bank, **frozen.networks}
+    held = {name: sum(map(shard_bytes, jax.tree.leaves(trees[name]))) for name in asked}
+    return {name or "base": (timesteps * asked[name], held[name]) for name in asked}
 
 
 def _refuse_mixed(config: OPD) -> None:
