@@ -2,11 +2,13 @@
 
     python -m fopd_jax.main --config=configs/miniature_pretrain.py:clean
     python -m fopd_jax.main --config=configs/miniature_pretrain.py:mediocre
+    python -m fopd_jax.main --config=configs/miniature_pretrain.py:large
 
 `clean` learns the world from correctly captioned, clean renderings. `mediocre` goes on from it with wrong captions
 (35% of the signs, 20% of the scenes) and half of the images degraded (noise, blur, tint, specks): a base that is to
 be improved upon has to have room: like SD3.5-Medium it ends about half right at every skill. Wrong captions from the
-first step on would never learn to spell. 10% of the captions are empty, so the base can be guided. Held-out prompts
+first step on would never learn to spell. `large` is `clean` of a wider and deeper network of the same world, a teacher
+for configs/miniature_large.py. 10% of the captions are empty, so the base can be guided. Held-out prompts
 are in neither.
 
 Cost on 2 CPU cores: `clean` 37 minutes on cores shared with other work (4 steps a second when alone, which makes 24),
@@ -27,12 +29,13 @@ MEDIOCRE = {
 
 
 def get_config(variant: str = "clean") -> FlowMatching:
-    """`variant` is `clean`, `mediocre`, or one of them with `:smoke` behind it."""
-    phase, small = split_variant(variant, ("clean", "mediocre"))
-    clean = phase == "clean"
+    """`variant` is `clean`, `mediocre`, `large`, or one of them with `:smoke` behind it."""
+    phase, small = split_variant(variant, ("clean", "mediocre", "large"))
+    clean = phase != "mediocre"
+    preset = "miniature_large" if phase == "large" else "miniature"
     config = FlowMatching(
         name=f"miniature_pretrain_{phase}",
-        model=Model("miniature", "" if clean else "runs/miniature_pretrain_clean/base.safetensors", "float32"),
+        model=Model(preset, "" if clean else "runs/miniature_pretrain_clean/base.safetensors", "float32"),
         trained="params",
         tasks=CLEAN if clean else MEDIOCRE,
         empty_caption=0.1,
@@ -44,4 +47,8 @@ def get_config(variant: str = "clean") -> FlowMatching:
             remat="none",
         ),
     )  # fmt: skip
-    return smoke(config) if small else config
+    if small:
+        smoke(config)
+        if phase == "large":
+            config.model.preset, config.model.path = "miniature_large", ""
+    return config

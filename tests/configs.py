@@ -13,10 +13,12 @@ from fopd_jax.tasks.prompts import read_tasks
 FOLDER = Path(__file__).parents[1] / "configs"
 VARIANTS: dict[str, list[str]] = {
     "miniature": [""],
-    "miniature_pretrain": ["clean", "mediocre"],
+    "miniature_large": [""],
+    "miniature_pretrain": ["clean", "mediocre", "large"],
     "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
     "miniature_teacher": ["text", "composition", "quality"],
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
+    "sd35m_large": [""],
     "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],
     "sd35m_nft": ["geneval", "ocr", "pickscore", "multi"],
     "sd35m_opd": [""],

@@ -167,16 +167,13 @@ def check_latents(field: str, module: Any, latent_shape: LatentShape) -> None:
     def ask(variables: Tree) -> Any:
         return module.apply(variables, *example_inputs(module, latent_shape))
 
+    whose = f"{field}.preset: has no latents of the student's shape {latent_shape}"
     try:
         found = jax.eval_shape(ask, nn.unbox(boxed_variables(module, latent_shape))).shape[1:]
     except (ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{field}.preset: no network of the student's latents {latent_shape} ({reason})") from error
+        raise ValueError(f"{whose} ({str(error).splitlines()[0]})") from error
     if found != latent_shape:
-        raise ValueError(
-            f"{field}.preset: has latents of shape {found}, expected {latent_shape}: teachers of another latent space "
-            "cannot be asked about the student's states"
-        )
+        raise ValueError(f"{whose}, but of {found}: teachers of another latent space cannot be asked about its states")
 
 
 def check_autoencoder(field: str, manifest: Manifest, student: Manifest) -> None:

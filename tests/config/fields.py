@@ -10,6 +10,7 @@ from fopd_jax.config.learning import GRPO, ForwardRL, RewardedTask
 from fopd_jax.config.load import load_config
 from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Server
 from fopd_jax.config.section import Section
+from fopd_jax.config.teaching import TeacherNetwork
 
 STAGES = {"opd": OPD, "flow_matching": FlowMatching, "grpo": GRPO, "forward_rl": ForwardRL}
 
@@ -34,7 +35,9 @@ def valid(stage: str) -> Any:
         "forward_rl": ForwardRL(name="any", tasks={"x": RewardedTask()}),
     }
     config = made[stage]
-    if stage != "opd":
+    if stage == "opd":
+        config.networks = {"x": TeacherNetwork()}
+    else:
         config.run.alarms = {"x": (0.0, 1.0)}
     config.rewards, config.run.servers = {"x": RewardConfig()}, {"x": Server()}
     return config

@@ -39,6 +39,7 @@ CHOSEN: dict[str, Any] = {
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
     "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
+    "networks.x.dtype": "float32",
     "match": "branches", "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
 }  # fmt: skip
 
@@ -73,6 +74,8 @@ def test_defaults_are_left_out(stage: str):
         if field.stage == stage and not field.name.startswith(("cold_start.weights", "run.alarms")):
             blank = STAGES[stage](tasks=config.tasks, rewards=config.rewards)
             blank.run.servers = config.run.servers
+            if stage == "opd":
+                blank.networks = config.networks
             value = find(blank, field.name)
             assert default_of(stage, field.name) == (list(value) if isinstance(value, tuple) else value), field
 

@@ -215,6 +215,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
+    "networks.x.dtype": choice("float32", "bfloat16", "float8_e4m3"),
     "match": choice("guided", "conditional", "branches"),
     "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
@@ -233,7 +234,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "tasks.x.network", "anchor.network", "networks.x.preset", "networks.x.path",
 }  # fmt: skip
 
 
@@ -351,7 +352,7 @@ def test_ints_in_a_dict_become_floats():
 # ---- unknown fields, freezing
 
 
-DICTS = ("tasks", "rewards", "run.servers")
+DICTS = ("tasks", "rewards", "run.servers", "networks")
 SECTIONS = ["", *(f"{field.name}{'.x' * (field.name in DICTS)}" for field in GROUPS if field.stage == "opd")]
 
 

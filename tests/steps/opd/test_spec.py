@@ -28,10 +28,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no timestep": ({"trained": (2, 2)}, "sampler.trained: found (2, 2)"),
     "anchor": ({"anchor_every": 0}, "anchor.every: found 0, expected at least 1"),
-    "anchor of networks": (
-        {"anchor_every": 2, "whole_teachers": True},
-        "anchor.every: found 2, expected 1 where",
-    ),
     "one timestep": (
         {"one_timestep": True},
         "one_timestep: found True, which needs objective.name 'direct'",
