@@ -47,8 +47,4 @@ def get_config(variant: str = "clean") -> FlowMatching:
             remat="none",
         ),
     )  # fmt: skip
-    if small:
-        smoke(config)
-        if phase == "large":
-            config.model.preset, config.model.path = "miniature_large", ""
-    return config
+    return smoke(config) if small else config

@@ -236,7 +236,7 @@ def _say(member: Member, null: Conditioning | None, apart: bool, asking: _Asking
     w, c = asking.entries.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(w * c, *leaf.shape[2:]), asking)
     route = flat.local if jax.tree.leaves(member.bank) else None
-    said = say(member.velocity, member.variables, member.bank, flat.rows, null, flat.scales, route, apart=apart)
+    said = say(member.velocity, member.variables, member.bank, flat.rows, null, lambda: flat.scales, route, apart=apart)
     return tuple(each.reshape(w, c, *each.shape[1:]) for each in said)
 
 

@@ -13,7 +13,8 @@ so the rows of all questions are interleaved, sample by sample, and samples are 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -196,7 +197,7 @@ class AdapterPanel:
         block = block_of(questions)
         entries = entries_of(questions, block)
         rows = rows_of(questions, block, x, sigma, conditioning)
-        scales = None if self.null is None else scales_of(questions, block, self.guidance)
+        scales = partial(scales_of, questions, block, self.guidance)
         apart = any(each.branches for each in questions)
         said = say(self.velocity, self.variables, self.bank, rows, self.null, scales, entries, apart=apart)
         return answered(said, questions, block)
@@ -217,18 +218,18 @@ def say(
     bank: Tree,
     rows: Rows,
     null: Conditioning | None,
-    scales: Array | None,
+    scales: Callable[[], Array],
     route: Array | None,
     *,
     apart: bool,
 ) -> tuple[Array, ...]:
-    """One network's velocity at every row, guided by `scales` [n] where there is an empty prompt `null`; if branches
+    """One network's velocity at every row, guided by `scales()` [n] where there is an empty prompt `null`; if branches
     are asked for `apart`, then also that under the prompt, and what it differs from that under the empty one.
     """
     if null is None:
         return (velocity(variables, bank, rows.x, rows.sigma, rows.conditioning, route),)
     text, empty = branches(velocity, variables, bank, rows.x, rows.sigma, rows.conditioning, null, route)
-    velocities = guided(text, empty, 1.0 if scales is None else scales)
+    velocities = guided(text, empty, scales())
     return (velocities, text, text - empty) if apart else (velocities,)
 
 
