@@ -19,7 +19,7 @@ The teachers' guided velocity is what the student's conditional one learns, extr
 student then samples at a lower scale of its own.
 
 Cost, by arithmetic: 290 TFLOP an image, 324 with what is recomputed, of which 130 are Large's and 40 those of Medium's
-base, which extrapolation leads away from; configs/sd35m_opd.py takes 167 (191). Were one of the three tasks on Large, it
+base, which extrapolation leads away from; configs/sd35m_opd.py takes 167 (191). With one of the three tasks on Large it
 would be asked a third. Not run at this size by this project.
 Cost on 2 CPU cores: none that is useful; configs/miniature_large.py is for that.
 Result, published (GFD-OPD, 1024 px; not reproduced by this project):
