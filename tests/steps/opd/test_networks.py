@@ -116,7 +116,9 @@ def grouped(objective: Objective, slots: Slots | None, **fields: Any) -> tuple[P
     return pieces, dataclasses.replace(frozen_of(bank), networks={"twin": twin})
 
 
-@pytest.mark.parametrize("objective", [DIRECT, CLIPPED], ids=["direct", "clipped"])
+@pytest.mark.parametrize(
+    "objective", [DIRECT, pytest.param(CLIPPED, marks=pytest.mark.slow)], ids=["direct", "clipped"]
+)
 def test_a_twin_of_the_base_teaches_what_the_base_does(objective: Objective) -> None:
     batch, state = make_batch(SIZE), make_state()
     pieces, frozen = grouped(objective, Slots(SIZE, (3, 3)))
