@@ -2,7 +2,7 @@
 
     python tools/convert_sd35_weights.py --src stable-diffusion-3.5-medium --dst weights/sd35m
     python tools/convert_sd35_weights.py --src stable-diffusion-3.5-large --dst weights/sd35l
-    python -m fopd_jax.main --config=configs/sd35m_large.py --workdir=runs/sd35m_large
+    python -m fopd_jax.main --config=configs/sd35m_large.py --config.run.mesh.fsdp=8
 
 Needs what configs/sd35m_opd.py needs, the second folder, and adapters of Large instead of Medium's:
     teachers/large/{geneval,ocr,pickscore}    trained on Large (configs/sd35m_grpo.py with
@@ -35,7 +35,6 @@ from fopd_jax.config.schema import (
     Anchor,
     ColdStart,
     Evaluation,
-    MeshShape,
     Model,
     Objective,
     Optimizer,
@@ -78,6 +77,6 @@ def get_config(variant: str = "") -> OPD:
         ),  # [gfd] folded; rest [ours]
         optimizer=Optimizer(learning_rate=5e-6),  # [gfd]
         eval=Evaluation(guidance=2.0),  # [gfd]
-        run=Run(mesh=MeshShape(fsdp=8), reduce_once=("data",)),  # [ours]
+        run=Run(reduce_once=("data",)),  # [ours]
     )
     return smoke(config) if small else config
