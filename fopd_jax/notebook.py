@@ -202,6 +202,8 @@ def make_opd_step(
     tasks = {name: known[name] if name in known else RoutedTask(guidance=1.0) for name in teachers}
     named = {name.replace("__", "."): value for name, value in changes.items()}
     config = resolve(override(base, {"tasks": tasks, **named}))
+    if config.networks:
+        raise ValueError("networks: found some, expected none: teachers are adapters on the session's network here")
     asked = {f"tasks.{name}": task for name, task in config.tasks.items()}
     for name, each in (asked if anchor is None else asked | {"anchor": config.anchor}).items():
         if each.guidance is None:

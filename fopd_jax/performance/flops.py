@@ -40,7 +40,7 @@ class Schedule:
     """What one OPD update runs. `timesteps`: the trained ones; guided forwards take two rows a sample.
 
     `teacher_forwards`: networks that each sample is shown, the anchor (or its share) among them. Adapters are routed
-    to, so that one of them sees a sample; whole networks see all samples in turn. `only_sampled`: timesteps that the
+    to, so that one of them sees a sample; of several networks see `stages.grouping`. `only_sampled`: timesteps that the
     student passes without being trained there.
     """
 

@@ -108,7 +108,8 @@ def _replayed_phases(
 
 
 def _split_targets(pieces: Pieces, flops: float) -> tuple[float, float]:
-    routed = len(pieces.spec.teachers) if pieces.spec.whole_teachers else 1
+    spec = pieces.spec
+    routed = len(spec.teachers) if spec.whole_teachers and spec.slots is None else 1
     anchor = flops / (routed * pieces.spec.anchor_every + 1) if pieces.spec.anchored else 0.0
     return flops - anchor, anchor
 

@@ -1,6 +1,6 @@
 """Which of several networks each task's samples ask, and what follows: slots, the places of draws, FLOPs by network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,23 @@ def slots_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Slots | None:
 def placement(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Placement | None:
     """Where draws go for those slots to suffice."""
     return None if spec.slots is None else placement_of(split_of(config, spec, mesh), asked_by(config, spec))
+
+
+def check_slots(config: OPD, spec: OPDSpec, mesh: AnyMesh, tasks: Sequence[str]) -> None:
+    """Hold a step's draws, by task, to the slots that were counted for them; a plan does so before anything is loaded.
+
+    Raises:
+      ValueError: a device is asked for more, which no placement should do.
+    """
+    if spec.slots is None:
+        return
+    split, asks, names = split_of(config, spec, mesh), asked_by(config, spec), list(config.tasks)
+    found = np.zeros((split.ways * split.parts, asks.shape[1]), np.int64)
+    numbers = np.asarray([names.index(task) for task in tasks])
+    np.add.at(found, split.blocks(), asks[numbers][:, None])
+    if (found > spec.slots.questions).any():
+        most = tuple(found.max(0).tolist())
+        raise ValueError(f"tasks: a device is asked {most} questions, but has slots for {spec.slots.questions}")
 
 
 def asked_flops(

@@ -31,7 +31,7 @@ from fopd_jax.stages.abstract import abstract_bank, abstract_base, abstract_othe
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
-from fopd_jax.stages.grouping import mixes, placement
+from fopd_jax.stages.grouping import check_slots, mixes, placement
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
@@ -90,6 +90,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
         placement=placement(config, spec, mesh),
     )  # fmt: skip
+    check_slots(config, spec, mesh, stream.draw(0)[0])
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
     if config.whole_teachers:
@@ -189,8 +190,9 @@ class Distillation:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        experts = [*self.config.tasks, self.config.anchor.name]
-        bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
+        spec = self.update.pieces.spec
+        count = len(spec.members.get("", ())) if self.frozen.networks else len(spec.teachers) + 1
+        bank = Part(f"frozen: {count} in the bank", self.frozen.bank)
         others = (Part(f"frozen: network {name}", tree) for name, tree in self.frozen.networks.items())
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank, *others)
 

@@ -27,6 +27,8 @@ def make_problem(config: Config, mesh: Mesh) -> Problem:
     if not isinstance(config, OPD):
         raise ValueError(f"stage: found {config.stage!r}, expected 'opd'")
     _refuse_mixed(config)
+    if config.networks:
+        raise ValueError("networks: found some, expected none: the phases that are timed are those of one network")
     update = abstract_update(config, mesh)
     flops = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
     held = {"flops_per_chip": flops_fields(flops, mesh.size), "held_bytes": held_bytes(update)}

@@ -15,7 +15,7 @@ from fopd_jax.parallel.mesh import AXES
 from fopd_jax.performance.weights import held_bytes
 from fopd_jax.policy.groups import Slots
 from fopd_jax.stages.abstract import abstract_update
-from fopd_jax.stages.grouping import asked_by, asked_flops, placement, slots_of
+from fopd_jax.stages.grouping import asked_by, asked_flops, check_slots, placement, slots_of
 from fopd_jax.stages.opd_update import make_spec, update_cost
 from tests.configs import load
 
@@ -74,6 +74,14 @@ def test_slots_follow_the_tasks_shares_mixes_and_extrapolation() -> None:
     assert placement(config, spec, MESH) is not None
     assert make_spec(config, LATENT).slots is None
     assert slots_of(config_of("", "", ""), make_spec(config_of("", "", ""), LATENT, MESH), MESH) is None
+
+
+def test_draws_that_were_not_dealt_out_are_refused() -> None:
+    config = config_of("a", "b", "")
+    spec = make_spec(config, LATENT, MESH)
+    check_slots(config, spec, MESH, list(TASKS) * 64)
+    with pytest.raises(ValueError, match=r"^tasks: a device is asked .*3.* questions, but has slots for \(1, 1, 1\)$"):
+        check_slots(config, spec, MESH, [task for task in TASKS for _ in range(64)])
 
 
 @pytest.mark.slow
