@@ -88,7 +88,7 @@ def torch_targets(x: torch.Tensor, sigma: float, match: str, batch: Batch) -> tu
             if batch.mix is None:
                 each.append(at(int(batch.route[i]), GUIDED[1][int(batch.route[i])])[which][i])
                 continue
-            clean, noisy = np.float64(batch.mix.weights[i])
+            clean, noisy = np.asarray(batch.mix.weights[i], np.float64)
             shares = (1 - sigma) * clean + sigma * noisy
             beyond = [
                 (1 + extra) * at(k, scale)[which][i] - extra * at(3, scale)[which][i]
