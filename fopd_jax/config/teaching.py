@@ -11,7 +11,7 @@ from fopd_jax.config.rules import MOST_ROWS, NO_LIMIT, above, at_least, between,
 from fopd_jax.config.section import Section, setting
 
 OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
-WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
+WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform", "x0", "x_next")
 MATCHES = ("guided", "conditional", "branches")
 MERGES = ("svd", "concatenate", "factors")
 TeacherGuidance = Annotated[float | None, "guidance"]
@@ -98,7 +98,10 @@ class Objective(Section):
     reward: str = setting(
         "kl", "The teachers'; 'kl_detached' does not learn.", one_of(*REWARDS), "[code] kl; [paper] kl_detached"
     )
-    weighting: str = setting("kl", "What a timestep counts.", one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt")
+    weighting: str = setting(
+        "kl", "What a timestep counts; 'uniform', 'x0', 'x_next': distances of velocities, clean latents, next states.",
+        one_of(*WEIGHTINGS), "[paper] kl; [code] kl_no_dt",
+    )  # fmt: skip
     clip: float = setting(1e-4, "ε of the ratio's clipping.", above(0, NO_LIMIT), "[paper] 1e-4")
     reward_limit: float = setting(5.0, "Detached rewards are clamped to ±it.", above(0, NO_LIMIT), "[code] 5")
     mar_beta: float = setting(0.02, "β of the anchor; 0: no anchor.", at_least(0, 1000), "[paper] 0.02; [code] 0.04")
@@ -111,3 +114,4 @@ class Objective(Section):
         one_of(*MATCHES),
     )  # fmt: skip
     branch_weight: float = setting(1.0, "Of 'branches': what the difference counts.", at_least(0, 1000))
+    normalise: bool = setting(False, "Divide squared distances by their roots: all gaps pull alike.")

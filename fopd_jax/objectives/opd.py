@@ -27,7 +27,19 @@ d = v_c - v_n against the empty one (PDM, arXiv 2607.24731):
 
     ‖v_c - v_c,k‖² + a·‖d - d_k‖²,    a = `branch_weight`.
 
-Guided velocities alone hide errors of the two branches that cancel.
+Guided velocities alone hide errors of the two branches that cancel. At the student's scale g its guided velocity is
+v_c + (g - 1)·d, so that branches that are matched to δ_c and δ_d match it to |δ_c| + |g - 1|·|δ_d|.
+
+By `normalise` each sample's squared distance S counts divided by its own root, detached (Flow-Factory's
+`self_normalize`, whose divisor is the mean |v - v_k|):
+
+    √w·S/(sg(√S) + ε),    S = ‖v - v_k‖², or with branches the whole sum above;    ε = 1e-6.
+
+Then a sample's gradient by v has the length 2·√(w/D), D being the dimensions, whatever its gap: tasks far from their
+teacher do not outweigh those close to it. The root mean square makes that exact; by the mean |v - v_k| a gap in few
+pixels would pull more than an even one. √w, not w, since √w·(v - v_k) is what is divided: of `x0` σ, of `x_next` |c|.
+Where S = 0 loss and gradient are 0; below ε, which is float32's rounding of velocities, they fall off to it. A gap that
+is left by coarser rounding, as of bfloat16 networks, pulls like any other.
 """
 
 from typing import Any
@@ -47,6 +59,8 @@ Samples = Float[Array, " b"]
 Totals = dict[str, Samples]
 TERMS = ("loss", "teacher_gap", "anchor_gap", "velocity_mse", "ratio", "clipped", "weight")
 """Per-sample sums: the mean loss is `loss` by `weight`, each summed over samples; the rest are metrics, alike."""
+LEAST_GAP = 1e-6
+"""ε of `normalise`, a root mean square of velocities."""
 stop = jax.lax.stop_gradient
 
 
@@ -100,11 +114,26 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         raise ValueError(
             f"objective.match: found {objective.match!r}, expected 'guided': reward 'log_ratio' compares densities"
         )
+    if objective.reward == "log_ratio" and objective.normalise:
+        raise ValueError("objective.normalise: found True, expected False: reward 'log_ratio' compares densities")
 
 
 def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, "*k"]) -> Samples:
     """w·‖v - sg(target)‖², mean per dimension, one value per sample; w is one number or one per sample."""
-    return weight * jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
+    return weight * distance(v, target)
+
+
+def distance(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"]) -> Samples:
+    """‖v - sg(target)‖², mean per dimension, one value per sample."""
+    return jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
+
+
+def counted(
+    objective: Objective, transition: Transition, sigma: Float[Array, ""], sigma_next: Float[Array, ""]
+) -> Float[Array, ""]:
+    """What a timestep's distances count: the weighting's w of squared ones, √w of normalised ones."""
+    w = weight(objective.weighting, transition, sigma, sigma_next)
+    return jnp.sqrt(w) if objective.normalise else w
 
 
 def surrogate(log_prob: Samples, log_prob_old: Samples, reward: Samples, clip: float) -> Samples:
@@ -161,7 +190,7 @@ def timestep_terms(
 
     `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed'.
     """
-    w = weight(objective.weighting, transition, level.sigma, level.sigma_next)
+    w = counted(objective, transition, level.sigma, level.sigma_next)
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
     direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
     log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
@@ -176,13 +205,13 @@ def timestep_terms(
 
 
 def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, targets: Targets, w: Samples) -> Totals:
-    """`TERMS` of the direct objective at one state a sample, each counting w."""
+    """`TERMS` of the direct objective at one state a sample, each counting w, see `counted`."""
     own = v if isinstance(v, Compared) else Compared(v)
     gap = _gap(objective, own, targets.teacher, targets.teacher_difference, w)
     drift = jnp.zeros_like(gap)
     if targets.anchor is not None:
-        counted = w if targets.anchored is None else w * targets.anchored
-        drift = _gap(objective, own, targets.anchor, targets.anchor_difference, counted)
+        often = w if targets.anchored is None else w * targets.anchored
+        drift = _gap(objective, own, targets.anchor, targets.anchor_difference, often)
     return {
         "loss": gap + objective.mar_beta * drift,
         "teacher_gap": gap,
@@ -195,7 +224,9 @@ def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, t
 
 
 def _gap(objective: Objective, own: Compared, target: Array, difference: Array | None, w: Samples) -> Samples:
-    gap = divergence(own.velocity, target, w)
-    if own.difference is None or difference is None:
-        return gap
-    return gap + objective.branch_weight * divergence(own.difference, difference, w)
+    square = distance(own.velocity, target)
+    if own.difference is not None and difference is not None:
+        square = square + objective.branch_weight * distance(own.difference, difference)
+    if objective.normalise:
+        square = square / (jnp.sqrt(stop(square)) + LEAST_GAP)
+    return w * square

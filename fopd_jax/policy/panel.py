@@ -6,7 +6,7 @@ asks the teacher with 1 + λ and the base with -λ, `v = v_k + λ·(v_k - v_base
 answers all questions at once. Entries of the bank are adapters on one network, or whole networks.
 
 A guided velocity is linear in its scale, so however many teachers a sample has, the base is asked about it once: under
-the mean of their scales by α_k·λ_k.
+the mean of their scales by α_k·λ_k. (Where these cancel though the scales differ, they are taken to sum up to 1e-6.)
 
 Rows stay on the devices that hold them: joining sharded batches end to end would cost an all-to-all at every timestep,
 so the rows of all questions are interleaved, sample by sample, and samples are picked by selection, not by gathering.
@@ -23,9 +23,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.flow.transition import at_least_float32
 from fopd_jax.policy.guidance import guided
 from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
 from fopd_jax.worlds.prompt_stream import Mix
+
+_LEAST_TOTAL = 1e-6
 
 
 @struct.dataclass
@@ -132,10 +135,11 @@ class RoutingTable:
         if self.base is None:
             return own
         shares = jnp.ones(own.bank.shape) if own.coefficient is None else own.coefficient
-        scales = jnp.asarray(self.guidance, jnp.float32)[own.bank]
-        beyond = shares * jnp.asarray(self.extrapolation, jnp.float32)[own.bank]
-        total = beyond.sum(1, keepdims=True)
-        scale = (beyond * scales).sum(1, keepdims=True) / jnp.where(total == 0, 1.0, total)
+        scales = jnp.asarray(self.guidance, float)[own.bank]
+        beyond = shares * jnp.asarray(self.extrapolation, float)[own.bank]
+        total, scaled = beyond.sum(1, keepdims=True), (beyond * scales).sum(1, keepdims=True)
+        total = jnp.where((scaled != 0) & (jnp.abs(total) < _LEAST_TOTAL), _LEAST_TOTAL, total)
+        scale = scaled / jnp.where(total == 0, 1.0, total)
         return Questions(
             bank=jnp.concatenate([own.bank, jnp.full_like(own.bank[:, :1], self.base)], axis=1),
             coefficient=jnp.concatenate([shares + beyond, -total], axis=1),
@@ -203,7 +207,7 @@ class AdapterPanel:
             v = self.velocity(self.variables, self.bank, x, sigma, conditioning, entries)
             return _answers(v, questions, block)
         text, null = branches(self.velocity, self.variables, self.bank, x, sigma, conditioning, self.null, entries)
-        own = jnp.asarray(self.guidance, jnp.float32)
+        own = jnp.asarray(self.guidance, float)
         scales = _joined([_scales(each, own).reshape(-1, _rows_of(each, block)) for each in questions])
         answers = _answers(guided(text, null, scales), questions, block)
         if not any(each.branches for each in questions):
@@ -322,7 +326,7 @@ def _summed(part: Array, questions: Questions) -> Array:
     answers = part.reshape(*questions.bank.shape, *part.shape[2:])
     if questions.coefficient is None:
         return answers[:, 0]
-    return (questions.coefficient[..., None, None, None] * answers.astype(jnp.float32)).sum(1)
+    return (questions.coefficient[..., None, None, None] * at_least_float32(answers)).sum(1)
 
 
 def _spread(v: Array, questions: Questions) -> Answer:

@@ -147,17 +147,20 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     family, shape = family_of(model), model.config
     start, stop = spec.window
     trained = 1 if spec.one_timestep else stop - start
+    guided = spec.guidance != 1
     schedule = Schedule(
         batch=config.batch_size,
         timesteps=trained,
         only_sampled=stop - trained,
-        guided_student=spec.guidance != 1 or spec.apart,
+        guided_student=guided or spec.apart,
         guided_teachers=spec.table.guided or spec.apart,
         teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
         + (spec.table.base is not None)
         + (spec.objective.mar_beta > 0) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,
+        micro_batches=spec.micro_batches,
+        guided_sampling=guided or (spec.apart and spec.replays),  # what is stored is drawn by what trains
     )
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
@@ -165,5 +168,5 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     found = update_flops(student, teacher.forward, schedule)
     if not is_mixed(config):
         return found
-    rows = config.batch_size * (2 if spec.guidance != 1 else 1)  # all steps are drawn, since images are scored
+    rows = config.batch_size * (2 if schedule.guided_student else 1)  # all steps are drawn, since images are scored
     return dataclasses.replace(found, rollout=rows * (len(spec.sigmas) - 1) * student.forward)

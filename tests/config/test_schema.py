@@ -194,7 +194,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),
     "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
     "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
-    "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice("kl", "kl_no_dt", "ode", "uniform"),
+    "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice(*teaching.WEIGHTINGS),
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
@@ -206,11 +206,11 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "tasks.x.schedule": ([{"1": -1e-9}, {"0": 1.0}, {"x": 1.0}], [{}, {"1": 0.0}, {"7": 0.5, "1000000000": 1e6}]),
     "lag": ([-1, 2], [0, 1]), "micro_batches": COUNT, "decoding.batch_size": COUNT,
-    "decoding.dtype": choice("float32", "bfloat16"), "normalise": choice("global", "group", "each"),
+    "decoding.dtype": choice("float32", "bfloat16"), "advantages.normalise": choice("global", "group", "each"),
     "teacher_weight": NON_NEGATIVE, "task_weight": NON_NEGATIVE, "kl_beta": NON_NEGATIVE, "old_beta": NON_NEGATIVE,
     "beta": POSITIVE, "divergence": NON_NEGATIVE, "reference_guidance": NON_NEGATIVE, "window.within": STEPS,
     "levels.within": STEPS, "window.size": INDEX, "window.every": COUNT, "moves": choice("none", "slide", "random"),
-    "kl_weighting": choice("kl", "kl_no_dt", "ode", "uniform"), "step_weighting": choice("uniform", "noise"),
+    "kl_weighting": choice(*teaching.WEIGHTINGS), "step_weighting": choice("uniform", "noise"),
     "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
@@ -231,9 +231,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 FREE = {  # of any value of their type: paths, names that are looked up where they are used, switches
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
-    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
-    "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "objective.normalise",
+    "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program",
+    "advantages.merge_equal_prompts", "rollouts.shared_noise",
 }  # fmt: skip
 
 

@@ -12,8 +12,7 @@ from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import Objective
 from fopd_jax.flow.schedule import Level, make_levels
 from fopd_jax.flow.transition import Transition
-from fopd_jax.flow.weighting import weight
-from fopd_jax.objectives.opd import check_objective, trains
+from fopd_jax.objectives.opd import check_objective, counted, trains
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.velocity import Tree
 
@@ -86,6 +85,7 @@ class OPDSpec:
                 f"minibatches: found {self.minibatches}, expected at most updates_per_rollout "
                 f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
             )
+        self._check_folding()
         self._check_savings()
         if batch_size // self.minibatches % (self.micro_batches * self.anchor_every):
             raise ValueError(
@@ -95,6 +95,14 @@ class OPDSpec:
         start, stop = self.window
         if not self.noisy[start:stop].any() and trains(self.objective, jnp.zeros(())) == 0:
             raise ValueError("sampler.window: holds no trained step, so the objective would have nothing to train")
+
+    def _check_folding(self) -> None:
+        most = max(self.teacher_guidance[:-1], default=1.0)
+        if self.objective.match == "conditional" and self.guidance > 1 and self.guidance >= most:
+            raise ValueError(
+                f"guidance: found {self.guidance:g}, expected 1, or less than the teachers' {most:g}: objective.match "
+                "'conditional' folds theirs into the student, which would be guided twice"
+            )
 
     def _check_savings(self) -> None:
         start, stop = self.window
@@ -140,9 +148,10 @@ class OPDSpec:
         table = RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
         if not any(self.extrapolation):
             return table
-        base = len(self.teachers) + 1
+        # The base is asked under the teachers' scales; for an anchor that is not asked, the empty prompt is not read.
+        scales = (*scales, anchor if self.anchored else 1.0, 1.0)
         return dataclasses.replace(
-            table, guidance=(*self.teacher_guidance, 1.0), extrapolation=self.extrapolation, base=base
+            table, guidance=scales, extrapolation=self.extrapolation, base=len(self.teachers) + 1
         )
 
     @property
@@ -160,6 +169,6 @@ class OPDSpec:
         with jax.ensure_compile_time_eval():  # numbers, also where a step is being traced
             pairs = jnp.stack([jnp.asarray(self.sigmas[start:stop]), jnp.asarray(self.sigmas[start + 1 : stop + 1])], 1)
             counts = np.asarray([float(trains(self.objective, jnp.asarray(on))) for on in self.noisy[start:stop]])
-            weighted = [float(weight(self.objective.weighting, self.transition, *pair)) for pair in pairs]
+            weighted = [float(counted(self.objective, self.transition, *pair)) for pair in pairs]
         weights = counts * np.asarray(weighted)
         return weights / weights.sum(), float(weights.sum() / counts.sum())
