@@ -214,6 +214,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
+    "anchor.moves": choice("none", "ema", "slow"), "anchor.decay": PROBABILITY, "anchor.bound": NON_NEGATIVE,
+    "bound_rate": ([0.0, -1e-9, 10.1], [1e-9, 10.0]), "offline.weight": ([-1e-9, 1001.0], [0.0, 1000.0]),
+    "bound_limits": ([(0.0, 1.0), (1.0, 0.5), (1.0, 1001.0)], [(1e-12, 1e-12), (0.5, 1000.0)]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
     "match": choice("guided", "conditional", "branches"),
     "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
@@ -233,7 +236,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
 }  # fmt: skip
 
 
@@ -330,7 +333,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
         "run.servers.x.urls": ["http://host"],
     } | {
-        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2]},
+        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2], "anchor.bound_limits": [1, 2]},
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip

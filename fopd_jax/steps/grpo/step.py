@@ -92,8 +92,11 @@ def take_pass(
     progress: Progress,
     rows: Tree,
     each: Pass,
+    beside: tuple[Tree, Array] | None = None,
 ) -> tuple[Progress, Seen]:
-    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch."""
+    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch;
+    `beside`: as in `land_if`.
+    """
     state, rollout, sums = progress
     rows, x = part_of((rows, rollout.x), each.part, parts)
     own, keys = part_of((rollout.stored, rollout.keys), each.part, parts, axis=1)
@@ -109,7 +112,8 @@ def take_pass(
         x=put_part(rollout.x, last, each.part, parts),
         stored=put_part(rollout.stored, own, each.part, parts, axis=1),
     )
-    state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums.plus(gradients, totals))
+    sums = sums.plus(gradients, totals)
+    state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums, beside)
     return (state, rollout, sums), (totals, norm, skipped)
 
 
