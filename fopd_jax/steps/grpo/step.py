@@ -32,8 +32,9 @@ from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, ma
 
 Metrics = dict[str, jax.Array]
 Progress = tuple[TrainState, Rollout, Sums]
-Seen = tuple[Totals, Array, Array]
-"""Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+Seen = tuple[Totals, Array, Array] | tuple[Totals, Array, Array, Array]
+"""Of a pass: sums of terms by sample, the gradient's norm, whether the update was left out, and the value of a loss
+beside, where there is one."""
 Stacked = tuple[dict[str, Array], Array, Array]
 """The same of several passes."""
 

@@ -20,7 +20,7 @@ from fopd_jax.objectives.opd import Compared, Targets, Totals, timestep_terms
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.grpo.metrics import credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Credit, Rollout
-from fopd_jax.steps.grpo.step import Programs, Progress, jit_passes, take_pass
+from fopd_jax.steps.grpo.step import Programs, Progress, Seen, jit_passes, take_pass
 from fopd_jax.steps.opd.anchor import close, following
 from fopd_jax.steps.opd.offline import apart, offline_if
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names, regular_names
@@ -60,7 +60,7 @@ def go(
     batch: Batch,
     credit: Credit,
     each: Pass,
-) -> tuple[Progress, Any]:
+) -> tuple[Progress, Seen]:
     """One pass: a part is drawn down to its final latents and asked about, or trained on."""
     spec, state = pieces.spec, progress[0]
     frozen, (batch, captioned) = following(pieces, frozen, state), apart(batch)
@@ -71,7 +71,7 @@ def go(
         course, pieces.groups, pieces.student, optimizer, _levels(spec), trained_steps(pieces), spec.parts, progress,
         _Rows(batch, credit.advantage), each, matched,
     )  # fmt: skip
-    return progress, seen if matched is None else (*seen, matched[1])
+    return progress, seen if matched is None else (*seen[:3], matched[1])
 
 
 def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) -> tuple[TrainState, Metrics]:
