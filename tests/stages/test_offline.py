@@ -116,7 +116,8 @@ def stage_of(folder: Path, changes: dict[str, Any]) -> Any:
 def steps(stage: Any, state: TrainState, first: int, stop: int) -> tuple[TrainState, list[dict[str, float]]]:
     seen = []
     for step in range(first, stop):
-        state, metrics = stage.advance(state, step)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises its betas to an integer count
+            state, metrics = stage.advance(state, step)
         seen.append({name: float(value) for name, value in metrics.items() if not name.startswith("samples/")})
     return state, seen
 
