@@ -29,6 +29,11 @@ def make_offline(config: OPD, pipeline: Pipeline) -> CaptionedLatents | None:
         raise ValueError(f"offline.tasks: found none, expected some where offline.weight is {offline.weight:g}")
     if pipeline.manifest is None and (unknown := sorted(set(offline.tasks) - set(world.tasks))):
         raise ValueError(f"offline.tasks: found {unknown[0]!r}, expected some of {tuple(world.tasks)}")
+    for name, pairs in offline.tasks.items():
+        if unread := [field for field in ("test", "rewards") if getattr(pairs, field)]:
+            raise ValueError(
+                f"offline.tasks.{name}.{unread[0]}: found some, expected none: nothing is evaluated of them"
+            )
     if world.pairs is None:
         raise ValueError(
             f"offline.weight: found {offline.weight:g}, but the world of {pipeline.preset!r} has no images"

@@ -49,13 +49,14 @@ def plan(changes: dict[str, Any]) -> OPDPlan:
             {"offline.tasks": {"ocr": Pairs()}},
             r"offline\.tasks: found 'ocr', expected some of \('text', 'composition'\)",
         ),
+        ({"offline.tasks": {"text": Pairs(test="x")}}, r"offline\.tasks\.text\.test: found some, expected none"),
         ({"offline.tasks": {"text": Pairs(images="x")}}, r"offline\.tasks\.text\.images: found 'x', expected ''"),
         (
             {"offline.tasks": {"text": Pairs(share=0.0)}},
             r"offline\.tasks: found shares \[0\.0\], expected at least one",
         ),
     ],
-    ids=["none", "unknown", "folder", "shares"],
+    ids=["none", "unknown", "test", "folder", "shares"],
 )
 def test_images_that_are_not_there_are_refused(changes: dict[str, Any], problem: str):
     with pytest.raises(ValueError, match=f"^{problem}"):
