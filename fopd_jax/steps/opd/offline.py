@@ -41,9 +41,15 @@ def noise_and_levels(spec: OPDSpec, state: TrainState, size: int) -> tuple[Float
 
 
 def offline_gradient(pieces: Pieces, frozen: Frozen, state: TrainState, rows: Any) -> tuple[Tree, Float[Array, ""]]:
-    """Gradient of w times the mean loss, shaped and split as what trains, and the mean loss without w."""
+    """Gradient of w times the mean loss, shaped and split as what trains, and the mean loss without w.
+
+    Raises:
+      ValueError: the batch has no captioned latents.
+    """
     spec, groups = pieces.spec, pieces.groups
     assert spec.offline is not None
+    if rows is None:
+        raise ValueError("offline.weight: found a batch without captioned latents, expected some in `Batch.offline`")
     size = rows["x0"].shape[0]
     noise, sigma = noise_and_levels(spec, state, size)
     parameters = pieces.student.compute(state.trained)

@@ -209,6 +209,9 @@ def test_the_gradient_is_pytorchs() -> None:
 
 
 def test_prompts_and_captioned_rows_part() -> None:
+    spec = make_spec(CLIPPED, offline=OFFLINE)
+    with pytest.raises(ValueError, match=r"offline\.weight: found a batch without captioned latents"):
+        offline_gradient(make_pieces(spec), frozen_of(BANK), make_state(), None)
     batch, rows = beside(make_batch(), captioned()), captioned()
     prompts_alone, found = apart(batch)
     assert prompts_alone.offline is None
