@@ -46,6 +46,8 @@ def normalise(fields: Fields) -> dict[str, Any]:
         and value not in (default_of(stage, name), left_out(stage, name))
         and not _implied(name, named, tasks)
     }
+    offline = sorted({name.split(".")[2] for name in named if name.startswith("offline.tasks.")})
+    kept |= {"offline.tasks": named.get("offline.tasks") or offline} if offline else {}
     return {"stage": stage, "tasks": named.get("tasks") or tasks} | kept
 
 

@@ -65,6 +65,11 @@ AXIS = Rule(
     (-1, MOST_ROWS),
 )
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), (0, 1))
+RANGE = Rule(
+    "(low, high) with 1e-12 <= low <= high <= 1000",
+    lambda value: 1e-12 <= value[0] <= value[1] <= 1000,
+    (1e-12, 1000),
+)
 BEST = Rule("'max:METRIC', 'min:METRIC' or ''", lambda value: value == "" or bool(re.fullmatch("(max|min):.+", value)))
 WEIGHTS = Rule(
     "weights from 0 to 1000, not all of them 0",

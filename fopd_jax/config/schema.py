@@ -297,6 +297,7 @@ class OPD(Config):
     sampler: Sampler = setting(Sampler, "The rollout.")
     one_timestep: bool = setting(False, "Train one timestep of each rollout, drawn by weight; needs 'direct'.")
     objective: Objective = setting(Objective, "The loss.")
+    offline: "Offline" = setting(lambda: Offline(), "Flow matching of captioned images beside it.")
     updates_per_rollout: int = setting(
         1, "With several the rollout is stored and replayed.", at_least(1, 1000), "[code] 2"
     )
@@ -334,6 +335,17 @@ class LogitNormal(Section):
     mean: float = setting(0.0, "Of the logit.", between(-100, 100))
     std: float = setting(1.0, "Of the logit.", at_least(0, 100))
     shift: float = setting(3.0, "Towards noise.", at_least(0.001, 1000))
+
+
+@dataclasses.dataclass
+class Offline(Section):
+    """An anchor that is no network: flow matching of captioned images, beside distillation, w·E‖v_θ - (ε - x0)‖²."""
+
+    weight: float = setting(0.0, "w; 0: none.", at_least(0, 1000))
+    batch_size: int = setting(64, "Images a step; all its updates see them.", at_least(1, MOST_ROWS))
+    tasks: dict[str, Pairs] = setting({}, "Captioned images by task, as in stage flow_matching.", open_names=True)
+    empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
+    levels: LogitNormal = setting(LogitNormal, "Their noise levels.")
 
 
 @dataclasses.dataclass

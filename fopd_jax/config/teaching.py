@@ -13,6 +13,7 @@ from fopd_jax.config.section import Section, setting
 OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform", "x0", "x_next")
 MATCHES = ("guided", "conditional", "branches")
+ANCHOR_MOVES = ("none", "ema", "slow")
 MERGES = ("svd", "concatenate", "factors")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
@@ -60,7 +61,11 @@ class RoutedTask(Section):
 
 @dataclasses.dataclass
 class Anchor(Section):
-    """Manifold anchor regularisation (MAR) towards a frozen teacher of quality."""
+    """Manifold anchor regularisation (MAR) towards a frozen teacher of quality, or one that follows the student.
+
+    With a `bound` the weight β learns, by dual ascent after every step: β ← β·exp(η·(gap/bound - 1)) within its limits,
+    from `objective.mar_beta` on.
+    """
 
     name: str = setting("anchor", "Its name in the report.", rules.NAME, "[paper] deqa")
     adapter: str = setting("", "Its weights; empty: the base is the anchor.", rules.PATH)
@@ -68,6 +73,14 @@ class Anchor(Section):
     every: int = setting(
         1, "m: it sees one random sample of every m a timestep, which counts m times.", at_least(1, MOST_ROWS)
     )
+    moves: str = setting(
+        "none", "'ema': the anchor is the student's own average, section `ema`; 'slow': another one, of `decay`. Then "
+        "`adapter` is there for the merge and the report alone.", one_of(*ANCHOR_MOVES),
+    )  # fmt: skip
+    decay: float = setting(0.99, "Of 'slow': what of it stays at each step.", rules.PROBABILITY)
+    bound: float = setting(0.0, "The largest `anchor_gap` that β should leave; 0: β stays.", at_least(0, NO_LIMIT))
+    bound_rate: float = setting(0.05, "η: twice the bound multiplies β by e^η a step.", above(0, 10))
+    bound_limits: tuple[float, float] = setting((1e-4, 10.0), "Of β.", rules.RANGE)
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fopd_jax.config.learning import GRPO, ForwardRL, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
-from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask
 from fopd_jax.config.stages import is_mixed
 
 SMOKE = "smoke"
@@ -65,7 +65,11 @@ def smoke(config: AnyConfig) -> AnyConfig:
 def _shrink_teaching(config: OPD) -> None:
     """The packaged teachers in place of the config's, at as many sampler steps as it takes to train two of them."""
     config.tasks = {name: RoutedTask(teacher=f"packaged:teacher_{name}.safetensors", guidance=1.0) for name in _SKILLS}
-    config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
+    packaged = {"name": "quality", "adapter": "packaged:teacher_quality.safetensors", "guidance": 1.0}
+    config.anchor = replace(config.anchor, **packaged)
+    if config.offline.weight:
+        config.offline.batch_size = 8
+        config.offline.tasks = {name: Pairs() for name in _SKILLS}
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
     if is_mixed(config):

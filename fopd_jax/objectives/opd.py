@@ -185,10 +185,12 @@ def timestep_terms(
     log_prob: Samples,
     log_prob_old: Samples,
     advantage: Samples | None = None,
+    beta: Float[Array, ""] | None = None,
 ) -> Totals:
     """`TERMS` of one timestep, one value per sample, for what is compared of the student at x and the step drawn there.
 
-    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed'.
+    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed';
+    `beta`: the anchor's weight, where it is not the objective's.
     """
     w = counted(objective, transition, level.sigma, level.sigma_next)
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
@@ -197,15 +199,21 @@ def timestep_terms(
     loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage)
     ratio = jnp.exp(log_prob - log_prob_old)
     terms = direct | {
-        "loss": loss + objective.mar_beta * direct["anchor_gap"],
+        "loss": loss + (objective.mar_beta if beta is None else beta) * direct["anchor_gap"],
         "ratio": ratio,
         "clipped": (jnp.abs(ratio - 1) > objective.clip).astype(jnp.float32),
     }
     return {name: value * counts for name, value in terms.items()}
 
 
-def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, targets: Targets, w: Samples) -> Totals:
-    """`TERMS` of the direct objective at one state a sample, each counting w, see `counted`."""
+def direct_terms(
+    objective: Objective,
+    v: Float[Array, "b *shape"] | Compared,
+    targets: Targets,
+    w: Samples,
+    beta: Float[Array, ""] | None = None,
+) -> Totals:
+    """`TERMS` of the direct objective at one state a sample, each counting w, see `counted`; `beta`: see `timestep_terms`."""
     own = v if isinstance(v, Compared) else Compared(v)
     gap = _gap(objective, own, targets.teacher, targets.teacher_difference, w)
     drift = jnp.zeros_like(gap)
@@ -213,7 +221,7 @@ def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, t
         often = w if targets.anchored is None else w * targets.anchored
         drift = _gap(objective, own, targets.anchor, targets.anchor_difference, often)
     return {
-        "loss": gap + objective.mar_beta * drift,
+        "loss": gap + (objective.mar_beta if beta is None else beta) * drift,
         "teacher_gap": gap,
         "anchor_gap": drift,
         "velocity_mse": divergence(own.velocity, targets.teacher, jnp.ones_like(w)),

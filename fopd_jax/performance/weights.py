@@ -59,7 +59,8 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
-    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+    route = jax.device_put(route, batch.route.sharding)
+    return frozen, state, Batch(conditioning, route, offline=batch.offline and random_tree(batch.offline, 5))
 
 
 def random_state(state: TrainState) -> TrainState:

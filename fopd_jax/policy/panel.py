@@ -318,7 +318,7 @@ def _answers(v: Array, questions: Sequence[Questions], block: int) -> tuple[Answ
     counts = [_rows_of(each, block) for each in questions]
     blocks = v.reshape(-1, sum(counts), *v.shape[1:])
     parts = [blocks[:, end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
-    return tuple(_spread(_summed(part, each), each) for part, each in zip(parts, questions, strict=True))
+    return tuple(spread(_summed(part, each), each) for part, each in zip(parts, questions, strict=True))
 
 
 def _summed(part: Array, questions: Questions) -> Array:
@@ -329,7 +329,15 @@ def _summed(part: Array, questions: Questions) -> Array:
     return (questions.coefficient[..., None, None, None] * at_least_float32(answers)).sum(1)
 
 
-def _spread(v: Array, questions: Questions) -> Answer:
+def asked_rows(tree: Tree, questions: Questions) -> Tree:
+    """The samples that a target of one question a sample is asked about, all of them or one of every few neighbours."""
+    if questions.every == 1:
+        return tree
+    return jax.tree.map(lambda leaf: _asked(leaf, questions, questions.every)[:, 0], tree)
+
+
+def spread(v: Array, questions: Questions) -> Answer:
+    """A target's velocities, one for each row that it was asked about, at every sample of the batch."""
     every = questions.every
     if every == 1:
         return Answer(v)

@@ -25,6 +25,7 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.offline import offline_shapes
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
 from fopd_jax.stages.trained import place
@@ -47,7 +48,9 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
-    batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    offline = offline_shapes(config, latent_shape, lambda count: encoded_rows(encoded, count, dtype, split), split)
+    route = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split)
+    batch = Batch(conditioning, route, offline=offline)
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)

@@ -121,7 +121,7 @@ def settled(config: AnyConfig) -> AnyConfig:
     if not isinstance(config, OPD):
         return config
     sources = {f"tasks.{name}": task.teacher for name, task in config.tasks.items() if task.guidance is None}
-    if config.anchor.guidance is None and config.objective.mar_beta > 0:
+    if config.anchor.guidance is None and config.objective.mar_beta > 0 and config.anchor.moves == "none":
         sources["anchor"] = config.anchor.adapter
     found: dict[str, float] = {}
     for name, source in sources.items():

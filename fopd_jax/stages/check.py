@@ -54,6 +54,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *([("beside", told)] if (told := _beside(config)) else []),
         *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
@@ -98,7 +99,17 @@ def _teachers(config: OPD) -> str:
         for name, task in config.tasks.items()
     ]
     anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"
+    if config.anchor.moves != "none":
+        anchor = f"the student's own average ({config.anchor.moves})"
     return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
+
+
+def _beside(config: Config) -> str:
+    """What is matched beside the teachers."""
+    if not isinstance(config, OPD) or not config.offline.weight:
+        return ""
+    offline = config.offline
+    return f"flow matching of {offline.batch_size} images of {', '.join(offline.tasks)} (weight {offline.weight:g})"
 
 
 def _curriculum(config: Config) -> str:

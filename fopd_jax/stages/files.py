@@ -22,6 +22,7 @@ def input_files(config: Config) -> dict[str, Path]:
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
         weights |= {"anchor.adapter": config.anchor.adapter}
+        texts |= {f"offline.tasks.{name}.images": pairs.images for name, pairs in config.offline.tasks.items()}
     if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}

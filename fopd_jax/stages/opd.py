@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
+from fopd_jax.stages.offline import embedded_batch, fed_rows, make_offline
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
     OPDUpdate,
@@ -46,19 +48,23 @@ from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.mixed import mixed_names
-from fopd_jax.steps.opd.pieces import metric_names
+from fopd_jax.steps.opd.pieces import metric_names, regular_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
+from fopd_jax.worlds.world import CaptionedLatents
 
 
 @dataclasses.dataclass(frozen=True)
 class OPDPlan(Plan):
-    """`stream`: of prompts; `teach()` loads the base and puts teachers and student's start beside it."""
+    """`stream`: of prompts; `pairs`: captioned latents beside them. `teach()` loads the base and puts teachers and
+    student's start beside it.
+    """
 
     update: OPDUpdate | MixedUpdate
     stream: PromptStream
+    pairs: CaptionedLatents | None
     teach: Callable[[], teachers.Teaching]
 
 
@@ -87,6 +93,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
     )  # fmt: skip
+    pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
     if config.whole_teachers:
@@ -107,10 +114,16 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         return {"base": base, "bank": bank, **trained_parts(trained.state)}
 
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
+    plain = (*metric_names(spec.teachers), *regular_names(spec), RATE)
+    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else plain
+
+    def drawn() -> Iterator[str]:
+        yield from stream.upto(config.run.steps)
+        yield from () if pairs is None else pairs.upto(config.run.steps)
+
     return OPDPlan(
-        setup, trained, lambda: stream.upto(config.run.steps), names, held,
-        lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
+        setup, trained, drawn, names, held,
+        lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, pairs, teach,
     )  # fmt: skip
 
 
@@ -138,8 +151,9 @@ class Distillation:
         say("loading base and teachers")
         self.teaching = plan.teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
-        sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
-        self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
+        mesh, self.prompts = self.pipeline.mesh, plan.stream
+        rows, sizes = fed_rows(plan.stream, plan.pairs, config, mesh)
+        self.feed = Feed(rows, batch_sharding(mesh), sizes, config.run.steps)
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -177,9 +191,9 @@ class Distillation:
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 
-    def embedded(self, batch: Batch) -> Batch:
-        """A batch as updates take it."""
-        return Batch(self.pipeline.world.embed(batch.conditioning), batch.route)
+    def embedded(self, batch: Any) -> Batch:
+        """A batch as updates take it, of what the feed gives."""
+        return embedded_batch(self.pipeline.world.embed, batch)
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""

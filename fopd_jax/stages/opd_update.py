@@ -8,6 +8,7 @@ from typing import Any
 
 import optax
 
+from fopd_jax.backbones.record import Pass
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import EMA, OPD
@@ -17,14 +18,14 @@ from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
-from fopd_jax.performance.flops import Schedule, Update, update_flops
+from fopd_jax.performance.flops import NOTHING, Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.step import Programs
 from fopd_jax.steps.opd.mixed import make_programs
 from fopd_jax.steps.opd.pieces import Pieces
-from fopd_jax.steps.opd.spec import OPDSpec
+from fopd_jax.steps.opd.spec import Bound, OPDSpec
 from fopd_jax.steps.opd.step import OPDStep, make_step
 from fopd_jax.steps.state import TrainState
 
@@ -119,6 +120,10 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         teachers=tuple(config.tasks),
         guidance=config.guidance,
         teacher_guidance=tuple(scale_of(each.guidance) for each in (*config.tasks.values(), config.anchor)),
+        anchor_moves=config.anchor.moves,
+        anchor_decay=config.anchor.decay,
+        bound=bound_of(config),
+        offline=config.offline if config.offline.weight else None,
         updates_per_rollout=config.updates_per_rollout,
         minibatches=config.minibatches,
         micro_batches=config.run.micro_batches,
@@ -130,6 +135,14 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
     )
+
+
+def bound_of(config: OPD) -> Bound | None:
+    """What the anchor's gap is held to; None where its weight does not learn, or there is no anchor."""
+    anchor = config.anchor
+    if not anchor.bound or not config.objective.mar_beta:
+        return None
+    return Bound(anchor.bound, anchor.bound_rate, anchor.bound_limits)
 
 
 def mixes(config: OPD) -> bool:
@@ -156,7 +169,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         guided_teachers=spec.table.guided or spec.apart,
         teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
         + (spec.table.base is not None)
-        + (spec.objective.mar_beta > 0) / spec.anchor_every,
+        + (spec.anchored and not spec.follows) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,
         micro_batches=spec.micro_batches,
@@ -165,8 +178,21 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
     teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
-    found = update_flops(student, teacher.forward, schedule)
+    found = update_flops(student, teacher.forward, schedule) + _regular_flops(spec, student, schedule)
     if not is_mixed(config):
         return found
     rows = config.batch_size * (2 if schedule.guided_student else 1)  # all steps are drawn, since images are scored
     return dataclasses.replace(found, rollout=rows * (len(spec.sigmas) - 1) * student.forward)
+
+
+def _regular_flops(spec: OPDSpec, student: Pass, schedule: Schedule) -> Update:
+    """Of what regularises beside the teachers: an anchor that follows the student, and captioned latents."""
+    found = NOTHING
+    if spec.follows:
+        guided = spec.apart or (spec.objective.match == "guided" and spec.guidance != 1)
+        rows = schedule.batch * schedule.timesteps / spec.anchor_every * (2 if guided else 1)
+        found += dataclasses.replace(NOTHING, teachers=rows * student.forward)
+    if spec.offline is not None:
+        rows = spec.offline.batch_size * spec.updates_per_rollout
+        found += Update(0.0, 0.0, rows * student.forward, rows * student.backward, rows * student.recomputed)
+    return found

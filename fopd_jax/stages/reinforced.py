@@ -45,7 +45,7 @@ from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.grpo.step import Step
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.prompt_stream import Batch, PromptStream
+from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
 
 LAG = "lag"
@@ -246,8 +246,8 @@ class ReinforcementLearning:
             pending = self.scoring.begin(step, self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
 
-    def embedded(self, batch: Batch) -> Any:
-        """What the method rolls out."""
+    def embedded(self, batch: Any) -> Any:
+        """What the method rolls out, of what the feed gives: a `Batch`."""
         return self.pipeline.world.embed(batch.conditioning)
 
     def rests(self, step: int) -> bool:

@@ -165,7 +165,7 @@ def describe_weights(workdir: Path, config: Config, state: TrainState, variables
     parts = (
         Part(f"trains: {config.trained}", state.trained if whole else state.trained.weights, stacks=True),
         Part("its moments and average", (state.opt_state, state.ema)),
-        *([] if state.old is None else [Part("its old copy, which rolls out", state.old)]),
+        *([] if state.old is None else [Part("its old copy", state.old)]),
         Part("frozen: network", frozen, stacks=True),
         *others,
     )

@@ -112,7 +112,8 @@ def check_cards(config: OPD, setup: Setup, found: Sources) -> dict[str, AdapterC
 def _deviations(config: OPD, name: str, card: AdapterCard, size: tuple[int, int]) -> Iterator[str]:
     """What a run does otherwise than a teacher's card says, in words."""
     scales = {f"tasks.{name}": config.tasks[name].guidance} if name in config.tasks else {}
-    if name == config.anchor.name and config.anchor.adapter and config.objective.mar_beta > 0:
+    asked = config.objective.mar_beta > 0 and config.anchor.moves == "none"
+    if name == config.anchor.name and config.anchor.adapter and asked:
         scales["anchor"] = config.anchor.guidance
     for field, scale in scales.items():
         if card.guidance is not None and scale is not None and scale != card.guidance:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import EMA, LogitNormal
 from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels
 from fopd_jax.parallel.gradients import GradientGroups
@@ -18,6 +19,26 @@ from fopd_jax.steps.student import Student
 
 METRICS = ("loss", "grad_norm", "skipped")
 """Names of the scalars that an update returns."""
+
+
+def matching_gradient(
+    velocity: Velocity,
+    student: Student,
+    groups: GradientGroups,
+    frozen: Tree,
+    parameters: Tree,
+    rows: tuple[Array, Array, Array, Conditioning],
+) -> tuple[Tree, Array]:
+    """Gradient sum over samples, by group, and each sample's loss `[B]`; `rows`: latents, noise, levels, captions."""
+
+    def loss(parameters: Tree, rows: Any) -> tuple[Array, Array]:
+        x0, noise, sigma, conditioning = rows
+        variables, adapter = student.read(frozen, parameters)
+        v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, conditioning)
+        losses = flow_matching(v, x0, noise)
+        return losses.sum(), losses
+
+    return groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
 
 
 def make_flow_matching_step(
@@ -41,16 +62,8 @@ def make_flow_matching_step(
         x0 = batch["x0"]
         noise = jax.random.normal(noise_key, x0.shape)
         sigma = sample_levels(levels, level_key, x0.shape[0])
-
-        def loss(parameters: Tree, rows: Any) -> tuple[Array, Array]:
-            x0, noise, sigma, conditioning = rows
-            variables, adapter = student.read(frozen, parameters)
-            v = velocity(variables, adapter, interpolate(x0, noise, sigma), sigma, conditioning)
-            losses = flow_matching(v, x0, noise)
-            return losses.sum(), losses
-
         rows = x0, noise, sigma, batch["conditioning"]
-        return groups.gradient(jax.grad(loss, has_aux=True), student.compute(state.trained), rows)
+        return matching_gradient(velocity, student, groups, frozen, student.compute(state.trained), rows)
 
     def step(frozen: Tree, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         with activation_rules(groups.mesh), jax.named_scope("flow_matching"):

@@ -46,12 +46,14 @@ class Mix:
 class Batch:
     """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices.
 
-    `mix`: several teachers a prompt, of which `route` is then the chief one.
+    `mix`: several teachers a prompt, of which `route` is then the chief one. `offline`: captioned latents beside them,
+    as `worlds.world.CaptionedLatents` makes them; their number is their own.
     """
 
     conditioning: Any  # Conditioning, once embedded
     route: Any
     mix: Mix | None = None
+    offline: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

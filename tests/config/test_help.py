@@ -25,7 +25,7 @@ def test_a_program_tells_its_usage_its_flags_and_the_fields(program: str):
                  "tasks.NAME.teacher=", "tasks.NAME.share=1.0", "cold_start.weights={}"):  # fmt: skip
         assert f"\n  {line}" in text
     told = {line.split("=")[0].strip() for line in text.partition("\nFields")[2].splitlines()}
-    sections = ("stage", "tasks", "rewards", "run.servers")
+    sections = ("stage", "tasks", "offline.tasks", "rewards", "run.servers")
     for config in (OPD(), FlowMatching()):
         assert {name for name in flatten(config) if name not in sections and "alarms" not in name} <= told
     assert {"tasks.NAME.rewards", "rewards.NAME.kind", "run.servers.NAME.urls"} <= told

@@ -40,6 +40,7 @@ CHOSEN: dict[str, Any] = {
     "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "advantages.normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
     "match": "branches", "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
+    "anchor.moves": "ema", "bound_limits": (0.5, 1.0),
 }  # fmt: skip
 
 
@@ -67,12 +68,14 @@ def today(which: str) -> Any:
 def test_defaults_are_left_out(stage: str):
     config = resolve(valid(stage))
     assert identity(config) == {"stage": stage, "name": "any", "tasks": ["x"]} | (
-        {"cold_start.weights.x": 1.0} if stage == "opd" and len(config.tasks) != 1 else {}
+        {"offline.tasks": ["x"]} if stage == "opd" else {}
     )
     for field in LEAVES:
         if field.stage == stage and not field.name.startswith(("cold_start.weights", "run.alarms")):
             blank = STAGES[stage](tasks=config.tasks, rewards=config.rewards)
             blank.run.servers = config.run.servers
+            if stage == "opd":
+                blank.offline.tasks = config.offline.tasks
             value = find(blank, field.name)
             assert default_of(stage, field.name) == (list(value) if isinstance(value, tuple) else value), field
 
@@ -119,6 +122,16 @@ def test_the_order_of_tasks_is_no_matter():
 def test_a_task_more_is_another_run_even_if_it_says_nothing():
     hashes = {config_hash(resolve(OPD(name="any", tasks={name: RoutedTask() for name in n}))) for n in ("", "a", "ab")}
     assert len(hashes) == 3
+
+
+def test_images_beside_are_another_run_even_if_they_say_nothing():
+    found = [
+        resolve(OPD(name="any", offline=schema.Offline(tasks={name: Pairs() for name in n}))) for n in ("", "a", "ab")
+    ]
+    assert len({config_hash(config) for config in found}) == 3
+    fields = identity(found[2])
+    assert fields["offline.tasks"] == ["a", "b"]
+    assert normalise(fields) == fields
 
 
 def test_all_tasks_alike_is_what_the_defaults_mean():

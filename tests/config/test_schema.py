@@ -157,7 +157,7 @@ def test_an_int_that_python_does_not_spell_is_refused_like_any_other():
 
 COUNT, INDEX = ([0, -1], [1, 1000]), ([-1], [0])
 POSITIVE, NON_NEGATIVE = ([0.0, -1e-9], [1e-9]), ([-1e-9], [0.0])
-PROBABILITY = ([-1e-9, 1 + 1e-9], [0.0, 1.0])
+PROBABILITY, MIX = ([-1e-9, 1 + 1e-9], [0.0, 1.0]), ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}])
 NAME = (["", "a b", "a/b", "a\\b", "a\n", " ", ".", ".."], ["a", "a.b", "...", ".a", "ß-1"])
 STEPS = ([(-1, 2), (2, 2), (3, 2), (-2, -1)], [None, (0, 1), (3, 9)])
 AXIS = ([0, -2], [-1, 1])
@@ -214,10 +214,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
-    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
-    "match": choice("guided", "conditional", "branches"),
-    "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
-    "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "match": choice("guided", "conditional", "branches"),
+    "branch_weight": NON_NEGATIVE, "mix": MIX, "noisy_mix": MIX, "bound_rate": POSITIVE,
+    "anchor.moves": choice("none", "ema", "slow"), "anchor.decay": PROBABILITY, "anchor.bound": NON_NEGATIVE,
+    "bound_limits": ([(0.0, 1.0), (1.0, 0.5), (1.0, 1001.0)], [(1e-12, 1e-12), (0.5, 1000.0)]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -233,7 +233,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "objective.normalise",
     "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program",
-    "advantages.merge_equal_prompts", "rollouts.shared_noise",
+    "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
 }  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
         "run.servers.x.urls": ["http://host"],
     } | {
-        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2]},
+        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2], "anchor.bound_limits": [1, 2]},
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip

@@ -34,7 +34,9 @@ def fused_gradients(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Ba
             v, own = student_says(pieces, frozen, parameters, conditioning, x, level.sigma)
             x_next, log_prob = draw(spec.transition, level, x, v, keys)
             old = jax.lax.stop_gradient(log_prob)
-            terms = timestep_terms(spec.objective, spec.transition, level, own, targets, x, x_next, log_prob, old)
+            terms = timestep_terms(
+                spec.objective, spec.transition, level, own, targets, x, x_next, log_prob, old, beta=state.beta
+            )
             return terms["loss"].sum(), (x_next, terms)
 
         rows = batch.conditioning, x, targets, step.keys

@@ -34,7 +34,7 @@ def picked_gradients(
     def loss(parameters: Tree, rows: Any) -> tuple[Array, Totals]:
         conditioning, x, targets, sigma = rows
         _, own = student_says(pieces, frozen, parameters, conditioning, x, sigma)
-        terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight))
+        terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight), state.beta)
         return terms["loss"].sum(), terms
 
     rows = batch.conditioning, x, targets, level.sigma

@@ -107,6 +107,11 @@ def metric_names(teachers: tuple[str, ...]) -> tuple[str, ...]:
     return (*means, *(f"teacher_gap/{name}" for name in teachers), "grad_norm", "skipped")
 
 
+def regular_names(spec: OPDSpec) -> tuple[str, ...]:
+    """Of those that what regularises adds to them."""
+    return ("offline_loss",) * (spec.offline is not None) + ("mar_beta",) * (spec.bound is not None)
+
+
 def mean_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Metrics:
     """Means over samples and trained timesteps; the teacher gap also per task, with the weight that a mean over
     several steps gives it: a batch may hold no prompt of a task, which then has gap and weight 0, not 0/0."""

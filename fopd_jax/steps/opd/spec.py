@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.schema import Objective
+from fopd_jax.config.schema import Objective, Offline
 from fopd_jax.flow.schedule import Level, make_levels
 from fopd_jax.flow.transition import Transition
 from fopd_jax.objectives.opd import check_objective, counted, trains
@@ -28,6 +28,16 @@ class Frozen:
     variables: Tree
     bank: Tree
     null: Conditioning
+    anchor: Tree = None  # parameters of one that follows the student, as they are in this step (see `steps.opd.anchor`)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The gap that an anchor is held to, and how its weight learns to; see `objectives.dual`."""
+
+    gap: float
+    rate: float
+    limits: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +53,10 @@ class OPDSpec:
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
 
     `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
+
+    `anchor_moves`: 'ema', the anchor is the state's average; 'slow', its old copy, of which `anchor_decay` stays at
+    each step. `bound`: where the anchor's weight is the state's, and learns. `offline`: captioned latents in the batch
+    are matched beside.
     """
 
     objective: Objective
@@ -63,6 +77,10 @@ class OPDSpec:
     extrapolation: tuple[float, ...] = ()
     rewards: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    anchor_moves: str = "none"
+    anchor_decay: float = 0.0
+    bound: Bound | None = None
+    offline: Offline | None = None
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
@@ -87,6 +105,11 @@ class OPDSpec:
             )
         self._check_folding()
         self._check_savings()
+        if self.bound is not None and not self.bound.limits[0] <= self.objective.mar_beta <= self.bound.limits[1]:
+            raise ValueError(
+                f"anchor.bound_limits: found {self.bound.limits}, expected to hold objective.mar_beta "
+                f"{self.objective.mar_beta:g}, which it starts from"
+            )
         if batch_size // self.minibatches % (self.micro_batches * self.anchor_every):
             raise ValueError(
                 f"run.micro_batches: found {self.micro_batches}, expected a divisor of the "
@@ -113,7 +136,7 @@ class OPDSpec:
             )
         if self.anchor_every < 1:
             raise ValueError(f"anchor.every: found {self.anchor_every}, expected at least 1")
-        if self.anchor_every > 1 and self.whole_teachers:
+        if self.anchor_every > 1 and self.whole_teachers and not self.follows:
             raise ValueError(f"anchor.every: found {self.anchor_every}, expected 1 where teachers are whole networks")
         if self.one_timestep and (self.objective.name != "direct" or self.anchor_every > 1):
             raise ValueError("one_timestep: found True, which needs objective.name 'direct' and anchor.every 1")
@@ -131,6 +154,11 @@ class OPDSpec:
         return self.objective.mar_beta > 0
 
     @property
+    def follows(self) -> bool:
+        """Whether the anchor that is asked is the student as it was, and no entry of the bank."""
+        return self.anchored and self.anchor_moves != "none"
+
+    @property
     def replays(self) -> bool:
         """Whether the rollout is stored and gone through again."""
         return self.updates_per_rollout > 1 or self.parts > 1
@@ -145,7 +173,7 @@ class OPDSpec:
         """Who teaches what."""
         *scales, anchor = self.teacher_guidance
         teachers = dict(zip(self.teachers, scales, strict=True))
-        table = RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
+        table = RoutingTable.of_tasks(teachers, anchor if self.anchored and not self.follows else None)
         if not any(self.extrapolation):
             return table
         # The base is asked under the teachers' scales; for an anchor that is not asked, the empty prompt is not read.

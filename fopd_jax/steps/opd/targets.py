@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.flow.schedule import Level
 from fopd_jax.objectives.opd import Targets
 from fopd_jax.policy.panel import make_panel
+from fopd_jax.steps.opd.anchor import anchor_says
 from fopd_jax.steps.opd.pieces import Pieces
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import TrainState
@@ -34,6 +35,8 @@ def ask(
     with jax.named_scope("teachers"):
         questions = table.questions(batch.route, every, pick, batch.mix, level.sigma, branches=spec.apart)
         teacher, *anchor = jax.lax.stop_gradient(panel.ask(x, level.sigma, batch.conditioning, questions))
+    if spec.follows:
+        anchor = [anchor_says(pieces, frozen, batch.conditioning, x, level.sigma, pick)]
     if not anchor:
         return Targets(teacher.velocity, teacher_difference=teacher.difference)
     (anchor,) = anchor
