@@ -27,11 +27,12 @@ from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
+from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -47,7 +48,7 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
-    batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    batch = Batch(conditioning, *abstract_routes(config, split))
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
@@ -55,6 +56,17 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
+
+
+def abstract_routes(config: OPD, split: jax.sharding.Sharding) -> tuple[jax.ShapeDtypeStruct, Mix | None]:
+    """Each sample's chief teacher, and where it has several all of them, as shapes."""
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split)
+
+    if config.routing.method == "hard":
+        return rows(), None
+    return rows(), Mix(rows(asked(config)), rows(2, asked(config), dtype=jnp.float32))
 
 
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:

@@ -54,6 +54,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *plan.told,
         *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
@@ -95,6 +96,8 @@ def _trains(plan: Plan, config: Config) -> str:
 def _teachers(config: OPD) -> str:
     tasks = [
         f"{name} ← {task.teacher} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
+        if task.teacher
+        else f"{name} ← whom the classifier finds (weight {task.weight:g})"
         for name, task in config.tasks.items()
     ]
     anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"

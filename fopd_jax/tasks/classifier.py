@@ -11,6 +11,7 @@ the same weights finds the same of a prompt.
 
 import base64
 import dataclasses
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,7 @@ def _buckets(prompt: str) -> set[int]:
     found = {_hashed("every")}
     for word in words:
         found |= _of_word(word)
-    return found.union(_hashed(f"pair {left} {right}") for left, right in zip(words, words[1:], strict=False))
+    return found.union(_hashed(f"pair {left} {right}") for left, right in itertools.pairwise(words))
 
 
 @lru_cache(maxsize=2**16)

@@ -43,7 +43,7 @@ _SYNONYM = re.compile(rf"\b({'|'.join(sorted(_SYNONYMS, key=len, reverse=True))}
 _QUOTED = re.compile(r'"[^"]*"?|“[^”]*”?')
 _HELD = re.compile(r"\0(\d+)\0")
 _MOVES = re.compile(
-    r"(?:with|in|on|at|under|beneath|against|amid|near|from|during|set|seen|lit|surrounded|\w+ing (?:\w+ )?(?:a|an|the))"
+    r"(?:with|in|on|at|under|beneath|against|near|from|during|set|seen|lit|surrounded|\w+ing (?:\w+ )?(?:a|an|the))"
     r" \S+(?: \S+){0,9}",
     re.IGNORECASE,
 )

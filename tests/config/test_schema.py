@@ -218,6 +218,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "match": choice("guided", "conditional", "branches"),
     "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "tasks.x.rewritten": PROBABILITY, "routing.method": choice("hard", "soft", "classifier"),
+    "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]), "top": INDEX, "wrong": PROBABILITY,
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -233,7 +235,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "eval.rewritten",
 }  # fmt: skip
 
 
