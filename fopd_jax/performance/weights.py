@@ -59,10 +59,10 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
-    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding), _even_mix(batch.mix))
+    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding), even_mix(batch.mix))
 
 
-def _even_mix(shapes: Mix | None) -> Mix | None:
+def even_mix(shapes: Mix | None) -> Mix | None:
     """Of several teachers the first ones, all alike."""
     if shapes is None:
         return None
