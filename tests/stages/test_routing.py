@@ -13,10 +13,12 @@ from fopd_jax.config.stages import taught
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import even_mix
 from fopd_jax.policy.panel import RoutingTable
+from fopd_jax.stages import routing
 from fopd_jax.stages.abstract import abstract_routes, abstract_update
 from fopd_jax.stages.check import describe_plan
 from fopd_jax.stages.opd import OPDPlan, plan_opd
 from fopd_jax.stages.routing import asked, make_routing
+from fopd_jax.tasks.classifier import train_classifier
 from fopd_jax.tasks.sampling import chance
 from fopd_jax.worlds.miniature import prompts as miniature
 from fopd_jax.worlds.miniature.world import make_world
@@ -165,6 +167,28 @@ def test_a_share_of_the_prompts_is_read_in_other_words_and_scored_as_it_was():
     assert abs(changed - 64) < 4 * np.sqrt(128 * 0.25)
     ahead = set(stream.upto(4))
     assert ahead == {prompt for step in range(4) for prompt in stream.draw(step)[1]}
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_all_processes_have_the_weights_of_process_0(main: bool, monkeypatch: pytest.MonkeyPatch):
+    """The others train nothing; what is told of held-out prompts is the same everywhere."""
+    made, told = config(**CLASSIFIED), []
+    alone = make_routing(made, make_world())
+    of_main = routing._trained(make_world().tasks).dump()
+
+    def share(about: str, word: str) -> list[str]:
+        told.append(word)
+        return [of_main, ""]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(routing, "share", share)
+    monkeypatch.setattr(routing, "is_main", lambda: main)
+    trained = []
+    monkeypatch.setattr(routing, "train_classifier", lambda p: trained.append(p) or train_classifier(p))
+    found = routing._trained(make_world().tasks)
+    assert (told, len(trained)) == ([of_main if main else ""], int(main))
+    assert found.dump() == of_main
+    assert "right about those held out: 1.000" in alone.told
 
 
 # ---- evaluation

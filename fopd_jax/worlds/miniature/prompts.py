@@ -142,17 +142,16 @@ def tokenize(prompts: Sequence[str]) -> Int32[np.ndarray, "n tokens"]:
 
 
 def paraphrase(prompt: str, seed: int) -> str:
-    """The same request in an order of words that this grammar does not have, a function of both; "" stays.
+    """The same request in an order of words that this grammar does not have, a function of both.
 
     Network and tokens take it: all of its words are in `VOCABULARY`, and it has no more than MAX_TOKENS of them.
     Phrases stay in their order, which says what is above. `parse` refuses it: scores go by the prompt it stands for.
-
-    Raises:
-      ValueError: as `parse`.
+    What is no prompt of the grammar stays as it is.
     """
-    if not prompt:
+    try:
+        asked, draw = parse(prompt), chance(seed, "paraphrase", prompt)
+    except ValueError:
         return prompt
-    asked, draw = parse(prompt), chance(seed, "paraphrase", prompt)
     if isinstance(asked, Sign):
         return _one(_SIGNS, draw).format(asked.text)
     order = _one(_ORDERS, draw)

@@ -171,5 +171,6 @@ def test_every_prompt_has_other_words_that_the_encoder_takes_and_the_grammar_doe
     assert len({paraphrase(all_prompts(task)[-1], seed) for seed in range(60)}) == (4 if task == "text" else 5)
 
 
-def test_the_empty_prompt_has_no_other_words():
-    assert paraphrase("", 0) == ""
+@pytest.mark.parametrize("prompt", ["", '"K7B" sign', "red two squares", "a photo of a cat"])
+def test_what_the_grammar_does_not_have_stays(prompt: str):
+    assert paraphrase(prompt, 0) == prompt
