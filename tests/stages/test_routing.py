@@ -16,6 +16,7 @@ from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.stages import routing
 from fopd_jax.stages.abstract import abstract_routes, abstract_update
 from fopd_jax.stages.check import describe_plan
+from fopd_jax.stages.files import input_files
 from fopd_jax.stages.opd import OPDPlan, plan_opd
 from fopd_jax.stages.routing import asked, make_routing
 from fopd_jax.tasks.classifier import train_classifier
@@ -145,6 +146,12 @@ def test_prompts_without_a_label_go_where_their_words_say(tmp_path: Path):
     assert "other ← whom the classifier finds" in told["teachers"]
     assert "trained on 1,712 prompts, right about those held out: 1.000, in other words 1.000" in told["routing"]
     assert "other: 12 to train on, 12 held out" in told["prompts"]
+
+
+def test_the_prompts_of_a_task_more_are_files_that_a_run_depends_on(tmp_path: Path):
+    found = input_files(with_unlabelled(tmp_path))
+    assert {field for field in found if field.startswith("tasks.other")} == {"tasks.other.prompts", "tasks.other.test"}
+    assert not {"tasks.text.prompts", "tasks.text.test"} & found.keys()
 
 
 def test_a_task_more_needs_prompts(tmp_path: Path):
