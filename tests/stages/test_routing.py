@@ -1,6 +1,7 @@
 """Routing from a config: contradictions refused by name, batches with their teachers, costs, what `--check` tells."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from fopd_jax.stages import routing
 from fopd_jax.stages.abstract import abstract_routes, abstract_update
 from fopd_jax.stages.check import describe_plan
 from fopd_jax.stages.files import input_files
-from fopd_jax.stages.opd import OPDPlan, plan_opd
+from fopd_jax.stages.opd import Distillation, MixedOPD, OPDPlan, plan_opd
 from fopd_jax.stages.routing import asked, make_routing
 from fopd_jax.tasks.classifier import train_classifier
 from fopd_jax.tasks.sampling import chance
@@ -129,6 +130,14 @@ def test_soft_batches_count_under_their_chief_teacher(tmp_path: Path):
     of_text = np.asarray(tasks) == "text"
     np.testing.assert_array_equal(batch.mix.weights[of_text], np.broadcast_to([0.75, 0.25], (of_text.sum(), 2, 2)))
     assert "up to 2 of 2 teachers" in rows(plan, made, tmp_path)["routing"]
+
+
+def test_the_weights_of_a_batch_reach_the_update():
+    batch = plan_opd(config(**SOFT)).stream.batch(0)
+    stage: Any = SimpleNamespace(pipeline=SimpleNamespace(world=make_world()))
+    for each in (Distillation.embedded(stage, batch), MixedOPD.embedded(stage, batch)):
+        assert each.mix is batch.mix is not None
+        assert each.route is batch.route
 
 
 def test_prompts_without_a_label_go_where_their_words_say(tmp_path: Path):
