@@ -14,6 +14,7 @@ OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_de
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform", "x0", "x_next")
 MATCHES = ("guided", "conditional", "branches")
 ANCHOR_MOVES = ("none", "ema", "slow")
+ROUTINGS = ("hard", "soft", "classifier")
 MERGES = ("svd", "concatenate", "factors")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
@@ -56,6 +57,32 @@ class RoutedTask(Section):
     noisy_mix: dict[str, float] = setting(
         {}, "The same at pure noise, `mix` being at the image, linear in t between them; {}: `mix` at all levels.",
         rules.WEIGHTS, open_names=True,
+    )  # fmt: skip
+    rewritten: float = setting(
+        0.0, "Share of its training prompts that the networks read in other words (tasks/paraphrase.py), the same ones "
+        "all along; rewards go by the prompts as they were.", rules.PROBABILITY,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Routing(Section):
+    """Which teachers a prompt is taught by; see policy/routing.py."""
+
+    method: str = setting(
+        "hard", "'hard': its task's; 'soft': several by the weights in `tasks.NAME.mix`; 'classifier': by the "
+        "probabilities of a classifier that is trained at the start on the prompts of all tasks with a teacher; tasks "
+        "may then have none.", one_of(*ROUTINGS), "[paper] hard",
+    )  # fmt: skip
+    temperature: float = setting(
+        1.0, "Of 'classifier': of its probabilities; towards 0 the likeliest teacher alone.", between(0.001, 1000)
+    )
+    top: int = setting(
+        0, "Of 'classifier': the m likeliest teachers alone, in proportion, at m forwards a sample; 0: all of them.",
+        at_least(0, MOST_ROWS),
+    )  # fmt: skip
+    wrong: float = setting(
+        0.0, "Share of the prompts that are taken for another task's, the same ones all along: to study mistakes.",
+        rules.PROBABILITY,
     )  # fmt: skip
 
 

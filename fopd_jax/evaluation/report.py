@@ -12,7 +12,7 @@ from fopd_jax.config.schema import Evaluation
 from fopd_jax.console import progress
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Sampler, check_finite
-from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, noise_keys
+from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, noise_keys, reader
 from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.parallel.sharding import batch_ways
@@ -62,7 +62,11 @@ def write_report(
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
-    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways, max_failed)
+    eval_set = EvalSet(
+        tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways, max_failed,
+        read=reader(settings, world),
+    )  # fmt: skip
+    about = {**about, "prompts": "rewritten"} if settings.rewritten else about
     found: dict[str, Measured] = {}
     total = len(models) * len(eval_set.scored()) * eval_set.samples
     with progress("report", total, "images") as count:
@@ -152,7 +156,8 @@ def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Seque
     """
     count = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
     columns = np.arange(count) * eval_set.batch_size // count
-    batches = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
+    first = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
+    batches = {name: (list(map(eval_set.read, prompts)), index) for name, (prompts, index) in first.items()}
     labels = [prompts[column] for prompts, _ in batches.values() for column in columns]
 
     def row(model: Model) -> np.ndarray:

@@ -213,7 +213,7 @@ def direct_terms(
     w: Samples,
     beta: Float[Array, ""] | None = None,
 ) -> Totals:
-    """`TERMS` of the direct objective at one state a sample, each counting w, see `counted`; `beta`: see `timestep_terms`."""
+    """`TERMS` of the direct objective at one state a sample, each counting w (`counted`); `beta`: the anchor's."""
     own = v if isinstance(v, Compared) else Compared(v)
     gap = _gap(objective, own, targets.teacher, targets.teacher_difference, w)
     drift = jnp.zeros_like(gap)

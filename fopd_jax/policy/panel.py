@@ -107,6 +107,7 @@ class RoutingTable:
             if task not in index:
                 short = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
                 problem = f"prompt {short!r}: its task {task!r} has no teacher; teachers: {self.teachers}"
+                problem += "; routing.method 'classifier' would find one by the prompt"
                 raise ValueError(f"tasks.{task}.teacher: {problem}")
         return np.asarray([index[task] for task in tasks], np.int32)
 

@@ -28,11 +28,12 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.offline import offline_shapes
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
+from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -49,8 +50,7 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     offline = offline_shapes(config, latent_shape, lambda count: encoded_rows(encoded, count, dtype, split), split)
-    route = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split)
-    batch = Batch(conditioning, route, offline=offline)
+    batch = Batch(conditioning, *abstract_routes(config, split), offline=offline)
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
@@ -58,6 +58,17 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
+
+
+def abstract_routes(config: OPD, split: jax.sharding.Sharding) -> tuple[jax.ShapeDtypeStruct, Mix | None]:
+    """Each sample's chief teacher, and where it has several all of them, as shapes."""
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split)
+
+    if config.routing.method == "hard":
+        return rows(), None
+    return rows(), Mix(rows(asked(config)), rows(2, asked(config), dtype=jnp.float32))
 
 
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:

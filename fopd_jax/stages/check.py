@@ -55,6 +55,7 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
         *([("beside", told)] if (told := _beside(config)) else []),
+        *plan.told,
         *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
@@ -96,6 +97,8 @@ def _trains(plan: Plan, config: Config) -> str:
 def _teachers(config: OPD) -> str:
     tasks = [
         f"{name} ← {task.teacher} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
+        if task.teacher
+        else f"{name} ← whom the classifier finds (weight {task.weight:g})"
         for name, task in config.tasks.items()
     ]
     anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"

@@ -29,8 +29,9 @@ def input_files(config: Config) -> dict[str, Path]:
     elif isinstance(config, FlowMatching):
         texts |= {f"tasks.{name}.images": task.images for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
-    if config.model.preset in EMBEDDED:  # its tasks are its own
-        texts = {}
+    if config.model.preset in EMBEDDED:  # of tasks that are its own no file is read
+        own = EMBEDDED[config.model.preset]().tasks
+        texts = {field: name for field, name in texts.items() if field.split(".")[1] not in own}
     paths = {field: weight_path(name) for field, name in weights.items() if name}
     found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
     read = {field: file_of(name, field) for field, name in texts.items() if name}

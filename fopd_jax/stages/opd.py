@@ -15,13 +15,11 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
-from fopd_jax.config.stages import is_mixed
+from fopd_jax.config.stages import is_mixed, taught
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.parallel.distributed import rows_of
 from fopd_jax.parallel.sharding import batch_sharding
-from fopd_jax.policy.panel import RoutingTable
-from fopd_jax.policy.routing import TaskMixes
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.journal import Journal
@@ -40,12 +38,11 @@ from fopd_jax.stages.opd_update import (
     make_mixed,
     make_spec,
     make_update,
-    mixes,
-    scale_of,
     update_cost,
 )
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
+from fopd_jax.stages.routing import is_told, make_routing
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names, regular_names
@@ -87,11 +84,11 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         raise ValueError(
             f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
         )
-    taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher}
+    routed = make_routing(config, pipeline.world)
     stream = PromptStream(
-        pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
+        pipeline.world, config.tasks, routed.routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
+        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
     )  # fmt: skip
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
@@ -124,17 +121,8 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     return OPDPlan(
         setup, trained, drawn, names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, pairs, teach,
+        told=[("routing", routed.told)] if is_told(config) else [],
     )  # fmt: skip
-
-
-def soft_routes(config: settings.OPD) -> TaskMixes | None:
-    """Where prompts have several teachers, their weights.
-
-    Raises:
-      ValueError: as `TaskMixes`.
-    """
-    weights = {name: (task.mix, task.noisy_mix) for name, task in config.tasks.items()}
-    return TaskMixes(tuple(config.tasks), weights) if mixes(config) else None
 
 
 class Distillation:
@@ -187,7 +175,7 @@ class Distillation:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        experts = [*self.config.tasks, self.config.anchor.name]
+        experts = [*taught(self.config), self.config.anchor.name]
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 

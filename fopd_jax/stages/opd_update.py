@@ -12,7 +12,7 @@ from fopd_jax.backbones.record import Pass
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import EMA, OPD
-from fopd_jax.config.stages import is_mixed
+from fopd_jax.config.stages import is_mixed, taught
 from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import flow_match_sigmas
@@ -21,6 +21,7 @@ from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_p
 from fopd_jax.performance.flops import NOTHING, Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
 from fopd_jax.stages.rewards import reward_names, told_apart
+from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.step import Programs
 from fopd_jax.steps.opd.mixed import make_programs
@@ -107,7 +108,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     Raises:
       ValueError: as `make_transition` and `noise_window`, of the section `sampler`.
     """
-    sampler = config.sampler
+    sampler, teachers = config.sampler, [config.tasks[name] for name in taught(config)]
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
         noisy = noise_window(sampler.num_steps, *(sampler.window or (0, sampler.num_steps)))
@@ -117,9 +118,9 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
         noisy=noisy,
         latent_shape=latent_shape,
-        teachers=tuple(config.tasks),
+        teachers=taught(config),
         guidance=config.guidance,
-        teacher_guidance=tuple(scale_of(each.guidance) for each in (*config.tasks.values(), config.anchor)),
+        teacher_guidance=tuple(scale_of(each.guidance) for each in (*teachers, config.anchor)),
         anchor_moves=config.anchor.moves,
         anchor_decay=config.anchor.decay,
         bound=bound_of(config),
@@ -131,7 +132,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         trained=sampler.trained,
         anchor_every=config.anchor.every,
         one_timestep=config.one_timestep,
-        extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
+        extrapolation=tuple(task.extrapolation for task in teachers),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
     )
@@ -143,11 +144,6 @@ def bound_of(config: OPD) -> Bound | None:
     if not anchor.bound or not config.objective.mar_beta:
         return None
     return Bound(anchor.bound, anchor.bound_rate, anchor.bound_limits)
-
-
-def mixes(config: OPD) -> bool:
-    """Whether prompts have several teachers."""
-    return any(task.mix or task.noisy_mix for task in config.tasks.values())
 
 
 def scale_of(guidance: float | None) -> float:
@@ -167,7 +163,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         only_sampled=stop - trained,
         guided_student=guided or spec.apart,
         guided_teachers=spec.table.guided or spec.apart,
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
+        teacher_forwards=(len(spec.teachers) if spec.whole_teachers else asked(config))
         + (spec.table.base is not None)
         + (spec.anchored and not spec.follows) / spec.anchor_every,
         updates_per_rollout=spec.updates_per_rollout,

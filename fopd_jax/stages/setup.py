@@ -18,7 +18,7 @@ from fopd_jax.console import Progress
 from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate
+from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate, reader
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.solver import make_solver
 from fopd_jax.parallel.distributed import warn
@@ -30,8 +30,9 @@ from fopd_jax.stages.cards import base_hash
 from fopd_jax.stages.pipeline import Pipeline, check_base, make_pipeline
 from fopd_jax.stages.rewards import furnish
 from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
+from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.world import embed_empty, select_tasks
+from fopd_jax.worlds.world import World, embed_empty, select_tasks
 
 RATE = "learning_rate"
 """A metric of every stage: of the update's first step of the optimizer, where it has several."""
@@ -95,6 +96,8 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     """
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
     _refuse_files(config.tasks, pipeline)
+    if pipeline.manifest is None:
+        pipeline = dataclasses.replace(pipeline, world=_with_tasks(pipeline.world, config.tasks))
     check_base(config.model, pipeline)  # first: a damaged base is nobody's
     names = tuple(select_tasks(pipeline.world, evaluation.tasks or tuple(pipeline.world.tasks), "eval.tasks"))
     trains = trains_on_rewards(config)  # also on those of tasks that are not evaluated
@@ -113,6 +116,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
             batch_ways(pipeline.mesh),
             config.run.max_failed_rewards,
             monitored=True,
+            read=reader(evaluation, pipeline.world),
         ),
         optimizer=make_optimizer(config.optimizer),
         rate=jax.jit(partial(learning_rate, config.optimizer)),
@@ -120,16 +124,27 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
 
 
 def _refuse_files(tasks: Mapping[str, RoutedTask | RewardedTask | Pairs], pipeline: Pipeline) -> None:
-    """Refuse files of prompts that a world with prompts of its own would not read.
+    """Refuse files of prompts for tasks whose prompts are a world's own.
 
     Raises:
       ValueError: names the field.
     """
-    for name, task in tasks.items() if pipeline.manifest is None else ():
-        for field in ("prompts", "test"):
+    own = pipeline.world.tasks if pipeline.manifest is None else {}
+    for name, task in tasks.items():
+        for field in ("prompts", "test") if name in own else ():
             if found := getattr(task, field, ""):
                 whose = f"preset {pipeline.preset!r} has prompts of its own"
                 raise ValueError(f"tasks.{name}.{field}: found {found!r}, expected '': {whose}")
+
+
+def _with_tasks(world: World, tasks: Mapping[str, RoutedTask | RewardedTask | Pairs]) -> World:
+    """A world with the tasks that a config adds to its own: of other names, with prompts that it can read."""
+    added = {
+        name: task
+        for name, task in tasks.items()
+        if name not in world.tasks and not isinstance(task, Pairs) and task.prompts
+    }
+    return dataclasses.replace(world, tasks={**world.tasks, **read_tasks(added)}) if added else world
 
 
 def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sampler:

@@ -29,6 +29,7 @@ from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.config.stages import taught
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated, warn
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
@@ -66,7 +67,7 @@ class Teaching:
 
 def sources(config: OPD) -> Sources:
     """Raises ValueError where the anchor has a teacher's name but other weights."""
-    names = {name: config.tasks[name].teacher for name in config.tasks}
+    names = {name: config.tasks[name].teacher for name in taught(config)}
     if not config.anchor.adapter:
         return Sources(names, None)
     if names.get(config.anchor.name, config.anchor.adapter) != config.anchor.adapter:
@@ -178,7 +179,9 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
     """Load the base and put the adapters beside it."""
     anchor = adapters[config.anchor.name] if config.anchor.adapter else None
     make_start = partial(start_adapter, config, adapters, pipeline)
-    bank = make_bank(config, pipeline, {name: adapters[name] for name in config.tasks}, anchor, base=asks_base(config))
+    bank = make_bank(
+        config, pipeline, {name: adapters[name] for name in taught(config)}, anchor, base=asks_base(config)
+    )
     variables = load_base(config.model, pipeline, config.seed)
 
     def start() -> Tree:
@@ -198,7 +201,7 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
 
 def asks_base(config: OPD) -> bool:
     """Whether the base is asked beside teachers and anchor."""
-    return any(task.extrapolation for task in config.tasks.values())
+    return any(config.tasks[name].extrapolation for name in taught(config))
 
 
 def make_bank(
@@ -227,7 +230,8 @@ def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline)
 
 def start_weights(config: OPD) -> dict[str, float]:
     """Of the teachers (or the anchor) in the student's start; by default the routed ones count alike."""
-    return config.cold_start.weights or dict.fromkeys(config.tasks, 1 / len(config.tasks))
+    names = taught(config)
+    return config.cold_start.weights or dict.fromkeys(names, 1 / len(names))
 
 
 def _add_to_base(config: OPD, pipeline: Pipeline, adapter: Adapter) -> Tree:
@@ -264,7 +268,7 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
         lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
         out_shardings=stacked_shardings(pipeline.mesh, boxed["params"]),
     )
-    bank = stack(*(networks[name] for name in config.tasks), anchor)
+    bank = stack(*(networks[name] for name in taught(config)), anchor)
     del networks, anchor
 
     def average() -> Tree:

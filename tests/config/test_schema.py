@@ -198,7 +198,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
-    "empty_caption": PROBABILITY,
+    "empty_caption": PROBABILITY, "tasks.x.rewritten": PROBABILITY, "wrong": PROBABILITY, "top": INDEX,
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -218,6 +218,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "branch_weight": NON_NEGATIVE, "mix": MIX, "noisy_mix": MIX, "bound_rate": POSITIVE,
     "anchor.moves": choice("none", "ema", "slow"), "anchor.decay": PROBABILITY, "anchor.bound": NON_NEGATIVE,
     "bound_limits": ([(0.0, 1.0), (1.0, 0.5), (1.0, 1001.0)], [(1e-12, 1e-12), (0.5, 1000.0)]),
+    "routing.method": choice("hard", "soft", "classifier"), "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -232,7 +233,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "objective.normalise",
-    "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program",
+    "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program", "eval.rewritten",
     "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
 }  # fmt: skip
 
