@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # adding noise needs no accelerator, and must not occupy one
 

@@ -15,7 +15,7 @@ WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 MATCHES = ("guided", "conditional", "branches")
 MERGES = ("svd", "concatenate", "factors")
 NOISY = ("warn", "weigh", "off")
-STATISTICS = ("size", "anchor", "apart", "spread", "prompts")
+STATISTICS = ("size", "anchor", "apart", "spread")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
 PAPER_GUIDANCE = 4.5
@@ -131,6 +131,6 @@ class Health(Section):
     )
     weight: float = setting(0.1, "Of 'weigh': what such a teacher's part of the loss counts.", rules.PROBABILITY)
     bands: dict[str, tuple[float, float]] = setting(
-        {"size": (0.0, 0.6), "anchor": (0.0, 0.6), "apart": (0.0, 0.5), "spread": (0.5, 2.0), "prompts": (0.5, 2.5)},
+        {"size": (0.0, 0.6), "anchor": (0.0, 0.6), "apart": (0.0, 0.35), "spread": (0.5, 2.0)},
         "(low, high) of what is known of teachers; {}: none.", rules.bands(STATISTICS),
     )  # fmt: skip

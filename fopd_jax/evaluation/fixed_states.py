@@ -7,7 +7,7 @@ the anchor and the base; after that the student alone is asked about them.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ class Survey:
 
     `between [L, B, V, V]`: of the differences of velocities; `updates [L, B, V, V]`: products of what voices add to the
     base, each under its own guidance; `base [L, B, V]`: the base's. `moved` and `base_moved [L, B, V]`: of the
-    differences that a perturbation of the state makes, `turned` and `base_turned` another prompt of the same task.
+    differences that a perturbation of the state makes.
     """
 
     between: Any
@@ -81,8 +81,6 @@ class Survey:
     base: Any
     moved: Any
     base_moved: Any
-    turned: Any
-    base_turned: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Fixed:
         states = States(batch, everywhere, everywhere, batch, batch_sharding(self.mesh), batch_sharding(self.mesh))
         whole = Survey(*(everywhere,) * len(dataclasses.fields(Survey)))
         levels = DATA_LEVELS if self.pictured else ()
-        make = partial(_survey, self.pieces, self.mesh, len(self.voices), levels, self.count)
+        make = partial(_survey, self.pieces, self.mesh, len(self.voices), levels)
         made, seen = jax.jit(make, out_shardings=(states, whole))(frozen, rows)
         real = len(self.tasks) * self.count
         return made, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:, :real], fetch(seen))
@@ -180,9 +178,9 @@ def _replaced(rows: Int[np.ndarray, " n"], leaf: np.ndarray, new: np.ndarray) ->
 
 
 def _survey(
-    pieces: Pieces, mesh: Mesh, voices: int, levels: Sequence[float], group: int, frozen: Frozen, rows: Rows
+    pieces: Pieces, mesh: Mesh, voices: int, levels: Sequence[float], frozen: Frozen, rows: Rows
 ) -> tuple[States, Survey]:
-    """Down each row's own teacher's trajectory, then at its noised image; `group`: neighbours that are of one task."""
+    """Down each row's own teacher's trajectory, then at its noised image."""
     spec = pieces.spec
     noise, other, shake = (_noise(rows.keys, k, spec.latent_shape) for k in range(3))
     sigmas = np.asarray(spec.sigmas, np.float32)
@@ -190,21 +188,14 @@ def _survey(
     sigma = jnp.asarray([*sigmas[:steps], *levels], jnp.float32)
     after = jnp.asarray([*sigmas[1 : steps + 1], *levels], jnp.float32)
     image = jnp.arange(len(sigma)) >= steps
-    turn = _neighbour(rows.route.shape[0], group)
 
     def visit(x: Array, step: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Survey]]:
         here, there, is_image = step
         x = jnp.where(is_image, (1 - here) * rows.x0 + here * other, x)
         conditioning = jax.tree.map(lambda a, b: jnp.where(is_image, b, a), rows.conditioning, rows.captions)
-        turned = jax.tree.map(lambda leaf: leaf[turn], conditioning)
 
-        def ask(asked: tuple[Array, Array]) -> tuple[Array, Array]:
-            x, turns = asked
-            chosen = jax.tree.map(lambda a, b: jnp.where(turns, b, a), conditioning, turned)
-            return _everybody(pieces, frozen, voices, x, here, chosen)
-
-        asked = jnp.stack([x, x + PERTURBATION * shake, x]), jnp.asarray([False, False, True])
-        v, base = jax.lax.map(ask, asked)  # [3, V, B, h, w, c] each; one program for the three
+        ask = partial(_everybody, pieces, frozen, voices, sigma=here, conditioning=conditioning)
+        v, base = jax.lax.map(ask, jnp.stack([x, x + PERTURBATION * shake]))  # [2, V, B, h, w, c] each, of one program
         own = jnp.take_along_axis(v[0], rows.route[None, :, None, None, None], axis=0)[0]
         return x + own * (there - here), (x, own, _measured(v, base))
 
@@ -233,7 +224,7 @@ def _everybody(
 
 
 def _measured(v: Float[Array, "a v b h w c"], base: Float[Array, "a v b h w c"]) -> Survey:
-    """At a state: as asked, with the state perturbed, and under another prompt."""
+    """Of a state and of the one beside it."""
     updates = v[0] - base[0]
 
     def square(difference: Array) -> Array:
@@ -245,7 +236,6 @@ def _measured(v: Float[Array, "a v b h w c"], base: Float[Array, "a v b h w c"])
         updates=products / np.prod(v.shape[-3:]),
         base=square(base[0]),
         moved=square(v[1] - v[0]), base_moved=square(base[1] - base[0]),
-        turned=square(v[2] - v[0]), base_turned=square(base[2] - base[0]),
     )  # fmt: skip
 
 
@@ -264,12 +254,6 @@ def _student_gaps(pieces: Pieces, mesh: Mesh, frozen: Frozen, trained: Tree, sta
 
 def _noise(keys: Array, number: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
     return standard_normal(jax.vmap(lambda key: jax.random.fold_in(key, number))(keys), shape)
-
-
-def _neighbour(size: int, group: int) -> Int[np.ndarray, " b"]:
-    """Of each row the next one of its task."""
-    rows = np.arange(size)
-    return np.minimum(rows - rows % group + (rows + 1) % group, size - 1)
 
 
 # ---- means by task

@@ -16,9 +16,7 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 """`(noise level, gap)` of each task, by falling noise."""
 
 
-def draw_health(
-    names: Sequence[str], between: Float[np.ndarray, "v v"], curves: Curves
-) -> Image.Image:
+def draw_health(names: Sequence[str], between: Float[np.ndarray, "v v"], curves: Curves) -> Image.Image:
     """The mean squares between every two as a table of shades, and below it the gap's curves over noise levels.
 
     `names`: of the rows and columns; shades are of the roots, black at the largest.

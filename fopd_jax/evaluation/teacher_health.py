@@ -5,9 +5,8 @@ velocities at fixed states are v_k, the base's under the same guidance v_b, the 
 
   size     ‖d_k‖ / ‖v_b‖: how far it goes from the base
   anchor   ‖v_k - v_a‖ / ‖v_b‖: its disagreement with the anchor, where there is one
-  apart    1 - the mean over others j of cos(d_k, d_j): whether it goes where nobody else does; 0: all go one way
+  apart    1 - the largest cos(d_k, d_j) of all others j: whether it goes where nobody else does
   spread   ‖v_k(x + δε) - v_k(x)‖ / ‖v_b(x + δε) - v_b(x)‖: how much a small perturbation of the state moves it
-  prompts  the same for another prompt of a task that is not its own, which it should not mind more than the base
 
 All norms are root mean squares over states and dimensions. No published work measures any of them on teachers.
 """
@@ -24,29 +23,26 @@ BASE = "base"
 
 
 def statistics(
-    seen: Survey, counted: Bool[np.ndarray, "l b"], own: Bool[np.ndarray, "v b"], anchor: int | None
+    seen: Survey, counted: Bool[np.ndarray, "l b"], anchor: int | None
 ) -> dict[str, Float[np.ndarray, " v"]]:
     """By name one value a voice, NaN where it cannot be taken.
 
-    `counted`: which states there are; `own`: which rows are of a voice's own task; `anchor`: the anchor's voice.
+    `counted`: which states there are; `anchor`: the anchor's voice.
     """
     at = counted[..., None]
     voices = seen.base.shape[-1]
     updates = np.einsum("l b i j, l b -> i j", seen.updates, counted.astype(np.float64))
     length = np.sqrt(np.diag(updates))
     base = (seen.base * at).sum((0, 1))
-    others = ~own.T[None] & at
     with np.errstate(divide="ignore", invalid="ignore"):  # an update of nothing has no direction
         cosines = updates / np.outer(length, length)
         found = {
             "size": length / np.sqrt(base),
             "spread": np.sqrt((seen.moved * at).sum((0, 1)) / (seen.base_moved * at).sum((0, 1))),
-            "prompts": np.sqrt((seen.turned * others).sum((0, 1)) / (seen.base_turned * others).sum((0, 1))),
         }
     if voices > 1:
-        apart = np.where(np.eye(voices, dtype=bool), np.nan, 1 - cosines)
-        known = ~np.isnan(apart)
-        found["apart"] = np.where(known.any(1), np.nansum(apart, 1) / np.maximum(known.sum(1), 1), np.nan)
+        apart = np.where(np.eye(voices, dtype=bool) | ~np.isfinite(cosines), np.inf, 1 - cosines).min(1)
+        found["apart"] = np.where(np.isfinite(apart), apart, np.nan)
     if anchor is not None:
         found["anchor"] = np.sqrt((seen.between[..., anchor] * at).sum((0, 1)) / base)
         found["anchor"][anchor] = np.nan

@@ -1,16 +1,14 @@
 """Section `health` of a distillation: fixed states, who says what there, and which teachers are not worth following."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from fopd_jax.config.schema import OPD
 from fopd_jax.evaluation import teacher_health
-from fopd_jax.evaluation.fixed_states import Fixed, States, StudentGaps, Survey, held_out, mean_gaps
+from fopd_jax.evaluation.fixed_states import Fixed, States, StudentGaps, held_out, mean_gaps
 from fopd_jax.evaluation.health_picture import draw_health
 from fopd_jax.parallel.distributed import put_replicated, warn
 from fopd_jax.parallel.sharding import replicated
@@ -45,8 +43,8 @@ def asked_prompts(config: OPD, world: World) -> list[str]:
 class HealthWatch:
     """What a run knows of its teachers from before its first step, and the student's distance at evaluations.
 
-    `statistics`: of each voice; `named`: the voices outside of their bands, and how, in words. `last`: the gaps measured
-    last `[L, tasks, n]`, to be drawn.
+    `statistics`: of each voice; `named`: the voices outside of their bands, and how, in words. `last`: the gaps
+    measured last `[L, tasks, n]`, to be drawn.
     """
 
     fixed: Fixed
@@ -94,9 +92,8 @@ def watch_health(config: OPD, pieces: Pieces, pipeline: Pipeline, frozen: Frozen
     route = np.repeat(np.arange(len(fixed.tasks)), fixed.count)
     pictured = np.asarray([name in fixed.pictured for name in fixed.tasks])
     counted = ~image[:, None] | pictured[route][None]
-    own = np.arange(len(voices))[:, None] == route[None]
     anchor = voices.index(config.anchor.name) if config.anchor.adapter else None
-    found = teacher_health.statistics(seen, counted, own, anchor)
+    found = teacher_health.statistics(seen, counted, anchor)
     statistics = {
         name: {kind: float(values[k]) for kind, values in found.items() if np.isfinite(values[k])}
         for k, name in enumerate(voices)

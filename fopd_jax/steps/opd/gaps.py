@@ -8,7 +8,7 @@ are left out, so that timesteps can be compared. With as many counted at each, i
 import re
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from fopd_jax.objectives.opd import TERMS, Totals
 from fopd_jax.steps.opd.spec import OPDSpec
@@ -47,9 +47,9 @@ def gap_names(spec: OPDSpec) -> tuple[str, ...]:
     return tuple(f"{PREFIX}{name}/{t}" for name in spec.teachers for t in timesteps(spec))
 
 
-def gap_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Totals:
+def gap_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> dict[str, Float[Array, ""]]:
     """`gap/TASK/t00`, with the weight that a mean over several steps gives it: 0 where nothing was counted."""
-    found: Totals = {}
+    found = {}
     for k, name in enumerate(teachers):
         mine = (route == k).astype(jnp.float32)
         for t in (match[1] for match in map(_PARTED.fullmatch, totals) if match):
