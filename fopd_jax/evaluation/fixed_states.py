@@ -7,6 +7,7 @@ the anchor and the base; after that the student alone is asked about them.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -233,7 +234,7 @@ def _measured(v: Float[Array, "a v b h w c"], base: Float[Array, "a v b h w c"])
     products = jnp.einsum("v b h w c, u b h w c -> b v u", updates, updates, precision="highest")
     return Survey(
         between=square(v[0][:, None] - v[0][None]),
-        updates=products / np.prod(v.shape[-3:]),
+        updates=products / math.prod(v.shape[-3:]),
         base=square(base[0]),
         moved=square(v[1] - v[0]), base_moved=square(base[1] - base[0]),
     )  # fmt: skip
