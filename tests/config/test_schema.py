@@ -216,6 +216,11 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
     "match": choice("guided", "conditional", "branches"),
+    "fixed_states": INDEX, "noisy": choice("warn", "weigh", "off"), "health.weight": PROBABILITY,
+    "health.bands": (
+        [{"size": (1.0, 0.0)}, {"size": (-1.0, 0.0)}, {"x": (0.0, 1.0)}, {"apart": (0.0, 1e31)}],
+        [{}, {"spread": (0.0, 0.0), "anchor": (0.5, 1e30)}],
+    ),
     "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
@@ -233,7 +238,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "health.gaps",
 }  # fmt: skip
 
 
@@ -330,7 +335,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
         "run.servers.x.urls": ["http://host"],
     } | {
-        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2]},
+        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2], "health.bands": {"size": [0, 1]}},
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip
