@@ -49,11 +49,16 @@ def gap_names(spec: OPDSpec) -> tuple[str, ...]:
 
 def gap_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> dict[str, Float[Array, ""]]:
     """`gap/TASK/t00`, with the weight that a mean over several steps gives it: 0 where nothing was counted."""
-    found = {}
-    for k, name in enumerate(teachers):
-        mine = (route == k).astype(jnp.float32)
-        for t in (match[1] for match in map(_PARTED.fullmatch, totals) if match):
-            counted = (totals[f"{_COUNT}{t}"] * mine).sum()
-            found[f"{PREFIX}{name}/{t}"] = (totals[f"{_GAP}{t}"] * mine).sum() / jnp.maximum(counted, 1)
-            found[f"weights/{PREFIX}{name}/{t}"] = counted
-    return found
+    there = [match[1] for match in map(_PARTED.fullmatch, totals) if match]
+    if not there:
+        return {}
+    mine = (route == jnp.arange(len(teachers))[:, None]).astype(jnp.float32)
+
+    def by_task(kind: str) -> Float[Array, "t k"]:  # of all at once: where samples are on many devices, one reduction
+        return (jnp.stack([totals[f"{kind}{t}"] for t in there])[:, None] * mine[None]).sum(-1)
+
+    counted = by_task(_COUNT)
+    means = by_task(_GAP) / jnp.maximum(counted, 1)
+    names = [(f"{PREFIX}{name}/{t}", i, k) for k, name in enumerate(teachers) for i, t in enumerate(there)]
+    found = {name: means[i, k] for name, i, k in names}
+    return found | {f"weights/{name}": counted[i, k] for name, i, k in names}
