@@ -215,8 +215,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE, "health.weight": PROBABILITY,
-    "match": choice("guided", "conditional", "branches"), "fixed_states": INDEX, "noisy": choice("warn", "weigh", "off"),
-    "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "match": choice("guided", "conditional", "branches"), "noisy": choice("warn", "weigh", "off"),
+    "fixed_states": INDEX, "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
