@@ -166,7 +166,7 @@ StudentGaps = Any
 
 def held_out(world: World, task: str, count: int) -> list[str]:
     """So many test prompts, spread evenly over them so that all kinds are there; in turn, where there are fewer."""
-    found = world.tasks[task].test
+    found = world.tasks[task].test or world.tasks[task].train
     return [found[i * len(found) // count if count <= len(found) else i % len(found)] for i in range(count)]
 
 
@@ -214,14 +214,21 @@ def _everybody(
     panel = make_panel(
         pieces.velocity, table, spec.whole_teachers, frozen.variables, frozen.bank, frozen.null, branches=spec.apart
     )
-    of_all = [Questions(jnp.full((x.shape[0], 1), k, jnp.int32), branches=spec.apart) for k in range(voices)]
-    answers = panel.ask(x, sigma, conditioning, of_all)
+
+    def ask(entries: Sequence[Any]) -> list[Array]:
+        of_all = [Questions(jnp.full((x.shape[0], 1), k, jnp.int32), branches=spec.apart) for k in entries]
+        return [each.velocity for each in panel.ask(x, sigma, conditioning, of_all)]
+
+    if spec.whole_teachers:  # goes through its networks one by one
+        v = jnp.stack(ask(range(voices)))
+    else:  # one by one, too: no more rows at once than there are states
+        v = jax.lax.map(lambda entry: ask([entry])[0], jnp.arange(voices))
     if table.guided or spec.apart:
         text, null = branches(pieces.velocity, frozen.variables, {}, x, sigma, conditioning, frozen.null)
         base = [text if spec.apart else guided(text, null, scale) for scale in scales[:voices]]
     else:
         base = [pieces.velocity(frozen.variables, {}, x, sigma, conditioning)] * voices
-    return tuple(jnp.stack(each).astype(jnp.float32) for each in ([a.velocity for a in answers], base))  # type: ignore[return-value]
+    return v.astype(jnp.float32), jnp.stack(base).astype(jnp.float32)
 
 
 def _measured(v: Float[Array, "a v b h w c"], base: Float[Array, "a v b h w c"]) -> Survey:

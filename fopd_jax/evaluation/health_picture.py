@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from fopd_jax.evaluation.labels import LINE, make_label
 
-CELL, HEIGHT, WIDTH, MARGIN, LABEL = 64, 240, 420, 12, 110
+CELL, HEIGHT, WIDTH, MARGIN, LABEL = 88, 240, 420, 12, 110
 INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2")
 """Of curves, in turn."""
 Curves = Mapping[str, Sequence[tuple[float, float]]]

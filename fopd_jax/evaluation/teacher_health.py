@@ -8,7 +8,11 @@ velocities at fixed states are v_k, the base's under the same guidance v_b, the 
   apart    1 - the largest cos(d_k, d_j) of all others j: whether it goes where nobody else does
   spread   ‖v_k(x + δε) - v_k(x)‖ / ‖v_b(x + δε) - v_b(x)‖: how much a small perturbation of the state moves it
 
-All norms are root mean squares over states and dimensions. No published work measures any of them on teachers.
+All norms are root mean squares over states and dimensions. No published work measures any of them on teachers. The
+default bands leave the miniature's three teachers alone with a margin of at least a third of each limit; noise of 4
+times its factors' size (tools/noisy_adapter.py), which takes all that a teacher learned, takes it out of `apart`, 5 out
+of `size` and `anchor`, 8 out of `spread`. Of teachers that have nothing in common none is near another: other networks
+need bands of their own, for which the statistics are logged.
 """
 
 from collections.abc import Mapping, Sequence
