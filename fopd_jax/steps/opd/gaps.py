@@ -52,7 +52,7 @@ def gap_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ..
     there = [match[1] for match in map(_PARTED.fullmatch, totals) if match]
     if not there:
         return {}
-    mine = (route == jnp.arange(len(teachers))[:, None]).astype(jnp.float32)
+    mine = (route[None] == jnp.arange(len(teachers))[:, None]).astype(jnp.float32)
 
     def by_task(kind: str) -> Float[Array, "t k"]:  # of all at once: where samples are on many devices, one reduction
         return (jnp.stack([totals[f"{kind}{t}"] for t in there])[:, None] * mine[None]).sum(-1)
