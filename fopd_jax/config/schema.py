@@ -25,7 +25,7 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
-from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Objective, RoutedTask, Routing
+from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Health, Objective, RoutedTask, Routing
 
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
@@ -313,6 +313,7 @@ class OPD(Config):
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )
     routing: Routing = setting(Routing, "Which teachers a prompt is taught by.")
+    health: Health = setting(Health, "What is logged of the gap, and what is made of noisy teachers.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
 
 

@@ -72,6 +72,7 @@ def _shrink_teaching(config: OPD) -> None:
         config.offline.tasks = {name: Pairs() for name in _SKILLS}
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+    config.health.fixed_states = min(config.health.fixed_states, 2)
     if is_mixed(config):
         config.images_per_prompt = 4
         for name, task in config.tasks.items():

@@ -199,6 +199,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
     "empty_caption": PROBABILITY, "tasks.x.rewritten": PROBABILITY, "wrong": PROBABILITY, "top": INDEX,
+    "bands": ([{"size": (1.0, 0.0)}, {"x": (0.0, 1.0)}], [{}, {"spread": (0.0, 1e30)}]),
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -219,6 +220,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "anchor.moves": choice("none", "ema", "slow"), "anchor.decay": PROBABILITY, "anchor.bound": NON_NEGATIVE,
     "bound_limits": ([(0.0, 1.0), (1.0, 0.5), (1.0, 1001.0)], [(1e-12, 1e-12), (0.5, 1000.0)]),
     "routing.method": choice("hard", "soft", "classifier"), "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]),
+    "health.weight": PROBABILITY, "noisy": choice("warn", "weigh", "off"), "fixed_states": INDEX,
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -235,6 +237,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "objective.normalise",
     "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program", "eval.rewritten",
     "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
+    "health.gaps",
 }  # fmt: skip
 
 
@@ -335,7 +338,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip
-    assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
+    assert lists.keys() == {f.name for f in LEAVES if f.stage == stage and "tuple" in str(f.hint)} - {"health.bands"}
     config = resolve(override(valid(stage), lists))
     found = {name: find(config, name) for name in lists} | {"run.alarms": config.run.alarms["x"]}
     assert {type(value) for value in found.values()} == {tuple}

@@ -22,6 +22,7 @@ from fopd_jax.steps.grpo.metrics import credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Credit, Rollout
 from fopd_jax.steps.grpo.step import Programs, Progress, Seen, jit_passes, take_pass
 from fopd_jax.steps.opd.anchor import close, following
+from fopd_jax.steps.opd.gaps import gap_names, parted
 from fopd_jax.steps.opd.offline import apart, offline_if
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names, regular_names
 from fopd_jax.steps.opd.replay import opd_course, trained_steps, visited
@@ -95,7 +96,11 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) 
 
 def mixed_names(spec: OPDSpec) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
-    return (*metric_names(spec.teachers), *regular_names(spec), *credit_names(spec.rewards, spec.tasks))
+    return (
+        *metric_names(spec.teachers, gap_names(spec)),
+        *regular_names(spec),
+        *credit_names(spec.rewards, spec.tasks),
+    )
 
 
 def make_programs(
@@ -118,10 +123,11 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array | N
         return plain.ask(rows.batch, x, level, t)
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
-        return timestep_terms(
+        found = timestep_terms(
             spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
             rows.advantage, beta,
         )  # fmt: skip
+        return parted(spec, found, t)
 
     return Course(plain.transition, velocity, ask, terms, plain.names)
 
