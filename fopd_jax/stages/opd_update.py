@@ -14,7 +14,7 @@ from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.config.stages import is_mixed
 from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.flow.rollout import noise_window
-from fopd_jax.flow.schedule import flow_match_sigmas
+from fopd_jax.flow.schedule import flow_match_sigmas, sublevels
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
@@ -110,10 +110,11 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
         noisy = noise_window(sampler.num_steps, *(sampler.window or (0, sampler.num_steps)))
+    sigmas, finer = flow_match_sigmas(sampler.num_steps, config.model.shift), sampler.teacher_steps
     return OPDSpec(
         objective=config.objective,
         transition=transition,
-        sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
+        sigmas=sigmas,
         noisy=noisy,
         latent_shape=latent_shape,
         teachers=tuple(config.tasks),
@@ -129,6 +130,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
+        between=sublevels(sigmas, finer, config.model.shift) if finer > 1 else None,
     )
 
 
@@ -153,9 +155,12 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         only_sampled=stop - trained,
         guided_student=spec.guidance != 1 or spec.apart,
         guided_teachers=spec.table.guided or spec.apart,
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
-        + (spec.table.base is not None)
-        + (spec.objective.mar_beta > 0) / spec.anchor_every,
+        teacher_forwards=spec.teacher_steps
+        * (
+            (len(spec.teachers) if spec.whole_teachers or mixes(config) else 1)
+            + (spec.table.base is not None)
+            + (spec.objective.mar_beta > 0) / spec.anchor_every
+        ),
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,
     )
