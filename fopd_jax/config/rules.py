@@ -49,6 +49,11 @@ def one_of(*known: Any) -> Rule:
     return Rule(f"one of {known}", lambda value: value in known)
 
 
+def each(rule: Rule) -> Rule:
+    """Of every number in a tuple."""
+    return Rule(f"{rule.expected} each", lambda value: all(map(rule.holds, value)), rule.limits)
+
+
 PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1, (0, 1))
 SIZE = Rule(
     f"pixels a side from 1 to {LARGEST_SIDE}, or (height, width)",

@@ -116,6 +116,12 @@ class Evaluation(Section):
         False, "The networks read the prompts in other words (tasks/paraphrase.py); scores go by the prompts as they "
         "were."
     )  # fmt: skip
+    also_steps: tuple[int, ...] = setting(
+        (), "The report is made at these numbers of sampler steps, too.", rules.each(at_least(1, MOST_SAMPLER_STEPS))
+    )
+    also_guidance: tuple[float, ...] = setting(
+        (), "And under these guidance scales, each at every number of steps.", rules.each(at_least(0, 100))
+    )
 
 
 @dataclasses.dataclass
@@ -281,6 +287,10 @@ class Sampler(Section):
     trained: tuple[int, int] | None = setting(
         None, "(start, stop): train these timesteps alone.", rules.steps(MOST_SAMPLER_STEPS)
     )
+    teacher_steps: int = setting(
+        1, "m: from each state the teachers go down the student's step by m ODE steps of their own, and their mean "
+        "velocity is the target: for students of few steps.", at_least(1, MOST_SAMPLER_STEPS),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import GRPO, ForwardRL, Reinforced, RewardedTask
 from fopd_jax.config.schema import NOISELESS, OPD, Config
+from fopd_jax.evaluation.settings import other_settings
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
@@ -104,7 +105,9 @@ def _teachers(config: OPD) -> str:
     anchor = f"{config.anchor.adapter or 'the base'} (guidance {scale_of(config.anchor.guidance):g})"
     if config.anchor.moves != "none":
         anchor = f"the student's own average ({config.anchor.moves})"
-    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
+    finer = config.sampler.teacher_steps
+    way = [f"asked along {finer} steps of their own for one of the student's"] if finer > 1 else []
+    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}", *way])
 
 
 def _beside(config: Config) -> str:
@@ -201,7 +204,9 @@ def _evaluation(plan: Plan, config: Config) -> str:
         if measured
         else "pictures alone, nothing scores the tasks"
     )
-    return f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}"
+    others = " / ".join(other_settings(evaluation))
+    also = f"; the report also at {others}" if others else ""
+    return (f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}") + also
 
 
 def _spell(number: float | int, units: tuple[tuple[float | int, str], ...]) -> str:

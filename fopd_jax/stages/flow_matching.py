@@ -168,7 +168,8 @@ class FlowMatching:
         card = make_card(self.config, pipeline, setup.base, origin, step, self.run)
         export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
         model = self.model(state.ema)
-        draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, pipeline.world, setup.eval_set, [model])
+        path, world = self.workdir / SAMPLES_FILE, pipeline.world
+        draw_samples(path, setup.sampler, world, setup.eval_set, [model], setup.others)
 
 
 def origin(config: settings.FlowMatching) -> Origin:

@@ -233,9 +233,9 @@ class Distillation:
                 write_png(self.workdir / PICTURE, self.health.picture())
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
-        most = self.config.run.max_failed_rewards
+        most, world = self.config.run.max_failed_rewards, self.pipeline.world
         with contextlib.closing(self.setup) as setup:
-            write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)
+            write_report(self.workdir, self.config.eval, about, setup.sampler, world, models, most, setup.others)
 
 
 class OPD(Distillation):

@@ -15,7 +15,7 @@ from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.config.stages import is_mixed, taught
 from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.flow.rollout import noise_window
-from fopd_jax.flow.schedule import flow_match_sigmas
+from fopd_jax.flow.schedule import flow_match_sigmas, sublevels
 from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import NOTHING, Schedule, Update, update_flops
@@ -112,10 +112,11 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
         noisy = noise_window(sampler.num_steps, *(sampler.window or (0, sampler.num_steps)))
+    sigmas, finer = flow_match_sigmas(sampler.num_steps, config.model.shift), sampler.teacher_steps
     return OPDSpec(
         objective=config.objective,
         transition=transition,
-        sigmas=flow_match_sigmas(sampler.num_steps, config.model.shift),
+        sigmas=sigmas,
         noisy=noisy,
         latent_shape=latent_shape,
         teachers=taught(config),
@@ -136,6 +137,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
         gaps=config.health.gaps,
+        between=sublevels(sigmas, finer, config.model.shift) if finer > 1 else None,
     )
 
 
@@ -164,9 +166,12 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         only_sampled=stop - trained,
         guided_student=guided or spec.apart,
         guided_teachers=spec.table.guided or spec.apart,
-        teacher_forwards=(len(spec.teachers) if spec.whole_teachers else asked(config))
-        + (spec.table.base is not None)
-        + (spec.anchored and not spec.follows) / spec.anchor_every,
+        teacher_forwards=spec.teacher_steps
+        * (
+            (len(spec.teachers) if spec.whole_teachers else asked(config))
+            + (spec.table.base is not None)
+            + (spec.anchored and not spec.follows) / spec.anchor_every
+        ),
         updates_per_rollout=spec.updates_per_rollout,
         minibatches=spec.minibatches,
         micro_batches=spec.micro_batches,
@@ -187,7 +192,8 @@ def _regular_flops(spec: OPDSpec, student: Pass, schedule: Schedule) -> Update:
     found = NOTHING
     if spec.follows:
         guided = spec.apart or (spec.objective.match == "guided" and spec.guidance != 1)
-        rows = schedule.batch * schedule.timesteps / spec.anchor_every * (2 if guided else 1)
+        asks = schedule.timesteps * spec.teacher_steps / spec.anchor_every
+        rows = schedule.batch * asks * (2 if guided else 1)
         found += dataclasses.replace(NOTHING, teachers=rows * student.forward)
     if spec.offline is not None:
         rows = spec.offline.batch_size * spec.updates_per_rollout

@@ -309,9 +309,8 @@ class ReinforcementLearning:
         models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
         with contextlib.closing(self.setup) as setup:
-            write_report(
-                self.workdir, config.eval, about, setup.sampler, pipeline.world, models, config.run.max_failed_rewards
-            )
+            most = config.run.max_failed_rewards
+            write_report(self.workdir, config.eval, about, setup.sampler, pipeline.world, models, most, setup.others)
 
 
 def trained_rewards(config: Reinforced) -> dict[str, float]:

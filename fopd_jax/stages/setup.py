@@ -19,6 +19,7 @@ from fopd_jax.console import progress as show_progress
 from fopd_jax.evaluation.report import Model, sample_grid
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
 from fopd_jax.evaluation.score import EvalSet, check_failures, evaluate, reader
+from fopd_jax.evaluation.settings import other_settings
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.solver import make_solver
 from fopd_jax.parallel.distributed import warn
@@ -43,7 +44,8 @@ class Setup:
     """The parts that do not depend on the stage.
 
     `base`: which weights the base is, see `base_hash`. `rate`: of the optimizer's state, the learning rate of its next
-    update; a program of its own, so that the updates of all stages have the same metric.
+    update; a program of its own, so that the updates of all stages have the same metric. `others`: samplers at the
+    report's other settings, compiled when it comes to them.
     """
 
     pipeline: Pipeline
@@ -52,6 +54,7 @@ class Setup:
     eval_set: EvalSet
     optimizer: optax.GradientTransformation
     rate: Callable[[Tree], jax.Array]
+    others: Mapping[str, Sampler] = dataclasses.field(default_factory=dict)
 
     def measured(self, state: TrainState) -> dict[str, jax.Array]:
         """Metrics of the coming update that are known from the state before it."""
@@ -120,6 +123,12 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
         ),
         optimizer=make_optimizer(config.optimizer),
         rate=jax.jit(partial(learning_rate, config.optimizer)),
+        others={
+            name: eval_sampler(
+                dataclasses.replace(evaluation, num_steps=steps, guidance=scale), config.model.shift, pipeline
+            )
+            for name, (steps, scale) in other_settings(evaluation).items()
+        },
     )
 
 

@@ -28,6 +28,8 @@ OTHER: dict[Any, Any] = {
     str: "other",
     tuple[int, int] | None: (0, 2),
     tuple[str, ...]: ("x", "y"),
+    tuple[int, ...]: (4, 8),
+    tuple[float, ...]: (1.5,),
     dict[str, float]: {"x": 0.5},
     dict[str, Any]: {"x": "y"},
 }

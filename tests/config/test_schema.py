@@ -72,7 +72,7 @@ WRONG: dict[Any, list[Any]] = {
     str: [None, True, 1, 1.0, NAN, b"text", ("text",), ["text"], Path("text")],
     bool: [None, 0, 1, 1.0, "True", "", (True,)],
     tuple[str, ...]: [None, True, 1, "text", {"text"}, {"text": 1}, (1,), ("data", None), ("data", ("fsdp",))],
-    tuple[float, float]: [None, *PAIR],
+    tuple[float, float]: [None, *PAIR], tuple[int, ...]: [None, 1, (1.0,)], tuple[float, ...]: [None, 1.0, (NAN,)],
     tuple[int, int] | None: [False, (1, 2.0), (1, 2**32), *PAIR],
     int | tuple[int, int]: [None, True, 1.0, NAN, HUGE, (1, 2.0), (1, 2**32), *(each for each in PAIR if each != 3)],
     dict[str, float]: [
@@ -184,7 +184,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "eval.samples": COUNT, "final_samples": COUNT, "eval.num_steps": COUNT, "sampler.num_steps": ([1, 0, -1], [2]),
     "guidance": NON_NEGATIVE, "transition": choice("sde", "cps", "ode"),
     "eval.transition": choice("sde", "cps", "ode", "dpm2"), "rollouts.transition": choice("sde", "cps", "ode", "dpm2"),
-    "noise_level": NON_NEGATIVE,
+    "noise_level": NON_NEGATIVE, "teacher_steps": COUNT, "also_steps": ([(0,), (4, -1)], [(), (8, 4)]),
     "run.steps": INDEX, "log_every": COUNT, "checkpoint_every": COUNT, "eval_every": INDEX, "keep_checkpoints": COUNT,
     "keep_best": (["max", "max:", "most:text", "text", " max:text"], ["", "max:text", "min:a/b"]),
     "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS,
@@ -200,6 +200,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
     "empty_caption": PROBABILITY, "tasks.x.rewritten": PROBABILITY, "wrong": PROBABILITY, "top": INDEX,
     "bands": ([{"size": (1.0, 0.0)}, {"x": (0.0, 1.0)}], [{}, {"spread": (0.0, 1e30)}]),
+    "also_guidance": ([(-1e-9,), (1.0, 101.0)], [(), (0.0, 4.5)]),
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -332,7 +333,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
     lists = {
         "adapter.targets": ["mlp", "attn"], "optimizer.betas": [0, 0], "eval.tasks": ["x"], "run.reduce_once": ["data"],
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
-        "run.servers.x.urls": ["http://host"],
+        "run.servers.x.urls": ["http://host"], "eval.also_steps": [4], "eval.also_guidance": [1],
     } | {
         "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2], "anchor.bound_limits": [1, 2]},
         "grpo": {"window.within": [0, 2]},

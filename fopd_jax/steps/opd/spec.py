@@ -55,7 +55,9 @@ class OPDSpec:
     anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
 
-    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
+    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`. `between
+    [T, m - 1]`: levels within each step of the schedule, along which teachers are asked (see `targets`); None: at its
+    beginning alone.
 
     `anchor_moves`: 'ema', the anchor is the state's average; 'slow', its old copy, of which `anchor_decay` stays at
     each step. `bound`: where the anchor's weight is the state's, and learns. `offline`: captioned latents in the batch
@@ -85,6 +87,7 @@ class OPDSpec:
     bound: Bound | None = None
     offline: Offline | None = None
     gaps: bool = False  # the gap is measured apart by timestep, see `steps.opd.gaps`
+    between: np.ndarray | None = None
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
@@ -108,6 +111,11 @@ class OPDSpec:
                 f"({self.updates_per_rollout}): the rest of each rollout would never be trained on"
             )
         self._check_folding()
+        if self.apart and self.teacher_steps > 1:
+            raise ValueError(
+                f"sampler.teacher_steps: found {self.teacher_steps}, expected 1 with objective.match 'branches': the "
+                "steps are of guided velocities, whose branches have no means of their own"
+            )
         self._check_savings()
         if self.bound is not None and not self.bound.limits[0] <= self.objective.mar_beta <= self.bound.limits[1]:
             raise ValueError(
@@ -191,9 +199,14 @@ class OPDSpec:
         """Whether velocities under the empty prompt are asked for beside the others."""
         return self.objective.match == "branches"
 
+    @property
+    def teacher_steps(self) -> int:
+        """m: how often a target's teachers are asked on the way."""
+        return 1 if self.between is None else self.between.shape[1] + 1
+
     def levels(self, start: int, stop: int) -> Level:
         """Those of the schedule's steps `start <= t < stop`, stacked."""
-        return make_levels(self.sigmas, self.noisy, (start, stop))
+        return make_levels(self.sigmas, self.noisy, (start, stop), self.between)
 
     def shares(self) -> tuple[np.ndarray, float]:
         """Share of each trained timestep in the loss `[T]`, and its timesteps' mean weight."""
