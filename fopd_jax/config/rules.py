@@ -92,6 +92,15 @@ BOUNDS = Rule(
 )
 
 
+def bands(known: tuple[str, ...]) -> Rule:
+    """Of bounds of some known statistics, which are no negative numbers."""
+    return Rule(
+        f"{{statistic: (low, high)}} with 0 <= low <= high <= {NO_LIMIT:g}, statistics of {known}",
+        lambda value: all(name in known and 0 <= low <= high <= NO_LIMIT for name, (low, high) in value.items()),
+        (0, NO_LIMIT),
+    )
+
+
 def _is_step(name: str) -> bool:
     """Whether a name in a dict is the number of a step after the first, as Python writes it."""
     return bool(re.fullmatch("[1-9][0-9]{0,9}", name)) and int(name) <= MOST_STEPS

@@ -25,7 +25,7 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
-from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Objective, RoutedTask
+from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Health, Objective, RoutedTask
 
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
@@ -307,6 +307,7 @@ class OPD(Config):
     export: str = setting(
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )
+    health: Health = setting(Health, "What is logged of the gap, and what is made of noisy teachers.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
 
 

@@ -14,6 +14,8 @@ OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_de
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 MATCHES = ("guided", "conditional", "branches")
 MERGES = ("svd", "concatenate", "factors")
+NOISY = ("warn", "weigh", "off")
+STATISTICS = ("size", "anchor", "apart", "spread")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
 PAPER_GUIDANCE = 4.5
@@ -111,3 +113,24 @@ class Objective(Section):
         one_of(*MATCHES),
     )  # fmt: skip
     branch_weight: float = setting(1.0, "Of 'branches': what the difference counts.", at_least(0, 1000))
+
+
+@dataclasses.dataclass
+class Health(Section):
+    """How distillation goes beside its loss, and which teacher is not worth following: evaluation/teacher_health.py.
+
+    Looking on changes no number of a run, and is no part of its identity; 'weigh' does, and is.
+    """
+
+    gaps: bool = setting(True, "Log the plain gap by task and timestep: `gap/TASK/t00`.")
+    fixed_states: int = setting(
+        8, "Prompts a task whose fixed states evaluations measure the gap at; 0: none.", at_least(0, MOST_ROWS)
+    )
+    noisy: str = setting(
+        "warn", "A teacher outside of a band is named at the run's start; 'weigh': and counts `weight`.", one_of(*NOISY)
+    )
+    weight: float = setting(0.1, "Of 'weigh': what such a teacher's part of the loss counts.", rules.PROBABILITY)
+    bands: dict[str, tuple[float, float]] = setting(
+        {"size": (0.0, 0.6), "anchor": (0.0, 0.6), "apart": (0.0, 0.35), "spread": (0.5, 2.0)},
+        "(low, high) of what is known of teachers; {}: none.", rules.bands(STATISTICS),
+    )  # fmt: skip

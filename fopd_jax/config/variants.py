@@ -68,6 +68,7 @@ def _shrink_teaching(config: OPD) -> None:
     config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+    config.health.fixed_states = min(config.health.fixed_states, 2)
     if is_mixed(config):
         config.images_per_prompt = 4
         for name, task in config.tasks.items():

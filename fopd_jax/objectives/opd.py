@@ -56,6 +56,7 @@ class Targets:
 
     `anchored [B]`: how often the anchor's count, where that is not once. Where branches are matched, the velocities are
     conditional ones and `teacher_difference`, `anchor_difference` what these differ by from those of the empty prompt.
+    `trust [B]`: what the teachers' part of the loss counts, where that is not 1; metrics do not know of it.
     """
 
     teacher: Any  # float arrays; Any because tree operations put anything into a leaf
@@ -63,6 +64,7 @@ class Targets:
     anchored: Any = None
     teacher_difference: Any = None
     anchor_difference: Any = None
+    trust: Any = None
 
 
 @struct.dataclass
@@ -120,18 +122,21 @@ def distillation_loss(
     log_prob_old: Samples,
     log_prob_teacher: Samples,
     advantage: Samples | None = None,
+    trust: Samples | None = None,
 ) -> Samples:
     """The teacher's term for one step; `gap` is `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
 
     `advantage`: of 'mixed', which needs one. A detached reward is clamped to ±`reward_limit`; an attached one is not,
-    which would silence the worst samples.
+    which would silence the worst samples. `trust`: what the teacher's reward counts, None: 1.
     """
     if objective.name == "direct":
-        return gap
+        return gap if trust is None else trust * gap
     rewards = {"kl": -gap, "log_ratio": stop(log_prob_teacher - log_prob), "kl_detached": stop(-gap)}
     reward = rewards[objective.reward]
     if objective.reward != "kl":
         reward = jnp.clip(reward, -objective.reward_limit, objective.reward_limit)
+    if trust is not None:
+        reward = trust * reward
     if objective.name == "mixed":
         if advantage is None:
             raise ValueError("objective.name: found 'mixed', expected another where nothing scores the samples")
@@ -165,7 +170,9 @@ def timestep_terms(
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
     direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
     log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
-    loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage)
+    loss = distillation_loss(
+        objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage, targets.trust
+    )
     ratio = jnp.exp(log_prob - log_prob_old)
     terms = direct | {
         "loss": loss + objective.mar_beta * direct["anchor_gap"],
@@ -183,8 +190,9 @@ def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, t
     if targets.anchor is not None:
         counted = w if targets.anchored is None else w * targets.anchored
         drift = _gap(objective, own, targets.anchor, targets.anchor_difference, counted)
+    taught = gap if targets.trust is None else targets.trust * gap
     return {
-        "loss": gap + objective.mar_beta * drift,
+        "loss": taught + objective.mar_beta * drift,
         "teacher_gap": gap,
         "anchor_gap": drift,
         "velocity_mse": divergence(own.velocity, targets.teacher, jnp.ones_like(w)),

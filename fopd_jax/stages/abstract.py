@@ -51,7 +51,9 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
-    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null)
+    weighed = jax.ShapeDtypeStruct((len(spec.teachers),), jnp.float32, sharding=replicated(mesh))
+    trust = weighed if config.health.noisy == "weigh" else None
+    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null, trust)
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )

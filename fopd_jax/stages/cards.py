@@ -18,6 +18,7 @@ from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
 from fopd_jax.running.metrics import EVALUATION, all_logged
+from fopd_jax.running.stage import ASIDE
 from fopd_jax.stages.pipeline import Pipeline, weight_path
 
 _SHOWN = 12  # digits of a hash in a message
@@ -79,7 +80,7 @@ def _newest_scores(run: Path, step: int) -> tuple[int | None, dict[str, float]]:
     """Those of the newest evaluation up to a step, without what monitors see."""
     found: tuple[int | None, dict[str, float]] = (None, {})
     for at, scores in all_logged(run, EVALUATION):
-        kept = {name: value for name, value in scores.items() if not name.startswith(PREFIX)}
+        kept = {name: value for name, value in scores.items() if not name.startswith((PREFIX, *ASIDE))}
         if at <= step and kept:
             found = at, kept
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.stages import is_mixed
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.files import write_png
+from fopd_jax.parallel.distributed import is_main, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.policy.routing import TaskMixes
@@ -32,6 +34,7 @@ from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
+from fopd_jax.stages.health import PICTURE, asked_prompts, trust, watch_health
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
     OPDUpdate,
@@ -45,6 +48,7 @@ from fopd_jax.stages.opd_update import (
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
+from fopd_jax.steps.opd.gaps import gap_names
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names
 from fopd_jax.steps.opd.spec import Frozen
@@ -106,10 +110,13 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
         return {"base": base, "bank": bank, **trained_parts(trained.state)}
 
+    fixed = asked_prompts(config, pipeline.world)
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
+    names = (
+        (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers, gap_names(spec)), RATE)
+    )
     return OPDPlan(
-        setup, trained, lambda: stream.upto(config.run.steps), names, held,
+        setup, trained, lambda: itertools.chain(stream.upto(config.run.steps), fixed), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, teach,
     )  # fmt: skip
 
@@ -138,6 +145,8 @@ class Distillation:
         say("loading base and teachers")
         self.teaching = plan.teach()
         self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null_conditioning(self.pipeline))
+        self.health = watch_health(config, plan.update.pieces, self.pipeline, self.frozen)
+        self.frozen = dataclasses.replace(self.frozen, trust=trust(config, self.health, self.pipeline))
         sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
         self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
 
@@ -146,6 +155,8 @@ class Distillation:
         """What `finish` writes."""
         student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
         pictures = {SAMPLES_FILE: "every model on the same prompts"}
+        if self.health:
+            pictures[PICTURE] = "who disagrees with whom, and the gap by noise level, at fixed states"
         if not self.setup.eval_set.scored():
             return student | pictures
         return student | pictures | {RESULTS_FILE: "mean scores of every model", TABLE_FILE: "the same, as a table"}
@@ -191,7 +202,8 @@ class Distillation:
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
         """What the averaged student draws."""
-        return self.setup.draw(self.model(state.ema))
+        health = {"health": np.asarray(self.health.picture())} if self.health else {}
+        return self.setup.draw(self.model(state.ema)) | health
 
     def model(self, trained: Tree) -> Model:
         """The student with these weights, to sample from."""
@@ -199,7 +211,8 @@ class Distillation:
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
-        return self.setup.evaluate(self.model(state.ema), progress)
+        scores = self.setup.evaluate(self.model(state.ema), progress)
+        return scores | (self.health.measure(self.frozen, state.ema) if self.health else {})
 
     def advise(self, source: str) -> list[str]:
         """What to do with the student."""
@@ -214,6 +227,10 @@ class Distillation:
         name, constants = export_name(self.config), self.frozen.variables["constants"]
         card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
         export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
+        if self.health:
+            self.health.measure(self.frozen, student)
+            if is_main():
+                write_png(self.workdir / PICTURE, self.health.picture())
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         most = self.config.run.max_failed_rewards

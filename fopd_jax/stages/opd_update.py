@@ -129,6 +129,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
+        gaps=config.health.gaps,
     )
 
 

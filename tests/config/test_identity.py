@@ -39,7 +39,8 @@ CHOSEN: dict[str, Any] = {
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
     "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
-    "match": "branches", "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
+    "match": "branches", "noisy": "weigh", "health.bands": {"size": (0.0, 2.0)},
+    "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
 }  # fmt: skip
 
 
@@ -79,15 +80,31 @@ def test_defaults_are_left_out(stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_counts_but_those_of_run(stage: str):
-    config, before = resolve(valid(stage)), config_hash(resolve(valid(stage)))
+    """And, where teachers are weighed by their health, how."""
+    config = valid(stage)
+    if stage == "opd":
+        config.health.noisy, config.health.weight = "weigh", 0.75
+    config = resolve(config)
+    before = config_hash(config)
     hashes = []
     for field in LEAVES:
         if field.stage == stage and field.name != "stage":
             value = other(stage, field.name, field.hint, find(config, field.name))
+            value = "warn" if field.name == "health.noisy" else value
             changed = resolve(override(config, {field.name: value}))
-            assert (config_hash(changed) == before) == field.name.startswith("run."), field
-            hashes += [config_hash(changed)] if not field.name.startswith("run.") else []
+            looks_on = field.name.startswith("run.") or field.name == "health.gaps"
+            assert (config_hash(changed) == before) == looks_on, field
+            hashes += [] if looks_on else [config_hash(changed)]
     assert len(set(hashes)) == len(hashes) >= 29
+
+
+def test_looking_on_is_no_part_of_a_run():
+    config, looks = valid("opd"), {"gaps": False, "fixed_states": 0, "weight": 0.5, "bands": {}, "noisy": "off"}
+    before = config_hash(resolve(config))
+    for name, value in looks.items():
+        assert config_hash(resolve(override(config, {f"health.{name}": value}))) == before, name
+    weighs = resolve(override(config, {"health.noisy": "weigh", "health.fixed_states": 4, "health.gaps": False}))
+    assert {name for name in identity(weighs) if name.startswith("health.")} == {"health.noisy", "health.fixed_states"}
 
 
 def test_an_identity_is_of_json_types_and_its_own_normal_form():

@@ -198,7 +198,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
-    "empty_caption": PROBABILITY,
+    "empty_caption": PROBABILITY, "bands": ([{"size": (1.0, 0.0)}, {"x": (0.0, 1.0)}], [{}, {"spread": (0.0, 1e30)}]),
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -214,9 +214,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
-    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
-    "match": choice("guided", "conditional", "branches"),
-    "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE, "health.weight": PROBABILITY,
+    "match": choice("guided", "conditional", "branches"), "noisy": choice("warn", "weigh", "off"),
+    "fixed_states": INDEX, "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
@@ -233,7 +233,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "health.gaps",
 }  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip
-    assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
+    assert lists.keys() == {f.name for f in LEAVES if f.stage == stage and "tuple" in str(f.hint)} - {"health.bands"}
     config = resolve(override(valid(stage), lists))
     found = {name: find(config, name) for name in lists} | {"run.alarms": config.run.alarms["x"]}
     assert {type(value) for value in found.values()} == {tuple}

@@ -21,6 +21,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.grpo.metrics import credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Credit, Rollout
 from fopd_jax.steps.grpo.step import Programs, Progress, Seen, jit_passes, take_pass
+from fopd_jax.steps.opd.gaps import gap_names, parted
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names
 from fopd_jax.steps.opd.replay import opd_course, trained_steps, visited
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
@@ -86,7 +87,7 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) 
 
 def mixed_names(spec: OPDSpec) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
-    return (*metric_names(spec.teachers), *credit_names(spec.rewards, spec.tasks))
+    return (*metric_names(spec.teachers, gap_names(spec)), *credit_names(spec.rewards, spec.tasks))
 
 
 def make_programs(
@@ -109,10 +110,11 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
         return plain.ask(rows.batch, x, level, t)
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
-        return timestep_terms(
+        found = timestep_terms(
             spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
             rows.advantage,
         )  # fmt: skip
+        return parted(spec, found, t)
 
     return Course(plain.transition, velocity, ask, terms, plain.names)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 from fopd_jax.flow.rollout import Seen, sample, sample_keys
 from fopd_jax.objectives.opd import Totals, direct_terms
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.opd.gaps import parted
 from fopd_jax.steps.opd.pieces import Pieces, approach, mean_gradient, student_policy, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import PICKS, ask
@@ -39,7 +40,7 @@ def picked_gradients(
 
     rows = batch.conditioning, x, targets, level.sigma
     gradients, totals = groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
-    return mean_gradient(groups, gradients, totals), totals
+    return mean_gradient(groups, gradients, totals), parted(spec, totals, chosen)
 
 
 def _drawn(state: TrainState, shares: Any, size: int) -> Int[Array, " b"]:

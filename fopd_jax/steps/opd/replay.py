@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from fopd_jax.config.schema import EMA
 from fopd_jax.flow.schedule import Level
-from fopd_jax.objectives.opd import TERMS, Compared, Targets, Totals, timestep_terms
+from fopd_jax.objectives.opd import Compared, Targets, Totals, timestep_terms
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.opd.gaps import parted, term_names
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import anchor_picks, ask
@@ -84,11 +85,12 @@ def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
         return ask(pieces, frozen, rows, x, level, None if picks is None else picks[t])
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: Batch) -> Totals:
-        return timestep_terms(
+        found = timestep_terms(
             spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob
         )
+        return parted(spec, found, t)
 
-    return Course(spec.transition, velocity, targets, terms, TERMS)
+    return Course(spec.transition, velocity, targets, terms, term_names(spec))
 
 
 def trained_steps(pieces: Pieces) -> int:
@@ -127,7 +129,8 @@ def loss_and_gradient(
     `trained`: the student's parameters, as in `TrainState.trained`. `stored`: the trained steps of a rollout of the
     spec's schedule, `[T, B, …]`, T the length of `spec.window`; where it has no targets, teachers and anchor are asked
     about every sample on the way. Returns the mean loss over samples and timesteps, its gradient in float32, shaped
-    like `trained`, and `TERMS` summed over timesteps `[B]`: a sample's mean of any is what it has by its `weight`.
+    like `trained`, and `TERMS` (with those of `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a
+    sample's mean of any is what it has by its `weight`.
 
     Raises:
       ValueError: the trajectory has another number of steps or of samples.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ class Frozen:
     """What does not train: base network, bank of teachers (and anchor), the empty prompt (one row).
 
     Where the base is asked, it is the bank's last entry. The bank holds adapters on the base (see
-    `adapters.stack_bank`), or whole networks stacked along a leading axis.
+    `adapters.stack_bank`), or whole networks stacked along a leading axis. `trust [K]`: what each teacher's term
+    counts; None: 1.
     """
 
     variables: Tree
     bank: Tree
     null: Conditioning
+    trust: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ class OPDSpec:
     extrapolation: tuple[float, ...] = ()
     rewards: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    gaps: bool = False  # the gap is measured apart by timestep, see `steps.opd.gaps`
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""

@@ -1,6 +1,7 @@
 """What the student is to match at a state: its panel's answers."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.flow.schedule import Level
@@ -34,10 +35,20 @@ def ask(
     with jax.named_scope("teachers"):
         questions = table.questions(batch.route, every, pick, batch.mix, level.sigma, branches=spec.apart)
         teacher, *anchor = jax.lax.stop_gradient(panel.ask(x, level.sigma, batch.conditioning, questions))
+    trust = _trust(frozen, batch, level)
     if not anchor:
-        return Targets(teacher.velocity, teacher_difference=teacher.difference)
+        return Targets(teacher.velocity, teacher_difference=teacher.difference, trust=trust)
     (anchor,) = anchor
-    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference)
+    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference, trust)
+
+
+def _trust(frozen: Frozen, batch: Batch, level: Level) -> Float[Array, " b"] | None:
+    """What each sample's teachers count: of several their mean, by their weights there."""
+    if frozen.trust is None:
+        return None
+    if batch.mix is None:
+        return frozen.trust[batch.route]
+    return (batch.mix.at(jnp.asarray(level.sigma)) * frozen.trust[batch.mix.bank]).sum(1)
 
 
 def anchor_picks(spec: OPDSpec, state: TrainState, size: int) -> Int[Array, "t n"] | None:
