@@ -73,9 +73,18 @@ def _said(
     if spec.follows:
         anchor = [anchor_says(pieces, frozen, batch.conditioning, x, sigma, pick)]
     if not anchor:
-        return Targets(teacher.velocity, teacher_difference=teacher.difference)
+        return Targets(teacher.velocity, teacher_difference=teacher.difference, trust=trust)
     (anchor,) = anchor
-    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference)
+    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference, trust)
+
+
+def _trust(frozen: Frozen, batch: Batch, level: Level) -> Float[Array, " b"] | None:
+    """What each sample's teachers count: of several their mean, by their weights there."""
+    if frozen.trust is None:
+        return None
+    if batch.mix is None:
+        return frozen.trust[batch.route]
+    return (batch.mix.at(jnp.asarray(level.sigma)) * frozen.trust[batch.mix.bank]).sum(1)
 
 
 def _trust(trust: Float[Array, " k"], batch: Batch, level: Level) -> Float[Array, " b"]:
