@@ -25,7 +25,7 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
-from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Objective, RoutedTask
+from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Coordinates, Objective, RoutedTask
 
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
@@ -112,6 +112,9 @@ class Evaluation(Section):
     noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0, 10))
     seed: int = setting(1, "Of the noises; the report's is the next.", between(0, 2**32 - 2))
     final_samples: int = setting(16, "Pairs a task in the report.", at_least(1, MOST_ROWS))
+    coordinates: dict[str, float] = setting(
+        {}, "Of an adapter that has some, by skill; 1 where none is named.", rules.DIALS, open_names=True
+    )
 
 
 @dataclasses.dataclass
@@ -308,6 +311,7 @@ class OPD(Config):
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+    coordinates: Coordinates = setting(Coordinates, "A dial per skill, beside the student's prompt.")
 
 
 # ---- flow matching: pretraining, teachers by supervised fine-tuning

@@ -14,6 +14,7 @@ OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_de
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform")
 MATCHES = ("guided", "conditional", "branches")
 MERGES = ("svd", "concatenate", "factors")
+JOINT_TARGETS = ("sum", "routed")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
 PAPER_GUIDANCE = 4.5
@@ -111,3 +112,30 @@ class Objective(Section):
         one_of(*MATCHES),
     )  # fmt: skip
     branch_weight: float = setting(1.0, "Of 'branches': what the difference counts.", at_least(0, 1000))
+
+
+@dataclasses.dataclass
+class Coordinates(Section):
+    """Capability coordinates: a dial per skill, as in CapField-OPD (policy/coordinates.py).
+
+    Each prompt is drawn with its own skill alone at 1, with others at 1 together, or else at a point of the simplex of
+    skills and base; all of it times a number around 1.
+    """
+
+    rank: int = setting(
+        0,
+        "Features between the coordinates and the embedding that they are added to; 0: none.",
+        between(0, 2**14),
+    )
+    alone: float = setting(0.5, "Share of prompts at their own skill alone.", rules.PROBABILITY)
+    joint: float = setting(
+        0.25, "Share at several skills together; what is left of 1 is drawn between skills and base.", rules.PROBABILITY
+    )
+    joint_target: str = setting(
+        "sum", "What is taught there: v_base + Σ c_k·(v_k - v_base) as elsewhere, or 'routed': the prompt's own "
+        "teacher in its place.", one_of(*JOINT_TARGETS),
+    )  # fmt: skip
+    high: float = setting(
+        1.25, "Coordinates are drawn times a number in [2 - high, high]: beyond 1 the target is beyond the teacher.",
+        between(1, 2),
+    )  # fmt: skip

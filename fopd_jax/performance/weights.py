@@ -14,7 +14,7 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def random_tree(shapes: Tree, seed: int) -> Tree:
@@ -59,7 +59,19 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
-    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+    return frozen, state, _random_batch(batch, conditioning, jax.device_put(route, batch.route.sharding))
+
+
+def _random_batch(like: Batch, conditioning: Tree, route: jax.Array) -> Batch:
+    """With the same weight of all teachers of a mix, and coordinates of 1."""
+    mix, coordinates = like.mix, like.coordinates
+    if mix is not None:
+        entries = np.broadcast_to(np.arange(mix.bank.shape[1], dtype=np.int32), mix.bank.shape)
+        weights = np.full(mix.weights.shape, 1 / mix.bank.shape[1], np.float32)
+        mix = Mix(*(jax.device_put(each, mix.bank.sharding) for each in (entries, weights)))
+    if coordinates is not None:
+        coordinates = jax.device_put(np.ones(coordinates.shape, np.float32), coordinates.sharding)
+    return Batch(conditioning, route, mix, coordinates)
 
 
 def random_state(state: TrainState) -> TrainState:

@@ -25,13 +25,14 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.opd_update import make_spec, make_update
+from fopd_jax.stages.coordinates import skills
+from fopd_jax.stages.opd_update import make_spec, make_update, mixes
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -47,7 +48,7 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     update = make_update(config, model, boxed, spec, make_optimizer(config.optimizer), mesh)
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
-    batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    batch = abstract_batch(config, conditioning, split)
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
@@ -55,6 +56,18 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
+
+
+def abstract_batch(config: OPD, conditioning: Conditioning, sharding: jax.sharding.Sharding) -> Batch:
+    """What the prompt stream would give, as shapes."""
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+
+    names, teachers = skills(config), len(config.tasks) + bool(skills(config))
+    mix = Mix(rows(jnp.int32, teachers), rows(jnp.float32, 2, teachers)) if mixes(config) else None
+    coordinates = rows(jnp.float32, len(names)) if names else None
+    return Batch(conditioning, rows(jnp.int32), mix, coordinates)
 
 
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:

@@ -18,6 +18,7 @@ from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
 from fopd_jax.running.metrics import EVALUATION, all_logged
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.pipeline import Pipeline, weight_path
 
 _SHOWN = 12  # digits of a hash in a message
@@ -64,6 +65,8 @@ def make_card(
         config=config.name,
         config_hash=config_hash(config),
         version=__version__,
+        coordinates=skills(config),
+        coordinates_high=config.coordinates.high if isinstance(config, OPD) and skills(config) else None,
     )
 
 

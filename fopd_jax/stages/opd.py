@@ -30,6 +30,7 @@ from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.coordinates import drawn, skills, turned
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.opd_update import (
@@ -85,7 +86,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     stream = PromptStream(
         pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
+        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config), dials=drawn(config),
     )  # fmt: skip
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
@@ -121,7 +122,7 @@ def soft_routes(config: settings.OPD) -> TaskMixes | None:
       ValueError: as `TaskMixes`.
     """
     weights = {name: (task.mix, task.noisy_mix) for name, task in config.tasks.items()}
-    return TaskMixes(tuple(config.tasks), weights) if mixes(config) else None
+    return TaskMixes(tuple(config.tasks), weights) if mixes(config) and not skills(config) else None
 
 
 class Distillation:
@@ -144,7 +145,8 @@ class Distillation:
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
+        name, dials = export_name(self.config), bool(skills(self.config))
+        student = exports(name, f"the student: {self.config.export}", self.whole, self.pipeline, dials=dials)
         pictures = {SAMPLES_FILE: "every model on the same prompts"}
         if not self.setup.eval_set.scored():
             return student | pictures
@@ -179,7 +181,7 @@ class Distillation:
 
     def embedded(self, batch: Batch) -> Batch:
         """A batch as updates take it."""
-        return Batch(self.pipeline.world.embed(batch.conditioning), batch.route)
+        return dataclasses.replace(batch, conditioning=self.pipeline.world.embed(batch.conditioning))
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -194,8 +196,9 @@ class Distillation:
         return self.setup.draw(self.model(state.ema))
 
     def model(self, trained: Tree) -> Model:
-        """The student with these weights, to sample from."""
-        return Model("student", *self.update.trained.student.policy(self.frozen.variables, trained))
+        """The student with these weights, to sample from; at the coordinates of the evaluation, if it has some."""
+        variables, adapter = self.update.trained.student.policy(self.frozen.variables, trained)
+        return Model("student", variables, turned(skills(self.config), self.config.eval, adapter))
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
@@ -203,7 +206,7 @@ class Distillation:
 
     def advise(self, source: str) -> list[str]:
         """What to do with the student."""
-        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
+        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source, skills(self.config))
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge.

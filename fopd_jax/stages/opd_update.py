@@ -19,6 +19,7 @@ from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.coordinates import check_coordinates, skills
 from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.trained import Trained, make_trained
 from fopd_jax.steps.grpo.step import Programs
@@ -104,8 +105,9 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     """The static part of the update from the config.
 
     Raises:
-      ValueError: as `make_transition` and `noise_window`, of the section `sampler`.
+      ValueError: as `make_transition` and `noise_window`, of the section `sampler`, and as `check_coordinates`.
     """
+    check_coordinates(config)
     sampler = config.sampler
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
@@ -129,12 +131,13 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         extrapolation=tuple(task.extrapolation for task in config.tasks.values()),
         rewards=reward_names(config.tasks) if is_mixed(config) else (),
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
+        asks_base=bool(skills(config)),
     )
 
 
 def mixes(config: OPD) -> bool:
     """Whether prompts have several teachers."""
-    return any(task.mix or task.noisy_mix for task in config.tasks.values())
+    return bool(skills(config)) or any(task.mix or task.noisy_mix for task in config.tasks.values())
 
 
 def scale_of(guidance: float | None) -> float:
@@ -161,6 +164,9 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     )
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
+    if skills(config) and family.coordinates is not None:
+        more = family.coordinates(shape, tokens, config.adapter)
+        student = dataclasses.replace(student, backward=student.backward + more)
     teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
     found = update_flops(student, teacher.forward, schedule)
     if not is_mixed(config):

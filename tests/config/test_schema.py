@@ -161,6 +161,7 @@ PROBABILITY = ([-1e-9, 1 + 1e-9], [0.0, 1.0])
 NAME = (["", "a b", "a/b", "a\\b", "a\n", " ", ".", ".."], ["a", "a.b", "...", ".a", "ß-1"])
 STEPS = ([(-1, 2), (2, 2), (3, 2), (-2, -1)], [None, (0, 1), (3, 9)])
 AXIS = ([0, -2], [-1, 1])
+MIX = ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}])
 
 
 def choice(*names: str) -> tuple[list[Any], list[Any]]:
@@ -184,7 +185,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "eval.samples": COUNT, "final_samples": COUNT, "eval.num_steps": COUNT, "sampler.num_steps": ([1, 0, -1], [2]),
     "guidance": NON_NEGATIVE, "transition": choice("sde", "cps", "ode"),
     "eval.transition": choice("sde", "cps", "ode", "dpm2"), "rollouts.transition": choice("sde", "cps", "ode", "dpm2"),
-    "noise_level": NON_NEGATIVE,
+    "noise_level": NON_NEGATIVE, "high": ([0.9, 2.1], [1.0, 2.0]), "joint_target": choice("sum", "routed"),
     "run.steps": INDEX, "log_every": COUNT, "checkpoint_every": COUNT, "eval_every": INDEX, "keep_checkpoints": COUNT,
     "keep_best": (["max", "max:", "most:text", "text", " max:text"], ["", "max:text", "min:a/b"]),
     "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS,
@@ -198,7 +199,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
     "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
     "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
-    "empty_caption": PROBABILITY,
+    "empty_caption": PROBABILITY, "coordinates.rank": INDEX, "alone": PROBABILITY, "joint": PROBABILITY,
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -216,8 +217,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
     "match": choice("guided", "conditional", "branches"),
-    "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
-    "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
+    "mix": MIX, "noisy_mix": MIX, "eval.coordinates": ([{"x": -10.1}, {"y": 10.1}], [{}, {"x": -10.0, "y": 10.0}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (

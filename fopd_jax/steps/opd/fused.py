@@ -37,7 +37,7 @@ def fused_gradients(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Ba
             terms = timestep_terms(spec.objective, spec.transition, level, own, targets, x, x_next, log_prob, old)
             return terms["loss"].sum(), (x_next, terms)
 
-        rows = batch.conditioning, x, targets, step.keys
+        rows = batch.student, x, targets, step.keys
         grads, (x_next, terms) = groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
         return (x_next, add(gradients, grads), add(totals, terms)), None
 

@@ -43,7 +43,8 @@ class OPDSpec:
     anchor about one random sample of every m neighbours a timestep, which counts m times; `one_timestep` trains each
     sample at one timestep of its rollout, drawn in proportion to the timesteps' weights.
 
-    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`.
+    `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`. `asks_base`:
+    mixes name the base among the teachers, as coordinates do.
     """
 
     objective: Objective
@@ -64,6 +65,7 @@ class OPDSpec:
     extrapolation: tuple[float, ...] = ()
     rewards: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    asks_base: bool = False
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
@@ -138,7 +140,7 @@ class OPDSpec:
         *scales, anchor = self.teacher_guidance
         teachers = dict(zip(self.teachers, scales, strict=True))
         table = RoutingTable.of_tasks(teachers, anchor if self.anchored else None)
-        if not any(self.extrapolation):
+        if not (any(self.extrapolation) or self.asks_base):
             return table
         base = len(self.teachers) + 1
         return dataclasses.replace(
