@@ -175,7 +175,7 @@ class Distillation:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        experts = [*self.config.tasks, self.config.anchor.name]
+        experts = [*self.config.tasks, self.config.anchor.name] + ["base"] * teachers.asks_base(self.config)
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 
