@@ -101,7 +101,7 @@ _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.",
 _DIAL = flags.DEFINE_list(
     "dial",
     [],
-    "Coordinates of an adapter that has some, as SKILL=NUMBER,…; those of --config.eval.coordinates besides.",
+    "Coordinates of an adapter that has some, as SKILL=NUMBER,…, over those of --config.eval.coordinates.",
 )
 _REWARDS = flags.DEFINE_list("rewards", [], "Names of rewards that score every image; by default those of its task.")
 

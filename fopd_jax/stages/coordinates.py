@@ -30,9 +30,10 @@ def check_coordinates(config: Config) -> None:
     Raises:
       ValueError: names the field.
     """
-    coordinates_of(skills(config), config.eval.coordinates, DIALS) if skills(config) else _refuse_choice(config.eval)
     if not isinstance(config, OPD) or not skills(config):
+        _refuse_choice(config.eval)
         return
+    chosen(skills(config), config.eval)
     ours, least = config.coordinates, "coordinates.rank: found {}, expected 0: {}"
     if config.trained != "adapter":
         raise ValueError(least.format(ours.rank, "they belong to an adapter, and trained is 'params'"))
