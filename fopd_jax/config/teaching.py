@@ -118,8 +118,8 @@ class Objective(Section):
 class Coordinates(Section):
     """Capability coordinates: a dial per skill, as in CapField-OPD (policy/coordinates.py).
 
-    Each prompt is drawn with its own skill alone at 1, with others at 1 together, or else at a point of the simplex of
-    skills and base; all of it times a number around 1.
+    Each prompt is drawn with its own skill alone at 1, with others at 1 together, with all at 0, or else at a point of
+    the simplex of skills and base; all of it times a number around 1.
     """
 
     rank: int = setting(
@@ -127,9 +127,10 @@ class Coordinates(Section):
         "Features between the coordinates and the embedding that they are added to; 0: none.",
         between(0, 2**14),
     )
-    alone: float = setting(0.5, "Share of prompts at their own skill alone.", rules.PROBABILITY)
-    joint: float = setting(
-        0.25, "Share at several skills together; what is left of 1 is drawn between skills and base.", rules.PROBABILITY
+    alone: float = setting(0.4, "Share of prompts at their own skill alone.", rules.PROBABILITY)
+    joint: float = setting(0.25, "Share at several skills together.", rules.PROBABILITY)
+    base: float = setting(
+        0.1, "Share at 0, the base; what is left of 1 is drawn between skills and base.", rules.PROBABILITY
     )
     joint_target: str = setting(
         "sum", "What is taught there: v_base + Σ c_k·(v_k - v_base) as elsewhere, or 'routed': the prompt's own "

@@ -52,8 +52,9 @@ def stand(
     together = np.where(rank < 2 + np.floor(count * (skills - 1)), 1.0, 0.0)
     gaps = -np.log1p(-uniform[:, 3 + skills :])  # K + 1 exponentials, by their sum: uniform on the simplex
     between = gaps[:, :skills] / gaps.sum(1, keepdims=True)
-    alone, joint = kind < settings.alone, kind < settings.alone + settings.joint
+    ends = np.cumsum([settings.alone, settings.joint, settings.base])
+    alone, joint, nothing = (kind < end for end in ends)
     factor = 2 - settings.high + (2 * settings.high - 2) * scale
-    coordinates = factor * np.where(alone, own, np.where(joint, together, between))
+    coordinates = factor * np.select([alone, joint, nothing], [own, together, np.zeros_like(own)], between)
     routed = joint & (settings.joint_target == "routed")
     return coordinates, np.where(routed, factor * own, coordinates)

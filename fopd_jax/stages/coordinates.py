@@ -46,11 +46,8 @@ def check_coordinates(config: Config) -> None:
             if found := getattr(task, field):
                 instead = "coordinates say who teaches (coordinates.rank is not 0)"
                 raise ValueError(f"tasks.{name}.{field}: found {found}, expected {type(found)()}: {instead}")
-    if ours.alone + ours.joint > 1:
-        raise ValueError(
-            f"coordinates.joint: found {ours.joint:g}, expected at most {1 - ours.alone:g}: with "
-            f"coordinates.alone {ours.alone:g} they are shares of 1"
-        )
+    if (shares := ours.alone + ours.joint + ours.base) > 1:
+        raise ValueError(f"coordinates.alone, joint and base: found {shares:g} in all, expected shares of 1")
 
 
 def _refuse_choice(evaluation: Evaluation) -> None:

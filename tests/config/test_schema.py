@@ -173,7 +173,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "grpo:objective.name": choice("clip", "guard", "dppo"), "forward_rl:objective.name": choice("nft", "awm", "crd"),
     "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
     "grpo:stage": choice("grpo"), "forward_rl:stage": choice("forward_rl"),
-    "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX,
+    "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX, "coordinates.base": PROBABILITY,
     "model.dtype": choice("float32", "bfloat16"), "model.t5_length": COUNT,
     "model.resolution": ([0, -1, (0, 1), (1, 0), (1, 2**14 + 1)], [1, (1, 2), (2**14, 1)]),
     "shift": ([0.0, 9e-4, -1.0], [0.001]), "mean": ([-101.0, 101.0], [-100.0, 0.0]),

@@ -9,7 +9,7 @@ from fopd_jax.config.teaching import Coordinates
 from fopd_jax.policy.coordinates import DrawnCoordinates
 
 SKILLS = ("counting", "ocr", "taste")
-SETTINGS = Coordinates(rank=8, alone=0.4, joint=0.35, high=1.25)
+SETTINGS = Coordinates(rank=8, alone=0.4, joint=0.3, base=0.1, high=1.25)
 COUNT = 20_000
 TASKS = [SKILLS[k % 3] for k in range(COUNT)]
 
@@ -56,11 +56,12 @@ def test_shares_are_those_of_the_settings():
     joint = (turned > 1) & ((coordinates == 0) | (coordinates == largest)).all(1)
     error = 4 * 0.5 / COUNT**0.5
     assert alone.mean() == pytest.approx(0.4, abs=error)
-    assert joint.mean() == pytest.approx(0.35, abs=error)
+    assert joint.mean() == pytest.approx(0.3, abs=error)
+    assert (turned == 0).mean() == pytest.approx(0.1, abs=error)
     assert (coordinates[alone | joint, own[alone | joint]] > 0).all()  # one's own is always among them
     assert (turned[joint] == 2).mean() == pytest.approx(0.5, abs=2 * error)
     assert largest[alone | joint].mean() == pytest.approx(1, abs=0.01)
-    between = coordinates[~(alone | joint)]
+    between = coordinates[~(alone | joint | (turned == 0))]
     np.testing.assert_allclose(between.mean(0), 0.25, atol=0.02)  # uniform on the simplex of three skills and base
 
 

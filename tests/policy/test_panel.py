@@ -154,8 +154,8 @@ def test_a_mix_may_hold_the_base_under_the_scale_of_each_samples_own_teacher() -
     assert questions.bank.shape == (BATCH, 4)  # the base is no question more
     (found,) = ask(False, questions)
     at = 0.3 * np.float64(weights[:, 0]) + 0.7 * np.float64(weights[:, 1])
-    expected = sum(at[:, k, None, None, None] * alone(False, k) for k in range(3))
-    check(found.velocity, expected + at[:, 3, None, None, None] * _base_under(ROUTE), TOLERANCE)
+    each = np.stack([*(alone(False, k) for k in range(3)), _base_under(ROUTE)])
+    check(found.velocity, (at.T[..., None, None, None] * each).sum(0), TOLERANCE)
 
 
 def test_a_mix_with_the_base_and_extrapolation_ask_for_both() -> None:

@@ -52,7 +52,7 @@ def teacher() -> Adapter:
         ({"objective.name": "mixed"}, "coordinates.rank: found 8, expected 0: the rewards of objective 'mixed'"),
         ({"tasks.text.extrapolation": 0.5}, "tasks.text.extrapolation: found 0.5, expected 0.0: coordinates say who"),
         ({"tasks.text.mix": {"text": 1.0}}, "tasks.text.mix: found {'text': 1.0}, expected {}: coordinates say who"),
-        ({"coordinates.joint": 0.75}, "coordinates.joint: found 0.75, expected at most 0.5: with coordinates.alone"),
+        ({"coordinates.joint": 0.75}, "coordinates.alone, joint and base: found 1.25 in all, expected shares"),
         ({"eval.coordinates": {"x": 1.0}}, "eval.coordinates: found x, expected some of composition, text"),
         ({"coordinates.rank": 0, "eval.coordinates": {"text": 1.0}}, "eval.coordinates: found {'text': 1.0}, expected"),
     ],
@@ -72,6 +72,7 @@ def test_a_plan_draws_them_trains_them_and_asks_the_base():
     config = dialled()
     plan, plain = plan_opd(config), plan_opd(dialled(**{"coordinates.rank": 0}))
     batch, count = plan.stream.batch(5), config.batch_size
+    assert batch.mix is not None
     assert jax.tree.map(np.shape, (batch.coordinates, batch.mix)) == (
         (count, 2), dataclasses.replace(batch.mix, bank=(count, 3), weights=(count, 2, 3))
     )  # fmt: skip

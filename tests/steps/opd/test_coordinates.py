@@ -93,16 +93,17 @@ def pytorchs() -> tuple[float, dict[str, Any]]:
     x, sigma, text = to_torch(X[0]), float(SIGMAS[T]), prompts(900, BATCH)
     with torch.no_grad():
         scales = [TEACHER_GUIDANCE[k] for k in ROUTE]
-        nothing = dict(oracle().state_dict())
+        nothing: Any = dict(oracle().state_dict())
         asked = [
             torch_velocity(adapted(torch_factors(adapter(seed).weights)), x, sigma, text, scale)
             for seed, scale in zip((2, 3), TEACHER_GUIDANCE, strict=False)
         ]
         asked.append(torch.stack([torch_velocity(nothing, x, sigma, text, s)[i] for i, s in enumerate(scales)]))
-        target = sum(to_torch(WEIGHTS[:, k])[:, None, None, None] * v for k, v in enumerate(asked))
+        shares = to_torch(WEIGHTS.T)[..., None, None, None]
+        target = (shares * torch.stack(asked)).sum(0)
     hidden = torch.nn.functional.silu(to_torch(AT) @ factors[f"{LAYER}/a"])
     added = LORA.alpha / LORA.rank * hidden @ factors[f"{LAYER}/b"]
-    hook = oracle().time_text_embed.register_forward_hook(lambda module, inputs, embedding: embedding + added)
+    hook = oracle().time_text_embed.register_forward_hook(lambda *seen: seen[-1] + added)
     try:
         v = torch_velocity(adapted(lora), x, sigma, text, GUIDANCE)
     finally:
