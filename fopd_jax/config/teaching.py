@@ -133,8 +133,8 @@ class Coordinates(Section):
         0.1, "Share at 0, the base; what is left of 1 is drawn between skills and base.", rules.PROBABILITY
     )
     joint_target: str = setting(
-        "sum", "What is taught there: v_base + Σ c_k·(v_k - v_base) as elsewhere, or 'routed': the prompt's own "
-        "teacher in its place.", one_of(*JOINT_TARGETS),
+        "routed", "What is taught there: the prompt's own teacher, as by a teacher of all skills, or 'sum': v_base + "
+        "Σ c_k·(v_k - v_base) as elsewhere, which doubles what teachers have in common.", one_of(*JOINT_TARGETS),
     )  # fmt: skip
     high: float = setting(
         1.25, "Coordinates are drawn times a number in [2 - high, high]: beyond 1 the target is beyond the teacher.",

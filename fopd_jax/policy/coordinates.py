@@ -2,6 +2,8 @@
 
 At coordinates c the target is v_base + Σ_k c_k·(v_k - v_base): the base at 0, a teacher at e_k, all their gains at
 (1, …, 1), beyond them above. As questions to a panel it is a mix: c_k of each teacher, and 1 - Σ_k c_k of the base.
+What teachers gain in common adds up at (1, …, 1), too; so a prompt that stands at several skills together may have its
+own teacher alone ('routed'), where CapField-OPD has one that was trained on all.
 """
 
 import dataclasses

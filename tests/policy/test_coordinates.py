@@ -9,7 +9,7 @@ from fopd_jax.config.teaching import Coordinates
 from fopd_jax.policy.coordinates import DrawnCoordinates
 
 SKILLS = ("counting", "ocr", "taste")
-SETTINGS = Coordinates(rank=8, alone=0.4, joint=0.3, base=0.1, high=1.25)
+SETTINGS = Coordinates(rank=8, alone=0.4, joint=0.3, base=0.1, joint_target="sum", high=1.25)
 COUNT = 20_000
 TASKS = [SKILLS[k % 3] for k in range(COUNT)]
 
