@@ -153,7 +153,7 @@ def test_a_mix_may_hold_the_base_under_the_scale_of_each_samples_own_teacher() -
     (questions,) = table.questions(ROUTE, mix=Mix(jnp.asarray(bank), jnp.asarray(weights)), sigma=SIGMA)
     assert questions.bank.shape == (BATCH, 4)  # the base is no question more
     (found,) = ask(False, questions)
-    at = 0.3 * np.float64(weights[:, 0]) + 0.7 * np.float64(weights[:, 1])
+    at: np.ndarray = 0.3 * np.float64(weights[:, 0]) + 0.7 * np.float64(weights[:, 1])
     each = np.stack([*(alone(False, k) for k in range(3)), _base_under(ROUTE)])
     check(found.velocity, (at.T[..., None, None, None] * each).sum(0), TOLERANCE)
 
