@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.config.teaching import MERGES
+from fopd_jax.models.coordinates import LAYER
 
 Tree = Any
 Layer = Mapping[str, Array | np.ndarray]  # "a" and "b"; files give NumPy's arrays
@@ -145,9 +146,9 @@ def is_zero(adapter: Adapter) -> bool:
 
 
 def rank_of(adapter: Adapter) -> int:
-    """The largest rank of an adapter's layers."""
+    """The largest rank of an adapter's layers, coordinates apart, which are no update of a matrix."""
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
-    return max(leaf.shape[_rank_axis(path)] for path, leaf in leaves.items())
+    return max(leaf.shape[_rank_axis(path)] for path, leaf in leaves.items() if path[0] != LAYER)
 
 
 def _rank_axis(path: tuple[str, ...]) -> int:

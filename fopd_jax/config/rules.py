@@ -82,6 +82,7 @@ WEIGHTS = Rule(
     (0, 1000),
 )
 REWARDS = Rule("weights from 0 to 1000", lambda value: all(0 <= each <= 1000 for each in value.values()), (0, 1000))
+DIALS = Rule("numbers from -10 to 10", lambda value: all(-10 <= each <= 10 for each in value.values()), (-10, 10))
 SCHEDULE = Rule(
     f"{{step: weight}}, steps from 1 to {MOST_STEPS}, weights from 0 to 1000000",
     lambda value: all(_is_step(step) and 0 <= weight <= 1e6 for step, weight in value.items()),

@@ -25,7 +25,16 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
-from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Health, Objective, RoutedTask, Routing
+from fopd_jax.config.teaching import (
+    REWARDS_DOC,
+    Anchor,
+    ColdStart,
+    Coordinates,
+    Health,
+    Objective,
+    RoutedTask,
+    Routing,
+)
 
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
@@ -121,6 +130,9 @@ class Evaluation(Section):
     )
     also_guidance: tuple[float, ...] = setting(
         (), "And under these guidance scales, each at every number of steps.", rules.each(at_least(0, 100))
+    )
+    coordinates: dict[str, float] = setting(
+        {}, "Of an adapter that has some, by skill; 1 where none is named.", rules.DIALS, open_names=True
     )
 
 
@@ -325,6 +337,7 @@ class OPD(Config):
     routing: Routing = setting(Routing, "Which teachers a prompt is taught by.")
     health: Health = setting(Health, "What is logged of the gap, and what is made of noisy teachers.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+    coordinates: Coordinates = setting(Coordinates, "A dial per skill, beside the student's prompt.")
 
 
 # ---- flow matching: pretraining, teachers by supervised fine-tuning

@@ -18,6 +18,7 @@ ROUTINGS = ("hard", "soft", "classifier")
 MERGES = ("svd", "concatenate", "factors")
 NOISY = ("warn", "weigh", "off")
 STATISTICS = ("size", "anchor", "apart", "spread")
+JOINT_TARGETS = ("sum", "routed")
 TeacherGuidance = Annotated[float | None, "guidance"]
 """The field's type; annotated as `Pixels` is."""
 PAPER_GUIDANCE = 4.5
@@ -177,4 +178,32 @@ class Health(Section):
     bands: dict[str, tuple[float, float]] = setting(
         {"size": (0.0, 0.6), "anchor": (0.0, 0.6), "apart": (0.0, 0.35), "spread": (0.5, 2.0)},
         "(low, high) of what is known of teachers; {}: none.", rules.bands(STATISTICS),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Coordinates(Section):
+    """Capability coordinates: a dial per skill, as in CapField-OPD (policy/coordinates.py).
+
+    Each prompt is drawn with its own skill alone at 1, with others at 1 together, with all at 0, or else at a point of
+    the simplex of skills and base; all of it times a number around 1.
+    """
+
+    rank: int = setting(
+        0,
+        "Features between the coordinates and the embedding that they are added to; 0: none.",
+        between(0, 2**14),
+    )
+    alone: float = setting(0.4, "Share of prompts at their own skill alone.", rules.PROBABILITY)
+    joint: float = setting(0.25, "Share at several skills together.", rules.PROBABILITY)
+    base: float = setting(
+        0.1, "Share at 0, the base; what is left of 1 is drawn between skills and base.", rules.PROBABILITY
+    )
+    joint_target: str = setting(
+        "routed", "What is taught there: the prompt's own teacher, as by a teacher of all skills, or 'sum': v_base + "
+        "Σ c_k·(v_k - v_base) as elsewhere, which doubles what teachers have in common.", one_of(*JOINT_TARGETS),
+    )  # fmt: skip
+    high: float = setting(
+        1.25, "Coordinates are drawn times a number in [2 - high, high]: beyond 1 the target is beyond the teacher.",
+        between(1, 2),
     )  # fmt: skip

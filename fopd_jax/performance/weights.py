@@ -60,7 +60,10 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
     route, offline = jax.device_put(route, batch.route.sharding), batch.offline and random_tree(batch.offline, 5)
-    return frozen, state, Batch(conditioning, route, even_mix(batch.mix), offline=offline)
+    coordinates = batch.coordinates
+    if coordinates is not None:
+        coordinates = jax.device_put(np.ones(coordinates.shape, np.float32), coordinates.sharding)
+    return frozen, state, Batch(conditioning, route, even_mix(batch.mix), offline=offline, coordinates=coordinates)
 
 
 def even_mix(shapes: Mix | None) -> Mix | None:

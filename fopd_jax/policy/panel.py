@@ -65,8 +65,8 @@ class Answer:
 class RoutingTable:
     """Who teaches what: the tasks with a teacher, in the bank's order, and each bank entry's guidance scale.
 
-    `anchor`: the anchor's bank entry, where there is one. `extrapolation`: λ of each teacher; where one is not 0,
-    `base` is the base's entry.
+    `anchor`: the anchor's bank entry, where there is one. `extrapolation`: λ of each teacher; where one is not 0, or a
+    mix names the base among the teachers, `base` is its entry.
 
     Raises:
       ValueError: a teacher, the anchor or the base has no scale, that is, no entry.
@@ -124,20 +124,31 @@ class RoutingTable:
         """Each sample's own teacher, or several by `mix` at the noise level `sigma`; and of the anchor all samples or
         one of every `every`, the one at `pick`.
         """
-        own = Questions(route[:, None]) if mix is None else Questions(mix.bank, mix.at(jnp.asarray(sigma)))
+        own = Questions(route[:, None]) if mix is None else self._mixed(route, mix, jnp.asarray(sigma))
         own = dataclasses.replace(self._extrapolated(own), branches=branches)
         if self.anchor is None:
             return (own,)
         anchor = jnp.full((route.shape[0] // every, 1), self.anchor, route.dtype)
         return own, Questions(anchor, pick=pick, every=every, branches=branches)
 
-    def _extrapolated(self, own: Questions) -> Questions:
-        """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
+    def _mixed(self, route: Int[Array, " b"], mix: Mix, sigma: Array) -> Questions:
+        """Several teachers a sample; the base, where it is one of them, under the scale of the sample's own teacher."""
+        own = Questions(mix.bank, mix.at(sigma))
         if self.base is None:
             return own
+        scales = jnp.asarray(self.guidance, jnp.float32)
+        return dataclasses.replace(
+            own, scale=jnp.where(mix.bank == self.base, scales[route][:, None], scales[mix.bank])
+        )
+
+    def _extrapolated(self, own: Questions) -> Questions:
+        """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
+        if self.base is None or not any(self.extrapolation):
+            return own
         shares = jnp.ones(own.bank.shape) if own.coefficient is None else own.coefficient
-        scales = jnp.asarray(self.guidance, float)[own.bank]
-        beyond = shares * jnp.asarray(self.extrapolation, float)[own.bank]
+        scales = _scales(own, jnp.asarray(self.guidance, float))
+        lambdas = self.extrapolation + (0.0,) * (len(self.guidance) - len(self.extrapolation))
+        beyond = shares * jnp.asarray(lambdas, float)[own.bank]
         total, scaled = beyond.sum(1, keepdims=True), (beyond * scales).sum(1, keepdims=True)
         total = jnp.where((scaled != 0) & (jnp.abs(total) < _LEAST_TOTAL), _LEAST_TOTAL, total)
         scale = scaled / jnp.where(total == 0, 1.0, total)

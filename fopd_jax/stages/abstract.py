@@ -25,6 +25,7 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.offline import offline_shapes
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
@@ -50,7 +51,7 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
     offline = offline_shapes(config, latent_shape, lambda count: encoded_rows(encoded, count, dtype, split), split)
-    batch = Batch(conditioning, *abstract_routes(config, split), offline=offline)
+    batch = dataclasses.replace(abstract_batch(config, conditioning, split), offline=offline)
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     targets = find_preset(config.model.preset)[0].targets
     bank = abstract_bank(config, boxed, spec, mesh, targets, config.adapter.rank)
@@ -62,15 +63,17 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     )
 
 
-def abstract_routes(config: OPD, split: jax.sharding.Sharding) -> tuple[jax.ShapeDtypeStruct, Mix | None]:
-    """Each sample's chief teacher, and where it has several all of them, as shapes."""
+def abstract_batch(config: OPD, conditioning: Conditioning, split: jax.sharding.Sharding) -> Batch:
+    """What the prompt stream would give, as shapes."""
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split)
 
-    if config.routing.method == "hard":
-        return rows(), None
-    return rows(), Mix(rows(asked(config)), rows(2, asked(config), dtype=jnp.float32))
+    names = skills(config)
+    count = len(names) + 1 if names else 0 if config.routing.method == "hard" else asked(config)
+    mix = Mix(rows(count), rows(2, count, dtype=jnp.float32)) if count else None
+    coordinates = rows(len(names), dtype=jnp.float32) if names else None
+    return Batch(conditioning, rows(), mix, coordinates=coordinates)
 
 
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:

@@ -19,6 +19,7 @@ from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
 from fopd_jax.running.metrics import EVALUATION, all_logged
 from fopd_jax.running.stage import ASIDE
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.pipeline import Pipeline, weight_path
 
 _SHOWN = 12  # digits of a hash in a message
@@ -65,6 +66,8 @@ def make_card(
         config=config.name,
         config_hash=config_hash(config),
         version=__version__,
+        coordinates=skills(config),
+        coordinates_high=config.coordinates.high if isinstance(config, OPD) and skills(config) else None,
     )
 
 

@@ -1,5 +1,6 @@
 """Captioned latents beside distillation: where section `offline` finds them, and how they go along with the prompts."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def embedded_batch(embed: Callable[[Any], Conditioning], fed: Batch | tuple[Batc
     batch, offline = fed if isinstance(fed, tuple) else (fed, None)
     if offline is not None:
         offline = {**offline, "conditioning": embed(offline["conditioning"])}
-    return Batch(embed(batch.conditioning), batch.route, batch.mix, offline)
+    return dataclasses.replace(batch, conditioning=embed(batch.conditioning), offline=offline)
 
 
 def offline_shapes(

@@ -30,6 +30,7 @@ from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.coordinates import drawn_coordinates, skills, turned
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.health import PICTURE, asked_prompts, trust, watch_health
@@ -92,6 +93,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         pipeline.world, config.tasks, routed.routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
+        dials=drawn_coordinates(config),
     )  # fmt: skip
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
@@ -153,7 +155,8 @@ class Distillation:
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
+        name, dials = export_name(self.config), bool(skills(self.config))
+        student = exports(name, f"the student: {self.config.export}", self.whole, self.pipeline, dials=dials)
         pictures = {SAMPLES_FILE: "every model on the same prompts"}
         if self.health:
             pictures[PICTURE] = "who disagrees with whom, and the gap by noise level, at fixed states"
@@ -184,7 +187,7 @@ class Distillation:
 
     def describe(self) -> None:
         """Print what trains and what does not."""
-        experts = [*taught(self.config), self.config.anchor.name]
+        experts = [*taught(self.config), self.config.anchor.name] + ["base"] * teachers.asks_base(self.config)
         bank = Part(f"frozen: {len(experts)} in the bank", self.frozen.bank)
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank)
 
@@ -206,8 +209,9 @@ class Distillation:
         return self.setup.draw(self.model(state.ema)) | health
 
     def model(self, trained: Tree) -> Model:
-        """The student with these weights, to sample from."""
-        return Model("student", *self.update.trained.student.policy(self.frozen.variables, trained))
+        """The student with these weights, to sample from; at the coordinates of the evaluation, if it has some."""
+        variables, adapter = self.update.trained.student.policy(self.frozen.variables, trained)
+        return Model("student", variables, turned(skills(self.config), self.config.eval, adapter))
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
@@ -216,7 +220,7 @@ class Distillation:
 
     def advise(self, source: str) -> list[str]:
         """What to do with the student."""
-        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
+        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source, skills(self.config))
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge.

@@ -20,6 +20,7 @@ from fopd_jax.flow.transition import make_transition
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways, check_batch, check_parted, replicated
 from fopd_jax.performance.flops import NOTHING, Schedule, Update, update_flops
 from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.coordinates import check_coordinates, skills
 from fopd_jax.stages.rewards import reward_names, told_apart
 from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import Trained, make_trained
@@ -106,8 +107,9 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
     """The static part of the update from the config.
 
     Raises:
-      ValueError: as `make_transition` and `noise_window`, of the section `sampler`.
+      ValueError: as `make_transition` and `noise_window`, of the section `sampler`, and as `check_coordinates`.
     """
+    check_coordinates(config)
     sampler, teachers = config.sampler, [config.tasks[name] for name in taught(config)]
     with within("sampler"):
         transition = make_transition(sampler.transition, sampler.noise_level)
@@ -138,6 +140,7 @@ def make_spec(config: OPD, latent_shape: tuple[int, int, int]) -> OPDSpec:
         tasks=told_apart(config.tasks) if is_mixed(config) else {},
         gaps=config.health.gaps,
         between=sublevels(sigmas, finer, config.model.shift) if finer > 1 else None,
+        asks_base=bool(skills(config)),
     )
 
 
@@ -168,7 +171,7 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
         guided_teachers=spec.table.guided or spec.apart,
         teacher_forwards=spec.teacher_steps
         * (
-            (len(spec.teachers) if spec.whole_teachers else asked(config))
+            (len(spec.teachers) if spec.whole_teachers or skills(config) else asked(config))
             + (spec.table.base is not None)
             + (spec.anchored and not spec.follows) / spec.anchor_every
         ),
@@ -179,6 +182,9 @@ def update_cost(config: OPD, spec: OPDSpec, text_tokens: int, model: Any) -> Upd
     )
     tokens = family.tokens(shape, spec.latent_shape, text_tokens)
     student = family.flops(shape, tokens, config.adapter if config.trained == "adapter" else None, config.run.remat)
+    if skills(config) and family.coordinates is not None:
+        more = family.coordinates(shape, tokens, config.adapter)
+        student = dataclasses.replace(student, backward=student.backward + more)
     teacher = family.flops(shape, tokens, None if spec.whole_teachers else config.adapter, config.run.remat)
     found = update_flops(student, teacher.forward, schedule) + _regular_flops(spec, student, schedule)
     if not is_mixed(config):

@@ -28,6 +28,7 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards.registry import close_all
 from fopd_jax.running.overview import Part, write_overview
 from fopd_jax.stages.cards import base_hash
+from fopd_jax.stages.coordinates import check_coordinates
 from fopd_jax.stages.pipeline import Pipeline, check_base, make_pipeline
 from fopd_jax.stages.rewards import furnish
 from fopd_jax.steps.state import TrainState, learning_rate, make_optimizer
@@ -97,6 +98,7 @@ def make_setup(config: StageConfig, tasks: Callable[[], Mapping[str, Task]]) -> 
     Raises:
       ValueError: a field names something that does not exist, or does not fit the machine; before anything is compiled.
     """
+    check_coordinates(config)
     pipeline, evaluation = make_pipeline(config.model, config.run, tasks), config.eval
     _refuse_files(config.tasks, pipeline)
     if pipeline.manifest is None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters.card import AdapterCard
+from fopd_jax.adapters.coordinates import skills_of
 from fopd_jax.adapters.lora import (
     Adapter,
     adapter_shapes,
@@ -35,6 +36,7 @@ from fopd_jax.parallel.distributed import put_replicated, warn
 from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.cards import check_card, read_source, size_of
+from fopd_jax.stages.coordinates import fitted, skills
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
 from fopd_jax.stages.setup import Setup
 
@@ -139,6 +141,11 @@ def load_adapters(
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
+        if skills_of(adapters[name]):
+            raise ValueError(
+                f"{found.field(name)}: {source}: has capability coordinates, expected an adapter without: "
+                "teachers are asked about none"
+            )
         said, scale = cards.get(name, AdapterCard()).scale, adapters[name].scale
         if said is not None and not math.isclose(said, scale, rel_tol=1e-3):
             warn(f"{found.field(name)}: {source} says that its scale is {said:g}, but holds {scale:g}")
@@ -172,7 +179,7 @@ def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) 
             f"adapter.alpha: found {lora.alpha:g}, a scale of {lora.scale:g}, but cold_start.merge {merge!r} keeps "
             f"the teachers' scale {start.scale:g}: expected {start.scale * lora.rank:g}"
         )
-    return start
+    return jax.eval_shape(partial(fitted, config, model=pipeline.model), start)
 
 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
@@ -185,7 +192,7 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
     variables = load_base(config.model, pipeline, config.seed)
 
     def start() -> Tree:
-        adapter = make_start()
+        adapter = fitted(config, make_start(), pipeline.model)
         return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
 
     def models() -> list[Model]:
@@ -201,7 +208,7 @@ def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapt
 
 def asks_base(config: OPD) -> bool:
     """Whether the base is asked beside teachers and anchor."""
-    return any(config.tasks[name].extrapolation for name in taught(config))
+    return bool(skills(config)) or any(config.tasks[name].extrapolation for name in taught(config))
 
 
 def make_bank(
@@ -219,7 +226,7 @@ def make_bank(
 
 
 def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
-    """The student's initial adapter: the teachers' weighted merge, or a fresh one."""
+    """The student's initial adapter, coordinates apart: the teachers' weighted merge, or a fresh one."""
     start, lora, key = config.cold_start, config.adapter, jax.random.key(config.seed)
     if start.method == "none":
         return init_adapter(key, _shapes(pipeline)["params"], lora, pipeline.family.targets)

@@ -18,6 +18,7 @@ from fopd_jax.parallel.distributed import put_replicated
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.sharding import AnyMesh, check_width, parameter_shardings, replicated
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.stages.coordinates import fitted
 from fopd_jax.steps.state import TrainState, init_state, state_shardings
 from fopd_jax.steps.student import ADAPTER, Student, network
 
@@ -72,7 +73,8 @@ def make_trained(
         trained, places = float32(params), parameter_shardings(mesh, boxed)["params"]
         student = network(jnp.dtype(config.model.dtype))
     else:
-        trained, student = adapter_shapes(config.adapter, params, family_of(model).targets), ADAPTER
+        plain, student = adapter_shapes(config.adapter, params, family_of(model).targets), ADAPTER
+        trained = jax.eval_shape(partial(fitted, config, model=model), plain)
         places = jax.tree.map(lambda _: replicated(mesh), trained)
     groups = GradientGroups(mesh, config.run.reduce_once, jax.tree.map(lambda place: place.spec, places))
     keeps_old, beta = _beside(config)

@@ -24,6 +24,9 @@ Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
 Mixes = Callable[[Sequence[str], Sequence[str]], "Mix"]
 """`(tasks, prompts) -> each prompt's several teachers`."""
 
+Dials = Callable[[int, Int[np.ndarray, " n"], Sequence[str]], tuple[Any, "Mix"]]
+"""`(step, the draws' numbers in it, their tasks) -> each one's coordinates [n, K], and the teachers there`."""
+
 MOST_ORDERED = 2**18
 """Draws; seeing them takes a second or few."""
 
@@ -48,13 +51,22 @@ class Batch:
     """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices.
 
     `mix`: several teachers a prompt, of which `route` is then the chief one. `offline`: captioned latents beside them,
-    as `worlds.world.CaptionedLatents` makes them; their number is their own.
+    as `worlds.world.CaptionedLatents` makes them; their number is their own. `coordinates [B, K]`: of the skills of a
+    student that has a dial for each.
     """
 
     conditioning: Any  # Conditioning, once embedded
     route: Any
     mix: Mix | None = None
     offline: Any = None
+    coordinates: Any = None
+
+    @property
+    def student(self) -> Any:
+        """The conditioning of the student, who alone sees coordinates."""
+        if self.coordinates is None:
+            return self.conditioning
+        return dataclasses.replace(self.conditioning, coordinates=self.coordinates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +90,8 @@ class PromptStream:
     Counts of the tasks follow their weights of the time at every step (`tasks.sampling.Curriculum`), no prompt of a
     task comes twice within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`. `mixes`: several
-    teachers a prompt, of which the chief one is then its route. `read(task, prompt)`: what the network reads in a
-    training prompt's place, and routes go by.
+    teachers a prompt, of which the chief one is then its route; or `dials`: coordinates, which say them. `read(task,
+    prompt)`: what the network reads in a training prompt's place, and routes go by. Images of a draw share all of it.
 
     Raises:
       ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
@@ -97,6 +109,7 @@ class PromptStream:
         rows: Int[np.ndarray, " n"] | None = None,
         mixes: Mixes | None = None,
         read: Callable[[str, str], str] | None = None,
+        dials: Dials | None = None,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
         for task in self.tasks.values():
@@ -106,6 +119,7 @@ class PromptStream:
                 f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
         self.encode, self.routes, self.mixes, self.seed = world.encode, routes, mixes, seed
+        self.dials = dials
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
@@ -171,9 +185,14 @@ class PromptStream:
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
         tasks, prompts = ([drawn[i] for i in self._mine] for drawn in self.draw(step))
-        mix = None if self.mixes is None else self.mixes(tasks, prompts)
-        route = self.routes(tasks, prompts) if mix is None else mix.bank[:, 0]
-        batch = Batch(self.encode(prompts), route, mix)
+        mix, coordinates = None, None
+        if self.mixes is not None:
+            mix = self.mixes(tasks, prompts)
+        elif self.dials is not None:
+            coordinates, mix = self.dials(step, self._mine, tasks)
+        chief = mix is not None and coordinates is None
+        route = mix.bank[:, 0] if chief else self.routes(tasks, prompts)
+        batch = Batch(self.encode(prompts), route, mix, coordinates=coordinates)
         return jax.tree.map(lambda leaf: leaf[self._repeat], batch)
 
 

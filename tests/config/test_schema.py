@@ -161,6 +161,7 @@ PROBABILITY, MIX = ([-1e-9, 1 + 1e-9], [0.0, 1.0]), ([{"x": -1e-9}, {"x": 0.0}],
 NAME = (["", "a b", "a/b", "a\\b", "a\n", " ", ".", ".."], ["a", "a.b", "...", ".a", "ß-1"])
 STEPS = ([(-1, 2), (2, 2), (3, 2), (-2, -1)], [None, (0, 1), (3, 9)])
 AXIS = ([0, -2], [-1, 1])
+MIX = ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}])
 
 
 def choice(*names: str) -> tuple[list[Any], list[Any]]:
@@ -172,7 +173,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "grpo:objective.name": choice("clip", "guard", "dppo"), "forward_rl:objective.name": choice("nft", "awm", "crd"),
     "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
     "grpo:stage": choice("grpo"), "forward_rl:stage": choice("forward_rl"),
-    "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX,
+    "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX, "coordinates.base": PROBABILITY,
     "model.dtype": choice("float32", "bfloat16"), "model.t5_length": COUNT,
     "model.resolution": ([0, -1, (0, 1), (1, 0), (1, 2**14 + 1)], [1, (1, 2), (2**14, 1)]),
     "shift": ([0.0, 9e-4, -1.0], [0.001]), "mean": ([-101.0, 101.0], [-100.0, 0.0]),
@@ -185,6 +186,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "guidance": NON_NEGATIVE, "transition": choice("sde", "cps", "ode"),
     "eval.transition": choice("sde", "cps", "ode", "dpm2"), "rollouts.transition": choice("sde", "cps", "ode", "dpm2"),
     "noise_level": NON_NEGATIVE, "teacher_steps": COUNT, "also_steps": ([(0,), (4, -1)], [(), (8, 4)]),
+    "high": ([0.9, 2.1], [1.0, 2.0]), "joint_target": choice("sum", "routed"),
     "run.steps": INDEX, "log_every": COUNT, "checkpoint_every": COUNT, "eval_every": INDEX, "keep_checkpoints": COUNT,
     "keep_best": (["max", "max:", "most:text", "text", " max:text"], ["", "max:text", "min:a/b"]),
     "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS,
@@ -201,6 +203,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "empty_caption": PROBABILITY, "tasks.x.rewritten": PROBABILITY, "wrong": PROBABILITY, "top": INDEX,
     "bands": ([{"size": (1.0, 0.0)}, {"x": (0.0, 1.0)}], [{}, {"spread": (0.0, 1e30)}]),
     "also_guidance": ([(-1e-9,), (1.0, 101.0)], [(), (0.0, 4.5)]),
+    "coordinates.rank": INDEX, "alone": PROBABILITY, "joint": PROBABILITY,
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -222,6 +225,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "bound_limits": ([(0.0, 1.0), (1.0, 0.5), (1.0, 1001.0)], [(1e-12, 1e-12), (0.5, 1000.0)]),
     "routing.method": choice("hard", "soft", "classifier"), "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]),
     "health.weight": PROBABILITY, "noisy": choice("warn", "weigh", "off"), "fixed_states": INDEX,
+    "eval.coordinates": ([{"x": -10.1}, {"y": 10.1}], [{}, {"x": -10.0, "y": 10.0}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (

@@ -41,7 +41,7 @@ def fused_gradients(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Ba
             )
             return terms["loss"].sum(), (x_next, terms)
 
-        rows = batch.conditioning, x, targets, step.keys
+        rows = batch.student, x, targets, step.keys
         grads, (x_next, terms) = groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
         terms = terms if slot is None else parted(spec, terms, slot)
         return (x_next, add(gradients, grads), add(totals, terms)), None

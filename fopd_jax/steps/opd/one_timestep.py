@@ -38,7 +38,7 @@ def picked_gradients(
         terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight), state.beta)
         return terms["loss"].sum(), terms
 
-    rows = batch.conditioning, x, targets, level.sigma
+    rows = batch.student, x, targets, level.sigma
     gradients, totals = groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
     return mean_gradient(groups, gradients, totals), parted(spec, totals, chosen)
 
@@ -61,7 +61,7 @@ def _held(
     def watch(held: Array, seen: Seen) -> tuple[Array, None]:
         return _where(chosen == seen.inputs, seen.x, held), None
 
-    policy, levels = student_policy(pieces, frozen, parameters, batch.conditioning), spec.levels(first, last)
+    policy, levels = student_policy(pieces, frozen, parameters, batch.student), spec.levels(first, last)
     with jax.named_scope("opd_rollout"):
         x, held, _ = sample(policy, spec.transition, levels, x, keys[:-1], watch, x, jnp.arange(last - first))
     return _where(chosen == last - first, x, held)

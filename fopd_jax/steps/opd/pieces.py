@@ -79,7 +79,7 @@ def approach(
     x, keys = start(spec, state, batch.route.shape[0])
     first, stop = spec.window
     if first:
-        policy = student_policy(pieces, frozen, parameters, batch.conditioning)
+        policy = student_policy(pieces, frozen, parameters, batch.student)
         with jax.named_scope("opd_approach"):
             x, _, _ = sample(policy, spec.transition, spec.levels(0, first), x, keys[:first])
     return x, keys[first:stop]

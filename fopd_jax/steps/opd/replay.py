@@ -87,7 +87,7 @@ def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array 
     spec = pieces.spec
 
     def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> tuple[Array, Compared]:
-        return student_says(pieces, frozen, parameters, rows.conditioning, x, sigma)
+        return student_says(pieces, frozen, parameters, rows.student, x, sigma)
 
     def targets(rows: Batch, x: Array, level: Level, t: Array) -> Targets:
         return ask(pieces, frozen, rows, x, level, None if picks is None else picks[t])

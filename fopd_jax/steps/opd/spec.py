@@ -57,7 +57,7 @@ class OPDSpec:
 
     `extrapolation`: λ of each teacher; (): 0. `rewards`, `tasks`: of 'mixed', as in `steps.grpo.spec`. `between
     [T, m - 1]`: levels within each step of the schedule, along which teachers are asked (see `targets`); None: at its
-    beginning alone.
+    beginning alone. `asks_base`: mixes name the base among the teachers, as coordinates do.
 
     `anchor_moves`: 'ema', the anchor is the state's average; 'slow', its old copy, of which `anchor_decay` stays at
     each step. `bound`: where the anchor's weight is the state's, and learns. `offline`: captioned latents in the batch
@@ -88,6 +88,7 @@ class OPDSpec:
     offline: Offline | None = None
     gaps: bool = False  # the gap is measured apart by timestep, see `steps.opd.gaps`
     between: np.ndarray | None = None
+    asks_base: bool = False
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError naming the field where the parts do not fit."""
@@ -186,7 +187,7 @@ class OPDSpec:
         *scales, anchor = self.teacher_guidance
         teachers = dict(zip(self.teachers, scales, strict=True))
         table = RoutingTable.of_tasks(teachers, anchor if self.anchored and not self.follows else None)
-        if not any(self.extrapolation):
+        if not (any(self.extrapolation) or self.asks_base):
             return table
         # The base is asked under the teachers' scales; for an anchor that is not asked, the empty prompt is not read.
         scales = (*scales, anchor if self.anchored else 1.0, 1.0)

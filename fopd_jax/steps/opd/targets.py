@@ -71,20 +71,11 @@ def _said(
         questions = table.questions(batch.route, every, pick, batch.mix, sigma, branches=spec.apart)
         teacher, *anchor = jax.lax.stop_gradient(panel.ask(x, sigma, batch.conditioning, questions))
     if spec.follows:
-        anchor = [anchor_says(pieces, frozen, batch.conditioning, x, sigma, pick)]
+        anchor = [anchor_says(pieces, frozen, batch.student, x, sigma, pick)]
     if not anchor:
         return Targets(teacher.velocity, teacher_difference=teacher.difference, trust=trust)
     (anchor,) = anchor
     return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference, trust)
-
-
-def _trust(frozen: Frozen, batch: Batch, level: Level) -> Float[Array, " b"] | None:
-    """What each sample's teachers count: of several their mean, by their weights there."""
-    if frozen.trust is None:
-        return None
-    if batch.mix is None:
-        return frozen.trust[batch.route]
-    return (batch.mix.at(jnp.asarray(level.sigma)) * frozen.trust[batch.mix.bank]).sum(1)
 
 
 def _trust(trust: Float[Array, " k"], batch: Batch, level: Level) -> Float[Array, " b"]:
