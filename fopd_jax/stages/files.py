@@ -6,6 +6,7 @@ from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
+from fopd_jax.stages.cold_start import source_of
 from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.tasks.sources import file_of
 from fopd_jax.worlds.embedded import EMBEDDED
@@ -21,7 +22,7 @@ def input_files(config: Config) -> dict[str, Path]:
     texts: dict[str, str] = {}
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
-        weights |= {"anchor.adapter": config.anchor.adapter}
+        weights |= {"anchor.adapter": config.anchor.adapter, "cold_start.adapter": source_of(config.cold_start)}
     if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
@@ -37,5 +38,6 @@ def input_files(config: Config) -> dict[str, Path]:
 
 
 def _is_refused(config: Config, field: str, path: Path) -> bool:
-    whole = field == "model.path" or (isinstance(config, OPD) and config.whole_teachers)
+    teaches = isinstance(config, OPD) and config.whole_teachers and field != "cold_start.adapter"
+    whole = field == "model.path" or teaches
     return whole and path.is_dir() and not is_converted(path)

@@ -39,7 +39,8 @@ CHOSEN: dict[str, Any] = {
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
     "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
-    "match": "branches", "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
+    "match": "branches", "target": "velocity",
+    "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
 }  # fmt: skip
 
 

@@ -192,7 +192,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "attention": choice("auto", "xla", "cudnn", "splash"), "remat": choice("full", "attention", "dots", "none"),
     "max_skipped_steps": INDEX, "alarms": ([{"x": (1.0, 0.0)}], [{}, {"x": (1.0, 1.0), "y": (-1e300, 1e300)}]),
     "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),
-    "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
+    "weight": NON_NEGATIVE, "method": choice("merge", "adapter", "none"),
+    "merge": choice("svd", "concatenate", "factors", "ties", "dare"), "density": ([-0.1, 0.0, 1.1], [1e-9, 1.0]),
     "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice("kl", "kl_no_dt", "ode", "uniform"),
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
@@ -215,7 +216,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
     "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
     "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
-    "match": choice("guided", "conditional", "branches"),
+    "match": choice("guided", "conditional", "branches"), "target": choice("data", "velocity"),
     "mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "noisy_mix": ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
@@ -233,7 +234,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
     "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise",
+    "rollouts.shared_noise", "cold_start.adapter",
 }  # fmt: skip
 
 
