@@ -167,7 +167,8 @@ def merge_networks(config: OPD, pipeline: Pipeline, base: Tree, bank: Tree, weig
         return jax.jit(partial(_weighted, weights), out_shardings=places)(bank, base)
     rows, shares = jnp.asarray(list(weights)), jnp.asarray(list(weights.values()), jnp.float32)
     names: dict[tuple[str, ...], Any] = flatten_dict(boxed)
-    there, bases, stacks = (flatten_dict(tree) for tree in (places, base, bank))
+    there: dict[tuple[str, ...], Any] = flatten_dict(places)
+    bases, stacks = flatten_dict(base), flatten_dict(bank)
 
     def merged(path: tuple[str, ...]) -> Array:
         is_stack = getattr(names[path], "names", ())[:1] == ("layers",)

@@ -8,6 +8,7 @@ from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
 from fopd_jax.stages.cold_start import source_of
 from fopd_jax.stages.pipeline import weight_path
+from fopd_jax.tasks.demonstrations import is_set
 from fopd_jax.tasks.sources import file_of
 from fopd_jax.worlds.embedded import EMBEDDED
 
@@ -29,8 +30,8 @@ def input_files(config: Config) -> dict[str, Path]:
     elif isinstance(config, FlowMatching):
         texts |= {f"tasks.{name}.images": task.images for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
-    if config.model.preset in EMBEDDED:  # its tasks are its own
-        texts = {}
+    if config.model.preset in EMBEDDED:  # its tasks are its own, but for what teachers drew for them
+        texts = {field: name for field, name in texts.items() if name and is_set(Path(name))}
     paths = {field: weight_path(name) for field, name in weights.items() if name}
     found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
     read = {field: file_of(name, field) for field, name in texts.items() if name}

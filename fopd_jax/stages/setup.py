@@ -132,8 +132,8 @@ def _refuse_files(tasks: Mapping[str, RoutedTask | RewardedTask | Pairs], pipeli
                 raise ValueError(f"tasks.{name}.{field}: found {found!r}, expected '': {whose}")
 
 
-def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sampler:
-    """The sampler that the section `eval` describes.
+def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline, *, traced: bool = False) -> Sampler:
+    """The sampler that the section `eval` describes; `traced`: see `make_sampler`.
 
     Raises:
       ValueError: as `make_solver` and `flow_match_sigmas`.
@@ -147,6 +147,7 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
         evaluation.guidance,
         pipeline.world.latent_shape,
         pipeline.mesh,
+        traced=traced,
     )
 
 
