@@ -1,0 +1,28 @@
+"""A cold start by supervised fine-tuning: the packaged teachers' own images, then an adapter on them, then Flow-OPD.
+
+python -m fopd_jax.demonstrate --config=configs/miniature.py --out=demonstrations/miniature --per-task=2048
+python -m fopd_jax.main --config=configs/miniature_sft.py
+python -m fopd_jax.main --config=configs/miniature.py --workdir=runs/miniature_from_sft
+    --config.cold_start.method=adapter --config.cold_start.adapter=runs/miniature_sft
+"""
+
+from fopd_jax.config.schema import EMA, Evaluation, FlowMatching, Model, Optimizer, Pairs, Run
+from fopd_jax.config.variants import smoke, split_variant
+
+SET = "demonstrations/miniature"
+TASKS = {"both": ("text", "composition"), "text": ("text",), "composition": ("composition",)}
+
+
+def get_config(variant: str = "both") -> FlowMatching:
+    """`variant` is `both`, `text`, `composition`, or one of them with `:smoke` behind it."""
+    skill, small = split_variant(variant, tuple(TASKS))
+    config = FlowMatching(
+        name="miniature_sft" if skill == "both" else f"miniature_sft_{skill}",
+        model=Model("miniature", "packaged:base.safetensors", "float32"),
+        tasks={name: Pairs(images=SET) for name in TASKS[skill]},
+        optimizer=Optimizer(learning_rate=1e-3, warmup=20, betas=(0.9, 0.99), weight_decay=0.0),
+        ema=EMA(decay=0.99, every=1),
+        eval=Evaluation(samples=128, batch_size=128, num_steps=10, guidance=1.0),
+        run=Run(log_every=50, checkpoint_every=100, eval_every=100, attention="xla", remat="none"),
+    )
+    return smoke(config) if small else config
