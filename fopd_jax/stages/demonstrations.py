@@ -224,8 +224,7 @@ def _claimed(
         "sources": {name: task.teacher or config.model.path for name, task in config.tasks.items()},
         "sigmas": flow_match_sigmas(config.eval.num_steps, config.model.shift).tolist(),
         "config": config.name,
-        "version": __version__,
-        "versions": {"jax": jax.__version__},
+        "versions": {"fopd_jax": __version__, "jax": jax.__version__},
     }
 
 

@@ -14,7 +14,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.parallel.distributed import rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
@@ -54,6 +54,8 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
     boxed = boxed_variables(model, latent_shape)
     update = make_update(config, model, boxed, setup.optimizer, mesh)
     pairs = make_pairs(config, pipeline.world)
+    for line in pairs.of_others(setup.base) if isinstance(pairs, DemonstratedLatents) else ():
+        warn(line)
 
     def held() -> dict[str, Tree]:
         base = frozen_part(config, abstract_base(boxed, jnp.dtype(config.model.dtype), mesh))

@@ -19,6 +19,7 @@ import numpy as np
 
 from fopd_jax.exits import need
 from fopd_jax.files import replacing, write_json, write_text
+from fopd_jax.parallel.distributed import warn
 from fopd_jax.reading import parse_json, read_regular
 
 NAME, SPLIT, FORMAT, VERSION = "demonstrations", "train", "array_record", "1.0.0"
@@ -87,6 +88,8 @@ def claim(folder: Path, claimed: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"--out: {folder} holds demonstrations with {name} = {found!r}, but here it is {expected!r}"
             )
+        if there.get("versions") != wanted.get("versions"):
+            warn(f"--out: {folder} was begun by {there.get('versions')}; shards of {wanted.get('versions')} may round")
         return
     visible = [each.name for each in folder.iterdir() if not each.name.startswith(".")] if folder.is_dir() else []
     if others := sorted(visible):

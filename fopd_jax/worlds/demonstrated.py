@@ -80,6 +80,13 @@ class DemonstratedLatents:
             arrays = {"x": pick("states"), "v": pick("velocities"), "sigma": pick("sigmas")}
         return arrays | {"conditioning": self._encode(prompts)}
 
+    def of_others(self, base: str) -> Iterator[str]:
+        """Of sets that another base's teachers drew, in words: their latents may be another autoencoder's."""
+        for name, found in self._sets.items():
+            drawn = found.claim["identity"].get("base", "")
+            if drawn and base and drawn != base:
+                yield f"tasks.{name}.images: {found.folder} was drawn by teachers of another base than model.path"
+
     def upto(self, steps: int) -> Iterator[str]:
         """The distinct prompts of the first `steps` batches, see `foresee`."""
         every = [prompt for name in self._names for prompt in self._sets[name].prompts]

@@ -1,5 +1,6 @@
 """Demonstrations as captioned latents: rows by (seed, step, row), teachers' velocities at their states, refusals."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,14 @@ def test_tasks_are_sets_all_or_none(folder: Path, tmp_path: Path):
     assert not are_demonstrated({"text": Pairs(), "other": Pairs(images=str(tmp_path))})
     with pytest.raises(ValueError, match=r"tasks\.other\.images: found '', expected a set of demonstrations as the"):
         are_demonstrated({**_pairs(folder), "other": Pairs()})
+
+
+def test_sets_of_another_bases_teachers_are_told(folder: Path, tmp_path: Path):
+    assert list(_made(folder).of_others("1" * 64)) == []  # this one does not say
+    other = make(tmp_path / "other")
+    claim = json.loads((other / "demonstrations.json").read_text())
+    claim["identity"]["base"] = "0" * 64
+    (other / "demonstrations.json").write_text(json.dumps(claim))
+    made = _made(other)
+    assert list(made.of_others("0" * 64)) == list(made.of_others("")) == []
+    assert [line.split(":")[0] for line in made.of_others("1" * 64)] == ["tasks.text.images", "tasks.other.images"]
