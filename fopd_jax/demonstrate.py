@@ -37,10 +37,14 @@ from fopd_jax.stages.demonstrations import Wanted, demonstrate, tell, with_tasks
 _OUT = flags.DEFINE_string("out", None, "Folder for the set; default demonstrations/<config.name>.")
 _TASKS = flags.DEFINE_list("tasks", [], "Of the config's tasks those whose teachers draw; default all.")
 _PER_TASK = flags.DEFINE_integer("per-task", None, "Draws a task; default one of each prompt.", lower_bound=1)
-_BEST_OF = flags.DEFINE_integer("best-of", 1, "Images a draw, of which the best is kept.", 1, 2**10)
+_BEST_OF = flags.DEFINE_integer(
+    "best-of", 1, "Images a draw, of which the best is kept.", lower_bound=1, upper_bound=2**10
+)
 _TRAJECTORIES = flags.DEFINE_bool("trajectories", False, "Keep states and velocities at the sampler's levels, too.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Of what is kept.")
-_SHARD = flags.DEFINE_integer("shard-rows", 256, "Draws a shard, which is what a killed program loses.", 1, 2**20)
+_SHARD = flags.DEFINE_integer(
+    "shard-rows", 256, "Draws a shard, which is what a killed program loses.", lower_bound=1, upper_bound=2**20
+)
 
 
 def main(_: list[str]) -> None:

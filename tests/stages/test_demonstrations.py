@@ -15,6 +15,8 @@ from fopd_jax.config.schema import RewardConfig
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.stages import demonstrations
 from fopd_jax.stages.demonstrations import Wanted, demonstrate, sample_seed, with_tasks
+from fopd_jax.stages.files import input_files
+from fopd_jax.stages.flow_matching import plan_flow_matching
 from fopd_jax.tasks.demonstrations import Demonstrations
 from tests.configs import load
 
@@ -197,3 +199,25 @@ def test_some_tasks_alone_and_the_base_where_there_is_no_teacher(stubs: list[Stu
     assert not any("composition" in name for name in claim["identity"])
     with pytest.raises(ValueError, match="--tasks: found 'ocr', expected some of"):
         with_tasks(config, ["ocr"])
+
+
+def test_flow_matching_trains_on_a_set_in_place_of_the_worlds_images(stubs: list[Stub], tmp_path: Path):
+    """By what teachers drew, or by their velocities; the set's shards are inputs of the run."""
+    demonstrate(resolve(_config()), tmp_path / "set", dataclasses.replace(WANTED, trajectories=True))
+    changes = {"tasks.text.images": str(tmp_path / "set"), "batch_size": 4}
+    pairs = {
+        target: plan_flow_matching(resolve(load("miniature_sft", "text", **changes, target=target))).pairs
+        for target in ("data", "velocity")
+    }
+    known = {row["prompt"]: row["latents"] for row in _rows(tmp_path / "set", "text")}
+    told = [line.partition(": ")[2] for line in pairs["data"].describe(0, range(4))]
+    data, velocity = (each.batch(0, np.arange(4)) for each in pairs.values())
+    for line, x0, x, v in zip(told, data["x0"], velocity["x"], velocity["v"], strict=True):
+        latents = next(latents for prompt, latents in known.items() if repr(prompt) == line)
+        np.testing.assert_array_equal(x0, latents)
+        np.testing.assert_array_equal((x, v), (latents, 2 * latents))
+    assert set(pairs["data"].upto(100)) == known.keys()
+    config = resolve(load("miniature_sft", "text", **changes))
+    assert input_files(config)["tasks.text.images"] == tmp_path / "set"
+    with pytest.raises(ValueError, match=r"target: found 'velocity', expected 'data': images have no teacher's"):
+        plan_flow_matching(resolve(load("miniature_teacher", "text", target="velocity")))
