@@ -8,8 +8,12 @@ and the main job from there, `configs/miniature.py` with `cold_start.method` 'ad
 The adapter learns both teachers' skills at once, each from its teacher's images for its own training prompts, by flow
 matching. `text` and `composition` learn one of them.
 
-Cost on 2 CPU cores: @@
-Result: @@
+Cost on 2 CPU cores: 44 CPU seconds for 2,048 images of one task at 10 steps. Training was measured on cores that other
+programs used as well: 146 CPU seconds for 200 updates and two evaluations of 1,024 images.
+Result: of `text` alone, from the teacher's 2,048 images, on 512 held-out pairs (base 0.519, teacher 0.858)
+    flow matching, 100 and 200 updates           0.716  0.749
+    --config.target=velocity, 80 updates         0.841
+One seed. Not measured: both tasks at once, and the main job from there.
 
 Other recipes are settings:
     --config.target=velocity                          the teacher's velocities at its own states, of a set that was made

@@ -11,7 +11,7 @@ from fopd_jax.tasks.demonstrations import Demonstrations
 from tests.configs import FOLDER, options
 from tests.quick import environment
 
-TIMEOUT_S = 300.0
+TIMEOUT_S, SHARDS = 300.0, "demonstrations-*"  # whole ones: what is begun has a name that begins with a dot
 SETTINGS = {"eval.num_steps": 2, "eval.batch_size": 2, "run.compiled": ""}
 
 
@@ -35,10 +35,10 @@ def test_killed_outright_it_resumes_to_the_same_bytes(tmp_path: Path):
     straight, killed, kills = tmp_path / "straight", tmp_path / "killed", 0
     assert "text: 8 demonstrations" in _finish(straight)
     while kills < 3:
-        before = len(list(killed.glob("*array_record*")))
+        before = len(list(killed.glob(SHARDS)))
         with _start(killed) as process:
             deadline = time.monotonic() + TIMEOUT_S
-            while len(list(killed.glob("*array_record*"))) <= before and process.poll() is None:
+            while len(list(killed.glob(SHARDS))) <= before and process.poll() is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
             process.kill()

@@ -110,14 +110,15 @@ def test_an_update_is_that_of_the_mean_losss_gradient(trained: str, variables: A
 def test_teachers_velocities_are_regressed_on_at_their_states(trained: str, variables: Any):
     frozen, start, student = _start(trained, variables)
     optimizer, rng = optax.sgd(RATE), np.random.default_rng(7)
-    x, v = (rng.normal(size=(BATCH, *LATENT)).astype(np.float32) for _ in range(2))
-    sigma = np.linspace(0.1, 1, BATCH, dtype=np.float32)
-    batch = {"x": x, "v": v, "sigma": sigma, "conditioning": _batch()["conditioning"]}
+    x, v = (jnp.asarray(rng.normal(size=(BATCH, *LATENT)), jnp.float32) for _ in range(2))
+    sigma = jnp.linspace(0.1, 1, BATCH)
+    conditioning = jax.tree.map(jnp.asarray, _batch()["conditioning"])
+    batch = {"x": x, "v": v, "sigma": sigma, "conditioning": conditioning}
 
     def mean(trained: Any) -> jax.Array:
         params, adapter = (trained, {}) if student is not ADAPTER else (frozen["params"], effective(trained))
-        whole = {"params": params, "constants": frozen["constants"]}
-        return jnp.square(VELOCITY(whole, adapter, x, batch["sigma"], batch["conditioning"]) - v).mean()
+        whole = {"params": params, "constants": jax.tree.map(jnp.asarray, frozen["constants"])}
+        return jnp.square(VELOCITY(whole, adapter, x, sigma, conditioning) - v).mean()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean))(start)
     after, metrics = _step(student, optimizer, target="velocity")(frozen, _state(start, optimizer), batch)
