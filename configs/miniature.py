@@ -24,6 +24,8 @@ Other recipes are settings:
     --config.objective.reward=kl_detached             the paper's first text, which does not learn
     --config.objective.mar_beta=0                     without the anchor
     --config.cold_start.method=none                   from the base instead of the merge
+    --config.cold_start.merge=ties --config.cold_start.density=0.3          or dare; from another merge
+    --config.cold_start.method=adapter --config.cold_start.adapter=runs/miniature_sft     see configs/miniature_sft.py
     --config.updates_per_rollout=2 --config.minibatches=2
     --config.sampler.transition=ode --config.objective.name=direct
 

@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, UInt8
 
 from fopd_jax.adapters.coordinates import placed_at
 from fopd_jax.adapters.lora import Adapter, effective
-from fopd_jax.adapters.lora import merge as merge_adapters
+from fopd_jax.adapters.merging import merge as merge_adapters
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
 from fopd_jax.config.stages import StageConfig
-from fopd_jax.config.teaching import PAPER_GUIDANCE
+from fopd_jax.config.teaching import PAPER_GUIDANCE, ColdStart
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.distributed import warn
@@ -122,7 +122,10 @@ def merge(
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"weights: found {len(weights)}, expected {len(adapters)}, one an adapter")
-    return merge_adapters(method, adapters, weights, session.config.adapter)
+    start = session.config.cold_start if isinstance(session.config, OPD) else ColdStart()
+    return merge_adapters(
+        method, adapters, weights, session.config.adapter, density=start.density, seed=session.config.seed
+    )
 
 
 def score(

@@ -351,8 +351,10 @@ class Pairs(Section):
     wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
     degraded: float = setting(0.0, "Probability of a flawed image, in worlds that render their own.", rules.PROBABILITY)
     images: str = setting(
-        "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
-    )
+        "",
+        "Folder of images and captions (tasks/images.py), in worlds that render none; or a set of teachers' images "
+        "(fopd_jax/demonstrate.py).", rules.PATH,
+    )  # fmt: skip
     test: str = setting("", "Held-out prompts in worlds without their own, see tasks/sources.py.", rules.PATH)
     rewards: dict[str, float] = setting({}, REWARDS_DOC, rules.REWARDS, open_names=True)
 
@@ -386,3 +388,7 @@ class FlowMatching(Config):
     batch_size: int = setting(64, "Samples an update.", at_least(1, MOST_ROWS))
     empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
     levels: LogitNormal = setting(LogitNormal, "Training noise levels.")
+    target: str = setting(
+        "data", "'velocity': what the teacher said at the stored states of its trajectories, at their levels.",
+        one_of("data", "velocity"),
+    )  # fmt: skip

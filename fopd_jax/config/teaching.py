@@ -15,7 +15,10 @@ WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform", "x0", "x_next")
 MATCHES = ("guided", "conditional", "branches")
 ANCHOR_MOVES = ("none", "ema", "slow")
 ROUTINGS = ("hard", "soft", "classifier")
-MERGES = ("svd", "concatenate", "factors")
+MERGES = ("svd", "concatenate", "factors", "ties", "dare")
+DENSE_MERGES = ("ties", "dare")
+"""Those that look at single elements of updates."""
+COLD_STARTS = ("merge", "adapter", "none")
 NOISY = ("warn", "weigh", "off")
 STATISTICS = ("size", "anchor", "apart", "spread")
 JOINT_TARGETS = ("sum", "routed")
@@ -117,16 +120,25 @@ class Anchor(Section):
 class ColdStart(Section):
     """What the student starts from."""
 
-    method: str = setting("merge", "'none': the base.", one_of("merge", "none"), "[paper] merge")
+    method: str = setting(
+        "merge", "'none': the base; 'adapter': one that was trained before, such as by stage flow_matching.",
+        one_of(*COLD_STARTS), "[paper] merge",
+    )  # fmt: skip
     merge: str = setting(
-        "svd", "'svd': the exact average at the student's rank; 'concatenate': at the sum of the ranks; 'factors': a "
-        "and b apart.", one_of(*MERGES), "[code] factors",
+        "svd", "'svd': the exact sum at the student's rank; 'concatenate': at the sum of the ranks; 'factors': a and b "
+        "apart; 'ties', 'dare': by elements, see adapters/merging.py. Whole networks: their sum, 'ties' or 'dare'.",
+        one_of(*MERGES), "[code] factors",
     )  # fmt: skip
     weights: dict[str, float] = setting(
         {},
-        "Of teachers or anchor by name; {}: equal ones of all routed teachers.",
+        "Of teachers or anchor by name; they may sum to anything: a sum of 1 averages, others scale (task arithmetic). "
+        "{}: equal ones of all routed teachers, which sum to 1.",
         rules.WEIGHTS,
         "[paper] the average",
+    )
+    density: float = setting(0.2, "Of 'ties' and 'dare': the share of each layer's elements that stays.", above(0, 1))
+    adapter: str = setting(
+        "", "Of 'adapter': its file, as teachers may have it, or the folder of the run that trained it.", rules.PATH
     )
 
 

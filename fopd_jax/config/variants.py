@@ -57,6 +57,7 @@ def smoke(config: AnyConfig) -> AnyConfig:
     elif isinstance(config, Reinforced):
         _shrink_learning(config)
     elif isinstance(config, FlowMatching):
+        config.target = "data"
         shrunk = {"images": "", "test": "", "rewards": {}}
         config.tasks = {name: replace(config.tasks.get(name, Pairs()), **shrunk) for name in _SKILLS}
     return config

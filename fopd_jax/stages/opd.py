@@ -30,6 +30,7 @@ from fopd_jax.stages import teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.cold_start import check_given, tell_start
 from fopd_jax.stages.coordinates import drawn_coordinates, skills, turned
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grpo import FlowGRPO
@@ -98,6 +99,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
+    check_given(config, setup)
     if config.whole_teachers:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)
@@ -183,7 +185,8 @@ class Distillation:
         """The state of step 0, born in its shards."""
         if self.config.cold_start.method == "merge":
             say("merging the teachers into the student's start")
-        return self.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
+        start = self.teaching.start(partial(tell_start, self.config, self.workdir))
+        return self.trained.born(start, self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
         """Print what trains and what does not."""

@@ -158,8 +158,8 @@ def _with_tasks(world: World, tasks: Mapping[str, RoutedTask | RewardedTask | Pa
     return dataclasses.replace(world, tasks={**world.tasks, **read_tasks(added)}) if added else world
 
 
-def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sampler:
-    """The sampler that the section `eval` describes.
+def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline, *, traced: bool = False) -> Sampler:
+    """The sampler that the section `eval` describes; `traced`: see `make_sampler`.
 
     Raises:
       ValueError: as `make_solver` and `flow_match_sigmas`.
@@ -173,6 +173,7 @@ def eval_sampler(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> Sa
         evaluation.guidance,
         pipeline.world.latent_shape,
         pipeline.mesh,
+        traced=traced,
     )
 
 

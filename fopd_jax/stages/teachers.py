@@ -19,11 +19,8 @@ from fopd_jax.adapters.lora import (
     conform,
     delta,
     effective,
-    init_adapter,
     is_zero,
-    merge,
     rank_of,
-    revive,
     stack_bank,
 )
 from fopd_jax.adapters.lora import zeros_like as no_adapter
@@ -33,9 +30,18 @@ from fopd_jax.config.sizes import describe_size
 from fopd_jax.config.stages import taught
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated, warn
-from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
+from fopd_jax.parallel.sharding import bank_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.cards import check_card, read_source, size_of
+from fopd_jax.stages.cold_start import (
+    Tell,
+    adapter_start,
+    make_start,
+    merge_networks,
+    start_weights,
+    title,
+    untold,
+)
 from fopd_jax.stages.coordinates import fitted, skills
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
 from fopd_jax.stages.setup import Setup
@@ -57,13 +63,13 @@ class Teaching:
     """What a run starts from.
 
     `variables`: the base; `bank`: teachers by task in the config's order, then the anchor. What is not there while
-    training is made anew when it is asked for: `start()`, of what trains, and `models()`, everybody but the student, to
-    report.
+    training is made anew when it is asked for: `start(tell)`, of what trains, where `tell` hears how much of a merge it
+    keeps, and `models()`, everybody but the student, to report.
     """
 
     variables: Tree
     bank: Tree
-    start: Callable[[], Tree]
+    start: Callable[..., Tree]
     models: Callable[[], list[Model]]
 
 
@@ -85,7 +91,7 @@ def check_start(config: OPD, found: Sources) -> None:
       ValueError: weights for a teacher that is not there, or an adapter to start from networks.
     """
     start = config.cold_start
-    if start.method == "none":
+    if start.method != "merge":
         return
     unknown = set(start.weights) - set(found.names)
     if unknown:
@@ -172,7 +178,7 @@ def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) 
     Raises:
       ValueError: as `truncate`, or it is trained at another scale than `config.adapter` has.
     """
-    start, lora = jax.eval_shape(partial(start_adapter, config, adapters, pipeline)), config.adapter
+    start, lora = jax.eval_shape(lambda: make_start(config, adapters, pipeline)[0]), config.adapter
     merge = config.cold_start.merge
     if config.trained == "adapter" and start.scale != lora.scale:
         raise ValueError(
@@ -185,22 +191,22 @@ def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) 
 def teach_by_adapters(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) -> Teaching:
     """Load the base and put the adapters beside it."""
     anchor = adapters[config.anchor.name] if config.anchor.adapter else None
-    make_start = partial(start_adapter, config, adapters, pipeline)
+    begin = partial(adapter_start, config, adapters, pipeline)
     bank = make_bank(
         config, pipeline, {name: adapters[name] for name in taught(config)}, anchor, base=asks_base(config)
     )
     variables = load_base(config.model, pipeline, config.seed)
 
-    def start() -> Tree:
-        adapter = fitted(config, make_start(), pipeline.model)
+    def start(tell: Tell = untold) -> Tree:
+        adapter = fitted(config, begin(tell), pipeline.model)
         return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
 
     def models() -> list[Model]:
         """The base is an adapter, too, so that every model is sampled by one program."""
         base = effective(no_adapter(next(iter(adapters.values()))))
         found = {"base": base} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
-        if config.cold_start.method == "merge":
-            found["merge"] = effective(make_start())
+        if name := title(config):
+            found[name] = effective(begin(untold))
         return [Model(name, variables, adapter) for name, adapter in found.items()]
 
     return Teaching(variables, bank, start, models)
@@ -223,22 +229,6 @@ def make_bank(
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
     stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
     return put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked))
-
-
-def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
-    """The student's initial adapter, coordinates apart: the teachers' weighted merge, or a fresh one."""
-    start, lora, key = config.cold_start, config.adapter, jax.random.key(config.seed)
-    if start.method == "none":
-        return init_adapter(key, _shapes(pipeline)["params"], lora, pipeline.family.targets)
-    weights = start_weights(config)
-    chosen = [adapters[name] for name in weights]
-    return revive(key, merge(start.merge, chosen, list(weights.values()), lora))
-
-
-def start_weights(config: OPD) -> dict[str, float]:
-    """Of the teachers (or the anchor) in the student's start; by default the routed ones count alike."""
-    names = taught(config)
-    return config.cold_start.weights or dict.fromkeys(names, 1 / len(names))
 
 
 def _add_to_base(config: OPD, pipeline: Pipeline, adapter: Adapter) -> Tree:
@@ -281,15 +271,17 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
     def average() -> Tree:
         weights = start_weights(config)
         rows = [list(found.names).index(name) for name in weights]
-        return _average(pipeline, bank, dict(zip(rows, weights.values(), strict=True)))
+        chosen = dict(zip(rows, weights.values(), strict=True))
+        return merge_networks(config, pipeline, variables["params"], bank, chosen)
 
-    def start() -> Tree:
-        if config.trained == "adapter":
-            key, targets = jax.random.key(config.seed), pipeline.family.targets
-            return init_adapter(key, variables["params"], config.adapter, targets)
-        if config.cold_start.method == "none":
+    def start(tell: Tell = untold) -> Tree:
+        if config.cold_start.method == "merge":
+            tell(None)
+            return average()
+        if config.trained == "params" and config.cold_start.method == "none":
             return load_base(config.model, pipeline, config.seed, "float32")["params"]
-        return average()
+        adapter = adapter_start(config, {}, pipeline, tell)
+        return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
 
     def models() -> list[Model]:
         """The bank holds the named networks in their order, the anchor last."""
@@ -298,19 +290,12 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
             params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
         if config.cold_start.method == "merge":
             params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), average())
-        return [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+        networks = [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+        if config.cold_start.method != "adapter":
+            return networks
+        return [*networks, Model(title(config), variables, effective(adapter_start(config, {}, pipeline, untold)))]
 
     return Teaching(variables, bank, start, models)
-
-
-def _average(pipeline: Pipeline, bank: Tree, weights: Mapping[int, float]) -> Tree:
-    """The weighted average of some of a bank's networks, by row, in float32 and in its shards."""
-
-    def average(stacked: jax.Array) -> jax.Array:
-        return jnp.stack([w * stacked[row].astype(jnp.float32) for row, w in weights.items()]).sum(0)
-
-    places = parameter_shardings(pipeline.mesh, _boxed(pipeline))["params"]
-    return jax.jit(lambda bank: jax.tree.map(average, bank), out_shardings=places)(bank)
 
 
 def _boxed(pipeline: Pipeline) -> Tree:

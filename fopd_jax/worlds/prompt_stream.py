@@ -185,13 +185,12 @@ class PromptStream:
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
         tasks, prompts = ([drawn[i] for i in self._mine] for drawn in self.draw(step))
-        mix, coordinates = None, None
-        if self.mixes is not None:
+        coordinates, mix = (None, None) if self.dials is None else self.dials(step, self._mine, tasks)
+        if self.mixes is None:
+            route = self.routes(tasks, prompts)
+        else:
             mix = self.mixes(tasks, prompts)
-        elif self.dials is not None:
-            coordinates, mix = self.dials(step, self._mine, tasks)
-        chief = mix is not None and coordinates is None
-        route = mix.bank[:, 0] if chief else self.routes(tasks, prompts)
+            route = mix.bank[:, 0]
         batch = Batch(self.encode(prompts), route, mix, coordinates=coordinates)
         return jax.tree.map(lambda leaf: leaf[self._repeat], batch)
 

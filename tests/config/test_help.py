@@ -13,7 +13,7 @@ from fopd_jax.config.schema import OPD, FlowMatching
 ROOT = Path(__file__).parents[2]
 OWN = {
     "main": "--check=false", "sample": "--images-per-prompt=1", "compile_for": "--topology", "benchmark": "--steps=10",
-    "evaluate": "--weights-only=false",
+    "evaluate": "--weights-only=false", "demonstrate": "--best-of=1",
 }  # fmt: skip
 
 

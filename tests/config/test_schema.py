@@ -194,7 +194,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "attention": choice("auto", "xla", "cudnn", "splash"), "remat": choice("full", "attention", "dots", "none"),
     "max_skipped_steps": INDEX, "alarms": ([{"x": (1.0, 0.0)}], [{}, {"x": (1.0, 1.0), "y": (-1e300, 1e300)}]),
     "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),
-    "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
+    "weight": NON_NEGATIVE, "method": choice("merge", "adapter", "none"), "merge": choice(*teaching.MERGES),
     "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
     "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice(*teaching.WEIGHTINGS),
     "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
@@ -226,6 +226,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "routing.method": choice("hard", "soft", "classifier"), "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]),
     "health.weight": PROBABILITY, "noisy": choice("warn", "weigh", "off"), "fixed_states": INDEX,
     "eval.coordinates": ([{"x": -10.1}, {"y": 10.1}], [{}, {"x": -10.0, "y": 10.0}]),
+    "density": ([0.0, 1.1], [1.0]), "target": choice("data", "velocity"),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
@@ -242,7 +243,7 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "objective.normalise",
     "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program", "eval.rewritten",
     "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
-    "health.gaps",
+    "health.gaps", "cold_start.adapter",
 }  # fmt: skip
 
 
