@@ -1,5 +1,6 @@
 """The update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn

@@ -33,7 +33,8 @@ def forms(field: Field, number: Any) -> list[Any]:
     hint = str(field.hint)
     low = max(0, field.metadata["rule"].limits[0])
     values = [(number, 1), (low, number)] if "tuple" in hint else [number, number]
-    entry = "1" if field.name.endswith(".schedule") else "x"  # a step's number, or any name
+    named = {"schedule": "1", "bands": "spread"}  # a step's number, what is known of teachers; else any name
+    entry = named.get(field.name.rpartition(".")[2], "x")
     return [{entry: each} for each in values] if hint.startswith("dict") else values
 
 
@@ -48,7 +49,7 @@ def taken(stage: str, changes: dict[str, Any]) -> dict[str, Any]:
     lines = [re.fullmatch(r"([\w.]+)(\[\d\]|, a name in it)?: found .+, expected .+", line) for line in problems]
     assert all(lines), problems
     assert all(len(line) < 400 for line in problems)
-    refused = {re.sub(r"\.[x1]$", "", line[1]) if line[1] not in changes else line[1] for line in lines if line}
+    refused = {re.sub(r"\.(x|1|spread)$", "", line[1]) if line[1] not in changes else line[1] for line in lines if line}
     assert refused <= changes.keys()
     kept = {name: find(config, name) for name in changes.keys() - refused}
     for field in OF[stage]:
