@@ -11,18 +11,20 @@ packaged `teacher_*.safetensors` are the `adapter.safetensors` of the three `-nf
 early. Without that (`quality-nft` with --config.objective.kl_beta=0 --config.run.steps=30) pictures empty themselves:
 quality .947, text .169, composition .363 of 128 pairs, and from step 28 on the monitors say so.
 
-The settings without `-nft` are much those of a study outside of this program, whose Flow-GRPO reached text .848,
-composition .777 and quality .911 of 256 or 512 pairs. Here they have been run to their end where a figure below says
-so.
-
-Cost on 2 CPU cores: `text-nft` and `composition-nft` 4-7 minutes, `quality-nft` 4, on cores that had other work too,
-with evaluations every 5 steps and the report of 8,192 images in them; up to 1.4 GiB of memory.
+Cost on 2 CPU cores: 2.2 to 2.8 seconds a step of 192 images, so 85 s of steps for `text-nft` and 170 s for `text`; with
+evaluations every 5 steps and the report of 8,192 images 3 to 5 minutes; up to 1.4 GiB of memory.
 Result, held out (1,024 pairs a task, 2,048 of quality; standard errors of the lead over the base at most .010):
-                    text  composition  strict  quality   images
-    base           0.519        0.589   0.215    0.653
-    text-nft       0.858        0.652   0.305    0.929    7,680
-    composition-nft 0.622       0.808   0.464    0.925    7,680
-    quality-nft    0.519        0.645   0.280    0.935    4,800
+                     text  composition  strict  quality   images
+    base            0.519        0.589   0.215    0.653
+    text            0.887        0.659   0.235    0.787   11,520
+    text-nft        0.858        0.652   0.305    0.929    7,680
+    composition     0.629        0.798   0.411    0.936    7,680
+    composition-nft 0.622        0.808   0.464    0.925    7,680
+    quality         0.554        0.616   0.242    0.912    3,072
+    quality-nft     0.519        0.645   0.280    0.935    4,800
+    mix             0.859        0.802   0.476    0.920   11,520
+    mix-nft         0.872        0.805   0.542    0.885   11,520
+benchmarks/reinforcement.py runs them all and draws their curves (docs/stage1.md).
 """
 
 from fopd_jax.config.learning import (

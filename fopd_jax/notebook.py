@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from fopd_jax.adapters.coordinates import placed_at
 from fopd_jax.adapters.lora import Adapter, effective
-from fopd_jax.adapters.lora import merge as merge_adapters
+from fopd_jax.adapters.merging import merge as merge_adapters
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config import load
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD, FlowMatching, RoutedTask
 from fopd_jax.config.stages import StageConfig
-from fopd_jax.config.teaching import PAPER_GUIDANCE
+from fopd_jax.config.teaching import PAPER_GUIDANCE, ColdStart
 from fopd_jax.evaluation.sampler import Sampler, generate
 from fopd_jax.evaluation.score import measure
 from fopd_jax.parallel.distributed import warn
@@ -30,6 +31,7 @@ from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.rewards.pixels import to_pixels
 from fopd_jax.rewards.reward import Metadata
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.opd_update import OPDUpdate, make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, load_base, load_policy, make_pipeline
 from fopd_jax.stages.rewards import furnish
@@ -89,12 +91,22 @@ def load_adapter(session: Session, source: str) -> Adapter:
 
 
 def generate_images(
-    session: Session, prompts: Sequence[str], adapter: Adapter | None = None, *, seed: int = 0
+    session: Session,
+    prompts: Sequence[str],
+    adapter: Adapter | None = None,
+    *,
+    seed: int = 0,
+    coordinates: Sequence[float] = (),
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """One image a prompt; image i is a function of prompt, `seed + i` and the section `eval` alone."""
+    """One image a prompt; image i is a function of prompt, `seed + i` and the section `eval` alone.
+
+    `coordinates`: of an adapter that has some, in the order in which its card names its skills; by default 1 each.
+    """
     world, requests = session.pipeline.world, [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     world.prepare([*prompts, ""])
     policy = {} if adapter is None else effective(adapter)
+    if coordinates:
+        policy = placed_at(policy, np.asarray(coordinates, np.float32))
     images = generate(session.sampler, world, session.variables, policy, requests, session.config.eval.batch_size)
     return to_pixels(np.stack([image for _, image in images]))
 
@@ -110,7 +122,10 @@ def merge(
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"weights: found {len(weights)}, expected {len(adapters)}, one an adapter")
-    return merge_adapters(method, adapters, weights, session.config.adapter)
+    start = session.config.cold_start if isinstance(session.config, OPD) else ColdStart()
+    return merge_adapters(
+        method, adapters, weights, session.config.adapter, density=start.density, seed=session.config.seed
+    )
 
 
 def score(
@@ -204,6 +219,8 @@ def make_opd_step(
     config = resolve(override(base, {"tasks": tasks, **named}))
     if config.networks:
         raise ValueError("networks: found some, expected none: teachers are adapters on the session's network here")
+    if skills(config):
+        raise ValueError(f"coordinates.rank: found {config.coordinates.rank}, expected 0: arrays do not draw any")
     asked = {f"tasks.{name}": task for name, task in config.tasks.items()}
     for name, each in (asked if anchor is None else asked | {"anchor": config.anchor}).items():
         if each.guidance is None:

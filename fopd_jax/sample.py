@@ -11,6 +11,9 @@ Several `--adapter`s draw the same, and so does the base: rows of the grid. With
 the config's tasks are drawn. An adapter's file may say which guidance it is for, and of which base it is: that guidance
 is taken unless `eval.guidance` is set, on the command line or in the config's file; what differs is told.
 
+An adapter with capability coordinates has a dial for each of its skills: `--dial=text=1.5,composition=0.5` turns them,
+1 being where nobody does. The base and adapters without any draw beside it as they do.
+
 `--workdir=DIR` draws what a run trained, at its newest checkpoint or at `--step=N`; the config is the run's own, if
 there is no `--config`.
 
@@ -41,7 +44,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from fopd_jax import __version__
-from fopd_jax.adapters.lora import effective
+from fopd_jax.adapters.coordinates import coordinates_of, placed_at
+from fopd_jax.adapters.lora import Adapter, effective
 from fopd_jax.config.flags import config_source, is_chosen, membership, parse_flags, read_config, read_workdir
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import NOISELESS, OPD, FlowMatching
@@ -64,10 +68,12 @@ from fopd_jax.evaluation.samples import (
 from fopd_jax.exits import explained, naming
 from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.interop.files.tensor_files import hash_file
+from fopd_jax.models.coordinates import LAYER
 from fopd_jax.parallel.distributed import initialize, is_main, warn
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.cards import base_hash, other_base, read_source
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.export import export_name
 from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, load_policy, make_pipeline, weight_path
 from fopd_jax.stages.rewards import furnish
@@ -92,6 +98,11 @@ _FORCE = flags.DEFINE_bool("force", False, "Write into a folder that holds other
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image.", lower_bound=0, upper_bound=2**31)
 _SHARED = flags.DEFINE_bool("shared-seed", False, "The same seeds for every prompt, the first one's.")
 _IMAGES = flags.DEFINE_integer("images-per-prompt", 1, "Images of each prompt.", lower_bound=1, upper_bound=2**20)
+_DIAL = flags.DEFINE_list(
+    "dial",
+    [],
+    "Coordinates of an adapter that has some, as SKILL=NUMBER,…, over those of --config.eval.coordinates.",
+)
 _REWARDS = flags.DEFINE_list("rewards", [], "Names of rewards that score every image; by default those of its task.")
 
 DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
@@ -124,7 +135,7 @@ def run(config: StageConfig, out: Path) -> None:
         that is not finite, before it is written.
       OSError: `out` cannot be written.
     """
-    config = _guided(config)
+    config = _dialled(_guided(config))
     check_folder(out, _FORCE.value)
     if _STEP.value is not None and read_workdir() is None:
         raise ValueError(f"step: found {_STEP.value}, but no --workdir whose checkpoint it is")
@@ -258,26 +269,67 @@ def _guided(config: StageConfig) -> StageConfig:
     return resolve(override(config, {"eval.guidance": scale}))
 
 
+def _dialled(config: StageConfig) -> StageConfig:
+    """The config with the coordinates of --dial among those of its evaluation."""
+    given = dict(config.eval.coordinates)
+    for each in _DIAL.value:
+        skill, _, number = each.partition("=")
+        try:
+            given[skill.strip()] = float(number)
+        except ValueError as error:
+            raise ValueError(f"dial: found {each!r}, expected SKILL=NUMBER, such as text=1.5") from error
+    return resolve(override(config, {"eval.coordinates": given}))
+
+
+def _turned(config: StageConfig, source: str, names: Sequence[str], policy: Tree) -> tuple[Tree, dict[str, Any]]:
+    """An effective adapter at the coordinates that were chosen, and what is to be told of them; `names`: its skills.
+
+    Raises:
+      ValueError: some were chosen, and it has none, or none of that name, or does not say their names.
+    """
+    chosen = config.eval.coordinates
+    if LAYER not in policy:
+        if chosen:
+            raise ValueError(f"dial: found {', '.join(chosen)}, but {source} has no coordinates")
+        return policy, {}
+    if len(names) != (skills := len(policy[LAYER]["a"])):
+        raise ValueError(f"adapter: {source}: has {skills} coordinates, but its card names {len(names)}")
+    at = coordinates_of(names, chosen, "dial")
+    told = {name: float(number) for name, number in zip(names, at, strict=True)}
+    say(
+        f"coordinates of {source}: {', '.join(f'{name} {number:g}' for name, number in told.items())}"
+        + ("" if chosen else ", where nobody turns them; --dial does")
+    )
+    return placed_at(policy, at), {"coordinates": told}
+
+
 def _load_policies(config: StageConfig, pipeline: Pipeline) -> list[Policy]:
     """The base alone, what alone is given beside it, or several, the base among them; another base is told."""
     base = base_hash(config.model)
     trained = _stored_source(config)
     given = list(dict.fromkeys([*trained, *_ADAPTER.value]))
     sources = given if len(given) == 1 else list(dict.fromkeys(["", *given]))
+    if config.eval.coordinates and not given:
+        raise ValueError(f"dial: found {', '.join(config.eval.coordinates)}, but no --adapter that has coordinates")
 
     def load(name: str, source: str) -> Policy:
         if not source:
             return Policy(name, lambda base: (base, {}), {})
         if source in trained:
             stored = load_stored(config, pipeline, *trained[source])
-            return Policy(name, lambda base: stored.student.policy(base, stored.weights), stored.about)
+            adapter = effective(stored.weights) if isinstance(stored.weights, Adapter) else {}
+            adapter, told = _turned(config, source, skills(config), adapter)
+            return Policy(
+                name, lambda base: (stored.student.policy(base, stored.weights)[0], adapter), stored.about | told
+            )
         local_path("adapter", source)
         card = read_source("adapter", source)
         if card is not None and (problem := other_base(card, base)):
             warn(f"adapter: {source}: {problem}")
         with naming("adapter"):
             adapter = effective(load_policy(source, pipeline))
-        about = {"source": source, "sha256": _content_hash(weight_path(source))}
+        adapter, told = _turned(config, source, card.coordinates if card else (), adapter)
+        about = {"source": source, "sha256": _content_hash(weight_path(source)), **told}
         return Policy(name, lambda base: (base, adapter), about)
 
     return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]

@@ -16,13 +16,14 @@ VARIANTS: dict[str, list[str]] = {
     "miniature_large": [""],
     "miniature_pretrain": ["clean", "mediocre", "large"],
     "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
+    "miniature_sft": ["both", "text", "composition"],
     "miniature_teacher": ["text", "composition", "quality"],
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
     "sd35m_large": [""],
     "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],
     "sd35m_nft": ["geneval", "ocr", "pickscore", "multi"],
     "sd35m_opd": [""],
-    "sd35m_sft": [""],
+    "sd35m_sft": ["images", "demonstrations"],
 }
 EVERY = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 

@@ -35,7 +35,9 @@ class _Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+_FLOATS = ("guidance", "alpha", "coordinates_high")
 _TEXT = _Rule("a text", _is_text)
+_TEXTS = _Rule("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
 _COUNT = _Rule("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 _NUMBERS = _Rule("an object of finite numbers", _are_numbers)
 _RULES: Mapping[str, _Rule] = {
@@ -49,13 +51,15 @@ _RULES: Mapping[str, _Rule] = {
     "base": _TEXT,
     "rank": _Rule("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
     "alpha": _Rule("a finite number other than 0", lambda value: _is_number(value) and value != 0),
-    "targets": _Rule("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "targets": _TEXTS,
     "updates": _COUNT,
     "scores": _NUMBERS,
     "scored_at": _COUNT,
     "config": _TEXT,
     "config_hash": _TEXT,
     "version": _TEXT,
+    "coordinates": _TEXTS,
+    "coordinates_high": _Rule("a number from 1 to 2", lambda value: _is_number(value) and 1 <= value <= 2),
 }
 
 
@@ -68,7 +72,8 @@ class AdapterCard:
     the sampler that rolled out, `eval_steps` of the one that was evaluated. `preset` and `base`: the network and the
     SHA-256 of its weights (`stages.cards.base_hash`). `rank`, `alpha`, `targets`: its geometry. `updates`: how many.
     `scores`: of the newest evaluation, made after `scored_at` updates. `config`, `config_hash`, `version`: name and
-    identity of what trained it, and of which program.
+    identity of what trained it, and of which program. `coordinates`: the skills that it has a dial for, in their order,
+    trained up to `coordinates_high`; 1 is where nobody turns them.
     """
 
     algorithm: str = ""
@@ -88,6 +93,8 @@ class AdapterCard:
     config: str = ""
     config_hash: str = ""
     version: str = ""
+    coordinates: tuple[str, ...] = ()
+    coordinates_high: float | None = None
 
     @property
     def scale(self) -> float | None:
@@ -124,4 +131,4 @@ def parse_card(found: Any) -> AdapterCard:
 
 def _typed(name: str, value: Any) -> Any:
     """A field's value in its own type, of which JSON has fewer."""
-    return tuple(value) if isinstance(value, list) else float(value) if name in ("guidance", "alpha") else value
+    return tuple(value) if isinstance(value, list) else float(value) if name in _FLOATS else value

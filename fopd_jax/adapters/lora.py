@@ -1,4 +1,4 @@
-"""LoRA adapters as trees: initialise, scale, stack into a bank, merge (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA adapters as trees: initialise, scale, stack into a bank (Hu et al. 2021, arXiv 2106.09685).
 
 An adapter's weights mirror the network's parameter tree: at each targeted dense layer stands `{"a": [*L, D_in, R],
 "b": [*L, R, D_out]}`, with the leading layer axis L in scanned stacks. The update is ΔW = scale·a·b, scale = alpha/R.
@@ -15,7 +15,7 @@ from flax import struct, traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
 from fopd_jax.config.schema import LoRAConfig
-from fopd_jax.config.teaching import MERGES
+from fopd_jax.models.coordinates import LAYER
 
 Tree = Any
 Layer = Mapping[str, Array | np.ndarray]  # "a" and "b"; files give NumPy's arrays
@@ -71,7 +71,7 @@ def adapter_shapes(config: LoRAConfig, params: Tree, groups: Groups) -> Any:
 
 def effective(adapter: Adapter) -> Tree:
     """The tree that the network reads: `b` multiplied by the scale."""
-    return _map_layers(lambda layer: {"a": layer["a"], "b": layer["b"] * adapter.scale}, adapter.weights)
+    return map_layers(lambda layer: {"a": layer["a"], "b": layer["b"] * adapter.scale}, adapter.weights)
 
 
 def zeros_like(adapter: Adapter) -> Adapter:
@@ -145,9 +145,9 @@ def is_zero(adapter: Adapter) -> bool:
 
 
 def rank_of(adapter: Adapter) -> int:
-    """The largest rank of an adapter's layers."""
+    """The largest rank of an adapter's layers, coordinates apart, which are no update of a matrix."""
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter.weights)
-    return max(leaf.shape[_rank_axis(path)] for path, leaf in leaves.items())
+    return max(leaf.shape[_rank_axis(path)] for path, leaf in leaves.items() if path[0] != LAYER)
 
 
 def _rank_axis(path: tuple[str, ...]) -> int:
@@ -176,92 +176,14 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 def delta(adapter: Adapter) -> Tree:
     """Dense updates ΔW = scale·a·b by module path; for small networks and tests."""
-    return _map_layers(lambda layer: _product(adapter.scale * layer["a"], layer["b"]), adapter.weights)
+    return map_layers(lambda layer: product(adapter.scale * layer["a"], layer["b"]), adapter.weights)
 
 
-def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Exact weighted sum of the products, Σ w·ΔW, at the sum of the ranks."""
-    scale = adapters[0].scale
-
-    def join(*layers: Layer) -> dict[str, Array]:
-        factors = [w * each.scale / scale for w, each in zip(weights, adapters, strict=True)]
-        a = jnp.concatenate([layer["a"] for layer in layers], axis=-1)
-        b = jnp.concatenate([f * layer["b"] for f, layer in zip(factors, layers, strict=True)], axis=-2)
-        return {"a": a, "b": b}
-
-    return Adapter(_map_layers(join, *(each.weights for each in adapters)), scale)
-
-
-def truncate(adapter: Adapter, config: LoRAConfig) -> Adapter:
-    """Best rank-R approximation of an adapter (Eckart-Young), without forming ΔW: two QR and one small SVD a layer.
-
-    Both factors carry the square root of the singular values, so neither starts tiny.
-
-    Raises:
-      ValueError: the target rank exceeds what the adapter's layers can have.
-    """
-
-    def shrink(layer: Layer) -> dict[str, Array]:
-        available = min(layer["a"].shape[-2:] + layer["b"].shape[-1:])
-        if config.rank > available:
-            raise ValueError(f"adapter.rank: found {config.rank}, but the merged layers have rank {available} at most")
-        qa, ra = jnp.linalg.qr(layer["a"])
-        qb, rb = jnp.linalg.qr(jnp.swapaxes(layer["b"], -1, -2))
-        core = _product((adapter.scale / config.scale) * ra, jnp.swapaxes(rb, -1, -2))
-        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-        root = jnp.sqrt(s[..., : config.rank])
-        a = _product(qa, u[..., : config.rank]) * jnp.expand_dims(root, -2)
-        b = _product(jnp.expand_dims(root, -1) * vt[..., : config.rank, :], jnp.swapaxes(qb, -1, -2))
-        return {"a": a, "b": b}
-
-    return Adapter(_map_layers(shrink, adapter.weights), config.scale)
-
-
-def average_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Average a and b apart, as the method's authors do. It is not the average of the products; for comparison only.
-
-    Scales that differ from the first's are multiplied into b.
-    """
-    scale = adapters[0].scale
-
-    def mean(*leaves: Array | np.ndarray) -> Array:
-        return jnp.stack([w * leaf for w, leaf in zip(weights, leaves, strict=True)]).sum(0)
-
-    scaled = [
-        _map_layers(lambda layer, f=each.scale / scale: {**layer, "b": f * layer["b"]}, each.weights)
-        for each in adapters
-    ]
-    return Adapter(jax.tree.map(mean, *scaled), scale)
-
-
-def merge(method: str, adapters: Sequence[Adapter], weights: Sequence[float], config: LoRAConfig) -> Adapter:
-    """Merge teachers into a start for the student.
-
-    `svd`: the exact average, truncated to `config.rank`; `concatenate`: the exact average at the sum of the ranks;
-    `factors`: a and b averaged apart, at the teachers' own rank.
-
-    Raises:
-      ValueError: unknown method.
-    """
-    check_merge(method)
-    if method == "svd":
-        return truncate(concatenate(adapters, weights), config)
-    if method == "concatenate":
-        return concatenate(adapters, weights)
-    return average_factors(adapters, weights)
-
-
-def check_merge(method: str) -> None:
-    """Raises ValueError where there is no such way to merge."""
-    if method not in MERGES:
-        raise ValueError(f"cold_start.merge: found {method!r}, expected one of {MERGES}")
-
-
-def _product(left: Array | np.ndarray, right: Array | np.ndarray) -> Array:
+def product(left: Array | np.ndarray, right: Array | np.ndarray) -> Array:
     """A product of matrices in float32 as it is meant: at the default precision accelerators round its inputs."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _map_layers(function: Any, *trees: Tree) -> Tree:
+def map_layers(function: Any, *trees: Tree) -> Tree:
     """Map over `{"a", "b"}` pairs instead of single leaves."""
     return jax.tree.map(function, *trees, is_leaf=lambda node: isinstance(node, dict) and "a" in node)

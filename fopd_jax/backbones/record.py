@@ -71,6 +71,8 @@ class Backbone:
     layers that adapters may act on, by the last two parts of their paths. `flops(shape, tokens, adapter or None,
     rematerialisation)`; `tokens(shape, latent shape, text tokens)`.
     `rules`: mesh axes of logical axes that the shared table lacks. `files`: None where nobody else keeps any.
+    `coordinates(shape, tokens, adapter)`: FLOPs more of a sample's backward, where an adapter has a layer of that name
+    (`models.coordinates`); None: the module does not read it.
     `float8`: its dense layers read the collection `scales` (see `backbones.float8`).
     """
 
@@ -86,4 +88,5 @@ class Backbone:
     tokens: Callable[[Shape, LatentShape, int], Tokens]
     rules: Rules = ()
     files: Files | None = None
+    coordinates: Callable[[Shape, Tokens, LoRAConfig], float] | None = None
     float8: bool = False

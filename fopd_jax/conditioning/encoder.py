@@ -25,11 +25,13 @@ Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "b s"]]
 class Conditioning:
     """Encoded prompts: `context [B, S, context_dim]` per token (padding included: it is attended), `pooled [B, P]`.
 
-    `pooled` is None where the network has no such input.
+    `pooled` is None where the network has no such input. `coordinates [B, K]`: of the skills of an adapter that has
+    some (`adapters.coordinates`), where each sample has its own.
     """
 
     context: Any  # float arrays, numpy or jax; Any because tree operations put anything into a leaf
     pooled: Any
+    coordinates: Any = None
 
 
 @struct.dataclass

@@ -22,7 +22,9 @@ def _with_names(config: schema.Config) -> schema.Config:
 
 
 _EXAMPLES = {
-    "opd": _with_names(schema.OPD(tasks={"NAME": schema.RoutedTask()})),
+    "opd": _with_names(
+        schema.OPD(tasks={"NAME": schema.RoutedTask()}, offline=schema.Offline(tasks={"NAME": schema.Pairs()}))
+    ),
     "grpo": _with_names(learning.GRPO(tasks={"NAME": learning.RewardedTask()})),
     "forward_rl": _with_names(learning.ForwardRL(tasks={"NAME": learning.RewardedTask()})),
     "flow_matching": _with_names(schema.FlowMatching(tasks={"NAME": schema.Pairs()})),

@@ -1,4 +1,5 @@
-"""What identifies an experiment: the settings of its config that are no defaults, without those of section `run`."""
+"""What identifies an experiment: the settings of its config that are no defaults, without those of section `run` and
+those that only look on."""
 
 import functools
 import hashlib
@@ -45,7 +46,10 @@ def normalise(fields: Fields) -> dict[str, Any]:
         if not name.startswith("run.")
         and value not in (default_of(stage, name), left_out(stage, name))
         and not _implied(name, named, tasks)
+        and not _looks_on(name, named)
     }
+    offline = sorted({name.split(".")[2] for name in named if name.startswith("offline.tasks.")})
+    kept |= {"offline.tasks": named.get("offline.tasks") or offline} if offline else {}
     return {"stage": stage, "tasks": named.get("tasks") or tasks} | kept
 
 
@@ -91,6 +95,11 @@ def _default(node: Any, hint: Any, path: list[str]) -> Any:
         is_section = isinstance(kind, type) and issubclass(kind, Section)
         return _default(kind() if is_section else node.get(path[0], _MISSING), kind, path[1:])
     return _MISSING
+
+
+def _looks_on(name: str, fields: Fields) -> bool:
+    """Whether a field of section `health` changes no number of the training."""
+    return name.startswith("health.") and (name == "health.gaps" or fields.get("health.noisy") != "weigh")
 
 
 def _implied(name: str, fields: Fields, tasks: list[str]) -> bool:

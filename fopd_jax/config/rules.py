@@ -49,6 +49,11 @@ def one_of(*known: Any) -> Rule:
     return Rule(f"one of {known}", lambda value: value in known)
 
 
+def each(rule: Rule) -> Rule:
+    """Of every number in a tuple."""
+    return Rule(f"{rule.expected} each", lambda value: all(map(rule.holds, value)), rule.limits)
+
+
 PROBABILITY = Rule("a probability", lambda value: 0 <= value <= 1, (0, 1))
 SIZE = Rule(
     f"pixels a side from 1 to {LARGEST_SIDE}, or (height, width)",
@@ -65,6 +70,11 @@ AXIS = Rule(
     (-1, MOST_ROWS),
 )
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), (0, 1))
+RANGE = Rule(
+    "(low, high) with 1e-12 <= low <= high <= 1000",
+    lambda value: 1e-12 <= value[0] <= value[1] <= 1000,
+    (1e-12, 1000),
+)
 BEST = Rule("'max:METRIC', 'min:METRIC' or ''", lambda value: value == "" or bool(re.fullmatch("(max|min):.+", value)))
 WEIGHTS = Rule(
     "weights from 0 to 1000, not all of them 0",
@@ -72,6 +82,7 @@ WEIGHTS = Rule(
     (0, 1000),
 )
 REWARDS = Rule("weights from 0 to 1000", lambda value: all(0 <= each <= 1000 for each in value.values()), (0, 1000))
+DIALS = Rule("numbers from -10 to 10", lambda value: all(-10 <= each <= 10 for each in value.values()), (-10, 10))
 SCHEDULE = Rule(
     f"{{step: weight}}, steps from 1 to {MOST_STEPS}, weights from 0 to 1000000",
     lambda value: all(_is_step(step) and 0 <= weight <= 1e6 for step, weight in value.items()),
@@ -90,6 +101,15 @@ BOUNDS = Rule(
     lambda value: all(low <= high for low, high in value.values()),
     (-sys.float_info.max, sys.float_info.max),
 )
+
+
+def bands(known: tuple[str, ...]) -> Rule:
+    """Of bounds of some known statistics, which are no negative numbers."""
+    return Rule(
+        f"{{statistic: (low, high)}} with 0 <= low <= high <= {NO_LIMIT:g}, statistics of {known}",
+        lambda value: all(name in known and 0 <= low <= high <= NO_LIMIT for name, (low, high) in value.items()),
+        (0, NO_LIMIT),
+    )
 
 
 def _is_step(name: str) -> bool:

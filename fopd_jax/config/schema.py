@@ -25,7 +25,17 @@ from fopd_jax.config.rules import (
 )
 from fopd_jax.config.section import Section, setting
 from fopd_jax.config.sizes import Pixels, height_width
-from fopd_jax.config.teaching import REWARDS_DOC, Anchor, ColdStart, Objective, RoutedTask, TeacherNetwork
+from fopd_jax.config.teaching import (
+    REWARDS_DOC,
+    Anchor,
+    ColdStart,
+    Coordinates,
+    Health,
+    Objective,
+    RoutedTask,
+    Routing,
+    TeacherNetwork,
+)
 
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
@@ -112,6 +122,19 @@ class Evaluation(Section):
     noise_level: float = setting(0.7, "Of 'sde' and 'cps'.", at_least(0, 10))
     seed: int = setting(1, "Of the noises; the report's is the next.", between(0, 2**32 - 2))
     final_samples: int = setting(16, "Pairs a task in the report.", at_least(1, MOST_ROWS))
+    rewritten: bool = setting(
+        False, "The networks read the prompts in other words (tasks/paraphrase.py); scores go by the prompts as they "
+        "were."
+    )  # fmt: skip
+    also_steps: tuple[int, ...] = setting(
+        (), "The report is made at these numbers of sampler steps, too.", rules.each(at_least(1, MOST_SAMPLER_STEPS))
+    )
+    also_guidance: tuple[float, ...] = setting(
+        (), "And under these guidance scales, each at every number of steps.", rules.each(at_least(0, 100))
+    )
+    coordinates: dict[str, float] = setting(
+        {}, "Of an adapter that has some, by skill; 1 where none is named.", rules.DIALS, open_names=True
+    )
 
 
 @dataclasses.dataclass
@@ -277,6 +300,10 @@ class Sampler(Section):
     trained: tuple[int, int] | None = setting(
         None, "(start, stop): train these timesteps alone.", rules.steps(MOST_SAMPLER_STEPS)
     )
+    teacher_steps: int = setting(
+        1, "m: from each state the teachers go down the student's step by m ODE steps of their own, and their mean "
+        "velocity is the target: for students of few steps.", at_least(1, MOST_SAMPLER_STEPS),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -297,6 +324,7 @@ class OPD(Config):
     sampler: Sampler = setting(Sampler, "The rollout.")
     one_timestep: bool = setting(False, "Train one timestep of each rollout, drawn by weight; needs 'direct'.")
     objective: Objective = setting(Objective, "The loss.")
+    offline: "Offline" = setting(lambda: Offline(), "Flow matching of captioned images beside it.")
     updates_per_rollout: int = setting(
         1, "With several the rollout is stored and replayed.", at_least(1, 1000), "[code] 2"
     )
@@ -307,7 +335,10 @@ class OPD(Config):
     export: str = setting(
         "ema", "Which weights are exported: the average's, or the last.", one_of("ema", "raw"), "[code] ema"
     )
+    routing: Routing = setting(Routing, "Which teachers a prompt is taught by.")
+    health: Health = setting(Health, "What is logged of the gap, and what is made of noisy teachers.")
     run: Run = setting(lambda: Run(alarms={"ratio": (0.9, 1.1)}), "How it is run; no part of its identity.")
+    coordinates: Coordinates = setting(Coordinates, "A dial per skill, beside the student's prompt.")
     networks: dict[str, TeacherNetwork] = setting({}, "Networks of teachers beside the base, by name.", open_names=True)
 
 
@@ -322,8 +353,10 @@ class Pairs(Section):
     wrong_caption: float = setting(0.0, "Probability that the caption is another prompt's.", rules.PROBABILITY)
     degraded: float = setting(0.0, "Probability of a flawed image, in worlds that render their own.", rules.PROBABILITY)
     images: str = setting(
-        "", "Folder of images and captions (tasks/images.py), in worlds that render none.", rules.PATH
-    )
+        "",
+        "Folder of images and captions (tasks/images.py), in worlds that render none; or a set of teachers' images "
+        "(fopd_jax/demonstrate.py).", rules.PATH,
+    )  # fmt: skip
     test: str = setting("", "Held-out prompts in worlds without their own, see tasks/sources.py.", rules.PATH)
     rewards: dict[str, float] = setting({}, REWARDS_DOC, rules.REWARDS, open_names=True)
 
@@ -338,6 +371,17 @@ class LogitNormal(Section):
 
 
 @dataclasses.dataclass
+class Offline(Section):
+    """An anchor that is no network: flow matching of captioned images, beside distillation, w·E‖v_θ - (ε - x0)‖²."""
+
+    weight: float = setting(0.0, "w; 0: none.", at_least(0, 1000))
+    batch_size: int = setting(64, "Images a step; all its updates see them.", at_least(1, MOST_ROWS))
+    tasks: dict[str, Pairs] = setting({}, "Captioned images by task, as in stage flow_matching.", open_names=True)
+    empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
+    levels: LogitNormal = setting(LogitNormal, "Their noise levels.")
+
+
+@dataclasses.dataclass
 class FlowMatching(Config):
     """Stage `flow_matching`: train a whole network, or an adapter, on captioned images."""
 
@@ -346,3 +390,7 @@ class FlowMatching(Config):
     batch_size: int = setting(64, "Samples an update.", at_least(1, MOST_ROWS))
     empty_caption: float = setting(0.0, "Probability of the null prompt, for guidance.", rules.PROBABILITY)
     levels: LogitNormal = setting(LogitNormal, "Training noise levels.")
+    target: str = setting(
+        "data", "'velocity': what the teacher said at the stored states of its trajectories, at their levels.",
+        one_of("data", "velocity"),
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fopd_jax.config.learning import GRPO, ForwardRL, NoiseWindow, Reinforced, RewardedTask
 from fopd_jax.config.parse import AnyConfig, override, resolve, thaw
-from fopd_jax.config.schema import OPD, Anchor, FlowMatching, Pairs, RoutedTask
+from fopd_jax.config.schema import OPD, FlowMatching, Pairs, RoutedTask
 from fopd_jax.config.stages import is_mixed
 
 SMOKE = "smoke"
@@ -57,6 +57,7 @@ def smoke(config: AnyConfig) -> AnyConfig:
     elif isinstance(config, Reinforced):
         _shrink_learning(config)
     elif isinstance(config, FlowMatching):
+        config.target = "data"
         shrunk = {"images": "", "test": "", "rewards": {}}
         config.tasks = {name: replace(config.tasks.get(name, Pairs()), **shrunk) for name in _SKILLS}
     return config
@@ -66,9 +67,14 @@ def _shrink_teaching(config: OPD) -> None:
     """The packaged teachers in place of the config's, at as many sampler steps as it takes to train two of them."""
     config.tasks = {name: RoutedTask(teacher=f"packaged:teacher_{name}.safetensors", guidance=1.0) for name in _SKILLS}
     config.networks = {}
-    config.anchor = Anchor("quality", "packaged:teacher_quality.safetensors", guidance=1.0, every=config.anchor.every)
+    packaged = {"name": "quality", "adapter": "packaged:teacher_quality.safetensors", "guidance": 1.0, "network": ""}
+    config.anchor = replace(config.anchor, **packaged)
+    if config.offline.weight:
+        config.offline.batch_size = 8
+        config.offline.tasks = {name: Pairs() for name in _SKILLS}
     config.cold_start.weights = {}
     config.sampler.num_steps = 3
+    config.health.fixed_states = min(config.health.fixed_states, 2)
     if is_mixed(config):
         config.images_per_prompt = 4
         for name, task in config.tasks.items():

@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fopd_jax.config.schema import Evaluation
-from fopd_jax.console import progress
+from fopd_jax.console import Progress, progress
 from fopd_jax.evaluation.grid import draw_grid
 from fopd_jax.evaluation.sampler import Sampler, check_finite
-from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, noise_keys
+from fopd_jax.evaluation.score import EvalSet, Measured, check_failures, evaluate, noise_keys, reader
+from fopd_jax.evaluation.settings import main_setting
 from fopd_jax.files import write_json, write_png, write_text
 from fopd_jax.parallel.distributed import is_main, warn
 from fopd_jax.parallel.sharding import batch_ways
@@ -22,6 +24,10 @@ from fopd_jax.running.records import PACKAGES
 from fopd_jax.worlds.world import World, select_tasks
 
 Scores = Mapping[str, np.ndarray]
+Samplers = Mapping[str, Sampler]
+"""By the names of their settings, see `evaluation.settings`."""
+Found = Mapping[str, Measured]
+"""Of every model."""
 GRID_COLUMNS = 12
 SAMPLES_FILE, RESULTS_FILE, TABLE_FILE = "samples.png", "results.json", "table.txt"
 
@@ -30,13 +36,14 @@ SAMPLES_FILE, RESULTS_FILE, TABLE_FILE = "samples.png", "results.json", "table.t
 class Model:
     """A policy to report: its name, the network's variables and the effective adapter on them.
 
-    `sampler`: of its own network, where that is another than the others'.
+    `sampler`, `others`: of its own network, where that is another than the other models'; see `write_report`.
     """
 
     name: str
     variables: Tree
     adapter: Tree
     sampler: Sampler | None = None
+    others: Samplers = MappingProxyType({})
 
     @property
     def policy(self) -> tuple[Tree, Tree]:
@@ -52,10 +59,12 @@ def write_report(
     world: World,
     models: Sequence[Model],
     max_failed: float,
+    others: Samplers = MappingProxyType({}),
 ) -> None:
     """Evaluate every model on the same pairs and write the files; the last model is the student.
 
-    `about`: what else to write into `results.json`. All processes evaluate, process 0 writes.
+    `about`: what else to write into `results.json`; `others`: samplers at other settings, at which all of it is done
+    again: they are told of below the table and under `settings`. All processes evaluate, process 0 writes.
     `results.json` holds no times, so that it is the same however often the run was interrupted. Where no task has
     scores, there is neither it nor a table. Scores that failed are left out of means, counted and told.
 
@@ -66,37 +75,62 @@ def write_report(
     """
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
-    eval_set = EvalSet(tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways, max_failed)
-    found: dict[str, Measured] = {}
-    total = len(models) * len(eval_set.scored()) * eval_set.samples
+    eval_set = EvalSet(
+        tasks, settings.final_samples, settings.batch_size, settings.seed + 1, ways, max_failed,
+        read=reader(settings, world),
+    )  # fmt: skip
+    about = {**about, "prompts": "rewritten"} if settings.rewritten else about
+    total = len(models) * len(eval_set.scored()) * eval_set.samples * (1 + len(others))
+    found: dict[str, dict[str, Measured]] = {}
     with progress("report", total, "images") as count:
-        for model in models:
-            found[model.name] = each = evaluate(
-                model.sampler or sampler, world, eval_set, model.variables, model.adapter, count
-            )
-            for line in each.told():
-                warn(f"scores of {model.name}: {line}")
-            check_failures(each, max_failed, f" of {model.name}")
+        for setting, each in {main_setting(settings): sampler, **others}.items():
+            where = f" at {setting}" if setting in others else ""
+            found[setting] = {
+                model.name: _measure(_own(model, setting, each), world, eval_set, model, where, count)
+                for model in models
+            }
     if is_main() and total:
         _write_scores(workdir, about, found, models[-1].name)
-    draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models)
+    draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models, others)
 
 
-def _write_scores(workdir: Path, about: Mapping[str, Any], found: Mapping[str, Measured], student: str) -> None:
-    scores = {name: each.values for name, each in found.items()}
+def _own(model: Model, setting: str, usual: Sampler) -> Sampler:
+    """What draws a model at a setting: its own network's sampler, where it has one."""
+    return usual if model.sampler is None else model.others.get(setting, model.sampler)
+
+
+def _measure(sampler: Sampler, world: World, eval_set: EvalSet, model: Model, where: str, count: Progress) -> Measured:
+    """Scores of one model at one setting; failures are told, and refused where there are too many."""
+    found = evaluate(sampler, world, eval_set, model.variables, model.adapter, count)
+    for line in found.told():
+        warn(f"scores of {model.name}{where}: {line}")
+    check_failures(found, eval_set.max_failed, f" of {model.name}{where}")
+    return found
+
+
+def _write_scores(workdir: Path, about: Mapping[str, Any], found: Mapping[str, Found], student: str) -> None:
+    """`found`: by setting, the main one first."""
+    usual, *others = found
+    scores = {setting: {name: each.values for name, each in models.items()} for setting, models in found.items()}
+    told = _summary(found[usual])
     write_json(
         workdir / RESULTS_FILE,
         {
-            "models": {
-                name: {skill: round(value, 6) for skill, value in each.means().items()} for name, each in found.items()
-            },
-            "samples": {skill: len(values) for skill, values in scores[student].items()},
-            "failed": {name: failed for name, each in found.items() if (failed := each.failed())},
+            "models": told["models"],
+            "samples": {skill: len(values) for skill, values in scores[usual][student].items()},
+            "failed": told["failed"],
+            **({"settings": {name: _summary(found[name]) for name in others}} if others else {}),
             **about,
             "versions": versions(PACKAGES),
         },
     )
-    write_text(workdir / TABLE_FILE, format_table(scores, student) + "\n")
+    tables = [format_table(scores[usual], student), *(format_settings(scores, student) if others else [])]
+    write_text(workdir / TABLE_FILE, "\n\n".join(tables) + "\n")
+
+
+def _summary(found: Found) -> dict[str, Any]:
+    means = {name: {skill: round(mean, 6) for skill, mean in each.means().items()} for name, each in found.items()}
+    return {"models": means, "failed": {name: failed for name, each in found.items() if (failed := each.failed())}}
 
 
 def format_table(scores: Mapping[str, Scores], student: str) -> str:
@@ -104,20 +138,35 @@ def format_table(scores: Mapping[str, Scores], student: str) -> str:
 
     Of pairs that have a score; where some have none (NaN), the mean has a mark.
     """
-    skills = list(scores[student])
-    marked = any(np.isnan(values).any() for each in scores.values() for values in each.values())
-    width = max(map(len, scores))
-    lines = [" " * width + "".join(f"  {skill:>24}" for skill in skills)]
-    for name, each in scores.items():
-        cells = "".join(
-            f"  {_cell(each[skill], None if name == student else scores[student][skill], marked):>24}"
-            for skill in skills
-        )
-        lines.append(f"{name:<{width}}{cells}")
+    lines, marked = _rows(scores, student)
     lines.append(f"(student minus model ± standard error of the paired differences; n = {_counts(scores[student])})")
     if marked:
         lines.append(f"* of the pairs whose scores did not fail; failed: {_failures(scores)}")
     return "\n".join(lines)
+
+
+def format_settings(scores: Mapping[str, Mapping[str, Scores]], student: str) -> list[str]:
+    """Of each skill a table whose columns are the settings, by setting and model; leads are over the same setting's."""
+    _, usual = next(iter(scores.items()))
+    tables = []
+    for skill in usual[student]:
+        columns = {name: {setting: models[name][skill] for setting, models in scores.items()} for name in usual}
+        lines, marked = _rows(columns, student, skill)
+        tables.append("\n".join([*lines, *(["* of the pairs whose scores did not fail"] if marked else [])]))
+    return tables
+
+
+def _rows(scores: Mapping[str, Scores], student: str, corner: str = "") -> tuple[list[str], bool]:
+    """Heads and a line a model; and whether some cells have a mark."""
+    columns = list(scores[student])
+    marked = any(np.isnan(values).any() for each in scores.values() for values in each.values())
+    width, wide = max(map(len, [*scores, corner])), max([24, *map(len, columns)])
+    lines = [f"{corner:<{width}}" + "".join(f"  {column:>{wide}}" for column in columns)]
+    for name, each in scores.items():
+        leads = [None if name == student else scores[student][column] for column in columns]
+        cells = [_cell(each[column], lead, marked) for column, lead in zip(columns, leads, strict=True)]
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells))
+    return lines, marked
 
 
 def _cell(values: np.ndarray, student: np.ndarray | None, marked: bool) -> str:
@@ -143,32 +192,49 @@ def _counts(scores: Scores) -> str:
     return ", ".join(f"{skill} {len(values)}" for skill, values in scores.items())
 
 
-def draw_samples(path: Path, sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> None:
+def draw_samples(
+    path: Path,
+    sampler: Sampler,
+    world: World,
+    eval_set: EvalSet,
+    models: Sequence[Model],
+    others: Samplers = MappingProxyType({}),
+) -> None:
     """Write the grid that `sample_grid` draws; all processes draw it, process 0 writes."""
-    picture = sample_grid(sampler, world, eval_set, models)
+    picture = sample_grid(sampler, world, eval_set, models, others)
     if is_main():
         write_png(path, picture)
 
 
-def sample_grid(sampler: Sampler, world: World, eval_set: EvalSet, models: Sequence[Model]) -> Image.Image:
+def sample_grid(
+    sampler: Sampler,
+    world: World,
+    eval_set: EvalSet,
+    models: Sequence[Model],
+    others: Samplers = MappingProxyType({}),
+) -> Image.Image:
     """Rows are models, columns the same pairs, spread evenly over each task's first batch so that all kinds show.
+
+    Below them stands the last model at the `others`' settings.
 
     Raises:
       ValueError: an image is not finite; names its model and prompt.
     """
     count = min(GRID_COLUMNS // len(eval_set.tasks), eval_set.batch_size)
     columns = np.arange(count) * eval_set.batch_size // count
-    batches = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
+    first = {task.name: next(eval_set.pairs(task)) for task in eval_set.tasks.values()}
+    batches = {name: (list(map(eval_set.read, prompts)), index) for name, (prompts, index) in first.items()}
     labels = [prompts[column] for prompts, _ in batches.values() for column in columns]
 
-    def row(model: Model) -> np.ndarray:
-        draw = model.sampler or sampler
+    def row(label: str, model: Model, drawn_by: Sampler) -> np.ndarray:
         images = [
-            draw(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
+            drawn_by(world, model.variables, model.adapter, prompts, noise_keys(eval_set.seed, name, index))[columns]
             for name, (prompts, index) in batches.items()
         ]
         whole = np.concatenate(images)
-        check_finite(whole, [f"{model.name}, prompt {prompt!r}" for prompt in labels])
+        check_finite(whole, [f"{label}, prompt {prompt!r}" for prompt in labels])
         return whole
 
-    return draw_grid(np.stack([row(model) for model in models]), [model.name for model in models], labels)
+    rows = {model.name: (model, model.sampler or sampler) for model in models}
+    rows |= {f"{models[-1].name}, {setting}": (models[-1], _own(models[-1], setting, other)) for setting, other in others.items()}
+    return draw_grid(np.stack([row(label, *each) for label, each in rows.items()]), list(rows), labels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.schedule import make_levels
-from fopd_jax.flow.solver import Solver, solve
+from fopd_jax.flow.solver import Solver, solve, trace
 from fopd_jax.flow.transition import standard_normal
 from fopd_jax.parallel.agreement import together
 from fopd_jax.parallel.distributed import gather_rows, held_rows, put_replicated, rows_of
@@ -30,7 +31,7 @@ class Sampler:
     over it, so that each process encodes and decodes the rows of its own devices alone.
     """
 
-    draw: Callable[..., Float[Array, "b h w c"]]
+    draw: Callable[..., Any]
     guided: bool
     mesh: Mesh
     negative: str = ""
@@ -46,11 +47,14 @@ class Sampler:
         self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array
     ) -> Float[np.ndarray, "n height width 3"]:
         """Of the same images those that this process's devices make, in the order of `rows`."""
+        return world.decode(held_rows(self.latents(world, variables, adapter, prompts, keys)))
+
+    def latents(self, world: World, variables: Tree, adapter: Tree, prompts: Sequence[str], keys: Array) -> Any:
+        """Their latents, what `draw` returns: split over the mesh."""
         conditioning = together("prompts of an evaluation", lambda: embed_prompts(world, prompts, self.mesh))
         null = embed_alone(world, self.negative, self.mesh) if self.guided else None
         keys = put_replicated(keys, batch_sharding(self.mesh))
-        latents = self.draw(variables, adapter, conditioning, null, keys)
-        return world.decode(held_rows(latents))
+        return self.draw(variables, adapter, conditioning, null, keys)
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " n"]:
         """The rows of a batch that this process makes."""
@@ -64,8 +68,13 @@ def make_sampler(
     guidance: float,
     latent_shape: tuple[int, ...],
     mesh: Mesh,
+    *,
+    traced: bool = False,
 ) -> Sampler:
-    """A sampler of one schedule, solver and guidance scale; a scale of 1 does without the negative prompt."""
+    """A sampler of one schedule, solver and guidance scale; a scale of 1 does without the negative prompt.
+
+    `traced`: `draw` returns, beside the latents, what `flow.solver.trace` does, its axes `[B, T, …]`.
+    """
 
     def sample(variables: Tree, adapter: Tree, conditioning: Conditioning, null: Conditioning | None, keys: Array):
         def policy(x: Array, sigma: Array) -> Array:
@@ -74,7 +83,10 @@ def make_sampler(
         noise = standard_normal(keys, latent_shape)
         steps = jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, t))(keys))(jnp.arange(len(sigmas) - 1))
         with activation_rules(mesh):
-            return solve(solver, policy, make_levels(sigmas), noise, steps)
+            if not traced:
+                return solve(solver, policy, make_levels(sigmas), noise, steps)
+            latents, seen = trace(solver, policy, make_levels(sigmas), noise, steps)
+            return latents, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), seen)
 
     return Sampler(jax.jit(sample, out_shardings=batch_sharding(mesh)), guidance != 1, mesh)
 

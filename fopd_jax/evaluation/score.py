@@ -6,13 +6,14 @@ import functools
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from fopd_jax.config.schema import Evaluation
 from fopd_jax.console import Progress
 from fopd_jax.evaluation.sampler import Sampler, check_finite
 from fopd_jax.parallel.agreement import share, together
@@ -37,7 +38,8 @@ class EvalSet:
 
     `made_at_once` are one batch, `batch_size` filled up to what the mesh divides; pictures show some of the first
     `batch_size` pairs, which are the same on every mesh. `max_failed`: share of a reward's scores that may fail, see
-    `run.max_failed_rewards`; `monitored`: whether what reward hacking looks like is measured as well.
+    `run.max_failed_rewards`; `monitored`: whether what reward hacking looks like is measured as well. `read`: what
+    networks read in a prompt's place, see `reader`; rewards go by the prompt.
     """
 
     tasks: Mapping[str, Task]
@@ -47,6 +49,7 @@ class EvalSet:
     ways: int = 1  # parts of a batch, see `batch_ways`
     max_failed: float = 1.0
     monitored: bool = False
+    read: Callable[[str], str] = str
 
     @property
     def made_at_once(self) -> int:
@@ -69,7 +72,12 @@ class EvalSet:
     def prompts(self) -> list[str]:
         """Every prompt that evaluation may ask for, the empty one included: of tasks without scores, what is drawn."""
         drawn = [next(self.pairs(task))[0] for task in self.tasks.values()]
-        return ["", *itertools.chain(*drawn, *(task.test for task in self.scored()))]
+        return ["", *map(self.read, itertools.chain(*drawn, *(task.test for task in self.scored())))]
+
+
+def reader(settings: Evaluation, world: World) -> Callable[[str], str]:
+    """What the section `eval` has networks read in a prompt's place: the prompt, or the same in other words."""
+    return (lambda prompt: world.paraphrase(prompt, settings.seed)) if settings.rewritten else str
 
 
 def _skills(task: Task) -> tuple[str, ...]:
@@ -206,7 +214,8 @@ def _begun(
     for task in eval_set.scored():
         beside = task.beside("test")
         for prompts, index in eval_set.pairs(task):
-            images = sampler.held(world, variables, adapter, prompts, noise_keys(eval_set.seed, task.name, index))
+            read = list(map(eval_set.read, prompts))
+            images = sampler.held(world, variables, adapter, read, noise_keys(eval_set.seed, task.name, index))
             wanted = int((index < eval_set.samples).sum())
             mine = [int(row) for row in sampler.rows(len(prompts)) if row < wanted]
             own = [prompts[row] for row in mine]

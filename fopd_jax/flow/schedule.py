@@ -17,30 +17,34 @@ TRAINING_TIMESTEPS = 1000
 class Level:
     """Where a sampler step goes from and to, 0-d each; of a schedule's steps stacked `[T]`, as a scan takes them.
 
-    `noisy`: whether the step draws noise; None where every step draws what its transition has.
+    `noisy`: whether the step draws noise; None where every step draws what its transition has. `between [m - 1]`:
+    levels within the step, where somebody goes down it by m steps.
     """
 
     sigma: Any  # float arrays; Any because tree operations put anything into a leaf
     sigma_next: Any
     noisy: Any = None
+    between: Any = None
 
 
 def make_levels(
     sigmas: Float[Array | np.ndarray, "t_plus_1"],
     noisy: Bool[Array | np.ndarray, "t"] | None = None,
     steps: tuple[int, int] | None = None,
+    between: Float[Array | np.ndarray, "t m_minus_1"] | None = None,
 ) -> Level:
     """The steps `start <= t < stop` of a schedule (all by default), stacked.
 
     `noisy` limits the noise to some steps of the schedule (see `flow.rollout.noise_window`), the others being ODE
-    steps. Raises ValueError where it has not one entry a step.
+    steps; `between`: see `sublevels`. Raises ValueError where one of them has not one entry a step.
     """
     count = sigmas.shape[0] - 1
-    if noisy is not None and noisy.shape[0] != count:
-        raise ValueError(f"noisy: found {noisy.shape[0]} steps, expected {count}, one fewer than sigmas")
+    for name, each in (("noisy", noisy), ("between", between)):
+        if each is not None and each.shape[0] != count:
+            raise ValueError(f"{name}: found {each.shape[0]} steps, expected {count}, one fewer than sigmas")
     start, stop = steps or (0, count)
-    limited = None if noisy is None else jnp.asarray(noisy[start:stop])
-    return Level(jnp.asarray(sigmas[start:stop]), jnp.asarray(sigmas[start + 1 : stop + 1]), limited)
+    limited, finer = (None if each is None else jnp.asarray(each[start:stop]) for each in (noisy, between))
+    return Level(jnp.asarray(sigmas[start:stop]), jnp.asarray(sigmas[start + 1 : stop + 1]), limited, finer)
 
 
 def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Float[np.ndarray, "steps_plus_1"]:
@@ -59,6 +63,19 @@ def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Float[np.ndarray, "
     lowest = _shifted(np.float64(1 / TRAINING_TIMESTEPS), shift)
     levels = _shifted(np.linspace(1.0, lowest, num_steps, dtype=np.float64), shift)
     return np.append(levels, 0.0).astype(np.float32)
+
+
+def sublevels(
+    sigmas: Float[np.ndarray, "t_plus_1"], count: int, shift: float = 3.0
+) -> Float[np.ndarray, "t m_minus_1"]:
+    """Levels that part each step of a schedule into `count` steps, evenly in the time before the shift, float32.
+
+    Those of `flow_match_sigmas(n, shift)` are, but for the last step, the levels of that schedule of count·(n - 1) + 1
+    steps: who goes down them samples as with so many.
+    """
+    times = _shifted(sigmas.astype(np.float64), 1 / shift)  # the shift's inverse
+    within = times[:-1, None] + np.diff(times)[:, None] * (np.arange(1, count) / count)[None]
+    return _shifted(within, shift).astype(np.float32)
 
 
 def _shifted(sigma, shift: float):

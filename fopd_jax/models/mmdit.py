@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.models.attention import AttentionImpl, attention, save_attention
+from fopd_jax.models.coordinates import LAYER, Coordinates
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -359,7 +360,7 @@ class MMDiT(nn.Module):
 
         embedding = Embedder(config.width, jnp.float32, name="time_embed")(timestep_embedding(timestep))
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
-        embedding = nn.spmd.with_logical_constraint(embedding, ("batch", None))
+        embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
 
         streams = (tokens, text)
@@ -393,9 +394,8 @@ class MMDiT(nn.Module):
         block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
         if not self.scan_layers:
             for i in range(length):
-                streams, _ = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")(
-                    streams, embedding, route
-                )
+                block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")
+                streams, _ = block(streams, embedding, route)
             return streams
         if length == 0:
             return streams

@@ -1,4 +1,4 @@
-"""Rectified-flow matching (Esser et al. 2024): regress v on ε - x0 at random noise levels."""
+"""Rectified-flow matching (Esser et al. 2024): regress v on ε - x0 at random noise levels, or on a teacher's v."""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,8 @@ def flow_matching(
 ) -> Float[Array, " b"]:
     """‖v - (ε - x0)‖², mean per dimension, one value per sample."""
     return jnp.square(v - (noise - x0)).mean(tuple(range(1, v.ndim)))
+
+
+def velocity_matching(v: Float[Array, "b *shape"], expected: Float[Array, "b *shape"]) -> Float[Array, " b"]:
+    """‖v - v_k‖² for a teacher's velocities, mean per dimension, one value per sample."""
+    return jnp.square(v - expected).mean(tuple(range(1, v.ndim)))

@@ -27,7 +27,19 @@ d = v_c - v_n against the empty one (PDM, arXiv 2607.24731):
 
     ‖v_c - v_c,k‖² + a·‖d - d_k‖²,    a = `branch_weight`.
 
-Guided velocities alone hide errors of the two branches that cancel.
+Guided velocities alone hide errors of the two branches that cancel. At the student's scale g its guided velocity is
+v_c + (g - 1)·d, so that branches that are matched to δ_c and δ_d match it to |δ_c| + |g - 1|·|δ_d|.
+
+By `normalise` each sample's squared distance S counts divided by its own root, detached (Flow-Factory's
+`self_normalize`, whose divisor is the mean |v - v_k|):
+
+    √w·S/(sg(√S) + ε),    S = ‖v - v_k‖², or with branches the whole sum above;    ε = 1e-6.
+
+Then a sample's gradient by v has the length 2·√(w/D), D being the dimensions, whatever its gap: tasks far from their
+teacher do not outweigh those close to it. The root mean square makes that exact; by the mean |v - v_k| a gap in few
+pixels would pull more than an even one. √w, not w, since √w·(v - v_k) is what is divided: of `x0` σ, of `x_next` |c|.
+Where S = 0 loss and gradient are 0; below ε, which is float32's rounding of velocities, they fall off to it. A gap that
+is left by coarser rounding, as of bfloat16 networks, pulls like any other.
 """
 
 from typing import Any
@@ -47,6 +59,8 @@ Samples = Float[Array, " b"]
 Totals = dict[str, Samples]
 TERMS = ("loss", "teacher_gap", "anchor_gap", "velocity_mse", "ratio", "clipped", "weight")
 """Per-sample sums: the mean loss is `loss` by `weight`, each summed over samples; the rest are metrics, alike."""
+LEAST_GAP = 1e-6
+"""ε of `normalise`, a root mean square of velocities."""
 stop = jax.lax.stop_gradient
 
 
@@ -56,6 +70,7 @@ class Targets:
 
     `anchored [B]`: how often the anchor's count, where that is not once. Where branches are matched, the velocities are
     conditional ones and `teacher_difference`, `anchor_difference` what these differ by from those of the empty prompt.
+    `trust [B]`: what the teachers' part of the loss counts, where that is not 1; metrics do not know of it.
     """
 
     teacher: Any  # float arrays; Any because tree operations put anything into a leaf
@@ -63,6 +78,7 @@ class Targets:
     anchored: Any = None
     teacher_difference: Any = None
     anchor_difference: Any = None
+    trust: Any = None
 
 
 @struct.dataclass
@@ -100,11 +116,26 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         raise ValueError(
             f"objective.match: found {objective.match!r}, expected 'guided': reward 'log_ratio' compares densities"
         )
+    if objective.reward == "log_ratio" and objective.normalise:
+        raise ValueError("objective.normalise: found True, expected False: reward 'log_ratio' compares densities")
 
 
 def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, "*k"]) -> Samples:
     """w·‖v - sg(target)‖², mean per dimension, one value per sample; w is one number or one per sample."""
-    return weight * jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
+    return weight * distance(v, target)
+
+
+def distance(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"]) -> Samples:
+    """‖v - sg(target)‖², mean per dimension, one value per sample."""
+    return jnp.square(v - stop(target)).mean(tuple(range(1, v.ndim)))
+
+
+def counted(
+    objective: Objective, transition: Transition, sigma: Float[Array, ""], sigma_next: Float[Array, ""]
+) -> Float[Array, ""]:
+    """What a timestep's distances count: the weighting's w of squared ones, √w of normalised ones."""
+    w = weight(objective.weighting, transition, sigma, sigma_next)
+    return jnp.sqrt(w) if objective.normalise else w
 
 
 def surrogate(log_prob: Samples, log_prob_old: Samples, reward: Samples, clip: float) -> Samples:
@@ -120,18 +151,21 @@ def distillation_loss(
     log_prob_old: Samples,
     log_prob_teacher: Samples,
     advantage: Samples | None = None,
+    trust: Samples | None = None,
 ) -> Samples:
     """The teacher's term for one step; `gap` is `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
 
     `advantage`: of 'mixed', which needs one. A detached reward is clamped to ±`reward_limit`; an attached one is not,
-    which would silence the worst samples.
+    which would silence the worst samples. `trust`: what the teacher's reward counts, None: 1.
     """
     if objective.name == "direct":
-        return gap
+        return gap if trust is None else trust * gap
     rewards = {"kl": -gap, "log_ratio": stop(log_prob_teacher - log_prob), "kl_detached": stop(-gap)}
     reward = rewards[objective.reward]
     if objective.reward != "kl":
         reward = jnp.clip(reward, -objective.reward_limit, objective.reward_limit)
+    if trust is not None:
+        reward = trust * reward
     if objective.name == "mixed":
         if advantage is None:
             raise ValueError("objective.name: found 'mixed', expected another where nothing scores the samples")
@@ -156,35 +190,46 @@ def timestep_terms(
     log_prob: Samples,
     log_prob_old: Samples,
     advantage: Samples | None = None,
+    beta: Float[Array, ""] | None = None,
 ) -> Totals:
     """`TERMS` of one timestep, one value per sample, for what is compared of the student at x and the step drawn there.
 
-    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed'.
+    `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed';
+    `beta`: the anchor's weight, where it is not the objective's.
     """
-    w = weight(objective.weighting, transition, level.sigma, level.sigma_next)
+    w = counted(objective, transition, level.sigma, level.sigma_next)
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
     direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
     log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
-    loss = distillation_loss(objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage)
+    loss = distillation_loss(
+        objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage, targets.trust
+    )
     ratio = jnp.exp(log_prob - log_prob_old)
     terms = direct | {
-        "loss": loss + objective.mar_beta * direct["anchor_gap"],
+        "loss": loss + (objective.mar_beta if beta is None else beta) * direct["anchor_gap"],
         "ratio": ratio,
         "clipped": (jnp.abs(ratio - 1) > objective.clip).astype(jnp.float32),
     }
     return {name: value * counts for name, value in terms.items()}
 
 
-def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, targets: Targets, w: Samples) -> Totals:
-    """`TERMS` of the direct objective at one state a sample, each counting w."""
+def direct_terms(
+    objective: Objective,
+    v: Float[Array, "b *shape"] | Compared,
+    targets: Targets,
+    w: Samples,
+    beta: Float[Array, ""] | None = None,
+) -> Totals:
+    """`TERMS` of the direct objective at one state a sample, each counting w (`counted`); `beta`: the anchor's."""
     own = v if isinstance(v, Compared) else Compared(v)
     gap = _gap(objective, own, targets.teacher, targets.teacher_difference, w)
     drift = jnp.zeros_like(gap)
     if targets.anchor is not None:
-        counted = w if targets.anchored is None else w * targets.anchored
-        drift = _gap(objective, own, targets.anchor, targets.anchor_difference, counted)
+        often = w if targets.anchored is None else w * targets.anchored
+        drift = _gap(objective, own, targets.anchor, targets.anchor_difference, often)
+    taught = gap if targets.trust is None else targets.trust * gap
     return {
-        "loss": gap + objective.mar_beta * drift,
+        "loss": taught + (objective.mar_beta if beta is None else beta) * drift,
         "teacher_gap": gap,
         "anchor_gap": drift,
         "velocity_mse": divergence(own.velocity, targets.teacher, jnp.ones_like(w)),
@@ -195,7 +240,9 @@ def direct_terms(objective: Objective, v: Float[Array, "b *shape"] | Compared, t
 
 
 def _gap(objective: Objective, own: Compared, target: Array, difference: Array | None, w: Samples) -> Samples:
-    gap = divergence(own.velocity, target, w)
-    if own.difference is None or difference is None:
-        return gap
-    return gap + objective.branch_weight * divergence(own.difference, difference, w)
+    square = distance(own.velocity, target)
+    if own.difference is not None and difference is not None:
+        square = square + objective.branch_weight * distance(own.difference, difference)
+    if objective.normalise:
+        square = square / (jnp.sqrt(stop(square)) + LEAST_GAP)
+    return w * square

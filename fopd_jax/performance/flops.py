@@ -41,7 +41,7 @@ class Schedule:
 
     `teacher_forwards`: networks that each sample is shown, the anchor (or its share) among them. Adapters are routed
     to, so that one of them sees a sample; of several networks see `stages.grouping`. `only_sampled`: timesteps that the
-    student passes without being trained there.
+    student passes without being trained there, guided as where it trains unless `guided_sampling` says otherwise.
     """
 
     batch: int
@@ -52,10 +52,12 @@ class Schedule:
     updates_per_rollout: int = 1
     minibatches: int = 1
     only_sampled: int = 0
+    micro_batches: int = 1
+    guided_sampling: bool | None = None
 
     @property
     def replayed(self) -> bool:
-        return self.updates_per_rollout > 1 or self.minibatches > 1
+        return self.updates_per_rollout > 1 or self.minibatches > 1 or self.micro_batches > 1
 
 
 def update_flops(student: Pass, teacher: float, schedule: Schedule) -> Update:
@@ -64,7 +66,8 @@ def update_flops(student: Pass, teacher: float, schedule: Schedule) -> Update:
     asked = sampled * schedule.teacher_forwards * (2 if schedule.guided_teachers else 1)
     guided = 2 if schedule.guided_student else 1
     rows = sampled * guided
-    passed = schedule.batch * schedule.only_sampled * guided
+    sampled_guided = schedule.guided_student if schedule.guided_sampling is None else schedule.guided_sampling
+    passed = schedule.batch * schedule.only_sampled * (2 if sampled_guided else 1)
     trained = rows * schedule.updates_per_rollout / schedule.minibatches
     return Update(
         teachers=asked * teacher,

@@ -1,8 +1,8 @@
 """Where an update's time goes, by ablation: programs that do ever more of it, and the differences between them.
 
 A phase inside one compiled program cannot be timed, so each program scans the same timesteps and adds one phase to the
-one before it. What runs at the same time or is fused differently in the whole is attributed to none: the remainder
-says how much that is, and may be negative.
+one before it. What runs at the same time or is fused differently in the whole is attributed to none, nor is flow
+matching beside distillation: the remainder says how much that is, and may be negative.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.timing import Timing, time_calls
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.opd.anchor import following
 from fopd_jax.steps.opd.fused import fused_gradients
+from fopd_jax.steps.opd.offline import apart
 from fopd_jax.steps.opd.pieces import Pieces, approach, student_policy
 from fopd_jax.steps.opd.replay import collect, replayed_gradients
 from fopd_jax.steps.opd.spec import Frozen
@@ -124,7 +126,7 @@ def _without_anchor(pieces: Pieces) -> Pieces:
 
 def _within_mesh(pieces: Pieces, program: Program, frozen: Frozen, state: TrainState, batch: Batch) -> Any:
     with activation_rules(pieces.groups.mesh):
-        return program(frozen, state, batch)
+        return program(following(pieces, frozen, state), state, apart(batch)[0])
 
 
 def _forwards(pieces: Pieces, asked: Pieces | None, frozen: Frozen, state: TrainState, batch: Batch) -> Any:

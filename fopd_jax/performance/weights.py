@@ -14,7 +14,7 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.state import TrainState
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def random_tree(shapes: Tree, seed: int) -> Tree:
@@ -59,7 +59,21 @@ def random_arguments(update: AbstractUpdate, params: Tree | None = None) -> tupl
     rest = {name: tree for name, tree in frozen.variables.items() if name != "params"}
     frozen = random_tree(dataclasses.replace(frozen, variables=rest), 4)
     frozen.variables["params"] = params
-    return frozen, state, Batch(conditioning, jax.device_put(route, batch.route.sharding))
+    route, offline = jax.device_put(route, batch.route.sharding), batch.offline and random_tree(batch.offline, 5)
+    coordinates = batch.coordinates
+    if coordinates is not None:
+        coordinates = jax.device_put(np.ones(coordinates.shape, np.float32), coordinates.sharding)
+    return frozen, state, Batch(conditioning, route, even_mix(batch.mix), offline=offline, coordinates=coordinates)
+
+
+def even_mix(shapes: Mix | None) -> Mix | None:
+    """Of several teachers the first ones, all alike."""
+    if shapes is None:
+        return None
+    count = shapes.bank.shape[1]
+    bank = np.broadcast_to(np.arange(count, dtype=np.int32), shapes.bank.shape)
+    weights = np.full(shapes.weights.shape, 1 / count, np.float32)
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), Mix(bank, weights), shapes)
 
 
 def random_state(state: TrainState) -> TrainState:

@@ -6,7 +6,7 @@ asks the teacher with 1 + λ and the base with -λ, `v = v_k + λ·(v_k - v_base
 answers all questions at once. Entries of the bank are adapters on one network; of several networks see `policy.groups`.
 
 A guided velocity is linear in its scale, so however many teachers a sample has, the base is asked about it once: under
-the mean of their scales by α_k·λ_k.
+the mean of their scales by α_k·λ_k. (Where these cancel though the scales differ, they are taken to sum up to 1e-6.)
 
 Rows stay on the devices that hold them: joining sharded batches end to end would cost an all-to-all at every timestep,
 so the rows of all questions are interleaved, sample by sample, and samples are picked by selection, not by gathering.
@@ -24,9 +24,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from fopd_jax.conditioning.encoder import Conditioning
+from fopd_jax.flow.transition import at_least_float32
 from fopd_jax.policy.guidance import guided
 from fopd_jax.policy.velocity import Tree, Velocity, branches
 from fopd_jax.worlds.prompt_stream import Mix
+
+_LEAST_TOTAL = 1e-6
 
 
 @struct.dataclass
@@ -65,8 +68,8 @@ class Answer:
 class RoutingTable:
     """Who teaches what: the tasks with a teacher, in the bank's order, and each bank entry's guidance scale.
 
-    `anchor`: the anchor's bank entry, where there is one. `extrapolation`: λ of each teacher; where one is not 0,
-    `base` is the base's entry.
+    `anchor`: the anchor's bank entry, where there is one. `extrapolation`: λ of each teacher; where one is not 0, or a
+    mix names the base among the teachers, `base` is its entry.
 
     Raises:
       ValueError: a teacher, the anchor or the base has no scale, that is, no entry.
@@ -107,6 +110,7 @@ class RoutingTable:
             if task not in index:
                 short = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
                 problem = f"prompt {short!r}: its task {task!r} has no teacher; teachers: {self.teachers}"
+                problem += "; routing.method 'classifier' would find one by the prompt"
                 raise ValueError(f"tasks.{task}.teacher: {problem}")
         return np.asarray([index[task] for task in tasks], np.int32)
 
@@ -123,22 +127,34 @@ class RoutingTable:
         """Each sample's own teacher, or several by `mix` at the noise level `sigma`; and of the anchor all samples or
         one of every `every`, the one at `pick`.
         """
-        own = Questions(route[:, None]) if mix is None else Questions(mix.bank, mix.at(jnp.asarray(sigma)))
+        own = Questions(route[:, None]) if mix is None else self._mixed(route, mix, jnp.asarray(sigma))
         own = dataclasses.replace(self._extrapolated(own), branches=branches)
         if self.anchor is None:
             return (own,)
         anchor = jnp.full((route.shape[0] // every, 1), self.anchor, route.dtype)
         return own, Questions(anchor, pick=pick, every=every, branches=branches, entry=self.anchor)
 
-    def _extrapolated(self, own: Questions) -> Questions:
-        """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
+    def _mixed(self, route: Int[Array, " b"], mix: Mix, sigma: Array) -> Questions:
+        """Several teachers a sample; the base, where it is one of them, under the scale of the sample's own teacher."""
+        own = Questions(mix.bank, mix.at(sigma))
         if self.base is None:
             return own
+        scales = jnp.asarray(self.guidance, jnp.float32)
+        return dataclasses.replace(
+            own, scale=jnp.where(mix.bank == self.base, scales[route][:, None], scales[mix.bank])
+        )
+
+    def _extrapolated(self, own: Questions) -> Questions:
+        """With one question more, to the base: Σ α_k·(v_k + λ_k·(v_k - v_base)), each under its teacher's scale."""
+        if self.base is None or not any(self.extrapolation):
+            return own
         shares = jnp.ones(own.bank.shape) if own.coefficient is None else own.coefficient
-        scales = jnp.asarray(self.guidance, jnp.float32)[own.bank]
-        beyond = shares * jnp.asarray(self.extrapolation, jnp.float32)[own.bank]
-        total = beyond.sum(1, keepdims=True)
-        scale = (beyond * scales).sum(1, keepdims=True) / jnp.where(total == 0, 1.0, total)
+        scales = _scales(own, self.guidance)
+        lambdas = self.extrapolation + (0.0,) * (len(self.guidance) - len(self.extrapolation))
+        beyond = shares * jnp.asarray(lambdas, float)[own.bank]
+        total, scaled = beyond.sum(1, keepdims=True), (beyond * scales).sum(1, keepdims=True)
+        total = jnp.where((scaled != 0) & (jnp.abs(total) < _LEAST_TOTAL), _LEAST_TOTAL, total)
+        scale = scaled / jnp.where(total == 0, 1.0, total)
         return Questions(
             bank=jnp.concatenate([own.bank, jnp.full_like(own.bank[:, :1], self.base)], axis=1),
             coefficient=jnp.concatenate([shares + beyond, -total], axis=1),
@@ -273,9 +289,13 @@ def shares_of(questions: Sequence[Questions], block: int) -> Float[Array, " n"]:
 
 def scales_of(questions: Sequence[Questions], block: int, guidance: Sequence[float]) -> Float[Array, " n"]:
     """The guidance scale of each row."""
-    own = jnp.asarray(guidance, jnp.float32)
-    scales = (own[each.bank] if each.scale is None else each.scale for each in questions)
+    scales = (_scales(each, guidance) for each in questions)
     return _joined([scale.reshape(-1, _rows_of(each, block)) for scale, each in zip(scales, questions, strict=True)])
+
+
+def _scales(questions: Questions, guidance: Sequence[float]) -> Float[Array, "n m"]:
+    """Of each question: the entry's own, where none is said."""
+    return jnp.asarray(guidance, float)[questions.bank] if questions.scale is None else questions.scale
 
 
 def rows_of(questions: Sequence[Questions], block: int, x: Array, sigma: Array, conditioning: Conditioning) -> Rows:
@@ -316,7 +336,7 @@ def _answers(v: Array, questions: Sequence[Questions], block: int) -> tuple[Answ
     counts = [_rows_of(each, block) for each in questions]
     blocks = v.reshape(-1, sum(counts), *v.shape[1:])
     parts = [blocks[:, end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
-    return tuple(_spread(_summed(part, each), each) for part, each in zip(parts, questions, strict=True))
+    return tuple(spread(_summed(part, each), each) for part, each in zip(parts, questions, strict=True))
 
 
 def _summed(part: Array, questions: Questions) -> Array:
@@ -324,10 +344,18 @@ def _summed(part: Array, questions: Questions) -> Array:
     answers = part.reshape(*questions.bank.shape, *part.shape[2:])
     if questions.coefficient is None:
         return answers[:, 0]
-    return (questions.coefficient[..., None, None, None] * answers.astype(jnp.float32)).sum(1)
+    return (questions.coefficient[..., None, None, None] * at_least_float32(answers)).sum(1)
 
 
-def _spread(v: Array, questions: Questions) -> Answer:
+def asked_rows(tree: Tree, questions: Questions) -> Tree:
+    """The samples that a target of one question a sample is asked about, all of them or one of every few neighbours."""
+    if questions.every == 1:
+        return tree
+    return jax.tree.map(lambda leaf: _asked(leaf, questions, questions.every)[:, 0], tree)
+
+
+def spread(v: Array, questions: Questions) -> Answer:
+    """A target's velocities, one for each row that it was asked about, at every sample of the batch."""
     every = questions.every
     if every == 1:
         return Answer(v)

@@ -1,5 +1,6 @@
 """A policy is one frozen network under one adapter: base, student, teachers and anchor differ in nothing else."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fopd_jax.adapters.coordinates import placed_at
 from fopd_jax.backbones.registry import family_of
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.policy.guidance import guided
@@ -20,7 +22,7 @@ def make_velocity(module: Any) -> Velocity:
 
     `variables` holds the collections `params` and `constants`; `adapter` is an effective low-rank tree (see
     `adapters.effective`), a bank of them when `route [B]` is given, or `{}` for the base. `sigma` is 0-d, or one
-    value per sample.
+    value per sample. The adapter's coordinates are each sample's, where the conditioning has some.
     """
 
     inputs = family_of(module).inputs
@@ -33,6 +35,8 @@ def make_velocity(module: Any) -> Velocity:
         conditioning: Conditioning,
         route: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
+        if conditioning.coordinates is not None:
+            adapter = placed_at(adapter, conditioning.coordinates)
         return module.apply({**variables, "adapter": adapter}, *inputs(x, sigma, conditioning), route)
 
     return velocity
@@ -48,7 +52,11 @@ def branches(
     null: Conditioning,
     route: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """The velocities under the prompts and under the empty one, by one forward; `null` holds one empty prompt."""
+    """The velocities under the prompts and under the empty one, by one forward; `null` holds one empty prompt.
+
+    Coordinates are no part of a prompt: both are under each sample's own.
+    """
+    null = dataclasses.replace(null, coordinates=conditioning.coordinates)
     empty = jax.tree.map(lambda text, row: jnp.broadcast_to(row, text.shape), conditioning, null)
     doubled = jax.tree.map(interleave, conditioning, empty)
     routes = None if route is None else interleave(route, route)

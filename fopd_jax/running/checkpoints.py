@@ -336,10 +336,10 @@ def seal_of(workdir: Path, step: int) -> str:
     return hashlib.sha256(read_regular(workdir / FOLDER / str(step) / MANIFEST_FILE)).hexdigest()
 
 
-def stored_shape(workdir: Path, step: int, ending: str) -> list[int] | None:
-    """The shape of the first array whose path ends so; None where there is no such array."""
+def stored_shape(workdir: Path, step: int, ending: str, apart: tuple[str, ...] = ()) -> list[int] | None:
+    """The shape of the first array whose path ends so, and not as those `apart`; None: there is none."""
     leaves = _read_about(workdir / FOLDER, step)["leaves"]
-    return next((shape for name, shape, _ in leaves if name.endswith(ending)), None)
+    return next((shape for name, shape, _ in leaves if name.endswith(ending) and not name.endswith(apart)), None)
 
 
 def read_kept(workdir: Path, step: int, state: TrainState) -> TrainState:

@@ -23,7 +23,7 @@ from fopd_jax.running.drift import Drift
 from fopd_jax.running.means import SKIPPED, Means, split
 from fopd_jax.running.metrics import EVALUATION, MetricWriter, logged
 from fopd_jax.running.preemption import FAILURE_S, HEAD_START_S, Interrupted, Preempted, left_where_it_hangs
-from fopd_jax.running.stage import LATER, Metrics, Stage
+from fopd_jax.running.stage import ASIDE, LATER, Metrics, Stage
 from fopd_jax.running.supervision import Supervision
 from fopd_jax.steps.state import TrainState
 
@@ -215,7 +215,7 @@ class _Run:
             warn(f"step {step}: the evaluation failed ({problem}); training goes on")
             self.writer.write_scalars(step, {FAILED: float(self.failed)})
             return
-        shown = {name: value for name, value in scores.items() if not name.startswith((PREFIX, CLOCKED))}
+        shown = {name: value for name, value in scores.items() if not name.startswith((PREFIX, CLOCKED, *ASIDE))}
         self.display.scored(step, shown)
         named = {f"{EVALUATION}{name}": value for name, value in scores.items()}
         clocked = {name: value for name, value in named.items() if name.startswith(f"{EVALUATION}{CLOCKED}")}

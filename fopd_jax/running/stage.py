@@ -12,6 +12,8 @@ from fopd_jax.steps.state import TrainState
 Tree = Any
 Later = Callable[[], Mapping[str, float]]
 Metrics = Mapping[str, jax.Array | Later]
+ASIDE = ("fixed/", "disagreement/", "teachers/")
+"""Before names of what an evaluation measures that is no score: it is logged, and neither told nor compared."""
 LATER = "later"
 """Of metrics the name of more of them, which the host makes of an update's results once these are there."""
 

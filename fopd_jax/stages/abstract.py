@@ -1,5 +1,6 @@
 """The update of a config as shapes alone: to compile it for machines that are not there, or to time it."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -27,15 +28,18 @@ from fopd_jax.performance.problem import AbstractUpdate
 from fopd_jax.performance.program import Program
 from fopd_jax.performance.text import encode_program
 from fopd_jax.policy.velocity import Tree, make_velocity
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.grouping import own_adapters
 from fopd_jax.stages.networks import Known, answering, fitting_module
+from fopd_jax.stages.offline import offline_shapes
 from fopd_jax.stages.opd_update import make_spec, make_update
 from fopd_jax.stages.pipeline import Pipeline, choose_attention
+from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import make_optimizer
 from fopd_jax.worlds.embedded import EMBEDDED
-from fopd_jax.worlds.prompt_stream import Batch
+from fopd_jax.worlds.prompt_stream import Batch, Mix
 
 
 def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
@@ -55,19 +59,35 @@ def abstract_update(config: OPD, mesh: AnyMesh) -> AbstractUpdate:
     )  # fmt: skip
     split = batch_sharding(mesh)
     conditioning = encoded_rows(encoded, config.batch_size, dtype, split)
-    batch = Batch(conditioning, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split))
+    offline = offline_shapes(config, latent_shape, lambda count: encoded_rows(encoded, count, dtype, split), split)
+    batch = dataclasses.replace(abstract_batch(config, conditioning, split), offline=offline)
     null = encoded_rows(encoded, 1, dtype, replicated(mesh))
     bank = abstract_bank(config, boxed, spec, mesh, family.targets, config.adapter.rank)
-    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null, others)
+    weighed = jax.ShapeDtypeStruct((len(spec.teachers),), jnp.float32, sharding=replicated(mesh))
+    trust = weighed if config.health.noisy == "weigh" else None
+    frozen = Frozen(abstract_base(boxed, dtype, mesh), bank, null, trust=trust, networks=others)
     return AbstractUpdate(
         update.step, (frozen, update.state, batch), model, update.pieces, update.optimizer, update.ema
     )
 
 
+def abstract_batch(config: OPD, conditioning: Conditioning, split: jax.sharding.Sharding) -> Batch:
+    """What the prompt stream would give, as shapes."""
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split)
+
+    names = skills(config)
+    count = len(names) + 1 if names else 0 if config.routing.method == "hard" else asked(config)
+    mix = Mix(rows(count), rows(2, count, dtype=jnp.float32)) if count else None
+    coordinates = rows(len(names), dtype=jnp.float32) if names else None
+    return Batch(conditioning, rows(), mix, coordinates=coordinates)
+
+
 def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, targets: Groups, rank: int) -> Tree:
     """Teachers and anchor as shapes with shardings; `rank`: of adapters, the largest of theirs."""
     dtype, params = jnp.dtype(config.model.dtype), nn.unbox(boxed["params"])
-    count = len(spec.teachers) + 1 + (spec.table.base is not None)
+    count = len(spec.teachers) + 1 + (spec.table.base is not None and not spec.whole_teachers)
     if any(spec.networks):
         count = len(own_adapters(config)) if any(own_adapters(config)) else 0
     if spec.whole_teachers:

@@ -18,6 +18,8 @@ from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
 from fopd_jax.running.metrics import EVALUATION, all_logged
+from fopd_jax.running.stage import ASIDE
+from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.pipeline import Pipeline, weight_path
 
 _SHOWN = 12  # digits of a hash in a message
@@ -64,6 +66,8 @@ def make_card(
         config=config.name,
         config_hash=config_hash(config),
         version=__version__,
+        coordinates=skills(config),
+        coordinates_high=config.coordinates.high if isinstance(config, OPD) and skills(config) else None,
     )
 
 
@@ -79,7 +83,7 @@ def _newest_scores(run: Path, step: int) -> tuple[int | None, dict[str, float]]:
     """Those of the newest evaluation up to a step, without what monitors see."""
     found: tuple[int | None, dict[str, float]] = (None, {})
     for at, scores in all_logged(run, EVALUATION):
-        kept = {name: value for name, value in scores.items() if not name.startswith(PREFIX)}
+        kept = {name: value for name, value in scores.items() if not name.startswith((PREFIX, *ASIDE))}
         if at <= step and kept:
             found = at, kept
     return found
@@ -121,7 +125,7 @@ def settled(config: AnyConfig) -> AnyConfig:
     if not isinstance(config, OPD):
         return config
     sources = {f"tasks.{name}": task.teacher for name, task in config.tasks.items() if task.guidance is None}
-    if config.anchor.guidance is None and config.objective.mar_beta > 0:
+    if config.anchor.guidance is None and config.objective.mar_beta > 0 and config.anchor.moves == "none":
         sources["anchor"] = config.anchor.adapter
     found: dict[str, float] = {}
     for name, source in sources.items():

@@ -10,10 +10,12 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import GRPO, ForwardRL, Reinforced, RewardedTask
 from fopd_jax.config.schema import NOISELESS, OPD, Config
+from fopd_jax.evaluation.settings import other_settings
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
+from fopd_jax.stages.cold_start import describe_start
 from fopd_jax.stages.opd_update import scale_of
 from fopd_jax.stages.plan import Plan
 from fopd_jax.tasks.sampling import Curriculum
@@ -54,6 +56,8 @@ def _what(plan: Plan, config: Config, workdir: Path) -> list[tuple[str, str]]:
         ("network", _network(plan, config)),
         ("trains", _trains(plan, config)),
         *([("teachers", _teachers(config))] if isinstance(config, OPD) else []),
+        *([("beside", told)] if (told := _beside(config)) else []),
+        *plan.told,
         *([("curriculum", told)] if (told := _curriculum(config)) else []),
     ]
 
@@ -87,19 +91,33 @@ def _trains(plan: Plan, config: Config) -> str:
         else f"an adapter of rank {rank_of(plan.trained.state.trained)}"
     )
     start = "the base" if config.model.path else "random weights"
-    if isinstance(config, OPD) and config.cold_start.method == "merge":
-        start = f"the teachers' merge ({config.cold_start.merge})"
+    if isinstance(config, OPD):
+        start = describe_start(config.cold_start) or start
     return f"{what}, {count:,} numbers, from {start}"
 
 
 def _teachers(config: OPD) -> str:
     tasks = [
         f"{name} ← {_on(task.network, task.teacher)} (weight {task.weight:g}, guidance {scale_of(task.guidance):g})"
+        if task.teacher or task.network
+        else f"{name} ← whom the classifier finds (weight {task.weight:g})"
         for name, task in config.tasks.items()
     ]
     weights = _on(config.anchor.network, config.anchor.adapter) or "the base"
     anchor = f"{weights} (guidance {scale_of(config.anchor.guidance):g})"
-    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}"])
+    if config.anchor.moves != "none":
+        anchor = f"the student's own average ({config.anchor.moves})"
+    finer = config.sampler.teacher_steps
+    way = [f"asked along {finer} steps of their own for one of the student's"] if finer > 1 else []
+    return ", ".join([*tasks, f"anchor {config.anchor.name} ← {anchor}", *way])
+
+
+def _beside(config: Config) -> str:
+    """What is matched beside the teachers."""
+    if not isinstance(config, OPD) or not config.offline.weight:
+        return ""
+    offline = config.offline
+    return f"flow matching of {offline.batch_size} images of {', '.join(offline.tasks)} (weight {offline.weight:g})"
 
 
 def _on(network: str, weights: str) -> str:
@@ -193,7 +211,9 @@ def _evaluation(plan: Plan, config: Config) -> str:
         if measured
         else "pictures alone, nothing scores the tasks"
     )
-    return f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}"
+    others = " / ".join(other_settings(evaluation))
+    also = f"; the report also at {others}" if others else ""
+    return (f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}") + also
 
 
 def _spell(number: float | int, units: tuple[tuple[float | int, str], ...]) -> str:

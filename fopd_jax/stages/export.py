@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,12 +11,13 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from fopd_jax.adapters.card import AdapterCard
+from fopd_jax.adapters.coordinates import WITHOUT, skills_of
 from fopd_jax.adapters.lora import Adapter, rank_of
 from fopd_jax.backbones.record import Files
 from fopd_jax.config.schema import OPD, Config, Model
 from fopd_jax.files import check_finite
 from fopd_jax.interop.files.safetensors import save_adapter, save_tree
-from fopd_jax.parallel.distributed import fetch, is_main
+from fopd_jax.parallel.distributed import fetch, is_main, warn
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.pipeline import Pipeline, weight_path
 from fopd_jax.steps.state import TrainState
@@ -33,21 +35,27 @@ def exported_weights(config: Config, state: TrainState) -> Tree:
     return state.trained if isinstance(config, OPD) and config.export == "raw" else state.ema
 
 
-def exports(name: str, what: str, whole: bool, pipeline: Pipeline) -> dict[str, str]:
-    """What `export` writes under a name, and what each of it is."""
-    if _published(pipeline) is None:
+def exports(name: str, what: str, whole: bool, pipeline: Pipeline, *, dials: bool = False) -> dict[str, str]:
+    """What `export` writes under a name, and what each of it is; `dials`: of an adapter with coordinates."""
+    if _published(pipeline) is None or dials:
         return {f"{name}.safetensors": what}
     if whole:
         return {f"{name}_diffusers": f"{what}, as diffusers' folder"}
     return {f"{name}.safetensors": what, f"{name}_peft": "the same for PEFT and diffusers"}
 
 
-def advise(folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str) -> list[str]:
-    """Commands that draw with what `export` wrote, or take it elsewhere; `source`: the config's file."""
+def advise(
+    folder: Path, name: str, whole: bool, pipeline: Pipeline, source: str, dials: Sequence[str] = ()
+) -> list[str]:
+    """Commands that draw with what `export` wrote, or take it elsewhere; `source`: the config's file; `dials`: names of
+    an adapter's coordinates.
+    """
     sample = f"python -m fopd_jax.sample --config={source}"
     if not whole:
         draw = [f"{sample} --adapter={folder}/{name}.safetensors"]
         convert = f"python tools/convert_adapter.py --src {folder}/{name}.safetensors --dst FILE --to comfyui"
+        if dials:
+            return [*draw, f"{draw[0]} --dial={dials[0]}=1.25   # 1 each where nobody turns them"]
         return draw if _published(pipeline) is None else [*draw, convert]
     if _published(pipeline) is None:
         return [f"{sample} --config.model.path={folder}/{name}.safetensors"]
@@ -86,12 +94,15 @@ def export(
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, pipeline: Pipeline, card: AdapterCard) -> None:
-    """`NAME.safetensors`; of a published network also a PEFT folder, `NAME_peft`."""
+    """`NAME.safetensors`; of a published network also a PEFT folder, `NAME_peft`, which cannot hold coordinates."""
     card = dataclasses.replace(card, rank=(rank := rank_of(adapter)), alpha=float(adapter.scale * rank))
     save_adapter(folder / f"{name}.safetensors", adapter, {"preset": pipeline.preset}, card)
     if (files := _published(pipeline)) is not None:
         exported = folder / f"{name}_peft"
         shutil.rmtree(exported, ignore_errors=True)  # of an earlier, shorter run
+        if skills_of(adapter):
+            warn(f"{exported} is not written: {WITHOUT}")
+            return
         files.write_adapter(exported, adapter, pipeline.model.config, card)
 
 

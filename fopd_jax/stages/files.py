@@ -6,7 +6,9 @@ from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
+from fopd_jax.stages.cold_start import source_of
 from fopd_jax.stages.pipeline import weight_path
+from fopd_jax.tasks.demonstrations import is_set
 from fopd_jax.tasks.sources import file_of
 from fopd_jax.worlds.embedded import EMBEDDED
 
@@ -21,16 +23,22 @@ def input_files(config: Config) -> dict[str, Path]:
     texts: dict[str, str] = {}
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
-        weights |= {"anchor.adapter": config.anchor.adapter}
+        weights |= {"anchor.adapter": config.anchor.adapter, "cold_start.adapter": source_of(config.cold_start)}
         weights |= {f"networks.{name}.path": network.path for name, network in config.networks.items()}
+        texts |= {f"offline.tasks.{name}.images": pairs.images for name, pairs in config.offline.tasks.items()}
     if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
     elif isinstance(config, FlowMatching):
         texts |= {f"tasks.{name}.images": task.images for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}
-    if config.model.preset in EMBEDDED:  # its tasks are its own
-        texts = {}
+    if config.model.preset in EMBEDDED:  # of tasks that are its own no file is read but what teachers drew for them
+        own = EMBEDDED[config.model.preset]().tasks
+        texts = {
+            field: name
+            for field, name in texts.items()
+            if field.split(".")[-2] not in own or (name and is_set(Path(name)))
+        }
     paths = {field: weight_path(name) for field, name in weights.items() if name}
     found = {field: path for field, path in paths.items() if not _is_refused(config, field, path)}
     read = {field: file_of(name, field) for field, name in texts.items() if name}
@@ -38,7 +46,6 @@ def input_files(config: Config) -> dict[str, Path]:
 
 
 def _is_refused(config: Config, field: str, path: Path) -> bool:
-    whole = (
-        field == "model.path" or field.startswith("networks.") or (isinstance(config, OPD) and config.whole_teachers)
-    )
+    teaches = isinstance(config, OPD) and config.whole_teachers and field != "cold_start.adapter"
+    whole = field == "model.path" or field.startswith("networks.") or teaches
     return whole and path.is_dir() and not is_converted(path)

@@ -1,4 +1,4 @@
-"""Stage `flow_matching`: pretrain a whole network, or fine-tune a teacher's adapter, on captioned images."""
+"""Stage `flow_matching`: pretrain a whole network, or fine-tune an adapter, on captioned images or on teachers' own."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.parallel.distributed import rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
@@ -30,6 +30,7 @@ from fopd_jax.stages.setup import RATE, describe_weights, make_setup
 from fopd_jax.steps.flow_matching import METRICS
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.images import read_image_tasks
+from fopd_jax.worlds.demonstrated import CLEAN, DemonstratedLatents, are_demonstrated
 from fopd_jax.worlds.world import CaptionedLatents, World, select_tasks
 
 
@@ -53,6 +54,8 @@ def plan_flow_matching(config: settings.FlowMatching) -> FlowMatchingPlan:
     boxed = boxed_variables(model, latent_shape)
     update = make_update(config, model, boxed, setup.optimizer, mesh)
     pairs = make_pairs(config, pipeline.world)
+    for line in pairs.of_others(setup.base) if isinstance(pairs, DemonstratedLatents) else ():
+        warn(line)
 
     def held() -> dict[str, Tree]:
         base = frozen_part(config, abstract_base(boxed, jnp.dtype(config.model.dtype), mesh))
@@ -168,7 +171,8 @@ class FlowMatching:
         card = make_card(self.config, pipeline, setup.base, origin, step, self.run)
         export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
         model = self.model(state.ema)
-        draw_samples(self.workdir / SAMPLES_FILE, setup.sampler, pipeline.world, setup.eval_set, [model])
+        path, world = self.workdir / SAMPLES_FILE, pipeline.world
+        draw_samples(path, setup.sampler, world, setup.eval_set, [model], setup.others)
 
 
 def origin(config: settings.FlowMatching) -> Origin:
@@ -177,12 +181,19 @@ def origin(config: settings.FlowMatching) -> Origin:
 
 
 def make_pairs(config: settings.FlowMatching, world: World) -> CaptionedLatents:
-    """The captioned latents that a config trains on.
+    """The captioned latents that a config trains on: teachers' images, wherever they are, or the world's own.
 
     Raises:
-      ValueError: the world has no images, or not those of a task; names the field.
+      ValueError: the world has no images, or not those of a task, or as `DemonstratedLatents`; names the field.
     """
     select_tasks(world, tuple(config.tasks))
+    if are_demonstrated(config.tasks):
+        return DemonstratedLatents(
+            config.tasks, world.encode, world.latent_shape, batch_size=config.batch_size,
+            empty_caption=config.empty_caption, seed=config.seed, target=config.target,
+        )  # fmt: skip
+    if config.target != CLEAN:
+        raise ValueError(f"target: found {config.target!r}, expected {CLEAN!r}: images have no teacher's velocities")
     if world.pairs is None:
         raise ValueError(f"stage: found 'flow_matching', but the world of {config.model.preset!r} has no images")
     return world.pairs(config.tasks, config.batch_size, config.empty_caption, config.seed)

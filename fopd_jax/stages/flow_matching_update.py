@@ -46,7 +46,7 @@ def make_update(
     trained = make_trained(config, model, boxed, optimizer, mesh)
     step = make_flow_matching_step(
         make_velocity(model), trained.student, trained.groups, config.levels, optimizer, config.ema,
-        (trained.places, replicated(mesh)),
+        (trained.places, replicated(mesh)), config.target,
     )  # fmt: skip
     return FlowMatchingUpdate(step, trained)
 
@@ -70,10 +70,10 @@ def flow_matching_programs(config: FlowMatching, mesh: AnyMesh) -> list[Program]
     update = make_update(config, model, boxed, make_optimizer(config.optimizer), mesh)
     dtype = jnp.dtype(config.model.dtype)
     frozen = frozen_part(config, abstract_base(boxed, dtype, mesh))
-    batch = {
-        "x0": jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split),
-        "conditioning": encoded_rows(encoded, config.batch_size, dtype, split),
-    }
+    latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split)
+    levels = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32, sharding=split)
+    arrays = {"x0": latents} if config.target == "data" else {"x": latents, "v": latents, "sigma": levels}
+    batch = {**arrays, "conditioning": encoded_rows(encoded, config.batch_size, dtype, split)}
     cost = update_cost(config, latent_shape, encoded.context.shape[0], model)
     return [Program("update", update.step, (frozen, update.trained.state, batch), cost)]
 

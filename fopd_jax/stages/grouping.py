@@ -7,27 +7,27 @@ import numpy as np
 from jaxtyping import Int
 
 from fopd_jax.backbones.registry import family_of, find_preset
-from fopd_jax.config.schema import OPD
+from fopd_jax.config.schema import OPD, RoutedTask
+from fopd_jax.config.stages import taught
 from fopd_jax.parallel.sharding import AnyMesh, batch_ways
 from fopd_jax.policy.groups import GroupedPanel, Slots
 from fopd_jax.policy.panel import Questions
+from fopd_jax.stages.coordinates import skills
+from fopd_jax.stages.routing import asked
+from fopd_jax.stages.teachers import asks_base
 from fopd_jax.steps.opd.spec import OPDSpec
 from fopd_jax.steps.opd.targets import members_of
 from fopd_jax.tasks.sampling import Curriculum
 from fopd_jax.worlds.placement import Placement, Split, most_a_block, placement_of
 
 
-def mixes(config: OPD) -> bool:
-    """Whether prompts have several teachers."""
-    return any(task.mix or task.noisy_mix for task in config.tasks.values())
-
-
 def own_adapters(config: OPD) -> tuple[bool, ...]:
     """Of the entries that are on the student's base, in their order, which are adapters on it."""
-    found = [bool(task.teacher) for task in config.tasks.values() if not task.network]
+    own = (task for task in map(config.tasks.__getitem__, taught(config)) if not task.network)
+    found = [bool(task.teacher) for task in own]
     if config.objective.mar_beta > 0 and not config.anchor.network:
         found.append(bool(config.anchor.adapter))
-    return (*found, *([False] if any(task.extrapolation for task in config.tasks.values()) else []))
+    return (*found, *([False] * asks_base(config)))
 
 
 def split_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Split:
@@ -36,16 +36,26 @@ def split_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Split:
 
 
 def asked_by(config: OPD, spec: OPDSpec) -> Int[np.ndarray, "tasks groups"]:
-    """How many questions a sample of each task asks the groups of entries that `policy.groups` asks together."""
-    names, groups = list(config.tasks), [group for each in members_of(spec) for group in each.groups]
-    found = np.zeros((len(names), len(groups)), np.int64)
+    """How many questions a sample of each task asks the groups of entries that `policy.groups` asks together.
+
+    Where the task does not say it, the most that any may ask: a classifier or coordinates may send a prompt to anyone.
+    """
+    groups = [set(group) for each in members_of(spec) for group in each.groups]
+    found = np.zeros((len(config.tasks), len(groups)), np.int64)
+    anyone = config.routing.method == "classifier" or bool(skills(config))
     for row, (name, task) in zip(found, config.tasks.items(), strict=True):
-        weighed = {**task.mix, **{each: w for each, w in task.noisy_mix.items() if w}} or {name: 1.0}
-        asked = {names.index(each) for each, weight in weighed.items() if weight and each in names}
-        if spec.table.base is not None and any(spec.extrapolation[entry] for entry in asked):
-            asked.add(spec.table.base)
-        row += [len(asked & set(group)) for group in groups]
-    return found
+        entries = set(range(len(spec.teachers))) if anyone else _entries(spec, name, task)
+        most = asked(config) if config.routing.method == "classifier" else len(entries)
+        row += [min(len(entries & group), most) for group in groups]
+        if spec.table.base is not None and (spec.asks_base or any(spec.extrapolation[entry] for entry in entries)):
+            row += [spec.table.base in group for group in groups]
+    return np.broadcast_to(found.max(0), found.shape).copy() if config.routing.wrong else found
+
+
+def _entries(spec: OPDSpec, name: str, task: RoutedTask) -> set[int]:
+    """Of the teachers of a task's prompts."""
+    weighed = {**task.mix, **{each: w for each, w in task.noisy_mix.items() if w}} or {name: 1.0}
+    return {spec.teachers.index(each) for each, weight in weighed.items() if weight and each in spec.teachers}
 
 
 def slots_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Slots | None:
@@ -86,8 +96,8 @@ def asked_flops(
     """FLOPs of what one timestep asks of each network, '' being the student's base: of slots, filled or not."""
     slots = spec.slots
     ways = 1 if slots is None else config.batch_size // (slots.samples * spec.parts)
-    size, questions = config.batch_size // spec.parts, 1 + (spec.table.base is not None)
-    questions = questions + (len(spec.teachers) - 1 if mixes(config) else 0)
+    size = config.batch_size // spec.parts
+    questions = (len(spec.teachers) if skills(config) else asked(config)) + (spec.table.base is not None)
     targets = [Questions(np.zeros((size, questions), np.int32))]
     if spec.table.anchor is not None:
         anchor = np.zeros((size // spec.anchor_every, 1), np.int32)

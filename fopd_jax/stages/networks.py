@@ -20,6 +20,7 @@ from fopd_jax.backbones.record import Backbone, LatentShape, Shape
 from fopd_jax.backbones.weights import boxed_variables, example_inputs, random_network
 from fopd_jax.config.rules import within
 from fopd_jax.config.schema import OPD
+from fopd_jax.config.stages import taught
 from fopd_jax.config.teaching import TeacherNetwork
 from fopd_jax.evaluation.report import Model as Reported
 from fopd_jax.interop.files.converted import Manifest
@@ -36,7 +37,7 @@ from fopd_jax.stages.pipeline import (
     manifest_of,
     weight_path,
 )
-from fopd_jax.stages.setup import Setup, eval_sampler
+from fopd_jax.stages.setup import Setup, eval_sampler, other_samplers
 from fopd_jax.stages.teachers import (
     Sources,
     Teaching,
@@ -77,6 +78,9 @@ def answering(config: OPD) -> dict[str, str]:
     for field, network in fields.items():
         if network and network not in config.networks:
             raise ValueError(f"{field}: found {network!r}, expected one of {('', *config.networks)}")
+    if config.anchor.network and config.anchor.moves != "none":
+        moves = f"anchor.moves {config.anchor.moves!r}, which is the student as it was"
+        raise ValueError(f"anchor.network: found {config.anchor.network!r}, expected '' with {moves}")
     if unused := sorted(set(config.networks) - set(named.values())):
         raise ValueError(f"networks.{unused[0]}: found a network that no task names, and no anchor with a weight")
     if config.whole_teachers and config.networks:
@@ -237,10 +241,11 @@ def voices(others: Mapping[str, Other]) -> dict[str, Velocity]:
 
 def reported(config: OPD, other: Other, variables: Tree) -> list[Reported]:
     """The teachers that it is or that are on it, each with a sampler of its own network."""
-    sampler = eval_sampler(config.eval, config.model.shift, other.pipeline)
+    settings = config.eval, config.model.shift, other.pipeline
+    own = eval_sampler(*settings), other_samplers(*settings)
     shown = {name: {} if adapter is None else effective(adapter) for name, adapter in other.teachers.items()}
     return [
-        Reported(f"teacher/{name}", variables, adapter, sampler) for name, adapter in shown.items() if name != AGAIN
+        Reported(f"teacher/{name}", variables, adapter, *own) for name, adapter in shown.items() if name != AGAIN
     ]
 
 
@@ -248,7 +253,9 @@ def teach_by_others(
     config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter], others: Mapping[str, Other]
 ) -> Teaching:
     """Load the base, the adapters on it, and the other networks with theirs, each straight into its shards."""
-    own: dict[str, Adapter | None] = {name: adapters[name] for name, task in config.tasks.items() if not task.network}
+    own: dict[str, Adapter | None] = {
+        name: adapters[name] for name in taught(config) if not config.tasks[name].network
+    }
     if config.objective.mar_beta > 0 and not config.anchor.network:
         own[AGAIN] = adapters[config.anchor.name] if config.anchor.adapter else None
     if asks_base(config):
@@ -262,7 +269,7 @@ def teach_by_others(
         found = {model.name: model for model in teaching.models()}
         for name, other in others.items():
             found |= {model.name: model for model in reported(config, other, networks[name][0])}
-        ordered = ["base", *(f"teacher/{name}" for name in config.tasks)]
+        ordered = ["base", *(f"teacher/{name}" for name in taught(config))]
         return [found[name] for name in (*ordered, *(name for name in found if name not in ordered))]
 
     return dataclasses.replace(teaching, models=models, networks=networks)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,12 @@ from fopd_jax.adapters.lora import rank_of
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
-from fopd_jax.config.stages import is_mixed
+from fopd_jax.config.stages import is_mixed, taught
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
-from fopd_jax.parallel.distributed import rows_of
+from fopd_jax.files import write_png
+from fopd_jax.parallel.distributed import is_main, rows_of
 from fopd_jax.parallel.sharding import batch_sharding
-from fopd_jax.policy.panel import RoutingTable
-from fopd_jax.policy.routing import TaskMixes
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.feed import Feed
 from fopd_jax.running.journal import Journal
@@ -30,36 +30,45 @@ from fopd_jax.stages import networks, teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, abstract_other, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.cold_start import check_given, tell_start
+from fopd_jax.stages.coordinates import drawn_coordinates, skills, turned
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
-from fopd_jax.stages.grouping import check_slots, mixes, placement
+from fopd_jax.stages.grouping import check_slots, placement
 from fopd_jax.stages.grpo import FlowGRPO
+from fopd_jax.stages.health import PICTURE, asked_prompts, trust, watch_health
+from fopd_jax.stages.offline import embedded_batch, fed_rows, make_offline
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
     OPDUpdate,
     make_mixed,
     make_spec,
     make_update,
-    scale_of,
     update_cost,
 )
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
+from fopd_jax.stages.routing import is_told, make_routing
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
+from fopd_jax.steps.opd.gaps import gap_names
 from fopd_jax.steps.opd.mixed import mixed_names
-from fopd_jax.steps.opd.pieces import metric_names
+from fopd_jax.steps.opd.pieces import metric_names, regular_names
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import UNANSWERED
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
+from fopd_jax.worlds.world import CaptionedLatents
 
 
 @dataclasses.dataclass(frozen=True)
 class OPDPlan(Plan):
-    """`stream`: of prompts; `teach()` loads the base and puts teachers and student's start beside it."""
+    """`stream`: of prompts; `pairs`: captioned latents beside them. `teach()` loads the base and puts teachers and
+    student's start beside it.
+    """
 
     update: OPDUpdate | MixedUpdate
     stream: PromptStream
+    pairs: CaptionedLatents | None
     teach: Callable[[], teachers.Teaching]
 
 
@@ -83,16 +92,18 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         raise ValueError(
             f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
         )
-    taught = {name: scale_of(task.guidance) for name, task in config.tasks.items() if task.teacher or task.network}
+    routed = make_routing(config, pipeline.world)
     stream = PromptStream(
-        pipeline.world, config.tasks, RoutingTable.of_tasks(taught, None).routes,
+        pipeline.world, config.tasks, routed.routes,
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=soft_routes(config),
-        placement=placement(config, spec, mesh),
+        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
+        dials=drawn_coordinates(config), placement=placement(config, spec, mesh),
     )  # fmt: skip
     check_slots(config, spec, mesh, stream.draw(0)[0])
+    pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
+    check_given(config, setup)
     if config.whole_teachers:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)
@@ -113,13 +124,22 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         beside = {f"network {name}": _held(config, other) for name, other in others.items()}
         return {"base": base, "bank": bank, **beside, **trained_parts(trained.state)}
 
+    fixed = asked_prompts(config, pipeline.world)
     tokens = partial(encoded_tokens, pipeline, config.model)
-    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else (*metric_names(spec.teachers), RATE)
+    plain = (*metric_names(spec.teachers, gap_names(spec)), *regular_names(spec), RATE)
+    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else plain
     names = names if spec.slots is None or is_mixed(config) else (*names, UNANSWERED)
     shapes = {name: other.pipeline.model for name, other in others.items()}
+
+    def drawn() -> Iterator[str]:
+        yield from stream.upto(config.run.steps)
+        yield from fixed
+        yield from () if pairs is None else pairs.upto(config.run.steps)
+
     return OPDPlan(
-        setup, trained, lambda: stream.upto(config.run.steps), names, held,
-        lambda: update_cost(config, spec, tokens(), pipeline.model, shapes), update, stream, teach,
+        setup, trained, drawn, names, held,
+        lambda: update_cost(config, spec, tokens(), pipeline.model, shapes), update, stream, pairs, teach,
+        told=[("routing", routed.told)] if is_told(config) else [],
     )  # fmt: skip
 
 
@@ -128,16 +148,6 @@ def _held(config: settings.OPD, other: networks.Other) -> Tree:
     pipeline, adapted = other.pipeline, any(each is not None for each in other.teachers.values())
     place = pipeline.family, pipeline.model, pipeline.mesh, pipeline.world.latent_shape
     return abstract_other(config, other.settings, *place, len(other.teachers) * adapted)
-
-
-def soft_routes(config: settings.OPD) -> TaskMixes | None:
-    """Where prompts have several teachers, their weights.
-
-    Raises:
-      ValueError: as `TaskMixes`.
-    """
-    weights = {name: (task.mix, task.noisy_mix) for name, task in config.tasks.items()}
-    return TaskMixes(tuple(config.tasks), weights) if mixes(config) else None
 
 
 class Distillation:
@@ -153,16 +163,22 @@ class Distillation:
         plan.prepare()  # before the base: text encoders and network need not be in memory together
         say("loading base and teachers")
         self.teaching = plan.teach()
-        null = null_conditioning(self.pipeline)
-        self.frozen = Frozen(self.teaching.variables, self.teaching.bank, null, self.teaching.networks)
-        sharding, self.prompts = batch_sharding(self.pipeline.mesh), plan.stream
-        self.feed = Feed(plan.stream.batch, sharding, config.batch_size, config.run.steps)
+        null, teaching = null_conditioning(self.pipeline), self.teaching
+        self.frozen = Frozen(teaching.variables, teaching.bank, null, networks=teaching.networks)
+        self.health = watch_health(config, plan.update.pieces, self.pipeline, self.frozen)
+        self.frozen = dataclasses.replace(self.frozen, trust=trust(config, self.health, self.pipeline))
+        mesh, self.prompts = self.pipeline.mesh, plan.stream
+        rows, sizes = fed_rows(plan.stream, plan.pairs, config, mesh)
+        self.feed = Feed(rows, batch_sharding(mesh), sizes, config.run.steps)
 
     @property
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
-        student = exports(export_name(self.config), f"the student: {self.config.export}", self.whole, self.pipeline)
+        name, dials = export_name(self.config), bool(skills(self.config))
+        student = exports(name, f"the student: {self.config.export}", self.whole, self.pipeline, dials=dials)
         pictures = {SAMPLES_FILE: "every model on the same prompts"}
+        if self.health:
+            pictures[PICTURE] = "who disagrees with whom, and the gap by noise level, at fixed states"
         if not self.setup.eval_set.scored():
             return student | pictures
         return student | pictures | {RESULTS_FILE: "mean scores of every model", TABLE_FILE: "the same, as a table"}
@@ -186,19 +202,21 @@ class Distillation:
         """The state of step 0, born in its shards."""
         if self.config.cold_start.method == "merge":
             say("merging the teachers into the student's start")
-        return self.trained.born(self.teaching.start(), self.setup.optimizer, self.config.seed)
+        start = self.teaching.start(partial(tell_start, self.config, self.workdir))
+        return self.trained.born(start, self.setup.optimizer, self.config.seed)
 
     def describe(self) -> None:
         """Print what trains and what does not."""
         spec = self.update.pieces.spec
-        count = len(spec.members.get("", ())) if self.frozen.networks else len(spec.teachers) + 1
+        experts = len(taught(self.config)) + 1 + teachers.asks_base(self.config)
+        count = len(spec.members.get("", ())) if self.frozen.networks else experts
         bank = Part(f"frozen: {count} in the bank", self.frozen.bank)
         others = (Part(f"frozen: network {name}", tree) for name, tree in self.frozen.networks.items())
         describe_weights(self.workdir, self.config, self.state, self.frozen.variables, bank, *others)
 
-    def embedded(self, batch: Batch) -> Batch:
-        """A batch as updates take it."""
-        return Batch(self.pipeline.world.embed(batch.conditioning), batch.route)
+    def embedded(self, batch: Any) -> Batch:
+        """A batch as updates take it, of what the feed gives."""
+        return embedded_batch(self.pipeline.world.embed, batch)
 
     def batch(self, step: int) -> Tree:
         """The whole batch, on every process."""
@@ -210,19 +228,22 @@ class Distillation:
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
         """What the averaged student draws."""
-        return self.setup.draw(self.model(state.ema))
+        health = {"health": np.asarray(self.health.picture())} if self.health else {}
+        return self.setup.draw(self.model(state.ema)) | health
 
     def model(self, trained: Tree) -> Model:
-        """The student with these weights, to sample from."""
-        return Model("student", *self.update.trained.student.policy(self.frozen.variables, trained))
+        """The student with these weights, to sample from; at the coordinates of the evaluation, if it has some."""
+        variables, adapter = self.update.trained.student.policy(self.frozen.variables, trained)
+        return Model("student", variables, turned(skills(self.config), self.config.eval, adapter))
 
     def evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """Mean scores of the averaged student on the periodic evaluation's pairs."""
-        return self.setup.evaluate(self.model(state.ema), progress)
+        scores = self.setup.evaluate(self.model(state.ema), progress)
+        return scores | (self.health.measure(self.frozen, state.ema) if self.health else {})
 
     def advise(self, source: str) -> list[str]:
         """What to do with the student."""
-        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source)
+        return advise(self.workdir, export_name(self.config), self.whole, self.pipeline, source, skills(self.config))
 
     def finish(self, state: TrainState) -> None:
         """Export the student (averaged weights, or raw on request) and report it beside base, teachers and merge.
@@ -233,11 +254,15 @@ class Distillation:
         name, constants = export_name(self.config), self.frozen.variables["constants"]
         card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
         export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
+        if self.health:
+            self.health.measure(self.frozen, student)
+            if is_main():
+                write_png(self.workdir / PICTURE, self.health.picture())
         models = [*self.teaching.models(), self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
-        most = self.config.run.max_failed_rewards
+        most, world = self.config.run.max_failed_rewards, self.pipeline.world
         with contextlib.closing(self.setup) as setup:
-            write_report(self.workdir, self.config.eval, about, setup.sampler, self.pipeline.world, models, most)
+            write_report(self.workdir, self.config.eval, about, setup.sampler, world, models, most, setup.others)
 
 
 class OPD(Distillation):

@@ -33,6 +33,7 @@ class Plan:
     """`drawn()`: the prompts that training will ask for, each once; `metrics`: names of what an update returns.
 
     `held()`: what the devices hold all through training, as shapes with shardings; `cost()`: an update's FLOPs.
+    `told`: lines of the stage's own, subject and text.
     """
 
     setup: Setup
@@ -41,6 +42,7 @@ class Plan:
     metrics: Sequence[str]
     held: Callable[[], Mapping[str, Tree]]
     cost: Callable[[], Update]
+    told: Sequence[tuple[str, str]] = dataclasses.field(default=(), kw_only=True)
 
     def prompts(self) -> Iterator[str]:
         """All that the run will encode: evaluation's, then training's."""

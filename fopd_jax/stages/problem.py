@@ -76,10 +76,10 @@ def _networks(config: OPD, update: AbstractUpdate) -> dict[str, tuple[float, int
     if not spec.grouped:
         return {}
     asked = asked_flops(config, spec, _text_tokens(update), update.model, {})
-    timesteps = 1 if spec.one_timestep else spec.window[1] - spec.window[0]
+    asks = spec.teacher_steps * (1 if spec.one_timestep else spec.window[1] - spec.window[0])
     trees = {"": frozen.variables, STACK: frozen.bank, **frozen.networks}
     held = {name: sum(map(shard_bytes, jax.tree.leaves(trees[name]))) for name in asked}
-    return {name or "base": (timesteps * asked[name], held[name]) for name in asked}
+    return {name or "base": (asks * asked[name], held[name]) for name in asked}
 
 
 def _refuse_mixed(config: OPD) -> None:

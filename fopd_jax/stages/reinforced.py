@@ -45,7 +45,7 @@ from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.grpo.step import Step
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.task import Task
-from fopd_jax.worlds.prompt_stream import Batch, PromptStream
+from fopd_jax.worlds.prompt_stream import PromptStream
 from fopd_jax.worlds.world import World
 
 LAG = "lag"
@@ -246,8 +246,8 @@ class ReinforcementLearning:
             pending = self.scoring.begin(step, self.method.latents(rolled), drawn)
         return state, _Ahead(step, rolled, conditioning, pending, lag)
 
-    def embedded(self, batch: Batch) -> Any:
-        """What the method rolls out."""
+    def embedded(self, batch: Any) -> Any:
+        """What the method rolls out, of what the feed gives: a `Batch`."""
         return self.pipeline.world.embed(batch.conditioning)
 
     def rests(self, step: int) -> bool:
@@ -309,9 +309,8 @@ class ReinforcementLearning:
         models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
         with contextlib.closing(self.setup) as setup:
-            write_report(
-                self.workdir, config.eval, about, setup.sampler, pipeline.world, models, config.run.max_failed_rewards
-            )
+            most = config.run.max_failed_rewards
+            write_report(self.workdir, config.eval, about, setup.sampler, pipeline.world, models, most, setup.others)
 
 
 def trained_rewards(config: Reinforced) -> dict[str, float]:

@@ -9,6 +9,7 @@ from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import Config
 from fopd_jax.config.stages import StageConfig
+from fopd_jax.models.coordinates import LAYER
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_shape
@@ -62,7 +63,7 @@ def load_stored(config: StageConfig, pipeline: Pipeline, workdir: Path, step: in
 
 def _sized(config: StageConfig, workdir: Path, step: int) -> Config:
     """The config with the rank that the checkpoint's adapter has, at the same scale: merges may have another one."""
-    shape = stored_shape(workdir, step, "/a") if config.trained == "adapter" else None
+    shape = stored_shape(workdir, step, "/a", (f"/{LAYER}/a",)) if config.trained == "adapter" else None
     if shape is None:
         return config
     return resolve(override(config, {"adapter.rank": shape[-1], "adapter.alpha": config.adapter.scale * shape[-1]}))

@@ -12,28 +12,37 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters.card import AdapterCard
+from fopd_jax.adapters.coordinates import skills_of
 from fopd_jax.adapters.lora import (
     Adapter,
     adapter_shapes,
     conform,
     delta,
     effective,
-    init_adapter,
     is_zero,
-    merge,
     rank_of,
-    revive,
     stack_bank,
 )
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.schema import OPD, Config
 from fopd_jax.config.sizes import describe_size
+from fopd_jax.config.stages import taught
 from fopd_jax.evaluation.report import Model
 from fopd_jax.parallel.distributed import put_replicated, warn
-from fopd_jax.parallel.sharding import bank_shardings, parameter_shardings, replicated, stacked_shardings
+from fopd_jax.parallel.sharding import bank_shardings, replicated, stacked_shardings
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.stages.cards import check_card, read_source, size_of
+from fopd_jax.stages.cold_start import (
+    Tell,
+    adapter_start,
+    make_start,
+    merge_networks,
+    start_weights,
+    title,
+    untold,
+)
+from fopd_jax.stages.coordinates import fitted, skills
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
 from fopd_jax.stages.setup import Setup
 
@@ -64,27 +73,28 @@ class Teaching:
     """What a run starts from.
 
     `variables`: the base; `bank`: teachers by task in the config's order, then the anchor. What is not there while
-    training is made anew when it is asked for: `start()`, of what trains, and `models()`, everybody but the student, to
-    report. `networks`: of teachers beside the base, see `Frozen`.
+    training is made anew when it is asked for: `start(tell)`, of what trains, where `tell` hears how much of a merge it
+    keeps, and `models()`, everybody but the student, to report. `networks`: of teachers beside the base, see `Frozen`.
     """
 
     variables: Tree
     bank: Tree
-    start: Callable[[], Tree]
+    start: Callable[..., Tree]
     models: Callable[[], list[Model]]
     networks: Tree = dataclasses.field(default_factory=dict)
 
 
 def sources(config: OPD) -> Sources:
     """Raises ValueError where the anchor has a teacher's name but other weights."""
-    names = {name: task.teacher for name, task in config.tasks.items() if task.teacher or not task.network}
-    networks = {name: task.network for name, task in config.tasks.items() if task.network}
+    tasks = {name: config.tasks[name] for name in taught(config)}
+    names = {name: task.teacher for name, task in tasks.items() if task.teacher or not task.network}
+    networks = {name: task.network for name, task in tasks.items() if task.network}
     weights, name = config.anchor.adapter, config.anchor.name
     if not weights and not config.anchor.network:
         return Sources(names, None, networks)
-    if name in config.tasks and (names.get(name, ""), networks.get(name, "")) != (weights, config.anchor.network):
+    if name in tasks and (names.get(name, ""), networks.get(name, "")) != (weights, config.anchor.network):
         raise ValueError(f"anchor.name: found {name!r}, which is a task with another teacher")
-    anchor = None if name in config.tasks else name
+    anchor = None if name in tasks else name
     networks |= {name: config.anchor.network} if config.anchor.network else {}
     return Sources(names | ({name: weights} if weights else {}), anchor, networks)
 
@@ -96,7 +106,7 @@ def check_start(config: OPD, found: Sources) -> None:
       ValueError: weights for a teacher that is not there, or an adapter to start from networks.
     """
     start = config.cold_start
-    if start.method == "none":
+    if start.method != "merge":
         return
     own = found.of("").names
     if found.networks and not own:
@@ -129,7 +139,8 @@ def check_cards(config: OPD, setup: Setup, found: Sources) -> dict[str, AdapterC
 def _deviations(config: OPD, name: str, card: AdapterCard, size: tuple[int, int]) -> Iterator[str]:
     """What a run does otherwise than a teacher's card says, in words."""
     scales = {f"tasks.{name}": config.tasks[name].guidance} if name in config.tasks else {}
-    if name == config.anchor.name and config.anchor.adapter and config.objective.mar_beta > 0:
+    asked = config.objective.mar_beta > 0 and config.anchor.moves == "none"
+    if name == config.anchor.name and config.anchor.adapter and asked:
         scales["anchor"] = config.anchor.guidance
     for field, scale in scales.items():
         if card.guidance is not None and scale is not None and scale != card.guidance:
@@ -154,6 +165,11 @@ def load_adapters(
             adapters[name] = load_policy(source, pipeline)
         except ValueError as error:
             raise ValueError(f"{found.field(name)}: {error}") from error
+        if skills_of(adapters[name]):
+            raise ValueError(
+                f"{found.field(name)}: {source}: has capability coordinates, expected an adapter without: "
+                "teachers are asked about none"
+            )
         said, scale = cards.get(name, AdapterCard()).scale, adapters[name].scale
         if said is not None and not math.isclose(said, scale, rel_tol=1e-3):
             warn(f"{found.field(name)}: {source} says that its scale is {said:g}, but holds {scale:g}")
@@ -180,14 +196,14 @@ def start_shapes(config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter]) 
     Raises:
       ValueError: as `truncate`, or it is trained at another scale than `config.adapter` has.
     """
-    start, lora = jax.eval_shape(partial(start_adapter, config, adapters, pipeline)), config.adapter
+    start, lora = jax.eval_shape(lambda: make_start(config, adapters, pipeline)[0]), config.adapter
     merge = config.cold_start.merge
     if config.trained == "adapter" and start.scale != lora.scale:
         raise ValueError(
             f"adapter.alpha: found {lora.alpha:g}, a scale of {lora.scale:g}, but cold_start.merge {merge!r} keeps "
             f"the teachers' scale {start.scale:g}: expected {start.scale * lora.rank:g}"
         )
-    return start
+    return jax.eval_shape(partial(fitted, config, model=pipeline.model), start)
 
 
 def teach_by_adapters(
@@ -195,23 +211,23 @@ def teach_by_adapters(
 ) -> Teaching:
     """Load the base and put the adapters beside it; `bank`: makes another one than of all tasks and the anchor."""
     anchor = adapters[config.anchor.name] if config.anchor.adapter and not config.anchor.network else None
-    make_start = partial(start_adapter, config, adapters, pipeline)
+    begin = partial(adapter_start, config, adapters, pipeline)
     if bank is None:
-        tasks = {name: adapters[name] for name in config.tasks}
+        tasks = {name: adapters[name] for name in taught(config)}
         bank = partial(make_bank, config, pipeline, tasks, anchor, base=asks_base(config))
     bank = bank()
     variables = load_base(config.model, pipeline, config.seed)
 
-    def start() -> Tree:
-        adapter = make_start()
+    def start(tell: Tell = untold) -> Tree:
+        adapter = fitted(config, begin(tell), pipeline.model)
         return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
 
     def models() -> list[Model]:
         """The base is an adapter, too, so that every model is sampled by one program."""
-        base = effective(no_adapter(next(iter(adapters.values()), None) or make_start()))
+        base = effective(no_adapter(next(iter(adapters.values()), None) or begin(untold)))
         found = {"base": base} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
-        if config.cold_start.method == "merge":
-            found["merge"] = effective(make_start())
+        if name := title(config):
+            found[name] = effective(begin(untold))
         return [Model(name, variables, adapter) for name, adapter in found.items()]
 
     return Teaching(variables, bank, start, models)
@@ -219,7 +235,7 @@ def teach_by_adapters(
 
 def asks_base(config: OPD) -> bool:
     """Whether the base is asked beside teachers and anchor."""
-    return any(task.extrapolation for task in config.tasks.values())
+    return bool(skills(config)) or any(config.tasks[name].extrapolation for name in taught(config))
 
 
 def make_bank(
@@ -234,22 +250,6 @@ def make_bank(
     dtype, boxed = jnp.dtype(config.model.dtype), _boxed(pipeline)
     stacked = jax.tree.map(lambda leaf: leaf.astype(dtype), stack_bank(bank))
     return put_replicated(stacked, bank_shardings(pipeline.mesh, boxed["params"], stacked))
-
-
-def start_adapter(config: OPD, adapters: dict[str, Adapter], pipeline: Pipeline) -> Adapter:
-    """The student's initial adapter: the teachers' weighted merge, or a fresh one."""
-    start, lora, key = config.cold_start, config.adapter, jax.random.key(config.seed)
-    if start.method == "none":
-        return init_adapter(key, _shapes(pipeline)["params"], lora, pipeline.family.targets)
-    weights = start_weights(config)
-    chosen = [adapters[name] for name in weights]
-    return revive(key, merge(start.merge, chosen, list(weights.values()), lora))
-
-
-def start_weights(config: OPD) -> dict[str, float]:
-    """Of the teachers (or the anchor) in the student's start; by default the routed ones count alike."""
-    own = [name for name, task in config.tasks.items() if not task.network]
-    return config.cold_start.weights or dict.fromkeys(own, 1 / max(len(own), 1))
 
 
 def _add_to_base(config: OPD, pipeline: Pipeline, adapter: Adapter) -> Tree:
@@ -286,21 +286,23 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
         lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
         out_shardings=stacked_shardings(pipeline.mesh, boxed["params"]),
     )
-    bank = stack(*(networks[name] for name in config.tasks), anchor)
+    bank = stack(*(networks[name] for name in taught(config)), anchor)
     del networks, anchor
 
     def average() -> Tree:
         weights = start_weights(config)
         rows = [list(found.names).index(name) for name in weights]
-        return _average(pipeline, bank, dict(zip(rows, weights.values(), strict=True)))
+        chosen = dict(zip(rows, weights.values(), strict=True))
+        return merge_networks(config, pipeline, variables["params"], bank, chosen)
 
-    def start() -> Tree:
-        if config.trained == "adapter":
-            key, targets = jax.random.key(config.seed), pipeline.family.targets
-            return init_adapter(key, variables["params"], config.adapter, targets)
-        if config.cold_start.method == "none":
+    def start(tell: Tell = untold) -> Tree:
+        if config.cold_start.method == "merge":
+            tell(None)
+            return average()
+        if config.trained == "params" and config.cold_start.method == "none":
             return load_base(config.model, pipeline, config.seed, "float32")["params"]
-        return average()
+        adapter = adapter_start(config, {}, pipeline, tell)
+        return adapter if config.trained == "adapter" else _add_to_base(config, pipeline, adapter)
 
     def models() -> list[Model]:
         """The bank holds the named networks in their order, the anchor last."""
@@ -309,19 +311,12 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
             params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
         if config.cold_start.method == "merge":
             params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), average())
-        return [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+        networks = [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+        if config.cold_start.method != "adapter":
+            return networks
+        return [*networks, Model(title(config), variables, effective(adapter_start(config, {}, pipeline, untold)))]
 
     return Teaching(variables, bank, start, models)
-
-
-def _average(pipeline: Pipeline, bank: Tree, weights: Mapping[int, float]) -> Tree:
-    """The weighted average of some of a bank's networks, by row, in float32 and in its shards."""
-
-    def average(stacked: jax.Array) -> jax.Array:
-        return jnp.stack([w * stacked[row].astype(jnp.float32) for row, w in weights.items()]).sum(0)
-
-    places = parameter_shardings(pipeline.mesh, _boxed(pipeline))["params"]
-    return jax.jit(lambda bank: jax.tree.map(average, bank), out_shardings=places)(bank)
 
 
 def _boxed(pipeline: Pipeline) -> Tree:

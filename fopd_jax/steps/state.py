@@ -25,7 +25,8 @@ class TrainState:
     trained: Tree
     opt_state: Tree
     ema: Tree
-    old: Tree = None  # a second, slower copy of what trains, in stages that roll out by one
+    old: Tree = None  # a second, slower copy of what trains, in stages that roll out by one or are anchored to it
+    beta: Any = None  # float32 0-d: the anchor's weight, where it learns
 
     def rng(self) -> PRNGKeyArray:
         """The key of this step alone, so that resuming needs no generator state.
@@ -75,9 +76,17 @@ def learning_rate(settings: Optimizer, opt_state: Tree) -> jax.Array:
 
 
 def init_state(
-    trained: Tree, optimizer: optax.GradientTransformation, seed: int, *, keeps_old: bool = False
+    trained: Tree,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    keeps_old: bool = False,
+    beta: float | None = None,
 ) -> TrainState:
-    """A fresh state; the average, and the old copy where there is one, start at the initial values."""
+    """A fresh state; the average, and the old copy where there is one, start at the initial values.
+
+    `beta`: what the anchor's weight starts from, where it learns.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
@@ -85,6 +94,7 @@ def init_state(
         opt_state=optimizer.init(trained),
         ema=jax.tree.map(jnp.copy, trained),
         old=jax.tree.map(jnp.copy, trained) if keeps_old else None,
+        beta=None if beta is None else jnp.asarray(beta, jnp.float32),
     )
 
 
@@ -142,5 +152,12 @@ def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, 
     opt_state = optax.tree.map_params(
         optimizer, lambda _, place: place, state.opt_state, trained, transform_non_params=lambda _: everywhere
     )
-    old = None if state.old is None else trained
-    return TrainState(step=everywhere, seed=everywhere, trained=trained, opt_state=opt_state, ema=trained, old=old)
+    return TrainState(
+        step=everywhere,
+        seed=everywhere,
+        trained=trained,
+        opt_state=opt_state,
+        ema=trained,
+        old=None if state.old is None else trained,
+        beta=None if state.beta is None else everywhere,
+    )

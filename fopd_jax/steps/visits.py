@@ -197,15 +197,24 @@ class Sums:
 
 
 def land_if(
-    lands: Any, groups: GradientGroups, optimizer: optax.GradientTransformation, state: TrainState, sums: Sums
+    lands: Any,
+    groups: GradientGroups,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    sums: Sums,
+    beside: tuple[Tree, Array] | None = None,
 ) -> tuple[TrainState, Sums, Array, Array]:
     """One update of the mean gradient, where it `lands`: state, sums to go on with, the gradient's norm, and whether it
-    was left out, not being finite. Where no sample counts nothing moves.
+    was left out, not being finite. Where no sample counts nothing moves. `beside`: the gradient and the value of
+    another mean loss.
     """
 
     def update() -> tuple[TrainState, Sums, Array, Array]:
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), groups.total(sums.gradients))
-        updated, norm, skipped = apply_if_finite(state, gradients, sums.loss, optimizer)
+        loss = sums.loss
+        if beside is not None:
+            gradients, loss = add(gradients, beside[0]), loss + beside[1]
+        updated, norm, skipped = apply_if_finite(state, gradients, loss, optimizer)
         return land(sums.weight > 0, updated, state), _zeros(sums), norm, skipped
 
     return jax.lax.cond(lands, update, lambda: (state, sums, jnp.zeros(()), jnp.array(False)))

@@ -35,7 +35,7 @@ from fopd_jax.interop.files.tokenizers import open_tokenizer
 from fopd_jax.parallel.distributed import failing_together, initialize, is_main
 from fopd_jax.tasks.builders import build
 from fopd_jax.tasks.describe import WORDS, Measure, Turn, as_text, overlaps, profile, schedule
-from fopd_jax.tasks.images import read_captions
+from fopd_jax.tasks.images import read_pairs
 from fopd_jax.tasks.prompt_set import PromptSet
 from fopd_jax.tasks.sampling import Curriculum, Shares
 from fopd_jax.tasks.sources import read_sets
@@ -108,7 +108,7 @@ def read(config: StageConfig) -> dict[str, PromptSet]:
     """Every set of a config, `TASK.prompts` (of images their captions) and `TASK.test`.
 
     Raises:
-      ValueError: as `read_sets` and `read_captions`; the world lacks a task; names the field.
+      ValueError: as `read_sets` and `read_pairs`; the world lacks a task; names the field.
     """
     if config.model.preset in EMBEDDED:
         return _own(config)
@@ -120,8 +120,9 @@ def read(config: StageConfig) -> dict[str, PromptSet]:
     found = {field.removeprefix("tasks."): prompts for field, prompts in read_sets(sources).items()}
     if isinstance(config, FlowMatching):
         for name, pairs in config.tasks.items():
-            captions = read_captions(pairs.images, f"tasks.{name}.images")
-            found[f"{name}.prompts"] = PromptSet(tuple(captions.values()), (), "captions of images")
+            captions, images = read_pairs(name, pairs)
+            form = "captions of images" if images else "prompts of demonstrations"
+            found[f"{name}.prompts"] = PromptSet(captions, (), form)
     return {f"{name}.{field}": found[f"{name}.{field}"] for name in config.tasks for field in ("prompts", "test")}
 
 

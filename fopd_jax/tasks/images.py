@@ -11,6 +11,7 @@ from typing import Any
 
 from fopd_jax.config.schema import Pairs
 from fopd_jax.reading import read_regular
+from fopd_jax.tasks.demonstrations import Demonstrations, is_set
 from fopd_jax.tasks.sources import read_set
 from fopd_jax.tasks.task import Task
 
@@ -26,12 +27,23 @@ def read_image_tasks(tasks: Mapping[str, Pairs]) -> dict[str, Task]:
     """
     found = {}
     for name, pairs in tasks.items():
-        captions = read_captions(pairs.images, f"tasks.{name}.images")
+        captions, images = read_pairs(name, pairs)
         test = read_set(pairs.test, f"tasks.{name}.test", "test")
-        found[name] = Task(
-            name, tuple(captions.values()), test.texts, images=tuple(captions), test_metadata=test.metadata
-        )
+        found[name] = Task(name, captions, test.texts, images=images, test_metadata=test.metadata)
     return found
+
+
+def read_pairs(name: str, pairs: Pairs) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """A task's captions and their images; of a set of demonstrations, which are latents, the prompts alone.
+
+    Raises:
+      ValueError: as `read_captions` and `Demonstrations`; names `tasks.NAME.images`.
+    """
+    field = f"tasks.{name}.images"
+    if pairs.images and is_set(Path(pairs.images)):
+        return Demonstrations(Path(pairs.images), name, field).prompts, ()
+    captions = read_captions(pairs.images, field)
+    return tuple(captions.values()), tuple(captions)
 
 
 def read_captions(folder: str, field: str) -> dict[Path, str]:

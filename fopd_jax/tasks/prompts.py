@@ -45,7 +45,7 @@ def plain(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def read_tasks(tasks: Mapping[str, RoutedTask] | Mapping[str, RewardedTask]) -> dict[str, Task]:
+def read_tasks(tasks: Mapping[str, RoutedTask | RewardedTask]) -> dict[str, Task]:
     """The tasks whose prompts are read or generated (`tasks.sources`); they have no scores of their own.
 
     Raises:

@@ -17,6 +17,7 @@ from fopd_jax.files import local_path
 from fopd_jax.interop.files.converted import Manifest
 from fopd_jax.parallel.distributed import local_mesh
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, filled
+from fopd_jax.tasks.images import read_image_tasks
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.codec import Codec
 from fopd_jax.worlds.images import CaptionedImages, Draws
@@ -66,7 +67,9 @@ class FolderWorld:
         )  # fmt: skip
 
     def _pairs(self, tasks: Mapping[str, Pairs], batch_size: int, empty_caption: float, seed: int) -> CaptionedImages:
-        draws = Draws(self._tasks, tasks, batch_size, empty_caption, seed)
+        """Of the run's own tasks where these have images, else of the folders that `tasks` name."""
+        own = all(name in self._tasks and self._tasks[name].images for name in tasks)
+        draws = Draws(self._tasks if own else read_image_tasks(tasks), tasks, batch_size, empty_caption, seed)
         return CaptionedImages(draws, self._size, self._prompts.encode, self._codec.encode)
 
 

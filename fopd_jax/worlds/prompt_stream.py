@@ -14,6 +14,7 @@ from fopd_jax.config.learning import RewardedTask
 from fopd_jax.config.schema import RoutedTask
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.sampling import Curriculum, Walk
+from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.foreseen import foresee
 from fopd_jax.worlds.placement import Placement
 from fopd_jax.worlds.world import World, select_tasks
@@ -24,6 +25,9 @@ Routes = Callable[[Sequence[str], Sequence[str]], Int[np.ndarray, " n"]]
 Mixes = Callable[[Sequence[str], Sequence[str]], "Mix"]
 """`(tasks, prompts) -> each prompt's several teachers`."""
 
+Dials = Callable[[int, Int[np.ndarray, " n"], Sequence[str]], tuple[Any, "Mix"]]
+"""`(step, the draws' numbers in it, their tasks) -> each one's coordinates [n, K], and the teachers there`."""
+
 MOST_ORDERED = 2**18
 """Draws; seeing them takes a second or few."""
 
@@ -31,7 +35,7 @@ MOST_ORDERED = 2**18
 @struct.dataclass
 class Mix:
     """Soft routing: the teachers `bank [B, m]` that each sample is taught by, with weights `[B, 2, m]` at the image
-    (t = 0) and at pure noise (t = 1), linear in t between them.
+    (t = 0) and at pure noise (t = 1), linear in t between them. The first is the chief one.
     """
 
     bank: Any
@@ -47,12 +51,23 @@ class Mix:
 class Batch:
     """Encoded prompts `[B, …]` and each one's teacher `[B]`; a stream's are what its world embeds on the devices.
 
-    `mix`: several teachers a prompt, of which `route` is then the chief one.
+    `mix`: several teachers a prompt, of which `route` is then the chief one. `offline`: captioned latents beside them,
+    as `worlds.world.CaptionedLatents` makes them; their number is their own. `coordinates [B, K]`: of the skills of a
+    student that has a dial for each.
     """
 
     conditioning: Any  # Conditioning, once embedded
     route: Any
     mix: Mix | None = None
+    offline: Any = None
+    coordinates: Any = None
+
+    @property
+    def student(self) -> Any:
+        """The conditioning of the student, who alone sees coordinates."""
+        if self.coordinates is None:
+            return self.conditioning
+        return dataclasses.replace(self.conditioning, coordinates=self.coordinates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +91,9 @@ class PromptStream:
     Counts of the tasks follow their weights of the time at every step (`tasks.sampling.Curriculum`), no prompt of a
     task comes twice within an epoch (`sampling.Walk`), and the draws of a step are shuffled over its rows.
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`. `mixes`: several
-    teachers a prompt, beside its route. `placement`: which devices the draws of a step are dealt to, see there.
+    teachers a prompt, of which the chief one is then its route; or `dials`: coordinates, which say them. `read(task,
+    prompt)`: what the network reads in a training prompt's place, and routes go by. Images of a draw share all of it.
+    `placement`: which devices the draws of a step are dealt to, see there.
 
     Raises:
       ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
@@ -93,6 +110,8 @@ class PromptStream:
         seed: int,
         rows: Int[np.ndarray, " n"] | None = None,
         mixes: Mixes | None = None,
+        read: Callable[[str, str], str] | None = None,
+        dials: Dials | None = None,
         placement: Placement | None = None,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
@@ -103,13 +122,14 @@ class PromptStream:
                 f"images_per_prompt: found {images_per_prompt}, expected a divisor of batch_size {batch_size}"
             )
         self.encode, self.routes, self.mixes, self.seed = world.encode, routes, mixes, seed
-        self.placement = placement
+        self.dials, self.placement = dials, placement
         self.count, self.repeats = batch_size // images_per_prompt, images_per_prompt
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
         self._all, sizes = tuple(self.tasks.values()), [len(task.train) for task in self.tasks.values()]
         self._curriculum = Curriculum.of([tasks[name] for name in self.tasks])
         self._walks = [Walk(seed, task.name, size) for task, size in zip(self._all, sizes, strict=True)]
+        self._read = [task.train if read is None else _each(read, task) for task in self._all]
         self._beside = [task.beside("train") for task in self._all]
         self._first = np.cumsum([0, *sizes[:-1]])
 
@@ -125,9 +145,9 @@ class PromptStream:
         return tasks[order], np.concatenate(places)[order]
 
     def draw(self, step: int) -> tuple[list[str], list[str]]:
-        """The tasks and prompts of one step's whole batch, before prompts are repeated."""
+        """The tasks and prompts of one step's whole batch, as they are read, before prompts are repeated."""
         tasks, places = (each.tolist() for each in self._places(step))
-        prompts = [self._all[task].train[place] for task, place in zip(tasks, places, strict=True)]
+        prompts = [self._read[task][place] for task, place in zip(tasks, places, strict=True)]
         return [self._all[task].name for task in tasks], prompts
 
     def ids(self, step: int) -> Int[np.ndarray, " b"]:
@@ -136,7 +156,7 @@ class PromptStream:
         return np.repeat((self._first[tasks] + places).astype(np.int32), self.repeats)
 
     def drawn(self, step: int, *, merge_equal_prompts: bool = False) -> list[Drawn]:
-        """All rows of one step's whole batch; nothing of it is put on devices.
+        """All rows of one step's whole batch, prompts as rewards know them; nothing of it is put on devices.
 
         A draw is a group; where an epoch ends within a batch a prompt may be two of them. With `merge_equal_prompts`
         rows of a task with equal texts are one, as in programs that know prompts by their text.
@@ -157,9 +177,9 @@ class PromptStream:
         """
         counts = self._curriculum.counts(steps, self.count).tolist()
         asked = (
-            task.train[place]
-            for task, walk, count in zip(self._all, self._walks, counts, strict=True)
-            for place in walk(0, min(count, len(task.train))).tolist()
+            read[place]
+            for read, walk, count in zip(self._read, self._walks, counts, strict=True)
+            for place in walk(0, min(count, len(read))).tolist()
         )
         return foresee(lambda step: self.draw(step)[1], steps, asked, MOST_ORDERED)
 
@@ -171,6 +191,15 @@ class PromptStream:
     def batch(self, step: int) -> Batch:
         """This process's rows of one step's batch."""
         tasks, prompts = ([drawn[i] for i in self._mine] for drawn in self.draw(step))
-        mix = None if self.mixes is None else self.mixes(tasks, prompts)
-        batch = Batch(self.encode(prompts), self.routes(tasks, prompts), mix)
+        coordinates, mix = (None, None) if self.dials is None else self.dials(step, self._mine, tasks)
+        if self.mixes is None:
+            route = self.routes(tasks, prompts)
+        else:
+            mix = self.mixes(tasks, prompts)
+            route = mix.bank[:, 0]
+        batch = Batch(self.encode(prompts), route, mix, coordinates=coordinates)
         return jax.tree.map(lambda leaf: leaf[self._repeat], batch)
+
+
+def _each(read: Callable[[str, str], str], task: Task) -> tuple[str, ...]:
+    return tuple(read(task.name, prompt) for prompt in task.train)

@@ -15,6 +15,7 @@ from fopd_jax.config.schema import Pairs
 from fopd_jax.parallel.distributed import put_batch, rows_of
 from fopd_jax.parallel.sharding import batch_sharding, batch_ways, replicated
 from fopd_jax.rewards.reward import Reward
+from fopd_jax.tasks.paraphrase import paraphrase
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.decoder import Decoder
 
@@ -59,6 +60,7 @@ class World:
     `pairs` makes captioned latents to train on, where the world has images.
     `rewards`: what scores its tasks' images, by name: the world's own, and once a config has been read what it names.
     `decoder`: `decode` as part of a jitted program, where it can be one.
+    `paraphrase(prompt, seed)`: the same in words that networks seldom or never saw, which `encode` takes.
     """
 
     latent_shape: tuple[int, int, int]
@@ -72,6 +74,7 @@ class World:
     pairs: MakePairs | None = None
     rewards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
     decoder: Decoder | None = None
+    paraphrase: Callable[[str, int], str] = paraphrase
 
 
 def embed_prompts(world: World, prompts: Sequence[str], mesh: Mesh) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Adapters on small networks and on SD3.5-Medium's shapes: neutral start, routing, merges, target groups."""
+"""Adapters on small networks and on SD3.5-Medium's shapes: neutral start, routing, target groups."""
 
 import functools
 import math
@@ -13,18 +13,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fopd_jax.adapters.lora import (
     Adapter,
-    average_factors,
-    concatenate,
     conform,
     delta,
     effective,
     init_adapter,
-    merge,
     rank_of,
     revive,
     stack_bank,
     target_kernels,
-    truncate,
     zeros_like,
 )
 from fopd_jax.backbones.weights import boxed_variables, init_variables
@@ -164,140 +160,6 @@ def test_layers_that_a_family_does_not_name_are_refused(targets: tuple[str, ...]
         init_adapter(jax.random.key(0), _variables()["params"], LoRAConfig(4, 8.0, targets), TARGETS)
 
 
-# ---- merges
-
-
-def _experts(count: int, d_in: int, d_out: int, ranks: tuple[int, ...], scales: tuple[float, ...]) -> list[Adapter]:
-    """Random adapters of one scanned and one single layer, float32."""
-    rng = np.random.default_rng(5)
-
-    def layer(rank: int, *layers: int) -> dict[str, jax.Array]:
-        a, b = rng.normal(size=(*layers, d_in, rank)), rng.normal(size=(*layers, rank, d_out))
-        return {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
-
-    return [
-        Adapter({"blocks": {"attn": {"to_q": layer(rank, 2)}}, "last_block": {"attn": {"to_q": layer(rank)}}}, scale)
-        for rank, scale in zip(ranks[:count], scales, strict=True)
-    ]
-
-
-def _dense(adapter: Adapter) -> dict[str, np.ndarray]:
-    """ΔW by module in float64, written out apart from the package."""
-    flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(adapter.weights, sep="/").items()}
-    return {path[:-2]: adapter.scale * flat[path] @ flat[f"{path[:-1]}b"] for path in flat if path.endswith("/a")}
-
-
-def _average(adapters: list[Adapter], weights: tuple[float, ...]) -> dict[str, np.ndarray]:
-    dense = [_dense(adapter) for adapter in adapters]
-    return {path: sum(w * each[path] for w, each in zip(weights, dense, strict=True)) for path in dense[0]}
-
-
-def _error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    """The largest relative error of any one module."""
-    assert found.keys() == expected.keys()
-    return max(np.linalg.norm(found[path] - expected[path]) / np.linalg.norm(expected[path]) for path in expected)
-
-
-UNEQUAL = {"ranks": (4, 3, 2), "scales": (2.0, 0.5, 3.0)}
-SHARES = (0.5, 0.2, -0.3)  # extrapolation counts too
-
-
-def test_delta_is_scale_times_a_times_b():
-    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
-    flat = flatten_dict(delta(adapter), sep="/")
-    assert _error({path: np.asarray(leaf) for path, leaf in flat.items()}, _dense(adapter)) <= 1e-6
-
-
-def test_concatenate_is_the_exact_weighted_sum_of_the_products_whatever_ranks_and_scales():
-    experts = _experts(3, 12, 10, **UNEQUAL)
-    joined = concatenate(experts, SHARES)
-    assert {leaf.shape[-1] for path, leaf in flatten_dict(joined.weights).items() if path[-1] == "a"} == {9}
-    assert _error(_dense(joined), _average(experts, SHARES)) <= 1e-6
-
-
-def test_one_expert_with_weight_one_is_itself():
-    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
-    assert _error(_dense(concatenate([adapter], [1.0])), _dense(adapter)) <= 1e-7
-
-
-@pytest.mark.parametrize("alpha", [1.0, 64.0])
-def test_truncation_to_the_full_rank_reproduces_the_sum(alpha: float):
-    joined = concatenate(_experts(3, 12, 10, **UNEQUAL), SHARES)
-    whole = truncate(joined, LoRAConfig(9, alpha))
-    assert whole.scale == alpha / 9
-    assert _error(_dense(whole), _dense(joined)) <= 1e-5
-
-
-@pytest.mark.parametrize("d_in", [12, 6])  # 6: the sum of the ranks exceeds the width
-@pytest.mark.parametrize("rank", [1, 3, 5])
-def test_truncation_to_a_lower_rank_is_the_best_one(rank: int, d_in: int):
-    joined = concatenate(_experts(3, d_in, 10, **UNEQUAL), SHARES)
-    exact, short = _dense(joined), _dense(truncate(joined, LoRAConfig(rank, 2.0 * rank)))
-    for path, matrix in exact.items():
-        tail = np.linalg.svd(matrix, compute_uv=False)[..., rank:]
-        error = np.linalg.norm(short[path] - matrix, axis=(-2, -1))
-        np.testing.assert_allclose(error, np.sqrt(np.square(tail).sum(-1)), rtol=1e-5)
-
-
-def test_truncation_balances_the_factors():
-    short = truncate(concatenate(_experts(3, 12, 10, **UNEQUAL), SHARES), LoRAConfig(3, 6.0))
-    flat = flatten_dict(short.weights, sep="/")
-    for path in [path for path in flat if path.endswith("/a")]:
-        columns, rows = np.linalg.norm(flat[path], axis=-2), np.linalg.norm(flat[f"{path[:-1]}b"], axis=-1)
-        np.testing.assert_allclose(columns, rows, rtol=1e-5)
-
-
-def test_truncation_cannot_raise_the_rank():
-    (adapter,) = _experts(1, 12, 10, (4,), (2.0,))
-    with pytest.raises(ValueError, match="found 5, but the merged layers have rank 4 at most"):
-        truncate(adapter, LoRAConfig(5, 10.0))
-
-
-def test_averaged_factors_keep_only_part_of_the_average():
-    """For K independent experts both the norm ratio and the cosine tend to 1/√K."""
-    experts = _experts(3, 192, 192, (16,) * 3, (2.0,) * 3)
-    thirds = (1 / 3,) * 3
-    exact, factors = _average(experts, thirds), _dense(average_factors(experts, thirds))
-    for path, matrix in exact.items():
-        for good, bad in zip(matrix.reshape(-1, 192 * 192), factors[path].reshape(-1, 192 * 192), strict=True):
-            ratio = np.linalg.norm(bad) / np.linalg.norm(good)
-            cosine = good @ bad / np.linalg.norm(good) / np.linalg.norm(bad)
-            assert abs(ratio - 1 / math.sqrt(3)) < 0.02
-            assert abs(cosine - 1 / math.sqrt(3)) < 0.02
-
-
-def test_averaged_factors_respect_every_adapters_own_scale():
-    experts = _experts(3, 12, 10, (4,) * 3, (2.0, 0.5, 3.0))
-    folded = [Adapter(effective(each), 1.0) for each in experts]  # the same updates at one scale
-    expected = _dense(average_factors(folded, SHARES))
-    assert _error(_dense(average_factors(experts, SHARES)), expected) <= 1e-6
-
-
-def test_merge_chooses_by_name():
-    experts, thirds = _experts(3, 12, 10, (4,) * 3, (2.0,) * 3), (1 / 3,) * 3
-    config = LoRAConfig(4, 8.0)
-    expected = {
-        "svd": truncate(concatenate(experts, thirds), config),
-        "concatenate": concatenate(experts, thirds),
-        "factors": average_factors(experts, thirds),
-    }
-    for method, adapter in expected.items():
-        jax.tree.map(np.testing.assert_array_equal, merge(method, experts, thirds, config), adapter)
-    with pytest.raises(ValueError, match=r"cold_start\.merge: found 'mean', expected one of \('svd', 'concatenate',"):
-        merge("mean", experts, thirds, config)
-
-
-@pytest.mark.parametrize("method", ["svd", "concatenate", "factors"])
-def test_merges_name_the_precision_of_their_products(method: str):
-    """At the default one accelerators round inputs to 8 or 11 bits."""
-    experts, config = _experts(2, 12, 10, (4,) * 2, (2.0,) * 2), LoRAConfig(4, 8.0)
-    with jax.default_matmul_precision("bfloat16"):
-        traced = str(jax.make_jaxpr(lambda each: delta(merge(method, each, (0.5, 0.5), config)))(experts))
-    products = traced.count("dot_general[")
-    assert products >= (4 if method == "svd" else 1)
-    assert traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
-
-
 # ---- other ranks, fewer layers
 
 
@@ -360,30 +222,6 @@ def test_a_layer_of_another_size_is_named(leaf: str):
     up[leaf] = up[leaf][:, :-1] if leaf == "a" else up[leaf][..., :-1]
     with pytest.raises(ValueError, match=rf"blocks/ff/up/{leaf}: found shape .*, expected \(1, \d+\) and a rank up to"):
         conform("two", adapter, layers, 3)
-
-
-@pytest.mark.parametrize("method", ["svd", "concatenate", "factors"])
-def test_a_merge_can_be_trained_in_every_component(method: str):
-    """Where both factors are zero neither would ever get a gradient: of a layer no teacher adapts, of padded ranks."""
-    experts = _experts(2, 12, 10, (2, 4), (2.0, 0.5))
-    layers = jax.tree.map(lambda leaf: leaf, experts[1].weights)
-    layers["blocks"]["ff"] = {"up": layers["blocks"]["attn"]["to_q"]}
-    merged = merge(
-        method, [conform(str(k), each, layers, 4) for k, each in enumerate(experts)], (0.5, 0.5), LoRAConfig(4)
-    )
-    alive = revive(jax.random.key(0), merged)
-    assert alive.scale == merged.scale
-    before, after = flatten_dict(merged.weights, sep="/"), flatten_dict(alive.weights, sep="/")
-    assert before.keys() == after.keys()
-    assert not before["blocks/ff/up/a"].any()
-    for path, leaf in after.items():
-        there = before[path] != 0
-        np.testing.assert_array_equal(leaf[there], before[path][there])
-        if path.endswith("a"):
-            assert (leaf.any(-2) | after[f"{path[:-1]}b"].any(-1)).all()
-    assert _dense(alive).keys() == _dense(merged).keys()
-    for path, update in _dense(alive).items():
-        np.testing.assert_array_equal(update, _dense(merged)[path])
 
 
 def test_what_is_alive_is_left_as_it_is():

@@ -8,7 +8,7 @@ from typing import Any
 
 from fopd_jax.config.learning import GRPO, ForwardRL, RewardedTask
 from fopd_jax.config.load import load_config
-from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Pairs, RewardConfig, RoutedTask, Server
+from fopd_jax.config.schema import OPD, ColdStart, FlowMatching, Offline, Pairs, RewardConfig, RoutedTask, Server
 from fopd_jax.config.section import Section
 from fopd_jax.config.teaching import TeacherNetwork
 
@@ -29,7 +29,12 @@ class Field:
 def valid(stage: str) -> Any:
     """A config of the stage that resolves, with an entry `x` in every dict."""
     made: dict[str, Any] = {
-        "opd": OPD(name="any", tasks={"x": RoutedTask()}, cold_start=ColdStart(weights={"x": 1.0})),
+        "opd": OPD(
+            name="any",
+            tasks={"x": RoutedTask()},
+            cold_start=ColdStart(weights={"x": 1.0}),
+            offline=Offline(tasks={"x": Pairs()}),
+        ),
         "flow_matching": FlowMatching(name="any", tasks={"x": Pairs()}),
         "grpo": GRPO(name="any", tasks={"x": RewardedTask()}),
         "forward_rl": ForwardRL(name="any", tasks={"x": RewardedTask()}),

@@ -28,6 +28,8 @@ OTHER: dict[Any, Any] = {
     str: "other",
     tuple[int, int] | None: (0, 2),
     tuple[str, ...]: ("x", "y"),
+    tuple[int, ...]: (4, 8),
+    tuple[float, ...]: (1.5,),
     dict[str, float]: {"x": 0.5},
     dict[str, Any]: {"x": "y"},
 }
@@ -37,10 +39,12 @@ CHOSEN: dict[str, Any] = {
     "objective.name": "direct", "grpo:objective.name": "guard",
     "forward_rl:objective.name": "awm", "reward": "log_ratio", "weighting": "ode", "export": "raw",
     "optimizer.betas": (0.5, 0.5), "cold_start.weights": {"x": 0.5}, "adapter.targets": ("mlp",),
-    "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "normalise": "each", "decoding.dtype": "bfloat16",
+    "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "advantages.normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
     "networks.x.dtype": "float32",
-    "match": "branches", "attention": "xla", "remat": "none", "keep_best": "max:x", "run.alarms": {"other": (0.0, 2.0)},
+    "match": "branches", "routing.method": "soft", "attention": "xla", "remat": "none", "keep_best": "max:x",
+    "run.alarms": {"other": (0.0, 2.0)}, "anchor.moves": "ema", "bound_limits": (0.5, 1.0), "target": "velocity",
+    "noisy": "weigh", "health.bands": {"size": (0.0, 2.0)}, "joint_target": "sum", "joint": 0.125, "high": 1.5,
 }  # fmt: skip
 
 
@@ -68,29 +72,45 @@ def today(which: str) -> Any:
 def test_defaults_are_left_out(stage: str):
     config = resolve(valid(stage))
     assert identity(config) == {"stage": stage, "name": "any", "tasks": ["x"]} | (
-        {"cold_start.weights.x": 1.0} if stage == "opd" and len(config.tasks) != 1 else {}
+        {"offline.tasks": ["x"]} if stage == "opd" else {}
     )
     for field in LEAVES:
         if field.stage == stage and not field.name.startswith(("cold_start.weights", "run.alarms")):
             blank = STAGES[stage](tasks=config.tasks, rewards=config.rewards)
             blank.run.servers = config.run.servers
             if stage == "opd":
-                blank.networks = config.networks
+                blank.networks, blank.offline.tasks = config.networks, config.offline.tasks
             value = find(blank, field.name)
             assert default_of(stage, field.name) == (list(value) if isinstance(value, tuple) else value), field
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_counts_but_those_of_run(stage: str):
-    config, before = resolve(valid(stage)), config_hash(resolve(valid(stage)))
+    """And, where teachers are weighed by their health, how."""
+    config = valid(stage)
+    if stage == "opd":
+        config.health.noisy, config.health.weight = "weigh", 0.75
+    config = resolve(config)
+    before = config_hash(config)
     hashes = []
     for field in LEAVES:
         if field.stage == stage and field.name != "stage":
             value = other(stage, field.name, field.hint, find(config, field.name))
+            value = "warn" if field.name == "health.noisy" else value
             changed = resolve(override(config, {field.name: value}))
-            assert (config_hash(changed) == before) == field.name.startswith("run."), field
-            hashes += [config_hash(changed)] if not field.name.startswith("run.") else []
+            looks_on = field.name.startswith("run.") or field.name == "health.gaps"
+            assert (config_hash(changed) == before) == looks_on, field
+            hashes += [] if looks_on else [config_hash(changed)]
     assert len(set(hashes)) == len(hashes) >= 29
+
+
+def test_looking_on_is_no_part_of_a_run():
+    config, looks = valid("opd"), {"gaps": False, "fixed_states": 0, "weight": 0.5, "bands": {}, "noisy": "off"}
+    before = config_hash(resolve(config))
+    for name, value in looks.items():
+        assert config_hash(resolve(override(config, {f"health.{name}": value}))) == before, name
+    weighs = resolve(override(config, {"health.noisy": "weigh", "health.fixed_states": 4, "health.gaps": False}))
+    assert {name for name in identity(weighs) if name.startswith("health.")} == {"health.noisy", "health.fixed_states"}
 
 
 def test_an_identity_is_of_json_types_and_its_own_normal_form():
@@ -122,6 +142,16 @@ def test_the_order_of_tasks_is_no_matter():
 def test_a_task_more_is_another_run_even_if_it_says_nothing():
     hashes = {config_hash(resolve(OPD(name="any", tasks={name: RoutedTask() for name in n}))) for n in ("", "a", "ab")}
     assert len(hashes) == 3
+
+
+def test_images_beside_are_another_run_even_if_they_say_nothing():
+    found = [
+        resolve(OPD(name="any", offline=schema.Offline(tasks={name: Pairs() for name in n}))) for n in ("", "a", "ab")
+    ]
+    assert len({config_hash(config) for config in found}) == 3
+    fields = identity(found[2])
+    assert fields["offline.tasks"] == ["a", "b"]
+    assert normalise(fields) == fields
 
 
 def test_all_tasks_alike_is_what_the_defaults_mean():

@@ -17,6 +17,7 @@ from fopd_jax.config.parse import assign, find, flatten, override, resolve, thaw
 from fopd_jax.config.rules import PATH
 from fopd_jax.config.section import Section
 from tests.config.fields import EVERY, GROUPS, LEAVES, STAGES, Field, valid
+from tests.config.ranges import FREE, RANGES
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
@@ -72,7 +73,7 @@ WRONG: dict[Any, list[Any]] = {
     str: [None, True, 1, 1.0, NAN, b"text", ("text",), ["text"], Path("text")],
     bool: [None, 0, 1, 1.0, "True", "", (True,)],
     tuple[str, ...]: [None, True, 1, "text", {"text"}, {"text": 1}, (1,), ("data", None), ("data", ("fsdp",))],
-    tuple[float, float]: [None, *PAIR],
+    tuple[float, float]: [None, *PAIR], tuple[int, ...]: [None, 1, (1.0,)], tuple[float, ...]: [None, 1.0, (NAN,)],
     tuple[int, int] | None: [False, (1, 2.0), (1, 2**32), *PAIR],
     int | tuple[int, int]: [None, True, 1.0, NAN, HUGE, (1, 2.0), (1, 2**32), *(each for each in PAIR if each != 3)],
     dict[str, float]: [
@@ -153,88 +154,7 @@ def test_an_int_that_python_does_not_spell_is_refused_like_any_other():
     }
 
 
-# ---- ranges: (refused, taken) at the edges, by what a field is named at the end of its dotted name
-
-COUNT, INDEX = ([0, -1], [1, 1000]), ([-1], [0])
-POSITIVE, NON_NEGATIVE = ([0.0, -1e-9], [1e-9]), ([-1e-9], [0.0])
-PROBABILITY = ([-1e-9, 1 + 1e-9], [0.0, 1.0])
-NAME = (["", "a b", "a/b", "a\\b", "a\n", " ", ".", ".."], ["a", "a.b", "...", ".a", "ß-1"])
-STEPS = ([(-1, 2), (2, 2), (3, 2), (-2, -1)], [None, (0, 1), (3, 9)])
-AXIS = ([0, -2], [-1, 1])
-
-
-def choice(*names: str) -> tuple[list[Any], list[Any]]:
-    return ["", "nope", names[0].upper(), f"{names[0]} ", ",".join((*names, names[0]))], list(names)
-
-
-RANGES: dict[str, tuple[list[Any], list[Any]]] = {
-    "name": NAME, "anchor.name": NAME, "opd:objective.name": choice("direct", "clipped", "mixed"),
-    "grpo:objective.name": choice("clip", "guard", "dppo"), "forward_rl:objective.name": choice("nft", "awm", "crd"),
-    "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
-    "grpo:stage": choice("grpo"), "forward_rl:stage": choice("forward_rl"),
-    "seed": ([-1], [0, 2**32 - 1]), "eval.seed": INDEX,
-    "model.dtype": choice("float32", "bfloat16"), "model.t5_length": COUNT,
-    "model.resolution": ([0, -1, (0, 1), (1, 0), (1, 2**14 + 1)], [1, (1, 2), (2**14, 1)]),
-    "shift": ([0.0, 9e-4, -1.0], [0.001]), "mean": ([-101.0, 101.0], [-100.0, 0.0]),
-    "trained": choice("adapter", "params"), "sampler.trained": STEPS, "sampler.window": STEPS,
-    "adapter.rank": COUNT, "adapter.alpha": POSITIVE, "adapter.targets": ([()], [("attn",), ("attn", "mlp")]),
-    "batch_size": COUNT, "learning_rate": POSITIVE, "warmup": INDEX,
-    "betas": ([(1.0, 0.9), (0.9, 1.0), (-1e-9, 0.9), (0.9, -1e-9)], [(0.0, 0.0), (0.9, 1 - 1e-9)]),
-    "weight_decay": NON_NEGATIVE, "clip_norm": POSITIVE, "ema.decay": PROBABILITY, "every": COUNT,
-    "eval.samples": COUNT, "final_samples": COUNT, "eval.num_steps": COUNT, "sampler.num_steps": ([1, 0, -1], [2]),
-    "guidance": NON_NEGATIVE, "transition": choice("sde", "cps", "ode"),
-    "eval.transition": choice("sde", "cps", "ode", "dpm2"), "rollouts.transition": choice("sde", "cps", "ode", "dpm2"),
-    "noise_level": NON_NEGATIVE,
-    "run.steps": INDEX, "log_every": COUNT, "checkpoint_every": COUNT, "eval_every": INDEX, "keep_checkpoints": COUNT,
-    "keep_best": (["max", "max:", "most:text", "text", " max:text"], ["", "max:text", "min:a/b"]),
-    "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS,
-    "reduce_once": ([("fsdp",), ("fsdp", "data"), ("tensor",)], [(), ("data",), ("data", "fsdp")]),
-    "attention": choice("auto", "xla", "cudnn", "splash"), "remat": choice("full", "attention", "dots", "none"),
-    "max_skipped_steps": INDEX, "alarms": ([{"x": (1.0, 0.0)}], [{}, {"x": (1.0, 1.0), "y": (-1e300, 1e300)}]),
-    "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),
-    "weight": NON_NEGATIVE, "method": choice("merge", "none"), "merge": choice("svd", "concatenate", "factors"),
-    "cold_start.weights": ([{"x": -1e-9}, {"x": 0.0}, {"x": -1.0, "y": 2.0}], [{}, {"x": 0.0, "y": 1e-9}]),
-    "reward": choice("kl", "log_ratio", "kl_detached"), "weighting": choice("kl", "kl_no_dt", "ode", "uniform"),
-    "clip": POSITIVE, "reward_limit": POSITIVE, "mar_beta": NON_NEGATIVE, "images_per_prompt": COUNT,
-    "updates_per_rollout": COUNT, "minibatches": COUNT, "export": choice("ema", "raw"),
-    "share": NON_NEGATIVE, "wrong_caption": PROBABILITY, "degraded": PROBABILITY, "std": NON_NEGATIVE,
-    "empty_caption": PROBABILITY,
-    "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
-    "rewards.x.kind": (
-        ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
-        ["", "ocr", "clip-score", "a:f", "a.b_c.d2:_f"],
-    ),
-    "tasks.x.schedule": ([{"1": -1e-9}, {"0": 1.0}, {"x": 1.0}], [{}, {"1": 0.0}, {"7": 0.5, "1000000000": 1e6}]),
-    "lag": ([-1, 2], [0, 1]), "micro_batches": COUNT, "decoding.batch_size": COUNT,
-    "decoding.dtype": choice("float32", "bfloat16"), "normalise": choice("global", "group", "each"),
-    "teacher_weight": NON_NEGATIVE, "task_weight": NON_NEGATIVE, "kl_beta": NON_NEGATIVE, "old_beta": NON_NEGATIVE,
-    "beta": POSITIVE, "divergence": NON_NEGATIVE, "reference_guidance": NON_NEGATIVE, "window.within": STEPS,
-    "levels.within": STEPS, "window.size": INDEX, "window.every": COUNT, "moves": choice("none", "slide", "random"),
-    "kl_weighting": choice("kl", "kl_no_dt", "ode", "uniform"), "step_weighting": choice("uniform", "noise"),
-    "times": INDEX, "distribution": choice("schedule", "uniform", "logit_normal"), "old.start": PROBABILITY,
-    "old.slope": PROBABILITY, "old.wait": INDEX, "old.limit": PROBABILITY, "rollouts.num_steps": ([1, 0, -1], [2]),
-    "grpo:images_per_prompt": ([1, 0], [2]), "forward_rl:images_per_prompt": ([1, 0], [2]),
-    "extrapolation": ([-1.1, 10.1], [-1.0, 0.5, 10.0]), "branch_weight": NON_NEGATIVE,
-    "networks.x.dtype": choice("float32", "bfloat16", "float8_e4m3"),
-    "match": choice("guided", "conditional", "branches"),
-    **dict.fromkeys(("mix", "noisy_mix"), ([{"x": -1e-9}, {"x": 0.0}], [{}, {"x": 0.0, "y": 1e-9}])),
-    "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
-    "servers.x.urls": (
-        [(each,) for each in (
-            "", "host:80", "ftp://host", "http://", "http://:80",
-            "http://host:port", "http://host:99999", "http://host:0", "http://[::1", "http://host/?token=a",
-            "http://host/#a", "http://ho st",
-        )],
-        [(), ("http://127.0.0.1:18085",), ("https://host", "http://[::1]:80/a/b")],
-    ),
-}  # fmt: skip
-FREE = {  # of any value of their type: paths, names that are looked up where they are used, switches
-    "model.preset", "model.path", "eval.tasks", "run.encoding.cache", "run.encoding.resident", "run.watchdog_abort",
-    "run.compiled", "run.wandb", "tasks.x.teacher", "tasks.x.prompts", "tasks.x.test", "tasks.x.images",
-    "whole_teachers", "anchor.adapter", "one_timestep", "objective.window_only", "rewards.x.weights",
-    "rewards.x.options", "run.servers.x.token_file", "run.one_program", "advantages.merge_equal_prompts",
-    "rollouts.shared_noise", "tasks.x.network", "anchor.network", "networks.x.preset", "networks.x.path",
-}  # fmt: skip
+# ---- ranges at their edges
 
 
 def edges(field: Field) -> tuple[list[Any], list[Any]] | None:
@@ -328,13 +248,13 @@ def test_lists_become_tuples_and_ints_in_them_floats(stage: str):
     lists = {
         "adapter.targets": ["mlp", "attn"], "optimizer.betas": [0, 0], "eval.tasks": ["x"], "run.reduce_once": ["data"],
         "run.alarms": {"x": [0, 1]}, "run.profile": [1, 2], "model.resolution": [768, 512],
-        "run.servers.x.urls": ["http://host"],
+        "run.servers.x.urls": ["http://host"], "eval.also_steps": [4], "eval.also_guidance": [1],
     } | {
-        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2]},
+        "opd": {"sampler.window": [0, 2], "sampler.trained": [1, 2], "anchor.bound_limits": [1, 2]},
         "grpo": {"window.within": [0, 2]},
         "forward_rl": {"levels.within": [0, 2]},
     }.get(stage, {})  # fmt: skip
-    assert lists.keys() == {field.name for field in LEAVES if field.stage == stage and "tuple" in str(field.hint)}
+    assert lists.keys() == {f.name for f in LEAVES if f.stage == stage and "tuple" in str(f.hint)} - {"health.bands"}
     config = resolve(override(valid(stage), lists))
     found = {name: find(config, name) for name in lists} | {"run.alarms": config.run.alarms["x"]}
     assert {type(value) for value in found.values()} == {tuple}

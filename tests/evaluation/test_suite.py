@@ -106,6 +106,20 @@ def test_prompts_stay_with_their_images_and_repeats_get_fresh_noise():
     assert len(np.unique(noise)) == 6
 
 
+def test_networks_may_read_other_words_than_rewards_do():
+    world, read = _world(), []
+
+    def encode(prompts: Any) -> Any:
+        read.extend(prompts)
+        return world.encode(prompts)
+
+    eval_set = EvalSet(world.tasks, 3, 3, 0, read=str.upper)
+    found = evaluate(SAMPLER, dataclasses.replace(world, encode=encode), eval_set, jnp.float32(0), {}).values
+    assert set(read) == {"A", "B", "C"} < set(eval_set.prompts())
+    for skill, values in _evaluate(3, 3).items():  # whose images do not depend on the prompt, but whose scores do
+        np.testing.assert_array_equal(found[skill], values)
+
+
 def test_skills_that_tasks_share_are_joined_and_only_wanted_samples_count():
     world = _world()
     found = evaluate(SAMPLER, world, EvalSet(world.tasks, 5, 4, 0), jnp.float32(0), {})

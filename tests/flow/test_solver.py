@@ -10,7 +10,7 @@ import torch
 
 from fopd_jax.flow.rollout import sample_final
 from fopd_jax.flow.schedule import flow_match_sigmas, make_levels
-from fopd_jax.flow.solver import DPM2, make_solver, solve
+from fopd_jax.flow.solver import DPM2, make_solver, solve, trace
 from fopd_jax.flow.transition import CPS, ODE, SDE
 
 
@@ -89,3 +89,20 @@ def test_transitions_are_sampled_as_ever() -> None:
     assert make_solver("dpm2") == DPM2()
     with pytest.raises(ValueError, match="transition: found 'heun', expected one of"):
         make_solver("heun")
+
+
+@pytest.mark.parametrize("name", ["dpm2", "ode", "sde"])
+def test_a_trace_ends_as_the_solver_does_and_holds_states_and_velocities(name: str) -> None:
+    sigmas, solver = flow_match_sigmas(5), make_solver(name)
+    keys = jax.vmap(lambda t: jax.random.split(jax.random.key(t), 2))(jnp.arange(5))
+    run = jax.jit(lambda x, keys: trace(solver, velocity, make_levels(sigmas), x, keys))
+    end, (states, velocities) = run(jnp.asarray(noise()), keys)
+    np.testing.assert_allclose(end, solved(sigmas, solver), rtol=0, atol=1e-5)
+    assert states.shape == velocities.shape == (5, *noise().shape)
+    np.testing.assert_array_equal(states[0], noise())
+    for t, (x, v) in enumerate(zip(states, velocities, strict=True)):
+        np.testing.assert_allclose(v, velocity(x, sigmas[t]), rtol=1e-5, atol=1e-5)
+    if name == "ode":
+        after = np.concatenate([states[1:], end[None]])
+        steps = np.diff(sigmas).reshape(-1, 1, 1, 1, 1)
+        np.testing.assert_allclose(after, states + velocities * steps, rtol=0, atol=1e-5)

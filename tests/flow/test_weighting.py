@@ -22,6 +22,8 @@ SHARES = {
     "kl_no_dt": [0.000, 0.000, 0.001, 0.003, 0.007, 0.018, 0.050, 0.162, 0.757],
     "ode": [0.010, 0.014, 0.020, 0.029, 0.044, 0.071, 0.121, 0.224, 0.466],
     "uniform": [1 / 9] * 9,
+    "x0": [0.190, 0.175, 0.158, 0.140, 0.118, 0.095, 0.069, 0.041, 0.015],
+    "x_next": [0.007, 0.014, 0.020, 0.029, 0.045, 0.071, 0.122, 0.225, 0.467],
 }
 
 
@@ -84,6 +86,31 @@ def test_the_other_weightings_have_their_closed_forms():
         np.testing.assert_array_equal(weights("uniform", transition, STEPS), np.ones(10))
 
 
+@pytest.mark.parametrize("transition", [SDE(0.7), CPS(0.7), ODE()], ids=["sde", "cps", "ode"])
+@pytest.mark.parametrize(("sigma", "sigma_next"), STEPS)
+def test_distances_of_clean_latents_and_of_next_states_are_those_of_velocities_by_their_weights(
+    transition, sigma, sigma_next
+):
+    """In float64, of two velocities at one state: x0 and the next state's mean computed for each, at 1e-10."""
+    with jax.enable_x64(True):
+        sigma, sigma_next = jnp.asarray(sigma, jnp.float64), jnp.asarray(sigma_next, jnp.float64)
+        x, v, other = np.random.default_rng(0).standard_normal((3, 2, 5))
+        found = {name: float(weight(name, transition, sigma, sigma_next)) for name in ("x0", "x_next")}
+        means = [transition.moments(jnp.asarray(x), jnp.asarray(each), sigma, sigma_next)[0] for each in (v, other)]
+        clean = [x - float(sigma) * each for each in (v, other)]
+    for name, (ours, theirs) in {"x0": clean, "x_next": means}.items():
+        square = np.mean((np.asarray(ours) - np.asarray(theirs)) ** 2)
+        np.testing.assert_allclose(found[name] * np.mean((v - other) ** 2), square, rtol=1e-10)
+
+
+def test_shares_of_next_states_under_other_transitions():
+    """CPS at noise level .7 spreads them; without noise they are those of `ode`."""
+    found = {kind: weights("x_next", kind(), TRAINED) for kind in (CPS, ODE)}
+    published = [0.005, 0.015, 0.031, 0.055, 0.089, 0.134, 0.188, 0.238, 0.246]
+    np.testing.assert_allclose(found[CPS] / found[CPS].sum(), published, rtol=0, atol=5.1e-4)
+    np.testing.assert_allclose(found[ODE], 2 * weights("ode", ODE(), TRAINED), rtol=1e-6)
+
+
 def test_under_cps_one_step_would_be_almost_the_whole_divergence():
     coefficients = [CPS(0.7).coefficients(jnp.asarray(sigma), jnp.asarray(nxt)) for sigma, nxt in TRAINED]
     found = np.array([float(c.velocity) ** 2 / (2 * float(c.std) ** 2) for c in coefficients])
@@ -96,14 +123,18 @@ def test_under_cps_one_step_would_be_almost_the_whole_divergence():
     [(CPS(), r"99\.8% of the loss"), (ODE(), "no noise"), (SDE(0.0), "no noise"), (SDE(1e-30), "no noise")],
 )
 def test_a_divergence_is_refused_where_there_is_none_to_speak_of(name, transition, reason):
-    with pytest.raises(ValueError, match=rf"weighting: found '{name}', expected 'ode' or 'uniform': .*{reason}"):
+    with pytest.raises(
+        ValueError, match=rf"weighting: found '{name}', expected one of ode, uniform, x0, x_next: .*{reason}"
+    ):
         check_weighting(name, transition)
     with pytest.raises(ValueError, match=reason):
         weight(name, transition, jnp.float32(0.5), jnp.float32(0.4))
 
 
 def test_an_unknown_weighting_is_refused_with_the_names():
-    with pytest.raises(ValueError, match=r"weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform"):
+    with pytest.raises(
+        ValueError, match=r"weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform, x0, x_next"
+    ):
         check_weighting("snr", SDE())
 
 
@@ -113,7 +144,7 @@ def test_a_weight_can_be_taken_inside_a_scan():
     np.testing.assert_allclose(found, weights("kl", SDE(0.7), STEPS), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["kl", "kl_no_dt", "ode", "uniform"])
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_noise_levels_may_be_pythons_numbers(name):
     expected = weight(name, SDE(0.7), jnp.float32(0.5), jnp.float32(0.25))
     found = weight(name, SDE(0.7), 0.5, 0.25)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from scipy import special, stats
 
 from fopd_jax.config.schema import LogitNormal
-from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels
+from fopd_jax.objectives.flow_matching import flow_matching, interpolate, sample_levels, velocity_matching
 
 SHAPE = (3, 4, 5, 2)
 DRAWS, SIGNIFICANCE = 200_000, 1e-6
@@ -102,3 +103,24 @@ def test_levels_depend_on_the_key_alone() -> None:
     assert a.shape == (8,)
     assert a.dtype == jnp.float32
     assert (np.asarray(a) != np.asarray(sample_levels(levels, jax.random.key(1), 8))).all()
+
+
+def test_velocity_matching_and_its_gradient_are_those_of_pytorch() -> None:
+    x, expected, weight = (
+        normal(0).astype(np.float64),
+        normal(1).astype(np.float64),
+        np.float64([[1.5, -0.5], [0.25, 2]]),
+    )
+
+    def mean(weight: jax.Array) -> jax.Array:
+        return velocity_matching(jnp.asarray(x) @ weight, jnp.asarray(expected)).mean()
+
+    theirs = torch.tensor(weight, requires_grad=True)
+    loss = torch.nn.functional.mse_loss(torch.tensor(x) @ theirs, torch.tensor(expected))
+    loss.backward()
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(mean)(jnp.asarray(weight))
+        each = velocity_matching(jnp.asarray(x), jnp.asarray(expected))
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-12)
+    np.testing.assert_allclose(each, np.square(x - expected).mean((1, 2, 3)), rtol=1e-12)

@@ -16,18 +16,18 @@ import pytest
 from scipy import stats
 
 from fopd_jax.config.schema import Objective
-from fopd_jax.config.teaching import OBJECTIVES, REWARDS
+from fopd_jax.config.teaching import OBJECTIVES, REWARDS, WEIGHTINGS
 from fopd_jax.flow.rollout import sample_keys
 from fopd_jax.flow.transition import CPS, ODE, SDE, Transition, transition_step
-from fopd_jax.flow.weighting import weight
+from fopd_jax.flow.weighting import DISTANCES, weight
 from fopd_jax.objectives.opd import check_objective, distillation_loss, divergence, surrogate, trains
 
 RTOL = 1e-6
 ALLOWED = (  # every combination that is defined: (objective, reward, weighting, transition)
-    *(("direct", "kl", weighting, SDE(0.7)) for weighting in ("kl", "kl_no_dt", "ode", "uniform")),
-    *(("direct", "kl", weighting, kind) for weighting in ("ode", "uniform") for kind in (CPS(0.7), ODE())),
-    *(("clipped", r, w, SDE(0.7)) for r in ("kl", "kl_detached") for w in ("kl", "kl_no_dt", "ode", "uniform")),
-    *(("clipped", r, w, CPS(0.7)) for r in ("kl", "kl_detached") for w in ("ode", "uniform")),
+    *(("direct", "kl", weighting, SDE(0.7)) for weighting in WEIGHTINGS),
+    *(("direct", "kl", weighting, kind) for weighting in DISTANCES for kind in (CPS(0.7), ODE())),
+    *(("clipped", r, w, SDE(0.7)) for r in ("kl", "kl_detached") for w in WEIGHTINGS),
+    *(("clipped", r, w, CPS(0.7)) for r in ("kl", "kl_detached") for w in DISTANCES),
     ("clipped", "log_ratio", "kl", SDE(0.7)),
     *(("mixed", r, "kl", SDE(0.7)) for r in ("kl", "log_ratio", "kl_detached")),
     ("mixed", "kl", "uniform", CPS(0.7)),
@@ -172,11 +172,23 @@ REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
     "weighting": (
         {"weighting": "snr"},
         SDE(),
-        "objective.weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform",
+        "objective.weighting: found 'snr', expected one of kl, kl_no_dt, ode, uniform, x0, x_next",
     ),
-    "kl with CPS": ({}, CPS(), "objective.weighting: found 'kl', expected 'ode' or 'uniform': CPS has a std"),
-    "kl with ODE": ({"name": "direct"}, ODE(), "objective.weighting: found 'kl', expected 'ode' or 'uniform': the"),
-    "kl without noise": ({}, SDE(0.0), "objective.weighting: found 'kl', expected 'ode' or 'uniform': an SDE"),
+    "kl with CPS": (
+        {},
+        CPS(),
+        "objective.weighting: found 'kl', expected one of ode, uniform, x0, x_next: CPS has a std",
+    ),
+    "kl with ODE": (
+        {"name": "direct"},
+        ODE(),
+        "objective.weighting: found 'kl', expected one of ode, uniform, x0, x_next: the",
+    ),
+    "kl without noise": (
+        {},
+        SDE(0.0),
+        "objective.weighting: found 'kl', expected one of ode, uniform, x0, x_next: an SDE",
+    ),
     "clipped with ODE": (
         {"weighting": "ode"},
         ODE(),
@@ -187,7 +199,17 @@ REFUSED: dict[str, tuple[dict[str, Any], Transition, str]] = {
         SDE(),
         "objective.weighting: found 'ode', but reward 'log_ratio' has no weighting but 'kl'",
     ),
-    "log_ratio with CPS": ({"reward": "log_ratio"}, CPS(), "objective.weighting: found 'kl', expected 'ode'"),
+    "log_ratio with CPS": ({"reward": "log_ratio"}, CPS(), "objective.weighting: found 'kl', expected one of ode,"),
+    "log_ratio of branches": (
+        {"reward": "log_ratio", "match": "branches"},
+        SDE(),
+        "objective.match: found 'branches', expected 'guided': reward 'log_ratio' compares densities",
+    ),
+    "log_ratio, normalised": (
+        {"reward": "log_ratio", "normalise": True},
+        SDE(),
+        "objective.normalise: found True, expected False: reward 'log_ratio' compares densities",
+    ),
 }
 
 

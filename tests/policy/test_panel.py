@@ -15,6 +15,7 @@ from fopd_jax.adapters.lora import effective, stack_bank
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.policy.groups import GroupedPanel, Member
 from fopd_jax.policy.panel import AdapterPanel, Answer, Questions, RoutingTable, make_panel
+from fopd_jax.worlds.prompt_stream import Mix
 from tests.steps.opd.network import SHAPE, adapter, check, make_velocity, normal, prompts, quick, variables
 
 BATCH, TOLERANCE = 6, 1e-6
@@ -135,6 +136,37 @@ def test_a_noise_level_per_sample_is_each_samples_own() -> None:
         row, text = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (X, TEXT))
         (single,) = quick(panel_of(False).ask)(row, sigmas[i], text, (Questions(ROUTE[i : i + 1, None]),))
         check(found.velocity[i : i + 1], single.velocity, TOLERANCE)
+
+
+def test_a_mix_may_hold_the_base_under_the_scale_of_each_samples_own_teacher() -> None:
+    """As coordinates ask: Σ_k c_k·v_k + (1 - Σ_k c_k)·v_base, in float64, at levels between the mix's ends."""
+    table = RoutingTable(("a", "b", "c"), SCALES, base=BASE)
+    ends = np.random.default_rng(1).uniform(0, 1.25, (BATCH, 2, 3)).astype(np.float32)
+    weights = np.concatenate([ends, 1 - ends.sum(2, keepdims=True)], axis=2)
+    bank = np.broadcast_to(np.arange(4, dtype=np.int32), (BATCH, 4))
+    (questions,) = table.questions(ROUTE, mix=Mix(jnp.asarray(bank), jnp.asarray(weights)), sigma=SIGMA)
+    assert questions.bank.shape == (BATCH, 4)  # the base is no question more
+    (found,) = ask(False, questions)
+    at: np.ndarray = 0.3 * np.float64(weights[:, 0]) + 0.7 * np.float64(weights[:, 1])
+    each = np.stack([*(alone(False, k) for k in range(3)), _base_under(ROUTE)])
+    check(found.velocity, (at.T[..., None, None, None] * each).sum(0), TOLERANCE)
+
+
+def test_a_mix_with_the_base_and_extrapolation_ask_for_both() -> None:
+    table = RoutingTable(("a", "b", "c"), SCALES, extrapolation=(0.5, 0.0, 0.0), base=BASE)
+    bank, weights = np.asarray([[0, BASE]] * BATCH, np.int32), np.asarray([[[0.75, 0.25]] * 2] * BATCH, np.float32)
+    (questions,) = table.questions(ROUTE, mix=Mix(jnp.asarray(bank), jnp.asarray(weights)), sigma=SIGMA)
+    (found,) = ask(False, questions)
+    gain = 1.5 * 0.75 * alone(False, 0) - 0.5 * 0.75 * _base_under(np.zeros(BATCH, int))
+    check(found.velocity, gain + 0.25 * _base_under(ROUTE), TOLERANCE)
+
+
+def _base_under(route: Any) -> np.ndarray:
+    """The base's velocity, each sample under the scale of an entry."""
+    text = alone(False, BASE, guided=False)
+    null = (alone(False, BASE) - SCALES[BASE] * text) / (1 - SCALES[BASE])
+    scales = np.asarray(SCALES)[np.asarray(route)][:, None, None, None]
+    return null + scales * (text - null)
 
 
 # ---- what is refused

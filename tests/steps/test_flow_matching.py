@@ -79,9 +79,9 @@ def _state(start: Any, optimizer: Any) -> Any:
     return jax.jit(lambda tree: init_state(tree, optimizer, SEED))(start)
 
 
-def _step(student: Any, optimizer: Any) -> Any:
+def _step(student: Any, optimizer: Any, **target: str) -> Any:
     groups = GradientGroups(make_mesh(MeshShape(), jax.devices()[:1]), ("data", "fsdp"), PartitionSpec())
-    return make_flow_matching_step(VELOCITY, student, groups, LEVELS, optimizer, AVERAGE)
+    return make_flow_matching_step(VELOCITY, student, groups, LEVELS, optimizer, AVERAGE, **target)
 
 
 def _flat(tree: Any) -> np.ndarray:
@@ -104,6 +104,29 @@ def test_an_update_is_that_of_the_mean_losss_gradient(trained: str, variables: A
     assert metrics.keys() == {*METRICS, "samples/loss"}
     assert int(after.step) == 1
     assert float(metrics["skipped"]) == 0
+
+
+@pytest.mark.parametrize("trained", ["adapter", "params"])
+def test_teachers_velocities_are_regressed_on_at_their_states(trained: str, variables: Any):
+    frozen, start, student = _start(trained, variables)
+    optimizer, rng = optax.sgd(RATE), np.random.default_rng(7)
+    x, v = (jnp.asarray(rng.normal(size=(BATCH, *LATENT)), jnp.float32) for _ in range(2))
+    sigma = jnp.linspace(0.1, 1, BATCH)
+    conditioning = jax.tree.map(jnp.asarray, _batch()["conditioning"])
+    batch = {"x": x, "v": v, "sigma": sigma, "conditioning": conditioning}
+
+    def mean(trained: Any) -> jax.Array:
+        params, adapter = (trained, {}) if student is not ADAPTER else (frozen["params"], effective(trained))
+        whole = {"params": params, "constants": jax.tree.map(jnp.asarray, frozen["constants"])}
+        return jnp.square(VELOCITY(whole, adapter, x, sigma, conditioning) - v).mean()
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean))(start)
+    after, metrics = _step(student, optimizer, target="velocity")(frozen, _state(start, optimizer), batch)
+    assert abs(float(metrics["loss"]) / float(loss) - 1) < LIMIT
+    assert abs(float(metrics["grad_norm"]) / np.linalg.norm(_flat(gradient)) - 1) < LIMIT
+    moved, expected = (_flat(start) - _flat(after.trained)) / RATE, _flat(gradient)
+    assert np.linalg.norm(moved - expected) / np.linalg.norm(expected) < 1e-5
+    assert metrics.keys() == {*METRICS, "samples/loss"}
 
 
 def test_what_is_not_finite_does_not_land(variables: Any):

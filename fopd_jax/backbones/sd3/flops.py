@@ -43,6 +43,16 @@ def pass_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, re
     return Pass(forward, backward, _RECOMPUTED[remat](network, tokens, lora))
 
 
+def coordinates_backward(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig) -> float:
+    """What an adapter's backward is more, of one sample, where the embedding trains with it: through all of adaLN, and
+    through what stands before the first block's adapter. The layer itself is nothing beside it, and what else is
+    rematerialised of the first block is not counted.
+    """
+    dense = _dense(network, tokens)
+    modulations = sum(flops for path, flops in dense.items() if path[-1] == "linear")
+    return modulations + _before_adapter(network, tokens, lora, dense)
+
+
 # ---- parts
 
 

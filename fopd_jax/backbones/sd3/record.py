@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from fopd_jax.adapters.card import AdapterCard
 from fopd_jax.adapters.lora import Adapter
 from fopd_jax.backbones.record import Backbone, Files, LatentShape, Tokens
-from fopd_jax.backbones.sd3.flops import pass_flops
+from fopd_jax.backbones.sd3.flops import coordinates_backward, pass_flops
 from fopd_jax.config.sizes import check_size
 from fopd_jax.interop.files.converted import load_table, read_manifest
 from fopd_jax.interop.lora.peft import read_lora, write_peft
@@ -76,5 +76,6 @@ SD3 = Backbone(
     flops=pass_flops,
     tokens=tokens,
     files=Files(CLASS_NAME, read_lora, write_adapter, constants, write_network),
+    coordinates=coordinates_backward,
     float8=True,
 )

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fopd_jax.adapters.coordinates import WITHOUT, skills_of
 from fopd_jax.adapters.lora import Adapter, target_kernels
 from fopd_jax.interop.sd3.diffusers import module_names
 from fopd_jax.interop.sd3.network import TARGETS, parameter_shapes
@@ -95,8 +96,10 @@ def modules_from_adapter(adapter: Adapter, config: MMDiTConfig) -> dict[str, LoR
 
     Raises:
       ValueError: a leaf is missing, superfluous, misshapen or not finite; the ranks differ or are 0; or the scale is 0
-        or not finite. Names the leaf, what was found and what would be right.
+        or not finite. Names the leaf, what was found and what would be right. Or there are coordinates.
     """
+    if skills_of(adapter):
+        raise ValueError(f"adapter: cannot be written for others: {WITHOUT}")
     leaves: dict[tuple[str, ...], np.ndarray] = {
         path: np.asarray(leaf).astype(np.float32)
         for path, leaf in flatten_dict(jax.device_get(adapter.weights)).items()

@@ -32,8 +32,9 @@ from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, ma
 
 Metrics = dict[str, jax.Array]
 Progress = tuple[TrainState, Rollout, Sums]
-Seen = tuple[Totals, Array, Array]
-"""Of a pass: sums of terms by sample, the gradient's norm, and whether the update was left out."""
+Seen = tuple[Totals, Array, Array] | tuple[Totals, Array, Array, Array]
+"""Of a pass: sums of terms by sample, the gradient's norm, whether the update was left out, and the value of a loss
+beside, where there is one."""
 Stacked = tuple[dict[str, Array], Array, Array]
 """The same of several passes."""
 
@@ -92,8 +93,11 @@ def take_pass(
     progress: Progress,
     rows: Tree,
     each: Pass,
+    beside: tuple[Tree, Array] | None = None,
 ) -> tuple[Progress, Seen]:
-    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch."""
+    """The same of any course; `levels`: all of them, `trained`: how many timesteps are, `rows`: of the whole batch;
+    `beside`: as in `land_if`.
+    """
     state, rollout, sums = progress
     rows, x = part_of((rows, rollout.x), each.part, parts)
     own, keys = part_of((rollout.stored, rollout.keys), each.part, parts, axis=1)
@@ -109,7 +113,8 @@ def take_pass(
         x=put_part(rollout.x, last, each.part, parts),
         stored=put_part(rollout.stored, own, each.part, parts, axis=1),
     )
-    state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums.plus(gradients, totals))
+    sums = sums.plus(gradients, totals)
+    state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums, beside)
     return (state, rollout, sums), (totals, norm, skipped)
 
 

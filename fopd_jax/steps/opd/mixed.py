@@ -21,11 +21,14 @@ from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.grpo.metrics import credit_metrics, credit_names
 from fopd_jax.steps.grpo.spec import Credit, Rollout
 from fopd_jax.steps.grpo.step import Programs, Progress, Seen, jit_passes, take_pass
-from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names
+from fopd_jax.steps.opd.anchor import close, following
+from fopd_jax.steps.opd.gaps import gap_names, parted
+from fopd_jax.steps.opd.offline import apart, offline_if
+from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names, regular_names
 from fopd_jax.steps.opd.replay import opd_course, trained_steps, visited
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.opd.targets import anchor_picks
-from fopd_jax.steps.state import TrainState, advance
+from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, make_passes, part_of
 from fopd_jax.worlds.prompt_stream import Batch
 
@@ -41,6 +44,7 @@ class _Rows:
 def begin(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> tuple[Rollout, Sums]:
     """Pure noise and room for what is drawn of it: that of `replay`."""
     spec, groups, size = pieces.spec, pieces.groups, batch.route.shape[0]
+    frozen, (batch, _) = following(pieces, frozen, state), apart(batch)
     keys = sample_keys(state.rng(), len(spec.sigmas), size)
     x = groups.rows(standard_normal(keys[0], spec.latent_shape))
     rows, course = _Rows(batch, jnp.zeros(size)), _course(pieces, frozen, anchor_picks(spec, state, size))
@@ -60,23 +64,29 @@ def go(
 ) -> tuple[Progress, Seen]:
     """One pass: a part is drawn down to its final latents and asked about, or trained on."""
     spec, state = pieces.spec, progress[0]
+    frozen, (batch, captioned) = following(pieces, frozen, state), apart(batch)
     picks = anchor_picks(spec, state, batch.route.shape[0])
-    course = _course(pieces, frozen, part_of(picks, each.part, spec.parts, axis=1))
-    return take_pass(
+    course = _course(pieces, frozen, part_of(picks, each.part, spec.parts, axis=1), state.beta)
+    matched = offline_if(each.lands, pieces, frozen, state, captioned)
+    progress, seen = take_pass(
         course, pieces.groups, pieces.student, optimizer, _levels(spec), trained_steps(pieces), spec.parts, progress,
-        _Rows(batch, credit.advantage), each,
+        _Rows(batch, credit.advantage), each, matched,
     )  # fmt: skip
+    return progress, seen if matched is None else (*seen[:3], matched[1])
 
 
 def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) -> tuple[TrainState, Metrics]:
     """Close a step; `seen`: what every training pass saw, stacked. Each task has a teacher, the one of its number."""
-    spec, (totals, norms, skips) = pieces.spec, seen
+    spec, (totals, norms, skips, *matched) = pieces.spec, seen
     size, passes = len(credit.advantage), make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
     route = jnp.zeros(size, jnp.int32) if credit.task is None else credit.task
     rows = visited(passes, size // spec.parts, spec.parts)
     flat = {name: value.reshape(-1) for name, value in totals.items()}
-    return advance(state, ema, skips.any()), {
+    state, learnt = close(spec, ema, state, flat, skips.any())
+    return state, {
         **mean_metrics(flat, route[rows], spec.teachers),
+        **({"offline_loss": matched[0].sum() / spec.updates_per_rollout} if matched else {}),
+        **learnt,
         **credit_metrics(spec.rewards, credit, spec.tasks),
         "grad_norm": norms.sum() / spec.updates_per_rollout,
         "skipped": skips.any().astype(jnp.float32),
@@ -86,7 +96,11 @@ def end(pieces: Pieces, ema: EMA, state: TrainState, credit: Credit, seen: Any) 
 
 def mixed_names(spec: OPDSpec) -> tuple[str, ...]:
     """Of the scalars that a step returns, weights apart."""
-    return (*metric_names(spec.teachers), *credit_names(spec.rewards, spec.tasks))
+    return (
+        *metric_names(spec.teachers, gap_names(spec)),
+        *regular_names(spec),
+        *credit_names(spec.rewards, spec.tasks),
+    )
 
 
 def make_programs(
@@ -98,7 +112,7 @@ def make_programs(
     return jit_passes(*functions, pieces.groups.mesh, places, everywhere)
 
 
-def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
+def _course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array | None = None) -> Course:
     """Distillation's, with the advantage in the reward."""
     plain, spec = opd_course(pieces, frozen, picks), pieces.spec
 
@@ -109,10 +123,11 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
         return plain.ask(rows.batch, x, level, t)
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
-        return timestep_terms(
+        found = timestep_terms(
             spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
-            rows.advantage,
+            rows.advantage, beta,
         )  # fmt: skip
+        return parted(spec, found, t)
 
     return Course(plain.transition, velocity, ask, terms, plain.names)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 from fopd_jax.flow.rollout import Seen, sample, sample_keys
 from fopd_jax.objectives.opd import Totals, direct_terms
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.opd.gaps import parted
 from fopd_jax.steps.opd.pieces import Pieces, approach, mean_gradient, student_policy, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import PICKS, ask
@@ -34,12 +35,12 @@ def picked_gradients(
     def loss(parameters: Tree, rows: Any) -> tuple[Array, Totals]:
         conditioning, x, targets, sigma = rows
         _, own = student_says(pieces, frozen, parameters, conditioning, x, sigma)
-        terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight))
+        terms = direct_terms(spec.objective, own, targets, jnp.full(x.shape[:1], mean_weight), state.beta)
         return terms["loss"].sum(), terms
 
-    rows = batch.conditioning, x, targets, level.sigma
+    rows = batch.student, x, targets, level.sigma
     gradients, totals = groups.gradient(jax.grad(loss, has_aux=True), parameters, rows)
-    return mean_gradient(groups, gradients, totals), totals
+    return mean_gradient(groups, gradients, totals), parted(spec, totals, chosen)
 
 
 def _drawn(state: TrainState, shares: Any, size: int) -> Int[Array, " b"]:
@@ -60,7 +61,7 @@ def _held(
     def watch(held: Array, seen: Seen) -> tuple[Array, None]:
         return _where(chosen == seen.inputs, seen.x, held), None
 
-    policy, levels = student_policy(pieces, frozen, parameters, batch.conditioning), spec.levels(first, last)
+    policy, levels = student_policy(pieces, frozen, parameters, batch.student), spec.levels(first, last)
     with jax.named_scope("opd_rollout"):
         x, held, _ = sample(policy, spec.transition, levels, x, keys[:-1], watch, x, jnp.arange(last - first))
     return _where(chosen == last - first, x, held)

@@ -14,6 +14,7 @@ from fopd_jax.objectives.opd import TERMS, Compared, Totals, compared
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.policy.guidance import guided
 from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
+from fopd_jax.steps.opd.gaps import gap_metrics
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.student import ADAPTER, Student
@@ -81,7 +82,7 @@ def approach(
     x, keys = start(spec, state, batch.route.shape[0])
     first, stop = spec.window
     if first:
-        policy = student_policy(pieces, frozen, parameters, batch.conditioning)
+        policy = student_policy(pieces, frozen, parameters, batch.student)
         with jax.named_scope("opd_approach"):
             x, _, _ = sample(policy, spec.transition, spec.levels(0, first), x, keys[:first])
     return x, keys[first:stop]
@@ -94,8 +95,8 @@ def add(left: Tree, right: Tree) -> Tree:
     return jax.tree.map(jnp.add, left, right)
 
 
-def zero_totals(size: int) -> Totals:
-    return {name: jnp.zeros(size) for name in TERMS}
+def zero_totals(size: int, names: tuple[str, ...] = TERMS) -> Totals:
+    return {name: jnp.zeros(size) for name in names}
 
 
 def mean_gradient(groups: GradientGroups, sums: Tree, totals: Totals) -> Tree:
@@ -104,20 +105,26 @@ def mean_gradient(groups: GradientGroups, sums: Tree, totals: Totals) -> Tree:
     return jax.tree.map(lambda g: g / weight, groups.total(sums))
 
 
-def metric_names(teachers: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the scalars that an update returns, weights apart."""
+def metric_names(teachers: tuple[str, ...], gaps: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Of the scalars that an update returns, weights apart; `gaps`: those of `gaps.gap_names`."""
     means = (name for name in TERMS if name != "weight")
-    return (*means, *(f"teacher_gap/{name}" for name in teachers), "grad_norm", "skipped")
+    return (*means, *(f"teacher_gap/{name}" for name in teachers), *gaps, "grad_norm", "skipped")
+
+
+def regular_names(spec: OPDSpec) -> tuple[str, ...]:
+    """Of those that what regularises adds to them."""
+    return ("offline_loss",) * (spec.offline is not None) + ("mar_beta",) * (spec.bound is not None)
 
 
 def mean_metrics(totals: Totals, route: Int[Array, " b"], teachers: tuple[str, ...]) -> Metrics:
     """Means over samples and trained timesteps; the teacher gap also per task, with the weight that a mean over
-    several steps gives it: a batch may hold no prompt of a task, which then has gap and weight 0, not 0/0."""
+    several steps gives it: a batch may hold no prompt of a task, which then has gap and weight 0, not 0/0. With
+    `gaps.parted` totals its plain square also per task and timestep."""
     weight = totals["weight"]
-    means = {name: value.sum() / weight.sum() for name, value in totals.items() if name != "weight"}
+    means = {name: totals[name].sum() / weight.sum() for name in TERMS if name != "weight"}
     for k, name in enumerate(teachers):
         mine = (route == k).astype(jnp.float32)
         counted = (weight * mine).sum()
         means[f"teacher_gap/{name}"] = (totals["teacher_gap"] * mine).sum() / jnp.maximum(counted, 1)
         means[f"weights/teacher_gap/{name}"] = counted
-    return means
+    return means | gap_metrics(totals, route, teachers)

@@ -15,13 +15,16 @@ from jaxtyping import Array, Float
 
 from fopd_jax.config.schema import EMA
 from fopd_jax.flow.schedule import Level
-from fopd_jax.objectives.opd import TERMS, Compared, Targets, Totals, timestep_terms
+from fopd_jax.objectives.opd import Compared, Targets, Totals, timestep_terms
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
+from fopd_jax.steps.opd.anchor import close, following
+from fopd_jax.steps.opd.gaps import parted, term_names
+from fopd_jax.steps.opd.offline import apart, offline_if
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_gradient, mean_metrics, start, student_says
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import anchor_picks, ask, unanswered
-from fopd_jax.steps.state import TrainState, advance
+from fopd_jax.steps.state import TrainState
 from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, land_if, make_passes, part_of, put_part, visit
 from fopd_jax.worlds.prompt_stream import Batch
 
@@ -36,6 +39,7 @@ def replay(
 ) -> tuple[TrainState, Metrics]:
     """Roll out once and store; then `updates_per_rollout` updates, each on one minibatch of whole trajectories."""
     spec, groups, size = pieces.spec, pieces.groups, batch.route.shape[0]
+    frozen, (batch, captioned), beta = following(pieces, frozen, state), apart(batch), state.beta
     parts, levels = spec.parts, spec.levels(0, spec.window[1])
     passes = make_passes(spec.updates_per_rollout, spec.minibatches, spec.micro_batches)
     (noise, keys), picks = start(spec, state, size), anchor_picks(spec, state, size)
@@ -46,22 +50,25 @@ def replay(
         own, own_keys, pick = part_of((stored, keys, picks), each.part, parts, axis=1)
         parameters = pieces.student.compute(state.trained)
         _, own, gradients, totals = visit(
-            opd_course(pieces, frozen, pick), groups, parameters, rows, own_keys, levels, x, own,
+            opd_course(pieces, frozen, pick, beta), groups, parameters, rows, own_keys, levels, x, own,
             _ends(pieces, each.draws), spec.window, each.draws, each.draws, each.trains,
         )  # fmt: skip
-        sums = sums.plus(gradients, totals)
-        state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums)
-        return (state, put_part(stored, own, each.part, parts, axis=1), sums), (totals, norm, skipped)
+        sums, matched = sums.plus(gradients, totals), offline_if(each.lands, pieces, frozen, state, captioned)
+        state, sums, norm, skipped = land_if(each.lands, groups, optimizer, state, sums, matched)
+        seen = totals, norm, skipped, matched and matched[1]
+        return (state, put_part(stored, own, each.part, parts, axis=1), sums), seen
 
-    stored = blank(opd_course(pieces, frozen, picks), groups, batch, levels, noise, trained_steps(pieces))
+    stored = blank(opd_course(pieces, frozen, picks, beta), groups, batch, levels, noise, trained_steps(pieces))
     sums = Sums.zeros(groups, pieces.student.compute(state.trained))
     with jax.named_scope("opd_replay"):
         (state, _, _), seen = jax.lax.scan(go, (state, stored, sums), passes)
-    totals, norms, skips = jax.tree.map(lambda leaf: leaf[np.flatnonzero(passes.trains)], seen)
+    totals, norms, skips, matched = jax.tree.map(lambda leaf: leaf[np.flatnonzero(passes.trains)], seen)
     rows = visited(passes, size // parts, parts)
     flat = {name: value.reshape(-1) for name, value in totals.items()}
     losses = jnp.zeros(size).at[rows].add(flat["loss"] / flat["weight"])
-    return advance(state, ema, skips.any()), mean_metrics(flat, batch.route[rows], spec.teachers) | {
+    state, learnt = close(spec, ema, state, flat, skips.any())
+    beside = {} if matched is None else {"offline_loss": matched.sum() / spec.updates_per_rollout}
+    return state, mean_metrics(flat, batch.route[rows], spec.teachers) | beside | learnt | {
         "grad_norm": norms.sum() / spec.updates_per_rollout,
         "skipped": skips.any().astype(jnp.float32),
         "samples/loss": losses,
@@ -74,22 +81,25 @@ def visited(passes: Pass, rows: int, parts: int) -> np.ndarray:
     return np.concatenate([part + parts * np.arange(rows) for part in passes.part[passes.trains]])
 
 
-def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None) -> Course:
-    """What passes of distillation have in common; `picks`: see `anchor_picks`; rows are a `Batch`'s."""
+def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array | None = None) -> Course:
+    """What passes of distillation have in common; `picks`: see `anchor_picks`; `beta`: the anchor's weight, where it
+    learns; rows are a `Batch`'s.
+    """
     spec = pieces.spec
 
     def velocity(parameters: Tree, rows: Batch, x: Array, sigma: Array) -> tuple[Array, Compared]:
-        return student_says(pieces, frozen, parameters, rows.conditioning, x, sigma)
+        return student_says(pieces, frozen, parameters, rows.student, x, sigma)
 
     def targets(rows: Batch, x: Array, level: Level, t: Array) -> Targets:
         return ask(pieces, frozen, rows, x, level, None if picks is None else picks[t])
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: Batch) -> Totals:
-        return timestep_terms(
-            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob
+        found = timestep_terms(
+            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob, beta=beta
         )
+        return parted(spec, found, t)
 
-    return Course(spec.transition, velocity, targets, terms, TERMS)
+    return Course(spec.transition, velocity, targets, terms, term_names(spec))
 
 
 def trained_steps(pieces: Pieces) -> int:
@@ -109,7 +119,7 @@ def _ends(pieces: Pieces, draws: Any) -> tuple[Any, Any]:
 
 def collect(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> Stored:
     """Roll out under the current student; states, actions, log-densities and targets of every trained step."""
-    spec, size = pieces.spec, batch.route.shape[0]
+    spec, size, frozen = pieces.spec, batch.route.shape[0], following(pieces, frozen, state)
     noise, keys = start(spec, state, size)
     course, levels = opd_course(pieces, frozen, anchor_picks(spec, state, size)), spec.levels(0, spec.window[1])
     stored = blank(course, pieces.groups, batch, levels, noise, trained_steps(pieces))
@@ -128,7 +138,8 @@ def loss_and_gradient(
     `trained`: the student's parameters, as in `TrainState.trained`. `stored`: the trained steps of a rollout of the
     spec's schedule, `[T, B, …]`, T the length of `spec.window`; where it has no targets, teachers and anchor are asked
     about every sample on the way. Returns the mean loss over samples and timesteps, its gradient in float32, shaped
-    like `trained`, and `TERMS` summed over timesteps `[B]`: a sample's mean of any is what it has by its `weight`.
+    like `trained`, and `TERMS` (with those of `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a
+    sample's mean of any is what it has by its `weight`.
 
     Raises:
       ValueError: the trajectory has another number of steps or of samples.

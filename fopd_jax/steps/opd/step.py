@@ -4,6 +4,9 @@ Gradients are taken inside the scan over timesteps and summed in its carry. With
 computes each velocity once; with several, the trajectory and its targets are stored and replayed. The last sampler step
 is not trained, hence not sampled.
 
+What regularises stands beside it (`steps.opd.anchor`, `steps.opd.offline`): an anchor that follows the student, its
+weight that learns, and flow matching of captioned latents.
+
 A step whose loss or gradient is not finite does not land: only the count of steps moves on.
 """
 
@@ -16,13 +19,15 @@ import optax
 
 from fopd_jax.config.schema import EMA
 from fopd_jax.parallel.sharding import activation_rules
+from fopd_jax.steps.opd.anchor import close, following
 from fopd_jax.steps.opd.fused import fused_gradients
+from fopd_jax.steps.opd.offline import apart, offline_gradient
 from fopd_jax.steps.opd.one_timestep import picked_gradients
-from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics
+from fopd_jax.steps.opd.pieces import Metrics, Pieces, add, mean_metrics
 from fopd_jax.steps.opd.replay import replay
 from fopd_jax.steps.opd.spec import Frozen
 from fopd_jax.steps.opd.targets import unanswered
-from fopd_jax.steps.state import TrainState, advance, apply_if_finite
+from fopd_jax.steps.state import TrainState, apply_if_finite
 from fopd_jax.worlds.prompt_stream import Batch
 
 OPDStep = Callable[[Frozen, TrainState, Batch], tuple[TrainState, Metrics]]
@@ -52,9 +57,15 @@ def fused(
 ) -> tuple[TrainState, Metrics]:
     """One pass over timesteps and one update."""
     gradients_of = picked_gradients if pieces.spec.one_timestep else fused_gradients
+    frozen, (batch, offline), beside = following(pieces, frozen, state), apart(batch), {}
     gradients, totals = gradients_of(pieces, frozen, state, batch)
-    state, norm, skipped = apply_if_finite(state, gradients, totals["loss"].sum(), optimizer)
-    return advance(state, ema, skipped), mean_metrics(totals, batch.route, pieces.spec.teachers) | {
+    loss = totals["loss"].sum()
+    if pieces.spec.offline is not None:
+        matched, beside["offline_loss"] = offline_gradient(pieces, frozen, state, offline)
+        gradients, loss = add(gradients, matched), loss + beside["offline_loss"]
+    state, norm, skipped = apply_if_finite(state, gradients, loss, optimizer)
+    state, learnt = close(pieces.spec, ema, state, totals, skipped)
+    return state, mean_metrics(totals, batch.route, pieces.spec.teachers) | beside | learnt | {
         "grad_norm": norm,
         "skipped": skipped.astype(jnp.float32),
         "samples/loss": totals["loss"] / totals["weight"],

@@ -10,9 +10,12 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
+
+from fopd_jax.tasks.sampling import chance
 
 TASKS = ("text", "composition")
 SPLITS = ("train", "test")
@@ -28,6 +31,9 @@ VOCABULARY: tuple[str, ...] = (PADDING, "sign", '"', "and", *COUNTS, *COLOURS, *
 MAX_TOKENS = 8
 
 _SPLIT_SEED = 20250601
+_SIGNS = ('"{}" sign', '"{}"', 'one sign "{}"', 'one "{}" sign')
+_ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+"""Of a phrase's count, colour and shape: all but the grammar's own."""
 _TOKEN_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 _SINGULAR = {shape + "s": shape for shape in SHAPES}
 _SIGN = re.compile(f'sign "([{"".join(GLYPHS)}]{{{SIGN_LENGTH}}})"')
@@ -133,6 +139,27 @@ def tokenize(prompts: Sequence[str]) -> Int32[np.ndarray, "n tokens"]:
         words = _words(prompt)
         row[: len(words)] = [_TOKEN_IDS[word] for word in words]
     return ids
+
+
+def paraphrase(prompt: str, seed: int) -> str:
+    """The same request in an order of words that this grammar does not have, a function of both.
+
+    Network and tokens take it: all of its words are in `VOCABULARY`, and it has no more than MAX_TOKENS of them.
+    Phrases stay in their order, which says what is above. `parse` refuses it: scores go by the prompt it stands for.
+    What is no prompt of the grammar stays as it is.
+    """
+    try:
+        asked, draw = parse(prompt), chance(seed, "paraphrase", prompt)
+    except ValueError:
+        return prompt
+    if isinstance(asked, Sign):
+        return _one(_SIGNS, draw).format(asked.text)
+    order = _one(_ORDERS, draw)
+    return " and ".join(" ".join(str(phrase).split()[place] for place in order) for phrase in asked.phrases)
+
+
+def _one(choices: Sequence[Any], draw: float) -> Any:
+    return choices[int(draw * len(choices))]
 
 
 def _require(what: str, value: str, valid: tuple[str, ...]) -> None:

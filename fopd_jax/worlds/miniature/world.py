@@ -50,5 +50,5 @@ def make_world() -> World:
     pairs = partial(Renderings, tasks, encode)
     return World(
         (SIDE, SIDE, 3), tasks, encode, lambda latents: latents, check, pairs=pairs, rewards=make_rewards(),
-        decoder=pixels_as_latents(),
+        decoder=pixels_as_latents(), paraphrase=language.paraphrase,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.transition import ODE
-from tests.steps.opd.network import CLIPPED, DIRECT, SIGMAS, STEPS, make_spec
+from tests.steps.opd.network import CLIPPED, DIRECT, GUIDED, PLAIN, SIGMAS, STEPS, make_spec
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "num_steps": ({"sigmas": SIGMAS[-2:]}, "sampler.num_steps: found 1, expected at least 2: the last is not trained"),
@@ -36,7 +36,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"one_timestep": True, "objective": DIRECT, "updates_per_rollout": 2},
         "one_timestep: found True, expected False with several updates",
     ),
-    "transition": ({"transition": ODE()}, "objective.weighting: found 'kl', expected 'ode' or 'uniform': the ODE step"),
+    "twice guided": (
+        {"objective": dataclasses.replace(CLIPPED, match="conditional")},
+        "guidance: found 4.5, expected 1, or less than the teachers' 4.5: objective.match 'conditional' folds theirs",
+    ),
+    "transition": (
+        {"transition": ODE()},
+        "objective.weighting: found 'kl', expected one of ode, uniform, x0, x_next: the ODE",
+    ),
 }
 
 
@@ -50,3 +57,6 @@ def test_refused(case: str) -> None:
 def test_accepted() -> None:
     make_spec(CLIPPED, updates_per_rollout=4, minibatches=3).check(6)
     make_spec(DIRECT, noisy=noise_window(STEPS, 4, 5)).check(6)  # trains the noiseless steps too
+    folded = dataclasses.replace(CLIPPED, match="conditional")
+    for student, teachers in ((1.0, GUIDED[1]), (2.0, GUIDED[1]), PLAIN):
+        make_spec(folded, guidance=(student, teachers)).check(6)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -20,6 +21,7 @@ from fopd_jax.worlds.miniature.prompts import (
     Scene,
     Sign,
     all_prompts,
+    paraphrase,
     parse,
     prompts,
     task_of,
@@ -147,3 +149,28 @@ def test_unknown_words_are_named(prompt: str, word: str):
 def test_too_long_prompts_are_refused():
     with pytest.raises(ValueError, match="9 tokens"):
         tokenize(["and " * 9])
+
+
+# ---- in other words
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_prompt_has_other_words_that_the_encoder_takes_and_the_grammar_does_not(task: str):
+    """The same words but for `sign` and `one` of a text, the same characters, phrases in their order."""
+    for prompt in all_prompts(task):
+        other = paraphrase(prompt, 3)
+        assert other == paraphrase(prompt, 3)
+        assert (tokenize([other]) != 0).sum() <= MAX_TOKENS
+        with pytest.raises(ValueError, match="prompt"):
+            parse(other)
+        if task == "text":
+            assert re.findall('".*"', other) == re.findall('".*"', prompt)
+        else:
+            phrases = zip(other.split(" and "), prompt.split(" and "), strict=True)
+            assert all(sorted(a.split()) == sorted(b.split()) for a, b in phrases)
+    assert len({paraphrase(all_prompts(task)[-1], seed) for seed in range(60)}) == (4 if task == "text" else 5)
+
+
+@pytest.mark.parametrize("prompt", ["", '"K7B" sign', "red two squares", "a photo of a cat"])
+def test_what_the_grammar_does_not_have_stays(prompt: str):
+    assert paraphrase(prompt, 0) == prompt
