@@ -44,14 +44,15 @@ from fopd_jax.stages.opd_update import (
     make_update,
     update_cost,
 )
+from fopd_jax.stages.pipeline import Pipeline
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
-from fopd_jax.stages.routing import is_told, make_routing
+from fopd_jax.stages.routing import Routed, is_told, make_routing
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.gaps import gap_names
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names, regular_names
-from fopd_jax.steps.opd.spec import Frozen
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
 from fopd_jax.worlds.prompt_stream import Batch, PromptStream
@@ -90,12 +91,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
             f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
         )
     routed = make_routing(config, pipeline.world)
-    stream = PromptStream(
-        pipeline.world, config.tasks, routed.routes,
-        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
-        dials=drawn_coordinates(config),
-    )  # fmt: skip
+    stream = _stream(config, pipeline, routed)
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
@@ -119,8 +115,6 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
 
     fixed = asked_prompts(config, pipeline.world)
     tokens = partial(encoded_tokens, pipeline, config.model)
-    plain = (*metric_names(spec.teachers, gap_names(spec)), *regular_names(spec), RATE)
-    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else plain
 
     def drawn() -> Iterator[str]:
         yield from stream.upto(config.run.steps)
@@ -128,10 +122,27 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         yield from () if pairs is None else pairs.upto(config.run.steps)
 
     return OPDPlan(
-        setup, trained, drawn, names, held,
+        setup, trained, drawn, _metrics(config, spec), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), update, stream, pairs, teach,
         told=[("routing", routed.told)] if is_told(config) else [],
     )  # fmt: skip
+
+
+def _stream(config: settings.OPD, pipeline: Pipeline, routed: Routed) -> PromptStream:
+    """The prompts, each with whoever teaches it."""
+    return PromptStream(
+        pipeline.world, config.tasks, routed.routes,
+        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
+        rows=rows_of(batch_sharding(pipeline.mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
+        dials=drawn_coordinates(config),
+    )  # fmt: skip
+
+
+def _metrics(config: settings.OPD, spec: OPDSpec) -> tuple[str, ...]:
+    """Names of what an update returns."""
+    if is_mixed(config):
+        return (*mixed_names(spec), *METRICS)
+    return (*metric_names(spec.teachers, gap_names(spec)), *regular_names(spec), RATE)
 
 
 class Distillation:
