@@ -11,12 +11,17 @@ from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.tasks.prompts import read_tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
+RECIPES = (
+    "capfield_opd", "dance_opd", "diffusion_opd", "flow_opd_code", "flow_opd_v1", "flow_opd_v5", "gfd_opd", "pdm",
+    "step_opd",
+)  # fmt: skip
 VARIANTS: dict[str, list[str]] = {
     "miniature": [""],
     "miniature_pretrain": ["clean", "mediocre"],
     "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
     "miniature_sft": ["both", "text", "composition"],
     "miniature_teacher": ["text", "composition", "quality"],
+    **{f"recipes/{name}": ["", "miniature"] for name in RECIPES},
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
     "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],
     "sd35m_nft": ["geneval", "ocr", "pickscore", "multi"],
