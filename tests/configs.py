@@ -11,6 +11,10 @@ from fopd_jax.stages.pipeline import Pipeline, make_pipeline
 from fopd_jax.tasks.prompts import read_tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
+RECIPES = (
+    "capfield_opd", "dance_opd", "diffusion_opd", "flow_opd_code", "flow_opd_v1", "flow_opd_v5", "gfd_opd", "pdm",
+    "step_opd",
+)  # fmt: skip
 VARIANTS: dict[str, list[str]] = {
     "miniature": [""],
     "miniature_large": [""],
@@ -18,6 +22,7 @@ VARIANTS: dict[str, list[str]] = {
     "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
     "miniature_sft": ["both", "text", "composition"],
     "miniature_teacher": ["text", "composition", "quality"],
+    **{f"recipes/{name}": ["", "miniature"] for name in RECIPES},
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
     "sd35m_large": [""],
     "sd35m_grpo": ["geneval", "ocr", "pickscore", "deqa", "mix"],

@@ -236,5 +236,8 @@ def sample_grid(
         return whole
 
     rows = {model.name: (model, model.sampler or sampler) for model in models}
-    rows |= {f"{models[-1].name}, {setting}": (models[-1], _own(models[-1], setting, other)) for setting, other in others.items()}
+    rows |= {
+        f"{models[-1].name}, {setting}": (models[-1], _own(models[-1], setting, other))
+        for setting, other in others.items()
+    }
     return draw_grid(np.stack([row(label, *each) for label, each in rows.items()]), list(rows), labels)

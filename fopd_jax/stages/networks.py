@@ -244,18 +244,14 @@ def reported(config: OPD, other: Other, variables: Tree) -> list[Reported]:
     settings = config.eval, config.model.shift, other.pipeline
     own = eval_sampler(*settings), other_samplers(*settings)
     shown = {name: {} if adapter is None else effective(adapter) for name, adapter in other.teachers.items()}
-    return [
-        Reported(f"teacher/{name}", variables, adapter, *own) for name, adapter in shown.items() if name != AGAIN
-    ]
+    return [Reported(f"teacher/{name}", variables, adapter, *own) for name, adapter in shown.items() if name != AGAIN]
 
 
 def teach_by_others(
     config: OPD, pipeline: Pipeline, adapters: dict[str, Adapter], others: Mapping[str, Other]
 ) -> Teaching:
     """Load the base, the adapters on it, and the other networks with theirs, each straight into its shards."""
-    own: dict[str, Adapter | None] = {
-        name: adapters[name] for name in taught(config) if not config.tasks[name].network
-    }
+    own: dict[str, Adapter | None] = {name: adapters[name] for name in taught(config) if not config.tasks[name].network}
     if config.objective.mar_beta > 0 and not config.anchor.network:
         own[AGAIN] = adapters[config.anchor.name] if config.anchor.adapter else None
     if asks_base(config):

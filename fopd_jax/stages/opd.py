@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,15 @@ from fopd_jax.stages.opd_update import (
     make_update,
     update_cost,
 )
+from fopd_jax.stages.pipeline import Pipeline
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.reinforced import METRICS, ReinforcementLearning, check_rewarded, make_scoring
-from fopd_jax.stages.routing import is_told, make_routing
+from fopd_jax.stages.routing import Routed, is_told, make_routing
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup, null_conditioning
 from fopd_jax.steps.opd.gaps import gap_names
 from fopd_jax.steps.opd.mixed import mixed_names
 from fopd_jax.steps.opd.pieces import metric_names, regular_names
-from fopd_jax.steps.opd.spec import Frozen
+from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.opd.targets import UNANSWERED
 from fopd_jax.steps.state import TrainState
 from fopd_jax.tasks.prompts import read_tasks
@@ -93,13 +94,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
             f"lag: found {config.lag}, expected 0: objective {config.objective.name!r} waits for no rewards"
         )
     routed = make_routing(config, pipeline.world)
-    stream = PromptStream(
-        pipeline.world, config.tasks, routed.routes,
-        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
-        dials=drawn_coordinates(config), placement=placement(config, spec, mesh),
-    )  # fmt: skip
-    check_slots(config, spec, mesh, stream.draw(0)[0])
+    stream = _stream(config, pipeline, routed, spec)
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
@@ -121,15 +116,10 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     def held() -> dict[str, Tree]:
         base = abstract_base(boxed, jnp.dtype(config.model.dtype), mesh)
         bank = abstract_bank(config, boxed, spec, mesh, pipeline.family.targets, rank)
-        beside = {f"network {name}": _held(config, other) for name, other in others.items()}
-        return {"base": base, "bank": bank, **beside, **trained_parts(trained.state)}
+        return {"base": base, "bank": bank, **_held(config, others), **trained_parts(trained.state)}
 
-    fixed = asked_prompts(config, pipeline.world)
+    fixed, shapes = asked_prompts(config, pipeline.world), {name: each.pipeline.model for name, each in others.items()}
     tokens = partial(encoded_tokens, pipeline, config.model)
-    plain = (*metric_names(spec.teachers, gap_names(spec)), *regular_names(spec), RATE)
-    names = (*mixed_names(spec), *METRICS) if is_mixed(config) else plain
-    names = names if spec.slots is None or is_mixed(config) else (*names, UNANSWERED)
-    shapes = {name: other.pipeline.model for name, other in others.items()}
 
     def drawn() -> Iterator[str]:
         yield from stream.upto(config.run.steps)
@@ -137,17 +127,41 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
         yield from () if pairs is None else pairs.upto(config.run.steps)
 
     return OPDPlan(
-        setup, trained, drawn, names, held,
+        setup, trained, drawn, _metrics(config, spec), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model, shapes), update, stream, pairs, teach,
         told=[("routing", routed.told)] if is_told(config) else [],
     )  # fmt: skip
 
 
-def _held(config: settings.OPD, other: networks.Other) -> Tree:
-    """What the devices hold of another network, as shapes."""
-    pipeline, adapted = other.pipeline, any(each is not None for each in other.teachers.values())
-    place = pipeline.family, pipeline.model, pipeline.mesh, pipeline.world.latent_shape
-    return abstract_other(config, other.settings, *place, len(other.teachers) * adapted)
+def _stream(config: settings.OPD, pipeline: Pipeline, routed: Routed, spec: OPDSpec) -> PromptStream:
+    """The prompts, each with whoever teaches it; of several networks no device is asked for more than it has slots."""
+    mesh = pipeline.mesh
+    stream = PromptStream(
+        pipeline.world, config.tasks, routed.routes,
+        batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
+        rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
+        dials=drawn_coordinates(config), placement=placement(config, spec, mesh),
+    )  # fmt: skip
+    check_slots(config, spec, mesh, stream.draw(0)[0])
+    return stream
+
+
+def _metrics(config: settings.OPD, spec: OPDSpec) -> tuple[str, ...]:
+    """Names of what an update returns."""
+    if is_mixed(config):
+        return (*mixed_names(spec), *METRICS)
+    slots = (UNANSWERED,) * (spec.slots is not None)
+    return (*metric_names(spec.teachers, gap_names(spec)), *regular_names(spec), RATE, *slots)
+
+
+def _held(config: settings.OPD, others: Mapping[str, networks.Other]) -> dict[str, Tree]:
+    """What the devices hold of networks beside the base, as shapes."""
+    found = {}
+    for name, other in others.items():
+        pipeline, adapted = other.pipeline, any(each is not None for each in other.teachers.values())
+        place = pipeline.family, pipeline.model, pipeline.mesh, pipeline.world.latent_shape
+        found[f"network {name}"] = abstract_other(config, other.settings, *place, len(other.teachers) * adapted)
+    return found
 
 
 class Distillation:

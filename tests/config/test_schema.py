@@ -271,7 +271,7 @@ def test_ints_in_a_dict_become_floats():
 # ---- unknown fields, freezing
 
 
-DICTS = ("tasks", "rewards", "run.servers", "networks")
+DICTS = ("tasks", "rewards", "run.servers", "networks", "offline.tasks")
 SECTIONS = ["", *(f"{field.name}{'.x' * (field.name in DICTS)}" for field in GROUPS if field.stage == "opd")]
 
 
