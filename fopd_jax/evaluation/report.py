@@ -43,7 +43,7 @@ class Model:
     variables: Tree
     adapter: Tree
     sampler: Sampler | None = None
-    others: Samplers = MappingProxyType({})
+    others: Samplers = dataclasses.field(default_factory=dict)
 
     @property
     def policy(self) -> tuple[Tree, Tree]:

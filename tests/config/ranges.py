@@ -76,7 +76,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "routing.method": choice("hard", "soft", "classifier"), "temperature": ([0.0, 9e-4, 1001.0], [0.001, 1000.0]),
     "health.weight": PROBABILITY, "noisy": choice("warn", "weigh", "off"), "fixed_states": INDEX,
     "eval.coordinates": ([{"x": -10.1}, {"y": 10.1}], [{}, {"x": -10.0, "y": 10.0}]),
-    "networks.x.dtype": choice(*teaching.NETWORK_DTYPES), "density": ([0.0, 1.1], [1.0]), "target": choice("data", "velocity"),
+    "networks.x.dtype": choice(*teaching.NETWORK_DTYPES),
+    "density": ([0.0, 1.1], [1.0]), "target": choice("data", "velocity"),
     "divide_by": POSITIVE, "max_failed_rewards": PROBABILITY, "timeout": POSITIVE, "retries": INDEX,
     "servers.x.urls": (
         [(each,) for each in (
