@@ -73,9 +73,9 @@ def _said(
     if spec.follows:
         anchor = [anchor_says(pieces, frozen, batch.student, x, sigma, pick)]
     if not anchor:
-        return Targets(teacher.velocity, teacher_difference=teacher.difference, trust=trust)
+        return Targets(teacher.velocity, teacher_difference=teacher.difference)
     (anchor,) = anchor
-    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference, trust)
+    return Targets(teacher.velocity, anchor.velocity, anchor.counts, teacher.difference, anchor.difference)
 
 
 def _trust(trust: Float[Array, " k"], batch: Batch, level: Level) -> Float[Array, " b"]:
