@@ -23,10 +23,8 @@ from fopd_jax.tasks.task import Task
 from tests.configs import EVERY, load, smoke_variant
 
 OWN = "fopd_jax.rewards.ocr:quoted_target"  # any function will do: nothing is scored here
-RUNNING = [
-    each for each in EVERY if each[0].startswith("miniature") and each[1] != "mediocre"
-]  # which needs clean's base
-RUNNING = [each for each in RUNNING if each[0] != "miniature_sft"]  # which needs a set
+NEEDS = [("miniature_pretrain", "mediocre"), *(each for each in EVERY if each[0] == "miniature_sft")]  # files of others
+RUNNING = [each for each in EVERY if each[0].startswith("miniature") and each not in NEEDS]
 RUNNING += [(name, smoke_variant(variant)) for name, variant in EVERY if "teacher" not in name]
 
 
