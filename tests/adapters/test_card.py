@@ -26,6 +26,8 @@ FULL = AdapterCard(
     config="sd35m_nft",
     config_hash="0123456789abcdef",
     version="0.1.0",
+    coordinates=("ocr", "geneval"),
+    coordinates_high=1.25,
 )
 
 
