@@ -29,7 +29,6 @@ from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import newest_step
 from fopd_jax.running.stage import ASIDE
-from fopd_jax.running.stage import ASIDE
 from fopd_jax.stages import setup
 from fopd_jax.stages.again import evaluate
 from tests.configs import load, prepare
