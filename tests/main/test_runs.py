@@ -74,7 +74,7 @@ def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program:
         assert picture.format == "PNG"
     assert newest_step(whole) == STEPS
     events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
-    assert events.count(b"\x89PNG") == 3  # what each of the two evaluations drew, and the report
+    assert events.count(b"\x89PNG") == 5  # samples and health of two evaluations, and the report
     assert events.count(b"final/samples") == events.count(b"final/table") == 1
     assert (whole / "table.txt").read_bytes().rstrip() in events
 
