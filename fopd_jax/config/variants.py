@@ -65,7 +65,11 @@ def smoke(config: AnyConfig) -> AnyConfig:
 
 def _shrink_teaching(config: OPD) -> None:
     """The packaged teachers in place of the config's, at as many sampler steps as it takes to train two of them."""
-    config.tasks = {name: RoutedTask(teacher=f"packaged:teacher_{name}.safetensors", guidance=1.0) for name in _SKILLS}
+    beyond = next((task.extrapolation for task in config.tasks.values()), 0.0)
+    config.tasks = {
+        name: RoutedTask(teacher=f"packaged:teacher_{name}.safetensors", guidance=1.0, extrapolation=beyond)
+        for name in _SKILLS
+    }
     config.networks = {}
     packaged = {"name": "quality", "adapter": "packaged:teacher_quality.safetensors", "guidance": 1.0, "network": ""}
     config.anchor = replace(config.anchor, **packaged)
@@ -73,7 +77,9 @@ def _shrink_teaching(config: OPD) -> None:
         config.offline.batch_size = 8
         config.offline.tasks = {name: Pairs() for name in _SKILLS}
     config.cold_start.weights = {}
-    config.sampler.num_steps = 3
+    sampler = config.sampler
+    sampler.num_steps, config.images_per_prompt = 3, min(config.images_per_prompt, 4)
+    sampler.window, sampler.trained = sampler.window and (0, 1), sampler.trained and (1, 2)
     config.health.fixed_states = min(config.health.fixed_states, 2)
     if is_mixed(config):
         config.images_per_prompt = 4

@@ -26,6 +26,8 @@ FULL = AdapterCard(
     config="sd35m_nft",
     config_hash="0123456789abcdef",
     version="0.1.0",
+    coordinates=("ocr", "geneval"),
+    coordinates_high=1.25,
 )
 
 
@@ -67,13 +69,13 @@ KINDS = {
     "algorithm": "text", "rewards": "numbers", "guidance": "number", "resolution": "size", "train_steps": "count",
     "eval_steps": "count", "preset": "text", "base": "text", "rank": "count", "alpha": "number", "targets": "texts",
     "updates": "count", "scores": "numbers", "scored_at": "count", "config": "text", "config_hash": "text",
-    "version": "text",
+    "version": "text", "coordinates": "texts", "coordinates_high": "number",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(AdapterCard), ids=lambda field: field.name)
 def test_a_field_of_another_type_is_refused_by_name(field: Any):
-    further = {"guidance": [-1, 101], "rank": [0], "alpha": [0]}.get(field.name, [])
+    further = {"guidance": [-1, 101], "rank": [0], "alpha": [0], "coordinates_high": [0.9, 2.1]}.get(field.name, [])
     for value in WRONG[KINDS[field.name]] + further:
         with pytest.raises(ValueError, match=rf"^{field.name}: found .*, expected ") as caught:
             parse_card(FULL.fields() | {field.name: value})

@@ -28,6 +28,7 @@ from fopd_jax.interop.files.safetensors import load_adapter
 from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.running import inputs
 from fopd_jax.running.checkpoints import newest_step
+from fopd_jax.running.stage import ASIDE
 from fopd_jax.stages import setup
 from fopd_jax.stages.again import evaluate
 from tests.configs import load, prepare
@@ -73,7 +74,7 @@ def test_a_run_leaves_weights_metrics_results_and_pictures(whole: Path, program:
         assert picture.format == "PNG"
     assert newest_step(whole) == STEPS
     events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
-    assert events.count(b"\x89PNG") == 3  # what each of the two evaluations drew, and the report
+    assert events.count(b"\x89PNG") == 5  # samples and health of two evaluations, and the report
     assert events.count(b"final/samples") == events.count(b"final/table") == 1
     assert (whole / "table.txt").read_bytes().rstrip() in events
 
@@ -137,7 +138,7 @@ def test_the_student_has_moved_from_the_merge_and_loads_as_an_adapter(whole: Pat
     assert card.config_hash == json.loads((whole / "results.json").read_text())["config_hash"]
     *_, measured = (line for line in logged(whole) if any(name.startswith("eval/") for name in line))
     scores = {name.removeprefix("eval/"): value for name, value in measured.items() if name != "step"}
-    assert card.scores == {name: value for name, value in scores.items() if not name.startswith("monitors/")}
+    assert card.scores == {name: value for name, value in scores.items() if not name.startswith(("monitors/", *ASIDE))}
     assert card.scored_at == measured["step"] == STEPS
     before, after = (flatten_dict(tree, sep="/") for tree in (start.weights, student.weights))
     assert before.keys() == after.keys()

@@ -36,7 +36,8 @@ def test_a_smoke_variant_runs_to_its_end(name: str, variant: str, program: Progr
     print(f"{name}:{variant}: {time.monotonic() - began:.0f} s, {_worked() - worked:.0f} s of a core")
     assert done.returncode == 0, done.stderr
     if isinstance(config, OPD):
-        expected = {"student.safetensors", "results.json", "table.txt"}
+        expected = {"student.safetensors", "results.json", "table.txt", "health.png"}
+        expected |= {"cold_start.json"} if config.cold_start.method != "none" else set()
     else:
         expected = {"base.safetensors" if config.trained == "params" else "adapter.safetensors"}
     assert {path.name for path in folder.iterdir()} == ALWAYS | expected
@@ -47,4 +48,5 @@ def test_a_smoke_variant_runs_to_its_end(name: str, variant: str, program: Progr
     if isinstance(config, OPD):
         results = json.loads((folder / "results.json").read_text())
         teachers = {f"teacher/{each}" for each in (*config.tasks, config.anchor.name)}
-        assert results["models"].keys() == {"base", "merge", "student"} | teachers
+        merged = {"merge"} if config.cold_start.method == "merge" else set()
+        assert results["models"].keys() == {"base", "student"} | merged | teachers

@@ -161,10 +161,12 @@ def test_the_files_of_a_run_are_those_its_fields_name(tmp_path: Path):
         "model.path": "weights/sd35m", "tasks.x.teacher": "teachers/x", "anchor.adapter": "teachers/anchor",
         "tasks.x.prompts": "data/x.txt", "tasks.x.test": "data/test.txt",
     }  # fmt: skip
-    config.model = Model("miniature", f"{tmp_path}/base.safetensors")  # its prompts are its own
+    config.model = Model("miniature", f"{tmp_path}/base.safetensors")  # its prompts are its own, and their tasks'
+    assert input_files(resolve(config)).keys() >= {"tasks.x.prompts", "tasks.x.test"}
+    config.tasks = {"text": task}
     config.anchor.adapter = "packaged:teacher_quality.safetensors"
     found = input_files(resolve(config))
-    assert found.keys() == {"model.path", "tasks.x.teacher", "anchor.adapter"}
+    assert found.keys() == {"model.path", "tasks.text.teacher", "anchor.adapter"}
     assert found["anchor.adapter"].is_file()
     config.model.path = str(tmp_path)  # no conversion wrote it: it may hold anything
     assert "model.path" not in input_files(resolve(config))

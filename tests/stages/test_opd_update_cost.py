@@ -12,8 +12,9 @@ from fopd_jax.config.parse import resolve
 from fopd_jax.config.schema import EMA, OPD
 from fopd_jax.config.stages import is_mixed
 from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.policy.routing import TaskMixes
 from fopd_jax.stages.abstract import abstract_model
-from fopd_jax.stages.opd import origin, soft_routes
+from fopd_jax.stages.opd import origin
 from fopd_jax.stages.opd_update import make_spec, update_cost
 from fopd_jax.steps.grpo.spec import Credit
 from fopd_jax.steps.opd.fused import fused_gradients
@@ -46,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "folded, beyond several teachers": SCALED | {
         "objective.match": "conditional", "guidance": 1.0, "tasks.text.extrapolation": 0.5,
-        "tasks.text.mix": {"text": 0.5, "composition": 0.5},
+        "tasks.text.mix": {"text": 0.5, "composition": 0.5}, "routing.method": "soft",
     },
     "beyond, without an anchor": {"tasks.text.extrapolation": 0.5, "objective.mar_beta": 0.0, "anchor.guidance": 4.5},
 }  # fmt: skip
@@ -58,8 +59,11 @@ def config_of(changes: dict[str, Any]) -> OPD:
 
 def batch_of(config: OPD) -> Batch:
     batch = jax.tree.map(jnp.asarray, make_batch(SIZE))
-    tasks, soft = [tuple(config.tasks)[k] for k in batch.route], soft_routes(config)
-    return batch if soft is None else dataclasses.replace(batch, mix=jax.tree.map(jnp.asarray, soft(tasks, tasks)))
+    if config.routing.method == "hard":
+        return batch
+    tasks, names = [tuple(config.tasks)[k] for k in batch.route], tuple(config.tasks)
+    soft = TaskMixes(names, {name: (task.mix, task.noisy_mix) for name, task in config.tasks.items()})
+    return dataclasses.replace(batch, mix=jax.tree.map(jnp.asarray, soft(tasks, tasks)))
 
 
 def counted_rows(config: OPD) -> int:

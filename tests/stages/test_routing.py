@@ -15,7 +15,7 @@ from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.performance.weights import even_mix
 from fopd_jax.policy.panel import RoutingTable
 from fopd_jax.stages import routing
-from fopd_jax.stages.abstract import abstract_routes, abstract_update
+from fopd_jax.stages.abstract import abstract_batch, abstract_update
 from fopd_jax.stages.check import describe_plan
 from fopd_jax.stages.files import input_files
 from fopd_jax.stages.opd import Distillation, MixedOPD, OPDPlan, plan_opd
@@ -251,4 +251,4 @@ def test_programs_without_weights_have_the_mix_of_a_run():
     jax.tree.map(alike, filled, real.mix)
     np.testing.assert_array_equal(filled.weights, 0.5)
     np.testing.assert_array_equal(filled.bank, np.broadcast_to([0, 1], (8, 2)))
-    assert abstract_routes(config(), batch.route.sharding)[1] is None
+    assert abstract_batch(config(), batch.conditioning, batch.route.sharding).mix is None

@@ -37,7 +37,7 @@ def test_levels_are_those_of_a_schedule_of_more_steps():
         {},
         {"objective.mar_beta": 0.0},
         {"tasks.text.extrapolation": 0.5},
-        {"tasks.text.mix": {"text": 1.0, "composition": 1.0}},
+        {"tasks.text.mix": {"text": 1.0, "composition": 1.0}, "routing.method": "soft"},
     ],
     ids=str,
 )

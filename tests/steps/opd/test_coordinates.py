@@ -81,7 +81,7 @@ def ours() -> tuple[Any, Adapter, Any]:
     spec = dataclasses.replace(spec, trained=(T, T + 1), asks_base=True)
     spec.check(BATCH)
     pieces = Pieces(spec, make_velocity(MMDiT(CONFIG)))
-    batch = Batch(prompts(900, BATCH), jnp.asarray(ROUTE), mix(), jnp.asarray(AT))
+    batch = Batch(prompts(900, BATCH), jnp.asarray(ROUTE), mix(), coordinates=jnp.asarray(AT))
     stored = Stored(jnp.asarray(X), jnp.asarray(X), jnp.zeros((1, BATCH)))
     return jax.jit(functools.partial(loss_and_gradient, pieces))(frozen(), student(), batch, stored)
 
@@ -140,7 +140,7 @@ def test_both_branches_of_guidance_are_under_a_samples_own_coordinates():
 
 
 def test_the_student_alone_sees_them():
-    batch = Batch(prompts(900, BATCH), jnp.asarray(ROUTE), mix(), jnp.asarray(AT))
+    batch = Batch(prompts(900, BATCH), jnp.asarray(ROUTE), mix(), coordinates=jnp.asarray(AT))
     assert batch.conditioning.coordinates is None
     np.testing.assert_array_equal(batch.student.coordinates, AT)
     plain = Batch(prompts(900, BATCH), jnp.asarray(ROUTE))
