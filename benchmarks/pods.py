@@ -80,8 +80,12 @@ JOBS = {
     "grpo-v6e-256": Job("v6e:16x16", 6, config=GRPO),
     "grpo-v6e-4": Job("v6e:2x2", 4, config=GRPO),
     **{
-        f"large-{name}": Job(topology, fsdp=8, trained="params", once=("data",), config=LARGE)
-        for name, topology in (("v5e-256", "v5e:16x16"), ("v5p-64", "v5p:4x4x4"), ("v6e-256", "v6e:16x16"))
+        f"large-{name}": Job(topology, fsdp=fsdp, trained="params", once=("data",), config=LARGE)
+        for name, topology, fsdp in (
+            ("v5e-256", "v5e:16x16", 32),
+            ("v5p-64", "v5p:4x4x4", 8),
+            ("v6e-256", "v6e:16x16", 8),
+        )
     },
     "fast-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_fast.py:ocr"),
     "nft-v5e-256": Job("v5e:16x16", 6, config="configs/sd35m_nft.py:geneval"),
