@@ -88,7 +88,7 @@ def _outcome(name: str) -> dict[str, Any]:
     other = jax.device_put(_random(3, nn.unbox(wide), 0.2), parameter_shardings(mesh, wide))
     other = to_float8(other) if dtype == "float8_e4m3" else other
     null = jax.device_put(_conditioning(1), replicated(mesh))
-    frozen = Frozen(variables, bank, null, {"large": (other, {})})
+    frozen = Frozen(variables, bank, null, networks={"large": (other, {})})
     places = jax.tree.map(lambda leaf: leaf.sharding, update.state)
     state = jax.device_put(init_state(_random(5, adapter), optimizer, 0), places)
     route = np.arange(BATCH, dtype=np.int32) % 2

@@ -23,9 +23,8 @@ from fopd_jax.tasks.task import Task
 from tests.configs import EVERY, load, smoke_variant
 
 OWN = "fopd_jax.rewards.ocr:quoted_target"  # any function will do: nothing is scored here
-NEEDS = [  # files of others
-    ("miniature_pretrain", "mediocre"), ("miniature_large", ""), *(each for each in EVERY if each[0] == "miniature_sft"),
-]  # fmt: skip
+NEEDS = [("miniature_pretrain", "mediocre"), ("miniature_large", "")]  # files of others
+NEEDS += [each for each in EVERY if each[0] == "miniature_sft"]
 RUNNING = [each for each in EVERY if each[0].startswith("miniature") and each not in NEEDS]
 RUNNING += [(name, smoke_variant(variant)) for name, variant in EVERY if "teacher" not in name]
 

@@ -89,7 +89,7 @@ def test_loss_and_gradient_under_a_larger_teacher_are_pytorchs(monkeypatch: pyte
     objective = Objective("direct", mar_beta=0.5)
     frozen, state, batch = pytorch.our_inputs()
     bank = stack_bank({name: pytorch.adapter(pytorch.BANK[name]) for name in ("ocr", "anchor")})
-    frozen = Frozen(frozen.variables, bank, frozen.null, {"large": (large_variables(), {})})
+    frozen = Frozen(frozen.variables, bank, frozen.null, networks={"large": (large_variables(), {})})
     pieces = pytorch.make_pieces(objective, pytorch.EVERYWHERE)
     spec = dataclasses.replace(pieces.spec, networks=("", "large", ""), slots=Slots(3, (1, 2)))
     spec.check(pytorch.BATCH)
