@@ -76,6 +76,8 @@ def _shrink_teaching(config: OPD) -> None:
     if config.offline.weight:
         config.offline.batch_size = 8
         config.offline.tasks = {name: Pairs() for name in _SKILLS}
+    if config.objective.match == "conditional":  # teachers without guidance leave none to fold in
+        config.guidance = min(config.guidance, 1.0)
     config.cold_start.weights = {}
     sampler = config.sampler
     sampler.num_steps, config.images_per_prompt = 3, min(config.images_per_prompt, 4)
