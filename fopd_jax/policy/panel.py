@@ -149,7 +149,7 @@ class RoutingTable:
         if self.base is None or not any(self.extrapolation):
             return own
         shares = jnp.ones(own.bank.shape) if own.coefficient is None else own.coefficient
-        scales = _scales(own, self.guidance)
+        scales = _scales(own, jnp.asarray(self.guidance, float))
         lambdas = self.extrapolation + (0.0,) * (len(self.guidance) - len(self.extrapolation))
         beyond = shares * jnp.asarray(lambdas, float)[own.bank]
         total, scaled = beyond.sum(1, keepdims=True), (beyond * scales).sum(1, keepdims=True)
@@ -289,13 +289,14 @@ def shares_of(questions: Sequence[Questions], block: int) -> Float[Array, " n"]:
 
 def scales_of(questions: Sequence[Questions], block: int, guidance: Sequence[float]) -> Float[Array, " n"]:
     """The guidance scale of each row."""
-    scales = (_scales(each, guidance) for each in questions)
+    own = jnp.asarray(guidance, float)
+    scales = (_scales(each, own) for each in questions)
     return _joined([scale.reshape(-1, _rows_of(each, block)) for scale, each in zip(scales, questions, strict=True)])
 
 
-def _scales(questions: Questions, guidance: Sequence[float]) -> Float[Array, "n m"]:
+def _scales(questions: Questions, own: Float[Array, " k"]) -> Float[Array, "n m"]:
     """Of each question: the entry's own, where none is said."""
-    return jnp.asarray(guidance, float)[questions.bank] if questions.scale is None else questions.scale
+    return own[questions.bank] if questions.scale is None else questions.scale
 
 
 def rows_of(questions: Sequence[Questions], block: int, x: Array, sigma: Array, conditioning: Conditioning) -> Rows:

@@ -1,5 +1,6 @@
 """Fixed states against a Python loop over prompts, teachers and noise levels; and over meshes."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -11,14 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fopd_jax.adapters.lora import effective
+from fopd_jax.adapters.lora import effective, stack_bank
 from fopd_jax.evaluation.fixed_states import DATA_LEVELS, PERTURBATION, held_out, mean_gaps
 from fopd_jax.evaluation.score import noise_keys
 from fopd_jax.flow.transition import standard_normal
+from fopd_jax.policy.groups import Slots
 from fopd_jax.policy.velocity import guided_velocity
 from tests.evaluation.fixed import COUNT, PICTURED, SEED, Images, encode, make_fixed, make_world, numbers, placed
 from tests.quick import environment
-from tests.steps.opd.network import BANK, GUIDED, SHAPE, SIGMAS, STUDENT, TEACHERS, frozen_of, make_velocity
+from tests.steps.opd.network import (
+    BANK,
+    DIRECT,
+    GUIDED,
+    SHAPE,
+    SIGMAS,
+    STUDENT,
+    TEACHERS,
+    frozen_of,
+    make_pieces,
+    make_spec,
+    make_velocity,
+)
 
 VOICES = (*TEACHERS, "anchor")
 STEPS = len(SIGMAS) - 2
@@ -58,6 +72,17 @@ def loop(task: str, i: int) -> list[tuple[np.ndarray, float, str]]:
 def found() -> Any:
     fixed = make_fixed()
     return numbers(fixed), *fixed.survey(placed(fixed.mesh)[0])
+
+
+def test_of_several_networks_each_voice_is_asked_of_its_own(found: Any) -> None:
+    """The second teacher and its adapter on a twin of the base; without a weight the anchor is a voice all the same."""
+    spec = make_spec(dataclasses.replace(DIRECT, mar_beta=0.0), networks=("", "twin", ""), slots=Slots(1, (0, 0)))
+    pieces = dataclasses.replace(make_pieces(spec), voices={"twin": make_velocity()})
+    frozen = frozen_of({name: BANK[name] for name in ("ocr", "anchor")})
+    frozen = dataclasses.replace(frozen, networks={"twin": (frozen.variables, stack_bank({"": BANK["counting"]}))})
+    states, seen = dataclasses.replace(make_fixed(), pieces=pieces).survey(frozen)
+    np.testing.assert_allclose(states.target, found[1].target, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), seen, found[2])
 
 
 @pytest.mark.parametrize(("task", "i"), [("ocr", 1), ("counting", 2)])

@@ -76,6 +76,29 @@ def test_slots_follow_the_tasks_shares_mixes_and_extrapolation() -> None:
     assert slots_of(config_of("", "", ""), make_spec(config_of("", "", ""), LATENT, MESH), MESH) is None
 
 
+def test_where_prompts_may_go_to_anyone_there_are_slots_for_all_of_them() -> None:
+    """A classifier's likeliest teachers, coordinates, and mistakes, beside what tasks say of themselves."""
+    cases: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
+        "one of three": ({"routing.method": "classifier", "routing.top": 1}, [[1, 1]] * 3),
+        "all of them": ({"routing.method": "classifier"}, [[1, 2]] * 3),
+        "mistakes": ({"routing.wrong": 0.1}, [[1, 1]] * 3),
+        "coordinates and the base": ({"coordinates.rank": 4, "trained": "adapter"}, [[2, 2]] * 3),
+        "by task": ({}, [[1, 0], [0, 1], [0, 1]]),
+    }
+    for name, (changes, expected) in cases.items():
+        config = config_of("", "a", "a", **changes)
+        spec = make_spec(config, LATENT, MESH)
+        np.testing.assert_array_equal(asked_by(config, spec), expected, name)
+        assert spec.slots == Slots(3, tuple(min(3 * each, 6) for each in np.max(expected, 0).tolist())) or not changes
+
+
+def test_networks_are_asked_along_the_teachers_own_steps() -> None:
+    config = config_of("a", "b", "", **{"sampler.teacher_steps": 4})
+    spec = make_spec(config, LATENT, MESH)
+    cost = update_cost(config, spec, TEXT, MEDIUM)
+    assert cost.teachers == pytest.approx(4 * (len(spec.sigmas) - 2) * sum(asked(config).values()))
+
+
 def test_draws_that_were_not_dealt_out_are_refused() -> None:
     config = config_of("a", "b", "")
     spec = make_spec(config, LATENT, MESH)

@@ -87,10 +87,11 @@ def _adapter(weights: Path) -> Adapter:
 
 
 def test_teachers_are_reported_with_the_sampler_of_their_network(weights: Path, tmp_path: Path) -> None:
-    stage = _stage(_config(weights), tmp_path)
+    stage = _stage(_config(weights, **{"eval.also_steps": (2,)}), tmp_path)
     models = stage.teaching.models()
     assert [model.name for model in models] == ["base", "teacher/composition", "teacher/text", "teacher/quality"]
     assert [model.sampler is not None for model in models] == [False, False, True, True]
+    assert [sorted(model.others) for model in models[2:]] == [sorted(stage.setup.others)] * 2 == [["steps 2"]] * 2
     by_name = {model.name: model for model in models}
     assert by_name["teacher/text"].adapter == {}
     prompts, keys = ['sign "ABC"'] * 2, jax.vmap(jax.random.key)(jnp.arange(2))
@@ -111,6 +112,7 @@ def test_teachers_are_reported_with_the_sampler_of_their_network(weights: Path, 
              "anchor.adapter": ""},
             "networks.large: found a network that no task names, and no anchor with a weight",
         ),
+        ({"anchor.moves": "ema"}, "anchor.network: found 'large', expected '' with anchor.moves 'ema'"),
         ({"whole_teachers": True}, "networks: found some, expected none with whole_teachers"),
         ({"networks.large.path": "nowhere"}, "networks.large.path: nowhere: no such file"),
         ({"networks.large.preset": "miniature"}, "networks.large.path: .*large: .*miniature_large"),

@@ -218,7 +218,7 @@ class OPDSpec:
         names = self.networks or ("",) * (len(self.teachers) + 1)
         if self.whole_teachers:
             names = (STACK,) * len(names)
-        asked = dict(enumerate(names[: len(self.teachers) + self.anchored]))
+        asked = dict(enumerate(names[: len(self.teachers) + (self.anchored and not self.follows)]))
         if table.base is not None:
             asked[table.base] = ""
         return {name: tuple(k for k, own in asked.items() if own == name) for name in sorted(set(asked.values()))}

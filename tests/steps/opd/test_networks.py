@@ -17,10 +17,12 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from fopd_jax.adapters.lora import stack_bank
 from fopd_jax.config.schema import EMA, Objective
+from fopd_jax.flow.schedule import sublevels
 from fopd_jax.interop.sd3.diffusers import transformer_from_diffusers
 from fopd_jax.models.mmdit import MMDiT
 from fopd_jax.policy.groups import Slots
 from fopd_jax.policy.velocity import make_velocity as bind
+from fopd_jax.steps.opd.anchor import following
 from fopd_jax.steps.opd.fused import fused_gradients
 from fopd_jax.steps.opd.pieces import Pieces
 from fopd_jax.steps.opd.spec import STACK, Frozen
@@ -32,7 +34,9 @@ from tests.steps.opd.network import (
     BANK,
     CLIPPED,
     DIRECT,
+    GUIDED,
     SGD,
+    SIGMAS,
     check,
     frozen_of,
     make_batch,
@@ -126,6 +130,31 @@ def test_a_twin_of_the_base_teaches_what_the_base_does(objective: Objective) -> 
     expected, same = quick(fused_gradients, make_pieces(make_spec(objective)))(frozen_of(BANK), state, batch)
     check(found, expected)
     check(totals, same)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"between": sublevels(SIGMAS, 2, 3.0)}, {"anchor_moves": "ema"}, {"anchor_every": 3}, {"gaps": True}],
+    ids=["finer steps", "a moving anchor", "an anchor seldom asked", "gaps"],
+)
+def test_a_twin_goes_with_the_other_ways_to_teach(fields: dict[str, Any]) -> None:
+    batch, state = make_batch(SIZE), make_state()
+    pieces, frozen = grouped(DIRECT, Slots(SIZE, (3, 3)), **fields)
+    found, totals = quick(fused_gradients, pieces)(following(pieces, frozen, state), state, batch)
+    plain = make_pieces(make_spec(DIRECT, **fields))
+    expected, same = quick(fused_gradients, plain)(following(plain, frozen_of(BANK), state), state, batch)
+    check(found, expected)
+    check(totals, same)
+
+
+@pytest.mark.parametrize("match", ["conditional", "branches"])
+def test_a_twin_is_matched_by_branches(match: str) -> None:
+    batch, state, objective = make_batch(SIZE), make_state(), dataclasses.replace(DIRECT, match=match)
+    folded: dict[str, Any] = {"guidance": (1.0, GUIDED[1])}
+    pieces, frozen = grouped(objective, Slots(SIZE, (3, 3)), **folded)
+    found, _ = quick(fused_gradients, pieces)(frozen, state, batch)
+    plain = make_pieces(make_spec(objective, **folded))
+    check(found, quick(fused_gradients, plain)(frozen_of(BANK), state, batch)[0])
 
 
 @pytest.mark.parametrize("fields", [{}, {"updates_per_rollout": 2, "minibatches": 2}], ids=["fused", "replayed"])
