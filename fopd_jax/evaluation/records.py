@@ -1,4 +1,4 @@
-"""What an evaluation keeps: of each model, suite and sampler setting a folder with its images, settings and a line each.
+"""What an evaluation keeps: a folder of each model, suite and sampler setting, with images, settings, a line an image.
 
     OUT/MODEL/SUITE/SETTING/settings.json       `Settings`, and where the model came from (`about`)
     OUT/MODEL/SUITE/SETTING/records.jsonl       one `Record` an image, in the suite's order
@@ -36,8 +36,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One image: sample `sample` of prompt `prompt_id`. `image`: its file below the cell's folder. `scores` hold what could
-    be scored, `failed` why others could not; a name is in one of them. `tags`: what groups prompts (`tag`, `category`).
+    """One image: sample `sample` of prompt `prompt_id`. `image`: its file below the cell's folder. `scores` hold what
+    could be scored, `failed` why others could not; a name is in one of them. `tags`: what groups prompts (`tag`, …).
     """
 
     prompt_id: str
