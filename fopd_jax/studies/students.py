@@ -1,0 +1,69 @@
+"""Students to compare: a config with some fields changed, trained at several seeds, and scored."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fopd_jax.studies.jobs import Job
+
+STUDENTS = "students"
+RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """`config`: below configs/, as `recipes/pdm:miniature`; `fields`: what is changed in it, over the budget's; a
+    string may name the study's folder as `{work}`. `needs`: what has to be made first. `scored`: further evaluations, by
+    their names in `EVALUATIONS`. `model`: its name in what it leaves.
+    """
+
+    config: str = "miniature"
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[Job, ...] = ()
+    scored: tuple[str, ...] = ()
+    model: str = "student"
+
+
+EVALUATIONS: dict[str, dict[str, Any]] = {"rewritten": {"eval.rewritten": True}}
+"""Done after a run beside its own report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A student at a seed: its folder and the jobs that fill it, those that it needs first."""
+
+    folder: str
+    jobs: tuple[Job, ...]
+
+
+def train(student: Student, budget: Mapping[str, Any], seed: int) -> Trained:
+    """The jobs of one student; equal ones have equal names, in whatever table they stand."""
+    fields = {**budget, **student.fields, "seed": seed}
+    name = _name(student, fields)
+    folder = f"{STUDENTS}/{name}"
+    path, _, variant = student.config.partition(":")
+    config = f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
+    flags = tuple(f"--config.{field}={value}" for field, value in fields.items())
+    command = ("-m", "fopd_jax.main", config, f"--workdir={{work}}/{folder}", *flags)
+    jobs = [*student.needs, Job(name, command, f"{folder}/{RESULTS}", tuple(job.name for job in student.needs), "run")]
+    for evaluation in student.scored:
+        flags = tuple(f"--config.{field}={value}" for field, value in EVALUATIONS[evaluation].items())
+        again = ("-m", "fopd_jax.evaluate", f"--workdir={{work}}/{folder}", f"--out={{work}}/{folder}/{evaluation}")
+        done = f"{folder}/{evaluation}/{RESULTS}"
+        jobs.append(Job(f"{name}.{evaluation}", (*again, *flags), done, (name,), "evaluation"))
+    return Trained(folder, tuple(jobs))
+
+
+def _name(student: Student, fields: Mapping[str, Any]) -> str:
+    """Readable, and no other student's."""
+    told = ",".join([student.config, *(f"{field}={value}" for field, value in student.fields.items())])
+    whole = repr((student.config, sorted((field, str(value)) for field, value in fields.items())))
+    slug = re.sub(r"[^A-Za-z0-9.=,_-]+", "_", told)[:80].strip("_")
+    return f"{slug}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}-seed{fields['seed']}"
+
+
+def all_jobs(trained: Sequence[Trained]) -> dict[str, Job]:
+    """Each once."""
+    return {job.name: job for each in trained for job in each.jobs}

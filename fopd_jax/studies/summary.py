@@ -1,0 +1,112 @@
+"""What comes of a study: every row's scores by seed, their means and spread, as JSON, CSV and Markdown."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fopd_jax.files import write_json, write_text
+from fopd_jax.studies.students import RESULTS, Student
+from fopd_jax.studies.tables import SKILLS, Table
+
+Scores = dict[str, float]
+"""By column: a skill, or a skill at another setting, `text, steps 4`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Of a table: the student, and its scores by seed; also models that were not trained for it, without seeds."""
+
+    name: str
+    student: Student | None
+    scores: Mapping[int, Scores]
+
+    def mean(self, column: str) -> float:
+        """Over seeds."""
+        return statistics.fmean(each[column] for each in self.scores.values())
+
+    def spread(self, column: str) -> float | None:
+        """Standard deviation over seeds; None of one."""
+        found = [each[column] for each in self.scores.values()]
+        return statistics.stdev(found) if len(found) > 1 else None
+
+
+def read_scores(folder: Path, table: Table, model: str) -> Scores:
+    """Of one run.
+
+    Raises:
+      ValueError: its results are damaged, or lack the model or a column; names the file.
+    """
+    file = folder / RESULTS
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        found: Scores = dict(kept["models"][model])
+        for column in table.columns:
+            if column in kept.get("settings", {}):
+                other = kept["settings"][column]["models"][model]
+            else:
+                file = folder / column / RESULTS
+                other = json.loads(file.read_text(encoding="utf-8"))["models"][model]
+            found |= {f"{skill}, {column}": other[skill] for skill in SKILLS}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: damaged, or not of this study: {error}") from error
+    return found
+
+
+def columns_of(table: Table) -> list[str]:
+    """Of its scores, in the order of a page."""
+    return [*SKILLS, *(f"{skill}, {column}" for column in table.columns for skill in SKILLS)]
+
+
+def as_markdown(title: str, table: Table, rows: Sequence[Row]) -> str:
+    """Means ± deviations over seeds; the best mean of students bold."""
+    columns = columns_of(table)
+    students = [row for row in rows if row.student is not None]
+    best = {column: max((row.mean(column) for row in students), default=0.0) for column in columns}
+    lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for column in columns:
+            if any(column not in scores for scores in row.scores.values()):
+                cells.append("")
+                continue
+            mean, spread = row.mean(column), row.spread(column)
+            text = f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+            cells.append(
+                f"**{text}**" if row.student is not None and round(mean, 3) == round(best[column], 3) else text
+            )
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_summary(out: Path, found: Mapping[str, tuple[Table, Sequence[Row]]], about: Mapping[str, Any]) -> None:
+    """`tables.json`, `tables.csv` (a line a row, seed and column) and `tables.md`."""
+    whole = {
+        name: {
+            "title": table.title,
+            "rows": {
+                row.name: {
+                    "config": row.student.config if row.student else None,
+                    "fields": dict(row.student.fields) if row.student else None,
+                    "scores": {str(seed): scores for seed, scores in row.scores.items()},
+                }
+                for row in rows
+            },
+        }
+        for name, (table, rows) in found.items()
+    }
+    write_json(out / "tables.json", {"tables": whole, **about})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("table", "row", "seed", "column", "score"))
+    for name, (_, rows) in found.items():
+        for row in rows:
+            for seed, scores in row.scores.items():
+                writer.writerows((name, row.name, seed, column, score) for column, score in scores.items())
+    write_text(out / "tables.csv", text.getvalue())
+    pages = [as_markdown(table.title, table, rows) for table, rows in found.values()]
+    write_text(out / "tables.md", "\n\n".join(pages) + "\n")
