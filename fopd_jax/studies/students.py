@@ -14,9 +14,9 @@ RESULTS = "results.json"
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """`config`: below configs/, as `recipes/pdm:miniature`; `fields`: what is changed in it, over the budget's; a
-    string may name the study's folder as `{work}`. `needs`: what has to be made first. `scored`: further evaluations, by
-    their names in `EVALUATIONS`. `model`: its name in what it leaves.
+    """`config`: below configs/, as `recipes/pdm:miniature`; `fields`: what is changed in it, over the budget's; texts
+    may name the study's folder as `{work}`. `needs`: what has to be made first. `scored`: further evaluations, by their
+    names in `EVALUATIONS`. `model`: its name in what it leaves.
     """
 
     config: str = "miniature"
