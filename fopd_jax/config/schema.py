@@ -126,6 +126,7 @@ class Evaluation(Section):
         False, "The networks read the prompts in other words (tasks/paraphrase.py); scores go by the prompts as they "
         "were."
     )  # fmt: skip
+    alone: bool = setting(False, "The report is of what was trained alone: base, teachers and start are left out.")
     also_steps: tuple[int, ...] = setting(
         (), "The report is made at these numbers of sampler steps, too.", rules.each(at_least(1, MOST_SAMPLER_STEPS))
     )

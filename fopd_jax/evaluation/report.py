@@ -61,7 +61,8 @@ def write_report(
     max_failed: float,
     others: Samplers = MappingProxyType({}),
 ) -> None:
-    """Evaluate every model on the same pairs and write the files; the last model is the student.
+    """Evaluate every model on the same pairs and write the files; the last model is the student, and it is the only
+    one with `eval.alone`.
 
     `about`: what else to write into `results.json`; `others`: samplers at other settings, at which all of it is done
     again: they are told of below the table and under `settings`. All processes evaluate, process 0 writes.
@@ -73,6 +74,7 @@ def write_report(
         nothing is written.
       ValueError: an image is not finite; names its prompt, and the model of a sample.
     """
+    models = models[-1:] if settings.alone else models
     tasks = select_tasks(world, settings.tasks or tuple(world.tasks))
     ways = batch_ways(sampler.mesh)
     eval_set = EvalSet(

@@ -272,7 +272,8 @@ class Distillation:
             self.health.measure(self.frozen, student)
             if is_main():
                 write_png(self.workdir / PICTURE, self.health.picture())
-        models = [*self.teaching.models(), self.model(student)]
+        beside = [] if self.config.eval.alone else self.teaching.models()  # which loads them, with samplers of theirs
+        models = [*beside, self.model(student)]
         about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         most, world = self.config.run.max_failed_rewards, self.pipeline.world
         with contextlib.closing(self.setup) as setup:

@@ -53,7 +53,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "empty_caption": PROBABILITY, "tasks.x.rewritten": PROBABILITY, "wrong": PROBABILITY, "top": INDEX,
     "bands": ([{"size": (1.0, 0.0)}, {"x": (0.0, 1.0)}], [{}, {"spread": (0.0, 1e30)}]),
     "also_guidance": ([(-1e-9,), (1.0, 101.0)], [(), (0.0, 4.5)]),
-    "coordinates.rank": INDEX, "alone": PROBABILITY, "joint": PROBABILITY,
+    "coordinates.rank": INDEX, "coordinates.alone": PROBABILITY, "joint": PROBABILITY,
     "tasks.x.rewards": ([{"x": -1e-9}, {"x": 1001.0}], [{}, {"x": 0.0}, {"x": 0.5, "y": 1000.0}]),
     "rewards.x.kind": (
         ["a b", "a.b", ":f", "a:", "a:b:c", "a-b:f", "1a:f", "a..b:f", "a/b:f", "a:f()"],
@@ -95,4 +95,5 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program", "eval.rewritten",
     "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
     "health.gaps", "cold_start.adapter", "tasks.x.network", "anchor.network", "networks.x.preset", "networks.x.path",
+    "eval.alone",
 }  # fmt: skip

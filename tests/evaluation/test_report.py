@@ -107,6 +107,18 @@ def test_results_have_exactly_these_entries(tmp_path: Path):
         assert abs(found - shift) < 0.5 / 127.5  # of bytes
 
 
+def test_a_student_alone_is_reported_as_it_is_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _write(tmp_path)
+    among = json.loads((tmp_path / "results.json").read_text())
+    rows = []
+    monkeypatch.setattr(report, "draw_grid", lambda _, labels, __: (rows.extend(labels), Image.new("RGB", (1, 1)))[1])
+    _write(tmp_path, dataclasses.replace(SETTINGS, alone=True))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == {**among, "models": {"student": among["models"]["student"]}}
+    assert rows == ["student"]
+    assert [line.split()[0] for line in (tmp_path / "table.txt").read_text().splitlines()[1:-1]] == ["student"]
+
+
 def test_a_second_report_is_the_same_and_leaves_no_temporary_files(tmp_path: Path):
     def contents() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
