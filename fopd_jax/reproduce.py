@@ -25,7 +25,7 @@ from fopd_jax.files import check_writable, local_path
 from fopd_jax.performance.host import ROOT, commit, hardware, versions
 from fopd_jax.running.records import PACKAGES
 from fopd_jax.studies.jobs import plan, run_jobs
-from fopd_jax.studies.students import Student, Trained, all_jobs, train
+from fopd_jax.studies.students import Student, Trained, all_jobs, fields_of, train
 from fopd_jax.studies.summary import Row, Scores, read_scores, write_summary
 from fopd_jax.studies.tables import BUDGET, REFERENCE, TABLES, Table
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row, student in table.rows.items()
             for seed in range(options.seeds)
         }
-        reference = train(REFERENCE, BUDGET, 0)
+        reference = _train(REFERENCE, Table("", {}), 0)
         jobs = all_jobs([reference, *trained.values()])
         say(f"{len(jobs)} jobs for {', '.join(chosen)}\n{plan(jobs, work)}")
         if options.plan:
@@ -84,8 +84,10 @@ def _train(student: Student, table: Table, seed: int) -> Trained:
     """Checked before anything runs."""
     budget = {**BUDGET, **table.budget}
     path, _, variant = student.config.partition(":")
-    resolve(override(load_config(ROOT / "configs" / f"{path}.py", variant), {**budget, **student.fields}))
-    return train(student, budget, seed)
+    config = load_config(ROOT / "configs" / f"{path}.py", variant)
+    tasks = tuple(config.tasks)
+    resolve(override(config, {**budget, **fields_of(student, tasks)}))
+    return train(student, tasks, budget, seed)
 
 
 def _tell(

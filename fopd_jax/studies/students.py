@@ -17,6 +17,8 @@ class Student:
     """`config`: below configs/, as `recipes/pdm:miniature`; `fields`: what is changed in it, over the budget's; texts
     may name the study's folder as `{work}`. `needs`: what has to be made first. `scored`: further evaluations, by their
     names in `EVALUATIONS`. `model`: its name in what it leaves.
+
+    A field `tasks.*.x` is that of every task; a value may be a function of the task and all of them.
     """
 
     config: str = "miniature"
@@ -38,10 +40,20 @@ class Trained:
     jobs: tuple[Job, ...]
 
 
-def train(student: Student, budget: Mapping[str, Any], seed: int) -> Trained:
+def fields_of(student: Student, tasks: Sequence[str]) -> dict[str, Any]:
+    """Those of its config, which has these tasks."""
+    found: dict[str, Any] = {}
+    for field, value in student.fields.items():
+        for task in tasks if "*" in field else ("",):
+            found[field.replace("*", task)] = value(task, tasks) if callable(value) else value
+    return found
+
+
+def train(student: Student, tasks: Sequence[str], budget: Mapping[str, Any], seed: int) -> Trained:
     """The jobs of one student; equal ones have equal names, in whatever table they stand."""
-    fields = {**budget, **student.fields, "seed": seed}
-    name = _name(student, fields)
+    own = fields_of(student, tasks)
+    fields = {**budget, **own, "seed": seed}
+    name = _name(student.config, own, fields)
     folder = f"{STUDENTS}/{name}"
     path, _, variant = student.config.partition(":")
     config = f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
@@ -56,10 +68,10 @@ def train(student: Student, budget: Mapping[str, Any], seed: int) -> Trained:
     return Trained(folder, tuple(jobs))
 
 
-def _name(student: Student, fields: Mapping[str, Any]) -> str:
+def _name(config: str, own: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     """Readable, and no other student's."""
-    told = ",".join([student.config, *(f"{field}={value}" for field, value in student.fields.items())])
-    whole = repr((student.config, sorted((field, str(value)) for field, value in fields.items())))
+    told = ",".join([config, *(f"{field}={value}" for field, value in own.items())])
+    whole = repr((config, sorted((field, str(value)) for field, value in fields.items())))
     slug = re.sub(r"[^A-Za-z0-9.=,_-]+", "_", told)[:80].strip("_")
     return f"{slug}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}-seed{fields['seed']}"
 

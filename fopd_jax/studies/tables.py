@@ -5,7 +5,7 @@ in several tables is trained once.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fopd_jax.studies.jobs import Job
@@ -71,14 +71,19 @@ _SFT = Job(
     ("demonstrations",),
     "fine-tuning",
 )  # fmt: skip
-MIXES = {
-    "tasks.text.mix": {"text": 0.8, "composition": 0.2}, "tasks.composition.mix": {"composition": 0.8, "text": 0.2},
-}  # fmt: skip
-SOFT = {"routing.method": "soft", **MIXES}
+
+
+def _mix(task: str, tasks: Sequence[str]) -> dict[str, float]:
+    """Four fifths the task's own teacher, the rest all others'."""
+    return {each: 0.8 if each == task else round(0.2 / (len(tasks) - 1), 6) for each in sorted(tasks)}
+
+
+SOFT = {"routing.method": "soft", "tasks.*.mix": _mix}
 CLASSIFIER = {"routing.method": "classifier"}
 COORDINATES = {"coordinates.rank": 32}
-GUIDED = {"tasks.text.guidance": 1.25, "tasks.composition.guidance": 1.25, "objective.match": "conditional"}
-BEYOND = {"tasks.text.extrapolation": 0.25, "tasks.composition.extrapolation": 0.25}
+FOLDED = {"tasks.*.guidance": 1.25, "objective.match": "conditional"}
+BEYOND = {"tasks.*.extrapolation": 0.25}
+BESIDE = {"offline.weight": 0.1, "offline.batch_size": 16, "offline.tasks.*.images": "{work}/demonstrations"}
 
 
 def _routing() -> dict[str, Student]:
@@ -91,8 +96,7 @@ def _routing() -> dict[str, Student]:
 
 
 def _rewritten() -> dict[str, Student]:
-    rows = {"hard": {}, "hard, half of the prompts rewritten in training": {
-        "tasks.text.rewritten": 0.5, "tasks.composition.rewritten": 0.5},
+    rows = {"hard": {}, "hard, half of the prompts rewritten in training": {"tasks.*.rewritten": 0.5},
         "classifier": CLASSIFIER, "coordinates": COORDINATES}  # fmt: skip
     return {name: Student(fields=fields, scored=("rewritten",)) for name, fields in rows.items()}
 
@@ -105,17 +109,15 @@ TABLES: dict[str, Table] = {
     "targets": Table("What the student is held to", {
         "ours": PLAIN,
         "beyond the teachers (λ .25)": Student(fields=BEYOND),
-        "guidance 1.25 folded": Student(fields=GUIDED),
-        "guidance 1.25 folded, λ .25": Student(fields={**GUIDED, **BEYOND}),
+        "guidance 1.25 folded": Student(fields=FOLDED),
+        "guidance 1.25 folded, λ .25": Student(fields={**FOLDED, **BEYOND}),
         "branches apart": _of(objective__match="branches"),
         "clean latents (x0)": _of(objective__weighting="x0"),
         "next states": _of(objective__weighting="x_next"),
         "divergence (kl)": _of(objective__weighting="kl"),
         "ODE steps": _of(objective__weighting="ode"),
         "normalised": _of(objective__normalise=True),
-        "teachers' images beside": Student(fields={
-            "offline.weight": 0.1, "offline.batch_size": 16, "offline.tasks.text.images": "{work}/demonstrations",
-            "offline.tasks.composition.images": "{work}/demonstrations"}, needs=(_DEMONSTRATIONS,)),
+        "teachers' images beside": Student(fields=BESIDE, needs=(_DEMONSTRATIONS,)),
         "coordinates": Student(fields=COORDINATES),
     }),
     "anchor": Table("The anchor", {

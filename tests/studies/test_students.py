@@ -1,13 +1,13 @@
 """Students become commands, each with a name of its own."""
 
 from fopd_jax.studies.jobs import Job
-from fopd_jax.studies.students import Student, all_jobs, train
+from fopd_jax.studies.students import Student, all_jobs, fields_of, train
 
-BUDGET = {"run.steps": 3}
+BUDGET, TASKS = {"run.steps": 3}, ("text", "composition")
 
 
 def test_a_student_is_a_command_of_its_config_and_fields() -> None:
-    made = train(Student("recipes/pdm:miniature", {"objective.mar_beta": 0.1}), BUDGET, 2)
+    made = train(Student("recipes/pdm:miniature", {"objective.mar_beta": 0.1}), TASKS, BUDGET, 2)
     (job,) = made.jobs
     assert made.folder == f"students/{job.name}"
     assert job.done == f"{made.folder}/results.json"
@@ -18,22 +18,22 @@ def test_a_student_is_a_command_of_its_config_and_fields() -> None:
 
 
 def test_names_are_those_of_what_is_trained() -> None:
-    plain = train(Student(), BUDGET, 0)
+    plain = train(Student(), TASKS, BUDGET, 0)
     others = [
-        train(Student(), BUDGET, 1), train(Student(), {"run.steps": 4}, 0),
-        train(Student("miniature_large"), BUDGET, 0),
-        train(Student(fields={"tasks.text.mix": {"text": 0.5, "composition": 0.5}}), BUDGET, 0),
-        train(Student(fields={"tasks.text.mix": {"text": 0.6, "composition": 0.4}}), BUDGET, 0),
+        train(Student(), TASKS, BUDGET, 1), train(Student(), TASKS, {"run.steps": 4}, 0),
+        train(Student("miniature_large"), TASKS, BUDGET, 0),
+        train(Student(fields={"tasks.text.mix": {"text": 0.5, "composition": 0.5}}), TASKS, BUDGET, 0),
+        train(Student(fields={"tasks.text.mix": {"text": 0.6, "composition": 0.4}}), TASKS, BUDGET, 0),
     ]  # fmt: skip
     names = [each.jobs[-1].name for each in (plain, *others)]
     assert len(set(names)) == len(names)
     assert all(len(name) < 120 and "/" not in name and " " not in name for name in names)
-    assert train(Student(fields={}, scored=()), dict(BUDGET), 0) == plain
+    assert train(Student(fields={}, scored=()), TASKS, dict(BUDGET), 0) == plain
 
 
 def test_what_is_needed_comes_first_and_once_and_evaluations_last() -> None:
     before = Job("set", ("-c", ""), "set")
-    made = [train(Student(needs=(before,), scored=("rewritten",)), BUDGET, seed) for seed in (0, 1)]
+    made = [train(Student(needs=(before,), scored=("rewritten",)), TASKS, BUDGET, seed) for seed in (0, 1)]
     first, run, again = made[0].jobs
     assert first is before
     assert run.needs == ("set",)
@@ -41,3 +41,11 @@ def test_what_is_needed_comes_first_and_once_and_evaluations_last() -> None:
     assert again.done == f"{made[0].folder}/rewritten/results.json"
     assert "--config.eval.rewritten=True" in again.command
     assert len(all_jobs(made)) == 5
+
+
+def test_fields_of_every_task_and_functions_of_it() -> None:
+    student = Student(fields={"tasks.*.weight": 2.0, "tasks.*.mix": lambda task, tasks: {task: len(tasks)}})
+    assert fields_of(student, TASKS) == {
+        "tasks.text.weight": 2.0, "tasks.composition.weight": 2.0,
+        "tasks.text.mix": {"text": 2}, "tasks.composition.mix": {"composition": 2},
+    }  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import flatten, override, resolve
-from fopd_jax.studies.students import Student
+from fopd_jax.studies.students import Student, fields_of
 from fopd_jax.studies.tables import BUDGET, SKILLS, TABLES, Table
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def resolved(student: Student, table: Table) -> dict[str, object]:
     path, _, variant = student.config.partition(":")
     config = load_config(ROOT / "configs" / f"{path}.py", variant)
-    whole = flatten(resolve(override(config, {**BUDGET, **table.budget, **student.fields})))
+    whole = flatten(resolve(override(config, {**BUDGET, **table.budget, **fields_of(student, tuple(config.tasks))})))
     return {field: value for field, value in whole.items() if field != "name"}
 
 
