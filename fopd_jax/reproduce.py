@@ -1,10 +1,13 @@
-"""`python -m fopd_jax.reproduce --workdir=FOLDER [--table=NAME …] [--seeds=3] [--workers=2]`.
+"""`python -m fopd_jax.reproduce --workdir=FOLDER [--table NAME …] [--seeds=3] [--workers=2] [--plan]`.
 
 Trains and scores what the miniature's tables compare, from nothing but the packaged base and teachers: recipes,
-targets, anchors, cold starts, objectives, rollout noise, routing, rewritten prompts, few steps, noisy teachers. Runs
-`configs/` and `tools/` of this clone as commands of their own, one a core side by side, each with its log in
-`FOLDER/logs`; the same command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of all
-rows that are there whole. `--plan` tells what would run, and how much of it is done.
+targets, anchors, cold starts, objectives, weightings, rollout noise, routing, rewritten prompts, few steps, noisy
+teachers. Runs `configs/` and `tools/` of this clone as commands of their own, one a core side by side, each with its
+log in `FOLDER/logs`; the same command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json`
+of all rows that are there whole. `--plan` tells what would run, and how much of it is done.
+
+`--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and runs nothing: students, FLOPs, chip-hours by
+arithmetic at `--utilisation` of a chip's peak, and with `--workdir` the commands in `FOLDER/commands.sh`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -13,39 +16,51 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     tell_interrupts()
 
 import os
-from argparse import Namespace
+import shlex
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from absl import logging
+
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import override, resolve
-from fopd_jax.console import say
+from fopd_jax.config.stages import StageConfig
+from fopd_jax.console import align, say
 from fopd_jax.exits import Arguments, explained
-from fopd_jax.files import check_writable, local_path
+from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.performance.host import ROOT, commit, hardware, versions
 from fopd_jax.running.records import PACKAGES
-from fopd_jax.studies.jobs import plan, run_jobs
+from fopd_jax.studies.estimate import as_rows, costs_of
+from fopd_jax.studies.jobs import Job, plan, run_jobs
 from fopd_jax.studies.students import Student, Trained, all_jobs, fields_of, train
 from fopd_jax.studies.summary import Row, Scores, read_scores, write_summary
-from fopd_jax.studies.tables import BUDGET, REFERENCE, TABLES, Table
+from fopd_jax.studies.tables import MINIATURE, NAMES, REFERENCE, SD35M, Scale, Table, tables
 
+SCALES = {"miniature": MINIATURE, "sd35m": SD35M}
 OTHERS = ("base", "teacher/text", "teacher/composition", "teacher/quality", "merge")
 """Models of the reference run that are told above every table."""
+Study = Mapping[tuple[str, str, int], tuple[Trained, StageConfig]]
+"""By table, row and seed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    logging.set_verbosity(logging.WARNING)
     with explained():
-        work = local_path("--workdir", options.workdir).absolute()
-        chosen = _choose(options)
-        trained = {
-            (name, row, seed): _train(student, table, seed)
+        scale, work = SCALES[options.scale], local_path("--workdir", options.workdir).absolute()
+        chosen = _choose(options, scale)
+        study: Study = {
+            (name, row, seed): _train(student, table, scale, seed)
             for name, table in chosen.items()
             for row, student in table.rows.items()
             for seed in range(options.seeds)
         }
-        reference = _train(REFERENCE, Table("", {}), 0)
-        jobs = all_jobs([reference, *trained.values()])
+        reference, _ = _train(REFERENCE, Table("", {}), scale, 0)
+        jobs = all_jobs([reference, *(each for each, _ in study.values())])
+        if scale is not MINIATURE:
+            _tell_costs(study, jobs, work, options.utilisation)
+            return
         say(f"{len(jobs)} jobs for {', '.join(chosen)}\n{plan(jobs, work)}")
         if options.plan:
             return
@@ -53,21 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             run_jobs(jobs, work, ROOT, options.workers)
         finally:
-            _tell(work, chosen, trained, reference)
+            _tell(work, chosen, study, reference)
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
     """The command line; exits with status 2 if it is wrong."""
-    parser = Arguments(description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--workdir", required=True, help="folder of all runs")
-    parser.add_argument("--table", nargs="*", default=[*TABLES], choices=[*TABLES], help="which; default all")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser = Arguments(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/reproduce", help="folder of all runs; default runs/reproduce")
+    parser.add_argument("--table", nargs="+", default=[*NAMES], choices=[*NAMES], help="which; default all")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0; default 1")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="commands side by side")
     parser.add_argument("--plan", action="store_true", help="tell what would run, and end")
+    parser.add_argument("--scale", default="miniature", choices=[*SCALES], help="default miniature")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of a chip's peak; default .35, assumed")
     return parser.parse_args(arguments)
 
 
-def _choose(options: Namespace) -> dict[str, Table]:
+def _choose(options: Namespace, scale: Scale) -> dict[str, Table]:
     """
     Raises:
       ValueError: a number is out of range, or this is no clone.
@@ -75,30 +92,46 @@ def _choose(options: Namespace) -> dict[str, Table]:
     for name in ("seeds", "workers"):
         if not 1 <= (found := getattr(options, name)) <= 64:
             raise ValueError(f"--{name}: found {found}, expected a number from 1 to 64")
-    if not (ROOT / "configs" / "miniature.py").is_file():
+    if not 0 < options.utilisation <= 1:
+        raise ValueError(f"--utilisation: found {options.utilisation:g}, expected a share of 1, above 0")
+    if not (ROOT / "configs" / f"{scale.main}.py").is_file():
         raise ValueError("reproduce: found no configs/ beside the package, expected a clone of the project")
-    return {name: TABLES[name] for name in dict.fromkeys(options.table)}
+    there = tables(scale)
+    return {name: there[name] for name in dict.fromkeys(options.table)}
 
 
-def _train(student: Student, table: Table, seed: int) -> Trained:
-    """Checked before anything runs."""
-    budget = {**BUDGET, **table.budget}
-    path, _, variant = student.config.partition(":")
+def _train(student: Student, table: Table, scale: Scale, seed: int) -> tuple[Trained, StageConfig]:
+    """Its jobs and its config, checked before anything runs."""
+    budget, named = {**scale.budget, **table.budget}, student.config or scale.main
+    path, _, variant = named.partition(":")
     config = load_config(ROOT / "configs" / f"{path}.py", variant)
-    tasks = tuple(config.tasks)
-    resolve(override(config, {**budget, **fields_of(student, tasks)}))
-    return train(student, tasks, budget, seed)
+    made = train(student, named, config, budget, seed)
+    return made, resolve(override(config, {**budget, **fields_of(student, config)}))
 
 
-def _tell(
-    work: Path, chosen: Mapping[str, Table], trained: Mapping[tuple[str, str, int], Trained], reference: Trained
-) -> None:
+def _tell_costs(study: Study, jobs: Mapping[str, Job], work: Path, utilisation: float) -> None:
+    students: dict[str, list[tuple[str, StageConfig]]] = {}
+    for (name, _, _), (made, config) in study.items():
+        students.setdefault(name, []).append((made.folder, config))
+    rows = as_rows(costs_of(students), utilisation)
+    say(align(rows, right=range(1, len(rows[0]))))
+    say(f"by arithmetic, training alone, at {utilisation:.0%} of a chip's peak, which is assumed; nothing was run")
+    check_writable(work, "--workdir")
+    lines = (
+        shlex.join(["python", *(word.replace("{work}", str(work)) for word in job.command)]) for job in jobs.values()
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(work / "commands.sh", "".join(f"{line}\n" for line in lines))
+    say(f"see {work / 'commands.sh'}")
+
+
+def _tell(work: Path, chosen: Mapping[str, Table], study: Study, reference: Trained) -> None:
     """Write and print the tables of what is done; rows of which some seed is missing have the others alone."""
     found: dict[str, tuple[Table, list[Row]]] = {}
     for name, table in chosen.items():
         rows = []
         for row, student in table.rows.items():
-            runs = {seed: each for (*place, seed), each in trained.items() if place == [name, row]}
+            runs = {seed: each for (*place, seed), (each, _) in study.items() if place == [name, row]}
             scores: dict[int, Scores] = {
                 seed: read_scores(work / each.folder, table, student.model)
                 for seed, each in runs.items()
@@ -109,15 +142,15 @@ def _tell(
         if rows:
             found[name] = table, [*_others(work, reference), *rows]
     if found:
-        about = {"commit": commit(), **hardware(), "versions": versions(PACKAGES), "budget": BUDGET}
+        about = {"commit": commit(), **hardware(), "versions": versions(PACKAGES), "budget": dict(MINIATURE.budget)}
         write_summary(work, found, about)
         say(f"see {work / 'tables.md'}")
 
 
 def _others(work: Path, reference: Trained) -> list[Row]:
-    plain = Table("", {})
     if not (work / reference.jobs[-1].done).exists():
         return []
+    plain = Table("", {})
     return [Row(name, None, {0: read_scores(work / reference.folder, plain, name)}) for name in OTHERS]
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fopd_jax.config.parse import flatten
+from fopd_jax.config.stages import StageConfig
 from fopd_jax.studies.jobs import Job
 
 STUDENTS = "students"
@@ -14,14 +16,14 @@ RESULTS = "results.json"
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """`config`: below configs/, as `recipes/pdm:miniature`; `fields`: what is changed in it, over the budget's; texts
-    may name the study's folder as `{work}`. `needs`: what has to be made first. `scored`: further evaluations, by their
-    names in `EVALUATIONS`. `model`: its name in what it leaves.
+    """`config`: below configs/, as `recipes/pdm:miniature`, or '' for the study's main one; `fields`: what is changed
+    in it, over the budget's; texts may name the study's folder as `{work}`. `needs`: what has to be made first.
+    `scored`: further evaluations, by their names in `EVALUATIONS`. `model`: its name in what it leaves.
 
     A field `tasks.*.x` is that of every task; a value may be a function of the task and all of them.
     """
 
-    config: str = "miniature"
+    config: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[Job, ...] = ()
     scored: tuple[str, ...] = ()
@@ -40,25 +42,23 @@ class Trained:
     jobs: tuple[Job, ...]
 
 
-def fields_of(student: Student, tasks: Sequence[str]) -> dict[str, Any]:
-    """Those of its config, which has these tasks."""
-    found: dict[str, Any] = {}
+def fields_of(student: Student, config: StageConfig) -> dict[str, Any]:
+    """What is changed in its config, without what would stay as it is."""
+    tasks, known, found = tuple(config.tasks), flatten(config), dict[str, Any]()
     for field, value in student.fields.items():
         for task in tasks if "*" in field else ("",):
             found[field.replace("*", task)] = value(task, tasks) if callable(value) else value
-    return found
+    return {field: value for field, value in found.items() if field not in known or known[field] != value}
 
 
-def train(student: Student, tasks: Sequence[str], budget: Mapping[str, Any], seed: int) -> Trained:
-    """The jobs of one student; equal ones have equal names, in whatever table they stand."""
-    own = fields_of(student, tasks)
+def train(student: Student, named: str, config: StageConfig, budget: Mapping[str, Any], seed: int) -> Trained:
+    """The jobs of one student, whose config is `named`; equal ones have equal names, in whatever table they stand."""
+    own = fields_of(student, config)
     fields = {**budget, **own, "seed": seed}
-    name = _name(student.config, own, fields)
+    name = _name(named, own, fields)
     folder = f"{STUDENTS}/{name}"
-    path, _, variant = student.config.partition(":")
-    config = f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
     flags = tuple(f"--config.{field}={value}" for field, value in fields.items())
-    command = ("-m", "fopd_jax.main", config, f"--workdir={{work}}/{folder}", *flags)
+    command = ("-m", "fopd_jax.main", config_flag(named), f"--workdir={{work}}/{folder}", *flags)
     jobs = [*student.needs, Job(name, command, f"{folder}/{RESULTS}", tuple(job.name for job in student.needs), "run")]
     for evaluation in student.scored:
         flags = tuple(f"--config.{field}={value}" for field, value in EVALUATIONS[evaluation].items())
@@ -66,6 +66,12 @@ def train(student: Student, tasks: Sequence[str], budget: Mapping[str, Any], see
         done = f"{folder}/{evaluation}/{RESULTS}"
         jobs.append(Job(f"{name}.{evaluation}", (*again, *flags), done, (name,), "evaluation"))
     return Trained(folder, tuple(jobs))
+
+
+def config_flag(named: str) -> str:
+    """Of a config below configs/."""
+    path, _, variant = named.partition(":")
+    return f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
 
 
 def _name(config: str, own: Mapping[str, Any], fields: Mapping[str, Any]) -> str:

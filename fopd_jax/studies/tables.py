@@ -1,31 +1,63 @@
-"""The miniature's tables: which students stand in each, after how much training.
+"""The paper's tables and those that nobody published: which students stand in each, after how much training.
 
-All students of the ablations have the same budget; what is not said is `configs/miniature.py`'s. A student that stands
-in several tables is trained once.
+What is not said of a student is its scale's main config. A student that stands in several tables is trained once.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fopd_jax.studies.jobs import Job
-from fopd_jax.studies.students import Student
+from fopd_jax.studies.students import Student, config_flag
 
-UPDATES, SAMPLES = 40, 48
-BUDGET: dict[str, Any] = {
-    "run.steps": UPDATES, "batch_size": SAMPLES, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
-    "health.fixed_states": 0, "health.noisy": "off",
-}  # fmt: skip
-"""Of a student; the main table has its own length."""
-FULL = {"run.steps": 120, "batch_size": 64, "eval.final_samples": 1024}
-"""`configs/miniature.py`'s."""
 SKILLS = ("text", "composition", "composition_strict", "quality")
+"""Of the miniature's scores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Where tables are made. `main`: the config of stage 2, `variant` that of recipes; `demonstrated`: the config that
+    teachers draw for, and `sft` that of fine-tuning on it; `noisy`: the adapter that is spoiled, of the task named.
+
+    `guidance`: the teachers', where it is folded; `budget`: what ablations change, all alike.
+    """
+
+    main: str
+    variant: str
+    sft: str
+    tasks: tuple[str, ...]
+    noisy: tuple[str, str]
+    guidance: float
+    budget: Mapping[str, Any]
+
+
+MINIATURE = Scale(
+    main="miniature",
+    variant=":miniature",
+    sft="miniature_sft",
+    tasks=("text", "composition"),
+    noisy=("text", "fopd_jax/worlds/miniature/assets/teacher_text.safetensors"),
+    guidance=1.25,
+    budget={
+        "run.steps": 40, "batch_size": 48, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
+        "health.fixed_states": 0, "health.noisy": "off",
+    },
+)  # fmt: skip
+SD35M = Scale(
+    main="sd35m_opd",
+    variant="",
+    sft="sd35m_sft:demonstrations",
+    tasks=("geneval", "ocr", "pickscore"),
+    noisy=("ocr", "teachers/ocr"),
+    guidance=4.5,
+    budget={"eval.alone": True},
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Students by the names of their rows. `columns`: beside the skills, those of other settings of the sampler or
-    evaluations, as `steps 4` or `rewritten`. `budget`: as `BUDGET`, over it.
+    evaluations, as `steps 4` or `rewritten`. `budget`: as a scale's, over it.
     """
 
     title: str
@@ -34,43 +66,17 @@ class Table:
     budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _of(**fields: Any) -> Student:
-    """With `__` for the dots of fields."""
-    return Student(fields={name.replace("__", "."): value for name, value in fields.items()})
-
-
 PLAIN = Student()
-REFERENCE = _of(eval__alone=False)
+REFERENCE = Student(fields={"eval.alone": False})
 """The plain student beside base, teachers and merge."""
-
 RECIPES = {
     "Flow-OPD v1": "flow_opd_v1", "Flow-OPD v5": "flow_opd_v5", "Flow-OPD, its code": "flow_opd_code",
     "DiffusionOPD": "diffusion_opd", "DanceOPD": "dance_opd", "STEP-OPD": "step_opd", "GFD-OPD": "gfd_opd",
     "PDM": "pdm", "CapField-OPD": "capfield_opd",
 }  # fmt: skip
-NOISY_TEXT = "noisy_text.safetensors"
-_NOISY = Job(
-    "noisy_text",
-    ("tools/noisy_adapter.py", "--src=fopd_jax/worlds/miniature/assets/teacher_text.safetensors",
-     f"--dst={{work}}/{NOISY_TEXT}", "--scale=4"),
-    NOISY_TEXT,
-    kind="preparation",
-)  # fmt: skip
-_DEMONSTRATIONS = Job(
-    "demonstrations",
-    ("-m", "fopd_jax.demonstrate", "--config=configs/miniature.py", "--out={work}/demonstrations", "--per-task=2048",
-     "--trajectories"),
-    "demonstrations/dataset_info.json",
-    kind="demonstrations",
-)  # fmt: skip
-_SFT = Job(
-    "sft",
-    ("-m", "fopd_jax.main", "--config=configs/miniature_sft.py", "--workdir={work}/sft",
-     "--config.tasks.text.images={work}/demonstrations", "--config.tasks.composition.images={work}/demonstrations"),
-    "sft/results.json",
-    ("demonstrations",),
-    "fine-tuning",
-)  # fmt: skip
+CLASSIFIER = {"routing.method": "classifier"}
+COORDINATES = {"coordinates.rank": 32}
+BEYOND = {"tasks.*.extrapolation": 0.25}
 
 
 def _mix(task: str, tasks: Sequence[str]) -> dict[str, float]:
@@ -79,93 +85,199 @@ def _mix(task: str, tasks: Sequence[str]) -> dict[str, float]:
 
 
 SOFT = {"routing.method": "soft", "tasks.*.mix": _mix}
-CLASSIFIER = {"routing.method": "classifier"}
-COORDINATES = {"coordinates.rank": 32}
-FOLDED = {"tasks.*.guidance": 1.25, "objective.match": "conditional"}
-BEYOND = {"tasks.*.extrapolation": 0.25}
-BESIDE = {"offline.weight": 0.1, "offline.batch_size": 16, "offline.tasks.*.images": "{work}/demonstrations"}
 
 
-def _routing() -> dict[str, Student]:
-    ways = {"hard": {}, "soft": SOFT, "classifier": CLASSIFIER}
-    rows = {"hard": PLAIN, "soft": Student(fields=SOFT), "classifier": Student(fields=CLASSIFIER)}
+# ---- what has to be made first
+
+
+def demonstrations(scale: Scale) -> Job:
+    """The teachers' own images and trajectories."""
+    return Job(
+        "demonstrations",
+        ("-m", "fopd_jax.demonstrate", config_flag(scale.main), "--out={work}/demonstrations",
+         "--per-task=2048", "--trajectories"),
+        "demonstrations/dataset_info.json",
+        kind="demonstrations",
+    )  # fmt: skip
+
+
+def sft(scale: Scale) -> Job:
+    """An adapter that has learned them."""
+    images = (f"--config.tasks.{task}.images={{work}}/demonstrations" for task in scale.tasks)
+    return Job(
+        "sft",
+        ("-m", "fopd_jax.main", config_flag(scale.sft), "--workdir={work}/sft", *images),
+        "sft/samples.png",
+        ("demonstrations",),
+        "fine-tuning",
+    )
+
+
+def noisy(scale: Scale) -> Job:
+    """A teacher that is not worth following."""
+    _, source = scale.noisy
+    return Job(
+        "noisy",
+        ("tools/noisy_adapter.py", f"--src={source}", "--dst={work}/noisy.safetensors", "--scale=4"),
+        "noisy.safetensors",
+        kind="preparation",
+    )
+
+
+# ---- tables
+
+
+def _of(**fields: Any) -> Student:
+    """With `__` for the dots of fields."""
+    return Student(fields={name.replace("__", "."): value for name, value in fields.items()})
+
+
+def _recipes(scale: Scale) -> Table:
+    theirs = {name: Student(f"recipes/{file}{scale.variant}") for name, file in RECIPES.items()}
+    return Table("Published recipes", {"ours": PLAIN, **theirs})
+
+
+def _targets(scale: Scale) -> Table:
+    folded = {"tasks.*.guidance": scale.guidance, "objective.match": "conditional", "guidance": 1.0}
+    beside = {"offline.weight": 0.1, "offline.batch_size": 16, "offline.tasks.*.images": "{work}/demonstrations"}
+    return Table(
+        "What the student is held to",
+        {
+            "the teacher's velocity": PLAIN,
+            "beyond the teachers (λ .25)": Student(fields=BEYOND),
+            f"guidance {scale.guidance:g} folded": Student(fields=folded),
+            f"guidance {scale.guidance:g} folded, λ .25": Student(fields={**folded, **BEYOND}),
+            "branches apart": _of(objective__match="branches"),
+            "normalised": _of(objective__normalise=True),
+            "teachers' images beside": Student(fields=beside, needs=(demonstrations(scale),)),
+            "coordinates": Student(fields=COORDINATES),
+        },
+    )
+
+
+def _cold_start(scale: Scale) -> Table:
+    tuned = {"cold_start.method": "adapter", "cold_start.adapter": "{work}/sft"}
+    return Table(
+        "What the student starts from",
+        {
+            "the base": _of(cold_start__method="none"),
+            "merge": PLAIN,
+            "merge by TIES": _of(cold_start__merge="ties"),
+            "merge by DARE": _of(cold_start__merge="dare", cold_start__density=0.5),
+            "merge of factors": _of(cold_start__merge="factors"),
+            "SFT": Student(fields=tuned, needs=(demonstrations(scale), sft(scale))),
+        },
+    )
+
+
+def _few_steps(_: Scale) -> Table:
+    steps = {"eval.also_steps": (4, 8)}
+    four = {"sampler.num_steps": 4, **steps}
+    return Table(
+        "Few sampling steps",
+        {
+            "usual rollouts": Student(fields=steps),
+            "4-step rollouts": Student(fields=four),
+            "4-step rollouts, teachers at 4 times as many": Student(fields={**four, "sampler.teacher_steps": 4}),
+            "8-step rollouts": Student(fields={"sampler.num_steps": 8, **steps}),
+        },
+        ("steps 4", "steps 8"),
+    )
+
+
+def _noisy_teacher(scale: Scale) -> Table:
+    task, _ = scale.noisy
+    spoiled = {f"tasks.{task}.teacher": "{work}/noisy.safetensors"}
+    weighed = {**spoiled, "health.noisy": "weigh", "health.fixed_states": 16}
+    return Table(
+        f"A noisy teacher of {task}",
+        {
+            "clean": PLAIN,
+            "noisy": Student(fields=spoiled, needs=(noisy(scale),)),
+            "noisy, weighed less by the detector": Student(fields=weighed, needs=(noisy(scale),)),
+        },
+    )
+
+
+def _routing(_: Scale) -> Table:
+    ways: dict[str, dict[str, Any]] = {"hard": {}, "soft": SOFT, "classifier": CLASSIFIER}
+    rows = {name: Student(fields=fields) for name, fields in ways.items()}
     for wrong in (0.1, 0.3, 0.5):
         for name in ("hard", "soft"):
             rows[f"{name}, {wrong:.0%} wrong"] = Student(fields={**ways[name], "routing.wrong": wrong})
-    return rows
+    return Table("Who teaches", rows)
 
 
-def _rewritten() -> dict[str, Student]:
-    rows = {"hard": {}, "hard, half of the prompts rewritten in training": {"tasks.*.rewritten": 0.5},
-        "classifier": CLASSIFIER, "coordinates": COORDINATES}  # fmt: skip
-    return {name: Student(fields=fields, scored=("rewritten",)) for name, fields in rows.items()}
+def _rewritten(_: Scale) -> Table:
+    ways: dict[str, dict[str, Any]] = {
+        "hard": {}, "hard, half of the training prompts rewritten": {"tasks.*.rewritten": 0.5},
+        "classifier": CLASSIFIER, "coordinates": COORDINATES,
+    }  # fmt: skip
+    rows = {name: Student(fields=fields, scored=("rewritten",)) for name, fields in ways.items()}
+    return Table("Rewritten prompts", rows, ("rewritten",))
 
 
-_STEPS = {"eval.also_steps": (4, 8)}
-TABLES: dict[str, Table] = {
-    "recipes": Table("Published recipes", {
-        "ours": PLAIN, **{name: Student(f"recipes/{file}:miniature") for name, file in RECIPES.items()},
-    }),
-    "targets": Table("What the student is held to", {
-        "ours": PLAIN,
-        "beyond the teachers (λ .25)": Student(fields=BEYOND),
-        "guidance 1.25 folded": Student(fields=FOLDED),
-        "guidance 1.25 folded, λ .25": Student(fields={**FOLDED, **BEYOND}),
-        "branches apart": _of(objective__match="branches"),
-        "clean latents (x0)": _of(objective__weighting="x0"),
-        "next states": _of(objective__weighting="x_next"),
-        "divergence (kl)": _of(objective__weighting="kl"),
-        "ODE steps": _of(objective__weighting="ode"),
-        "normalised": _of(objective__normalise=True),
-        "teachers' images beside": Student(fields=BESIDE, needs=(_DEMONSTRATIONS,)),
-        "coordinates": Student(fields=COORDINATES),
-    }),
-    "anchor": Table("The anchor", {
-        "none": _of(objective__mar_beta=0.0),
-        "β .02": PLAIN,
-        "β .2": _of(objective__mar_beta=0.2),
-        "β learned, gap ≤ .02": _of(anchor__bound=0.02),
-        "the student's average, β .2": _of(anchor__moves="ema", objective__mar_beta=0.2),
-        "a slow copy, β .2": _of(anchor__moves="slow", objective__mar_beta=0.2),
-        "the base, β .2": _of(anchor__adapter="", anchor__name="base", cold_start__weights={
-            "text": 0.5, "composition": 0.5}, objective__mar_beta=0.2),
-    }),
-    "cold_start": Table("What the student starts from", {
-        "the base": _of(cold_start__method="none"),
-        "merge": PLAIN,
-        "merge by TIES": _of(cold_start__merge="ties"),
-        "merge by DARE": _of(cold_start__merge="dare", cold_start__density=0.5),
-        "merge of factors": _of(cold_start__merge="factors"),
-        "SFT": Student(fields={"cold_start.method": "adapter", "cold_start.adapter": "{work}/sft"},
-                       needs=(_DEMONSTRATIONS, _SFT)),
-    }),
-    "objective": Table("The objective", {
-        "direct": _of(objective__name="direct"),
-        "clipped": PLAIN,
-        "clipped, log ratio, kl": _of(objective__reward="log_ratio", objective__weighting="kl"),
-        "clipped, detached kl": _of(objective__reward="kl_detached"),
-    }),
-    "noise": Table("Noise of the rollout", {
-        "ODE, direct": _of(sampler__transition="ode", objective__name="direct"),
-        "SDE .3": _of(sampler__noise_level=0.3),
-        "SDE .7": PLAIN,
-        "SDE 1": _of(sampler__noise_level=1.0),
-        "CPS .7": _of(sampler__transition="cps"),
-    }),
-    "routing": Table("Who teaches", _routing()),
-    "rewritten": Table("Rewritten prompts", _rewritten(), ("rewritten",)),
-    "few_steps": Table("Few sampling steps", {
-        "6-step rollouts": Student(fields=_STEPS),
-        "4-step rollouts": Student(fields={"sampler.num_steps": 4, **_STEPS}),
-        "4-step rollouts, teachers at 4 times as many": Student(
-            fields={"sampler.num_steps": 4, "sampler.teacher_steps": 4, **_STEPS}),
-        "8-step rollouts": Student(fields={"sampler.num_steps": 8, **_STEPS}),
-    }, ("steps 4", "steps 8")),
-    "noisy_teacher": Table("A noisy teacher of text", {
-        "clean": PLAIN,
-        "noisy": Student(fields={"tasks.text.teacher": f"{{work}}/{NOISY_TEXT}"}, needs=(_NOISY,)),
-        "noisy, weighed less by the detector": Student(fields={
-            "tasks.text.teacher": f"{{work}}/{NOISY_TEXT}", "health.noisy": "weigh", "health.fixed_states": 16,
-        }, needs=(_NOISY,)),
-    }),
-}  # fmt: skip
+def _anchor(scale: Scale) -> Table:
+    weights = dict.fromkeys(scale.tasks, round(1 / len(scale.tasks), 6))
+    base = {"anchor.adapter": "", "anchor.name": "base", "cold_start.weights": weights, "objective.mar_beta": 0.2}
+    return Table(
+        "The anchor",
+        {
+            "none": _of(objective__mar_beta=0.0),
+            "β .02": PLAIN,
+            "β .2": _of(objective__mar_beta=0.2),
+            "β learned, gap ≤ .02": _of(anchor__bound=0.02),
+            "the student's average, β .2": _of(anchor__moves="ema", objective__mar_beta=0.2),
+            "a slow copy, β .2": _of(anchor__moves="slow", objective__mar_beta=0.2),
+            "the base, β .2": Student(fields=base),
+        },
+    )
+
+
+def _objective(_: Scale) -> Table:
+    return Table(
+        "The objective",
+        {
+            "clipped": PLAIN,
+            "direct": _of(objective__name="direct"),
+            "clipped, log ratio, kl": _of(objective__reward="log_ratio", objective__weighting="kl"),
+            "clipped, detached kl": _of(objective__reward="kl_detached"),
+        },
+    )
+
+
+def _weighting(_: Scale) -> Table:
+    names = {"velocities": "uniform", "clean latents": "x0", "next states": "x_next", "divergence": "kl",
+             "divergence, dt forgotten": "kl_no_dt", "ODE steps": "ode"}  # fmt: skip
+    return Table(
+        "What weighs a timestep", {name: _of(objective__weighting=weighting) for name, weighting in names.items()}
+    )
+
+
+def _noise(_: Scale) -> Table:
+    return Table(
+        "Noise of the rollout",
+        {
+            "ODE, direct": _of(sampler__transition="ode", objective__name="direct"),
+            "SDE .3": _of(sampler__noise_level=0.3),
+            "SDE .7": PLAIN,
+            "SDE 1": _of(sampler__noise_level=1.0),
+            "CPS .7": _of(sampler__transition="cps"),
+        },
+    )
+
+
+# ---- all of them
+
+
+def tables(scale: Scale) -> dict[str, Table]:
+    """By name."""
+    makers: dict[str, Callable[[Scale], Table]] = {
+        "recipes": _recipes, "targets": _targets, "cold_start": _cold_start, "few_steps": _few_steps,
+        "noisy_teacher": _noisy_teacher, "routing": _routing, "rewritten": _rewritten, "anchor": _anchor,
+        "objective": _objective, "weighting": _weighting, "noise": _noise,
+    }  # fmt: skip
+    return {name: make(scale) for name, make in makers.items()}
+
+
+NAMES = tuple(tables(MINIATURE))
