@@ -104,9 +104,9 @@ def _train(student: Student, table: Table, scale: Scale, seed: int) -> tuple[Tra
     """Its jobs and its config, checked before anything runs."""
     budget, named = {**scale.budget, **table.budget}, student.config or scale.main
     path, _, variant = named.partition(":")
-    config = load_config(ROOT / "configs" / f"{path}.py", variant)
+    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), budget)
     made = train(student, named, config, budget, seed)
-    return made, resolve(override(config, {**budget, **fields_of(student, config)}))
+    return made, resolve(override(config, fields_of(student, config)))
 
 
 def _tell_costs(study: Study, jobs: Mapping[str, Job], work: Path, utilisation: float) -> None:

@@ -33,7 +33,7 @@ def costs_of(students: Mapping[str, Sequence[tuple[str, StageConfig]]]) -> dict[
     for table, rows in students.items():
         new = {name: config for name, config in rows if name not in seen}
         seen |= new.keys()
-        found[table] = Cost(len(new), sum(map(flops_of, new.values())))
+        found[table] = Cost(len(new), sum(map(flops_of, new.values()), 0.0))
     return found
 
 

@@ -43,7 +43,7 @@ class Trained:
 
 
 def fields_of(student: Student, config: StageConfig) -> dict[str, Any]:
-    """What is changed in its config, without what would stay as it is."""
+    """What is changed in its config under the budget, without what would stay as it is."""
     tasks, known, found = tuple(config.tasks), flatten(config), dict[str, Any]()
     for field, value in student.fields.items():
         for task in tasks if "*" in field else ("",):
@@ -52,7 +52,9 @@ def fields_of(student: Student, config: StageConfig) -> dict[str, Any]:
 
 
 def train(student: Student, named: str, config: StageConfig, budget: Mapping[str, Any], seed: int) -> Trained:
-    """The jobs of one student, whose config is `named`; equal ones have equal names, in whatever table they stand."""
+    """The jobs of one student, whose config is `named` and has the budget in it. Equal students have equal names, in
+    whatever table they stand.
+    """
     own = fields_of(student, config)
     fields = {**budget, **own, "seed": seed}
     name = _name(named, own, fields)
