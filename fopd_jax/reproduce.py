@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     """The command line; exits with status 2 if it is wrong."""
     parser = Arguments(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/reproduce", help="folder of all runs; default runs/reproduce")
-    parser.add_argument("--table", nargs="+", default=[*NAMES], choices=[*NAMES], help="which; default all")
+    parser.add_argument("--table", nargs="+", choices=[*NAMES], help="which; default all but larger_teacher")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0; default 1")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="commands side by side")
     parser.add_argument("--plan", action="store_true", help="tell what would run, and end")
@@ -97,7 +97,8 @@ def _choose(options: Namespace, scale: Scale) -> dict[str, Table]:
     if not (ROOT / "configs" / f"{scale.main}.py").is_file():
         raise ValueError("reproduce: found no configs/ beside the package, expected a clone of the project")
     there = tables(scale)
-    return {name: there[name] for name in dict.fromkeys(options.table)}
+    usual = [name for name, table in there.items() if not table.long]
+    return {name: there[name] for name in dict.fromkeys(options.table or usual)}
 
 
 def _train(student: Student, table: Table, scale: Scale, seed: int) -> tuple[Trained, StageConfig]:

@@ -16,8 +16,8 @@ SKILLS = ("text", "composition", "composition_strict", "quality")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Where tables are made. `main`: the config of stage 2, `variant` that of recipes; `demonstrated`: the config that
-    teachers draw for, and `sft` that of fine-tuning on it; `noisy`: the adapter that is spoiled, of the task named.
+    """Where tables are made. `main`: the config of stage 2, `variant` that of recipes; `sft`: the config of fine-tuning
+    on what its teachers have drawn; `noisy`: a task, and its adapter to spoil; `large`: the config of a larger teacher.
 
     `guidance`: the teachers', where it is folded; `budget`: what ablations change, all alike.
     """
@@ -27,6 +27,7 @@ class Scale:
     sft: str
     tasks: tuple[str, ...]
     noisy: tuple[str, str]
+    large: str
     guidance: float
     budget: Mapping[str, Any]
 
@@ -37,6 +38,7 @@ MINIATURE = Scale(
     sft="miniature_sft",
     tasks=("text", "composition"),
     noisy=("text", "fopd_jax/worlds/miniature/assets/teacher_text.safetensors"),
+    large="miniature_large",
     guidance=1.25,
     budget={
         "run.steps": 40, "batch_size": 48, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
@@ -49,6 +51,7 @@ SD35M = Scale(
     sft="sd35m_sft:demonstrations",
     tasks=("geneval", "ocr", "pickscore"),
     noisy=("ocr", "teachers/ocr"),
+    large="sd35m_large",
     guidance=4.5,
     budget={"eval.alone": True},
 )
@@ -57,13 +60,14 @@ SD35M = Scale(
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Students by the names of their rows. `columns`: beside the skills, those of other settings of the sampler or
-    evaluations, as `steps 4` or `rewritten`. `budget`: as a scale's, over it.
+    evaluations, as `steps 4` or `rewritten`. `budget`: as a scale's, over it. `long`: made where it is named alone.
     """
 
     title: str
     rows: Mapping[str, Student]
     columns: tuple[str, ...] = ()
     budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    long: bool = False
 
 
 PLAIN = Student()
@@ -121,6 +125,16 @@ def noisy(scale: Scale) -> Job:
         ("tools/noisy_adapter.py", f"--src={source}", "--dst={work}/noisy.safetensors", "--scale=4"),
         "noisy.safetensors",
         kind="preparation",
+    )
+
+
+def large() -> Job:
+    """The miniature's larger network, which no package brings; that of SD3.5 is published."""
+    return Job(
+        "large",
+        ("-m", "fopd_jax.main", config_flag("miniature_pretrain:large"), "--workdir={work}/large"),
+        "large/base.safetensors",
+        kind="pretraining",
     )
 
 
@@ -254,6 +268,26 @@ def _weighting(_: Scale) -> Table:
     )
 
 
+def _larger_teacher(scale: Scale) -> Table:
+    at, needs = (
+        ({"networks.large.path": "{work}/large/base.safetensors"}, (large(),)) if scale is MINIATURE else ({}, ())
+    )
+    both = {
+        **{f"tasks.{task}.network": "large" for task in scale.tasks},
+        **{f"tasks.{task}.teacher": "" for task in scale.tasks},
+        "cold_start.method": "none",
+    }
+    return Table(
+        "A larger teacher",
+        {
+            "teachers on the student's base": _of(cold_start__method="none"),
+            "as the config of the larger has it": Student(scale.large, {**at, "cold_start.method": "none"}, needs),
+            "the larger itself for every task": Student(scale.large, {**at, **both}, needs),
+        },
+        long=True,
+    )
+
+
 def _noise(_: Scale) -> Table:
     return Table(
         "Noise of the rollout",
@@ -275,7 +309,7 @@ def tables(scale: Scale) -> dict[str, Table]:
     makers: dict[str, Callable[[Scale], Table]] = {
         "recipes": _recipes, "targets": _targets, "cold_start": _cold_start, "few_steps": _few_steps,
         "noisy_teacher": _noisy_teacher, "routing": _routing, "rewritten": _rewritten, "anchor": _anchor,
-        "objective": _objective, "weighting": _weighting, "noise": _noise,
+        "objective": _objective, "weighting": _weighting, "noise": _noise, "larger_teacher": _larger_teacher,
     }  # fmt: skip
     return {name: make(scale) for name, make in makers.items()}
 
