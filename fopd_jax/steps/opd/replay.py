@@ -146,9 +146,10 @@ def loss_and_gradient(
 
     `trained`: the student's parameters, as in `TrainState.trained`. `stored`: the trained steps of a rollout of the
     spec's schedule, `[T, B, …]`, T the length of `spec.window`; where it has no targets, teachers and anchor are asked
-    about every sample on the way; an anchor that was asked about some counts as it is stored. Returns the mean loss over samples and timesteps, its gradient in float32, shaped
-    like `trained`, and `TERMS` (with those of `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a
-    sample's mean of any is what it has by its `weight`.
+    about every sample on the way; an anchor that was asked about some counts as it is stored. Returns the mean loss
+    over samples and timesteps, its gradient in float32, shaped like `trained`, and `TERMS` (with those of
+    `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a sample's mean of any is what it has by its
+    `weight`.
 
     Raises:
       ValueError: the trajectory has another number of steps or of samples, or no velocities where they are compared.
