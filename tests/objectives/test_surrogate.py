@@ -41,7 +41,7 @@ def test_far_steps_that_move_away_are_left_out(case: str) -> None:
     loss, left_out = masked(*arguments, TAU)
     assert (float(left_out[0]), left_out.dtype) == (float(out), jnp.float32)
     np.testing.assert_allclose(loss, [0.0 if out else -ratio * reward], rtol=1e-6)
-    slopes = jax.grad(lambda *inputs: masked(*inputs, TAU)[0].sum(), argnums=(0, 1, 2))(*arguments)
+    slopes = jax.grad(lambda rho, r, d: masked(rho, r, d, TAU)[0].sum(), argnums=(0, 1, 2))(*arguments)
     np.testing.assert_allclose(np.concatenate(slopes), [0, 0, 0] if out else [-reward, -ratio, 0], rtol=1e-6)
 
 
