@@ -12,8 +12,8 @@ from fopd_jax.tasks.prompts import read_tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RECIPES = (
-    "capfield_opd", "dance_opd", "diffusion_opd", "flow_opd_code", "flow_opd_v1", "flow_opd_v5", "gfd_opd", "pdm",
-    "step_opd",
+    "capfield_opd", "dance_opd", "diffusion_opd", "flow_dppo_opd", "flow_opd_code", "flow_opd_v1", "flow_opd_v5",
+    "gfd_opd", "pdm", "step_opd",
 )  # fmt: skip
 VARIANTS: dict[str, list[str]] = {
     "miniature": [""],

@@ -40,6 +40,7 @@ from fopd_jax.config.teaching import (
 TRANSITIONS = ("sde", "cps", "ode")
 SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
+REPORTED_GUIDANCE = ("same", "own")
 NORMALISATIONS = ("global", "group", "each")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 REMATS = ("full", "attention", "dots", "none")
@@ -127,6 +128,10 @@ class Evaluation(Section):
         "were."
     )  # fmt: skip
     alone: bool = setting(False, "The report is of what was trained alone: base, teachers and start are left out.")
+    teacher_guidance: str = setting(
+        "same", "The report's teachers: under the same scale, or each under its 'own', that it is asked under: for "
+        "students that need another, such as those that guidance is folded into.", one_of(*REPORTED_GUIDANCE),
+    )  # fmt: skip
     also_steps: tuple[int, ...] = setting(
         (), "The report is made at these numbers of sampler steps, too.", rules.each(at_least(1, MOST_SAMPLER_STEPS))
     )

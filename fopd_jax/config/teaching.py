@@ -11,6 +11,7 @@ from fopd_jax.config.rules import MOST_ROWS, NO_LIMIT, above, at_least, between,
 from fopd_jax.config.section import Section, setting
 
 OBJECTIVES, REWARDS = ("direct", "clipped", "mixed"), ("kl", "log_ratio", "kl_detached")
+RATIO_LIMITS = ("clip", "dppo")
 WEIGHTINGS = ("kl", "kl_no_dt", "ode", "uniform", "x0", "x_next")
 MATCHES = ("guided", "conditional", "branches")
 NETWORK_DTYPES = ("float32", "bfloat16", "float8_e4m3")
@@ -175,6 +176,11 @@ class Objective(Section):
     )  # fmt: skip
     branch_weight: float = setting(1.0, "Of 'branches': what the difference counts.", at_least(0, 1000))
     normalise: bool = setting(False, "Divide squared distances by their roots: all gaps pull alike.")
+    surrogate: str = setting(
+        "clip", "Of 'clipped' and 'mixed', what limits the ratio: a clip; 'dppo': steps that move away are left out by "
+        "exact divergence (Flow-DPPO).", one_of(*RATIO_LIMITS), "[paper] clip",
+    )  # fmt: skip
+    divergence: float = setting(1e-5, "Of 'dppo': from which on a step that moves away is left out.", at_least(0, 1e6))
 
 
 @dataclasses.dataclass

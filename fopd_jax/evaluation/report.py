@@ -36,7 +36,8 @@ SAMPLES_FILE, RESULTS_FILE, TABLE_FILE = "samples.png", "results.json", "table.t
 class Model:
     """A policy to report: its name, the network's variables and the effective adapter on them.
 
-    `sampler`, `others`: of its own network, where that is another than the other models'; see `write_report`.
+    `sampler`, `others`: of its own network or guidance scale, where that is another than the other models'; see
+    `write_report`. `guidance`: that scale, where it is.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model:
     adapter: Tree
     sampler: Sampler | None = None
     others: Samplers = dataclasses.field(default_factory=dict)
+    guidance: float | None = None
 
     @property
     def policy(self) -> tuple[Tree, Tree]:
@@ -92,13 +94,24 @@ def write_report(
                 for model in models
             }
     if is_main() and total:
-        _write_scores(workdir, about, found, models[-1].name)
+        _write_scores(workdir, about, found, models[-1].name, _scales(models, settings))
     draw_samples(workdir / SAMPLES_FILE, sampler, world, eval_set, models, others)
+
+
+def _scales(models: Sequence[Model], settings: Evaluation) -> dict[str, float]:
+    """The guidance of every model at the main setting, where they are not all under one."""
+    apart = any(model.guidance is not None for model in models)
+    own = {model.name: settings.guidance if model.guidance is None else model.guidance for model in models}
+    return own if apart else {}
 
 
 def _own(model: Model, setting: str, usual: Sampler) -> Sampler:
     """What draws a model at a setting: its own network's sampler, where it has one."""
     return usual if model.sampler is None else model.others.get(setting, model.sampler)
+
+
+def _title(model: Model) -> str:
+    return model.name if model.guidance is None else f"{model.name}, guidance {model.guidance:g}"
 
 
 def _measure(sampler: Sampler, world: World, eval_set: EvalSet, model: Model, where: str, count: Progress) -> Measured:
@@ -110,8 +123,10 @@ def _measure(sampler: Sampler, world: World, eval_set: EvalSet, model: Model, wh
     return found
 
 
-def _write_scores(workdir: Path, about: Mapping[str, Any], found: Mapping[str, Found], student: str) -> None:
-    """`found`: by setting, the main one first."""
+def _write_scores(
+    workdir: Path, about: Mapping[str, Any], found: Mapping[str, Found], student: str, scales: Mapping[str, float]
+) -> None:
+    """`found`: by setting, the main one first; `scales`: see `_scales`."""
     usual, *others = found
     scores = {setting: {name: each.values for name, each in models.items()} for setting, models in found.items()}
     told = _summary(found[usual])
@@ -122,11 +137,14 @@ def _write_scores(workdir: Path, about: Mapping[str, Any], found: Mapping[str, F
             "samples": {skill: len(values) for skill, values in scores[usual][student].items()},
             "failed": told["failed"],
             **({"settings": {name: _summary(found[name]) for name in others}} if others else {}),
+            **({"guidance": dict(scales)} if scales else {}),
             **about,
             "versions": versions(PACKAGES),
         },
     )
     tables = [format_table(scores[usual], student), *(format_settings(scores, student) if others else [])]
+    if scales:
+        tables[0] += f"\nguidance: {', '.join(f'{name} {scale:g}' for name, scale in scales.items())}"
     write_text(workdir / TABLE_FILE, "\n\n".join(tables) + "\n")
 
 
@@ -237,7 +255,7 @@ def sample_grid(
         check_finite(whole, [f"{label}, prompt {prompt!r}" for prompt in labels])
         return whole
 
-    rows = {model.name: (model, model.sampler or sampler) for model in models}
+    rows = {_title(model): (model, model.sampler or sampler) for model in models}
     rows |= {
         f"{models[-1].name}, {setting}": (models[-1], _own(models[-1], setting, other))
         for setting, other in others.items()

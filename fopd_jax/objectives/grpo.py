@@ -7,7 +7,7 @@ base, from which it may not stray:
 
 log-densities being means per dimension, hence the small ε. The surrogates l:
 
-  clip   -min(ρ·A, clip(ρ, 1-ε, 1+ε)·A): PPO's
+  clip   -min(ρ·A, clip(ρ, 1-ε, 1+ε)·A): PPO's (`objectives.surrogate`)
   guard  the same of log ρ·s + ‖μ - μ_old‖²/(2·s), s = std (GRPO-Guard, 2510.22319): its mean is 0 where that of log ρ
          is not, and its spread does not depend on the timestep
   dppo   -m·ρ·A, m = 0 where ‖μ - μ_old‖²/(2·std²) ≥ τ and the step moves away: ρ > 1 with A > 0, or ρ < 1 with A < 0
@@ -30,6 +30,7 @@ from fopd_jax.config.learning import PolicyGradient
 from fopd_jax.flow.schedule import Level
 from fopd_jax.flow.transition import CPS, SDE, Transition
 from fopd_jax.flow.weighting import LEAST_NOISE, check_weighting, weight
+from fopd_jax.objectives.surrogate import beyond, clipped, masked, means_apart
 
 Samples = Float[Array, " b"]
 Totals = dict[str, Samples]
@@ -99,12 +100,10 @@ def surrogate(
         log_ratio = log_ratio * std + apart / (2 * std)
     ratio = jnp.exp(log_ratio)
     if objective.name == "dppo":
-        away = jnp.where(advantage > 0, ratio > 1, ratio < 1) & (advantage != 0)
-        masked = away & (apart / (2 * std**2) >= objective.divergence)
-        return -jnp.where(stop(masked), 0.0, ratio * advantage), ratio, masked.astype(jnp.float32)
-    limited = jnp.clip(ratio, 1 - objective.clip, 1 + objective.clip)
-    clipped = (jnp.abs(ratio - 1) > objective.clip).astype(jnp.float32)
-    return -jnp.minimum(ratio * advantage, limited * advantage), ratio, clipped
+        loss, limited = masked(ratio, advantage, apart / (2 * std**2), objective.divergence)
+    else:
+        loss, limited = clipped(ratio, advantage, objective.clip), beyond(ratio, objective.clip)
+    return loss, ratio, limited
 
 
 def timestep_terms(
@@ -125,8 +124,8 @@ def timestep_terms(
     _, c, std = transition.coefficients(level.sigma, level.sigma_next)
     apart = jnp.zeros_like(log_prob)
     if acted.velocity is not None:
-        apart = _mean_square(c * (v - stop(acted.velocity)))
-    loss, ratio, clipped = surrogate(objective, log_prob - stop(acted.log_prob), apart, std, stop(advantage))
+        apart = means_apart(c, v, acted.velocity)
+    loss, ratio, limited = surrogate(objective, log_prob - stop(acted.log_prob), apart, std, stop(advantage))
     gap = jnp.zeros_like(log_prob)
     if acted.reference is not None:
         w = weight(objective.kl_weighting, transition, level.sigma, level.sigma_next)
@@ -137,7 +136,7 @@ def timestep_terms(
         "reference_gap": gap,
         "ratio": ratio,
         "off_policy": (ratio != 1).astype(jnp.float32),
-        "clipped": clipped,
+        "clipped": limited,
         "weight": jnp.ones_like(log_prob),
     }
     return {name: jnp.where(counts > 0, value * counts, 0.0) for name, value in terms.items()}

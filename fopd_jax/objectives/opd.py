@@ -21,6 +21,10 @@ r = w_T·r_T + λ·A under one ratio. With the attached r_T its gradient at ρ =
 whose last term has mean zero over the action. A sample without an advantage, because its rewards failed or its group is
 all equal, has A = 0: it is distilled as ever. The clip is decided by the sum's sign, as in the released code.
 
+By `surrogate` `dppo` no ratio is clipped; a step is left out that moves away from the policy that drew it when their
+divergence has reached `divergence` (Flow-DPPO, arXiv 2606.11025; `objectives.surrogate`). With it goes its reward where
+that is attached, but not its anchor.
+
 What is compared (`match`): guided velocities of both; the student's conditional velocity with the targets' guided one,
 so that their guidance is folded into it (GFD-OPD, arXiv 2609.39692); or the branches apart, v_c under the prompt and
 d = v_c - v_n against the empty one (PDM, arXiv 2607.24731):
@@ -52,8 +56,9 @@ from jaxtyping import Array, Float
 from fopd_jax.config.schema import Objective
 from fopd_jax.flow.rollout import log_density
 from fopd_jax.flow.schedule import Level
-from fopd_jax.flow.transition import Transition
+from fopd_jax.flow.transition import SDE, Transition
 from fopd_jax.flow.weighting import check_weighting, weight
+from fopd_jax.objectives.surrogate import beyond, clipped, masked, means_apart
 
 Samples = Float[Array, " b"]
 Totals = dict[str, Samples]
@@ -83,10 +88,14 @@ class Targets:
 
 @struct.dataclass
 class Compared:
-    """What of the student is held to the targets `[B, h, w, c]`; `difference`: where branches are matched."""
+    """What of the student is held to the targets `[B, h, w, c]`; `difference`: where branches are matched.
+
+    `acting`: the guided velocity that its next state is drawn by, where the loss compares that to the old policy's.
+    """
 
     velocity: Any
     difference: Any = None
+    acting: Any = None
 
 
 def compared(match: str, text: Array, null: Array) -> Compared:
@@ -108,6 +117,8 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         raise ValueError(
             f"objective.name: {objective.name!r} needs a transition with a density ('sde' or 'cps'), found 'ode'"
         )
+    if objective.surrogate == "dppo" and not isinstance(transition, SDE):
+        raise ValueError("objective.surrogate: found 'dppo', expected 'clip' where rollouts are not of an SDE")
     if objective.reward == "log_ratio" and objective.weighting != "kl":
         raise ValueError(
             f"objective.weighting: found {objective.weighting!r}, but reward 'log_ratio' has no weighting but 'kl'"
@@ -118,6 +129,11 @@ def check_objective(objective: Objective, transition: Transition) -> None:
         )
     if objective.reward == "log_ratio" and objective.normalise:
         raise ValueError("objective.normalise: found True, expected False: reward 'log_ratio' compares densities")
+
+
+def needs_old_velocity(objective: Objective) -> bool:
+    """Whether the loss compares means, for which the old policy's velocities have to be kept."""
+    return objective.name != "direct" and objective.surrogate == "dppo"
 
 
 def divergence(v: Float[Array, "b *shape"], target: Float[Array, "b *shape"], weight: Float[Array, "*k"]) -> Samples:
@@ -140,8 +156,7 @@ def counted(
 
 def surrogate(log_prob: Samples, log_prob_old: Samples, reward: Samples, clip: float) -> Samples:
     """PPO's clipped loss, one value per sample."""
-    ratio = jnp.exp(log_prob - stop(log_prob_old))
-    return -jnp.minimum(ratio * reward, jnp.clip(ratio, 1 - clip, 1 + clip) * reward)
+    return clipped(jnp.exp(log_prob - stop(log_prob_old)), reward, clip)
 
 
 def distillation_loss(
@@ -152,14 +167,17 @@ def distillation_loss(
     log_prob_teacher: Samples,
     advantage: Samples | None = None,
     trust: Samples | None = None,
-) -> Samples:
-    """The teacher's term for one step; `gap` is `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
+    moved: Samples | None = None,
+) -> tuple[Samples, Samples | None]:
+    """The teacher's term for one step, and 1 where a mask leaves it out (None: there is no mask); `gap` is
+    `divergence(v_θ, v_k, w)`, log-densities are those of the drawn x'.
 
     `advantage`: of 'mixed', which needs one. A detached reward is clamped to ±`reward_limit`; an attached one is not,
-    which would silence the worst samples. `trust`: what the teacher's reward counts, None: 1.
+    which would silence the worst samples. `trust`: what the teacher's reward counts, None: 1. `moved`: the divergence
+    from the old policy, None: 0, as on policy.
     """
     if objective.name == "direct":
-        return gap if trust is None else trust * gap
+        return gap if trust is None else trust * gap, None
     rewards = {"kl": -gap, "log_ratio": stop(log_prob_teacher - log_prob), "kl_detached": stop(-gap)}
     reward = rewards[objective.reward]
     if objective.reward != "kl":
@@ -170,7 +188,10 @@ def distillation_loss(
         if advantage is None:
             raise ValueError("objective.name: found 'mixed', expected another where nothing scores the samples")
         reward = objective.teacher_weight * reward + objective.task_weight * stop(advantage)
-    return surrogate(log_prob, log_prob_old, reward, objective.clip)
+    if objective.surrogate == "dppo":
+        ratio = jnp.exp(log_prob - stop(log_prob_old))
+        return masked(ratio, reward, jnp.zeros_like(ratio) if moved is None else moved, objective.divergence)
+    return surrogate(log_prob, log_prob_old, reward, objective.clip), None
 
 
 def trains(objective: Objective, noisy: Array) -> Array:
@@ -191,24 +212,30 @@ def timestep_terms(
     log_prob_old: Samples,
     advantage: Samples | None = None,
     beta: Float[Array, ""] | None = None,
+    v_old: Float[Array, "b *shape"] | None = None,
 ) -> Totals:
     """`TERMS` of one timestep, one value per sample, for what is compared of the student at x and the step drawn there.
 
     `log_prob` is the drawn step's under v, `log_prob_old` under the policy that drew it; `advantage`: of 'mixed';
-    `beta`: the anchor's weight, where it is not the objective's.
+    `beta`: the anchor's weight, where it is not the objective's; `v_old`: the velocity of the policy that drew it,
+    where that is compared (`needs_old_velocity`) and another.
     """
     w = counted(objective, transition, level.sigma, level.sigma_next)
     counts = jnp.broadcast_to(trains(objective, level.noisy), log_prob.shape)
     direct = direct_terms(objective, v, targets, jnp.broadcast_to(w, log_prob.shape))
     log_prob_teacher = log_density(transition, level, x, targets.teacher, x_next)
-    loss = distillation_loss(
-        objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage, targets.trust
+    moved = None
+    if v_old is not None and isinstance(v, Compared):
+        _, c, std = transition.coefficients(level.sigma, level.sigma_next)
+        moved = means_apart(c, v.acting, v_old) / (2 * std**2)
+    loss, left_out = distillation_loss(
+        objective, direct["teacher_gap"], log_prob, log_prob_old, log_prob_teacher, advantage, targets.trust, moved
     )
     ratio = jnp.exp(log_prob - log_prob_old)
     terms = direct | {
         "loss": loss + (objective.mar_beta if beta is None else beta) * direct["anchor_gap"],
         "ratio": ratio,
-        "clipped": (jnp.abs(ratio - 1) > objective.clip).astype(jnp.float32),
+        "clipped": beyond(ratio, objective.clip) if left_out is None else left_out,
     }
     return {name: value * counts for name, value in terms.items()}
 

@@ -213,6 +213,7 @@ def _evaluation(plan: Plan, config: Config) -> str:
     )
     others = " / ".join(other_settings(evaluation))
     also = f"; the report also at {others}" if others else ""
+    also += "; its teachers under their own guidance" if evaluation.teacher_guidance == "own" else ""
     return (f"every {every} updates: {scored}; {how}" if every else f"none but the report; {how}") + also
 
 

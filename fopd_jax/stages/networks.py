@@ -39,8 +39,10 @@ from fopd_jax.stages.pipeline import (
 )
 from fopd_jax.stages.setup import Setup, eval_sampler, other_samplers
 from fopd_jax.stages.teachers import (
+    TEACHER,
     Sources,
     Teaching,
+    as_asked,
     asks_base,
     check_cards,
     load_adapters,
@@ -244,7 +246,8 @@ def reported(config: OPD, other: Other, variables: Tree) -> list[Reported]:
     settings = config.eval, config.model.shift, other.pipeline
     own = eval_sampler(*settings), other_samplers(*settings)
     shown = {name: {} if adapter is None else effective(adapter) for name, adapter in other.teachers.items()}
-    return [Reported(f"teacher/{name}", variables, adapter, *own) for name, adapter in shown.items() if name != AGAIN]
+    found = [Reported(f"{TEACHER}{name}", variables, shown[name], *own) for name in shown if name != AGAIN]
+    return as_asked(config, other.pipeline, found)
 
 
 def teach_by_others(
@@ -265,7 +268,7 @@ def teach_by_others(
         found = {model.name: model for model in teaching.models()}
         for name, other in others.items():
             found |= {model.name: model for model in reported(config, other, networks[name][0])}
-        ordered = ["base", *(f"teacher/{name}" for name in taught(config))]
+        ordered = ["base", *(f"{TEACHER}{name}" for name in taught(config))]
         return [found[name] for name in (*ordered, *(name for name in found if name not in ordered))]
 
     return dataclasses.replace(teaching, models=models, networks=networks)

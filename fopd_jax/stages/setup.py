@@ -1,6 +1,7 @@
 """What every stage builds from a config before its own step: pipeline, optimizer, evaluation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,18 @@ def other_samplers(evaluation: Evaluation, shift: float, pipeline: Pipeline) -> 
         name: eval_sampler(dataclasses.replace(evaluation, num_steps=steps, guidance=scale), shift, pipeline)
         for name, (steps, scale) in other_settings(evaluation).items()
     }
+
+
+def samplers_at(
+    evaluation: Evaluation, shift: float, pipeline: Pipeline, guidance: float
+) -> tuple[Sampler, dict[str, Sampler]]:
+    """The report's sampler and those at its other settings, all under one guidance scale: one a number of steps."""
+    at = functools.cache(
+        lambda steps: eval_sampler(
+            dataclasses.replace(evaluation, num_steps=steps, guidance=guidance), shift, pipeline
+        )
+    )  # fmt: skip
+    return at(evaluation.num_steps), {name: at(steps) for name, (steps, _) in other_settings(evaluation).items()}
 
 
 def null_conditioning(pipeline: Pipeline) -> Conditioning:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -44,7 +44,10 @@ from fopd_jax.stages.cold_start import (
 )
 from fopd_jax.stages.coordinates import fitted, skills
 from fopd_jax.stages.pipeline import Pipeline, check_network, load_base, load_network, load_policy
-from fopd_jax.stages.setup import Setup
+from fopd_jax.stages.setup import Setup, samplers_at
+
+TEACHER = "teacher/"
+"""What the report's names of teachers begin with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,12 +228,31 @@ def teach_by_adapters(
     def models() -> list[Model]:
         """The base is an adapter, too, so that every model is sampled by one program."""
         base = effective(no_adapter(next(iter(adapters.values()), None) or begin(untold)))
-        found = {"base": base} | {f"teacher/{name}": effective(adapter) for name, adapter in adapters.items()}
+        found = {"base": base} | {f"{TEACHER}{name}": effective(adapter) for name, adapter in adapters.items()}
         if name := title(config):
             found[name] = effective(begin(untold))
-        return [Model(name, variables, adapter) for name, adapter in found.items()]
+        return as_asked(config, pipeline, [Model(name, variables, adapter) for name, adapter in found.items()])
 
     return Teaching(variables, bank, start, models)
+
+
+def as_asked(config: OPD, pipeline: Pipeline, models: Sequence[Model]) -> list[Model]:
+    """The same to report; where `eval.teacher_guidance` is 'own', teachers have samplers of the scales that they are
+    asked under, where that is not `eval.guidance`.
+    """
+    if config.eval.teacher_guidance == "same":
+        return list(models)
+    samplers = cache(partial(samplers_at, config.eval, config.model.shift, pipeline))
+
+    def own(model: Model) -> Model:
+        name = model.name.removeprefix(TEACHER)
+        scale = config.tasks.get(name, config.anchor).guidance
+        if name == model.name or scale is None or scale == config.eval.guidance:
+            return model
+        sampler, others = samplers(scale)
+        return dataclasses.replace(model, sampler=sampler, others=others, guidance=scale)
+
+    return [own(model) for model in models]
 
 
 def asks_base(config: OPD) -> bool:
@@ -308,10 +330,11 @@ def teach_by_networks(config: OPD, pipeline: Pipeline, found: Sources) -> Teachi
         """The bank holds the named networks in their order, the anchor last."""
         params = {"base": variables["params"]}
         for k, name in enumerate(found.names):
-            params[f"teacher/{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
+            params[f"{TEACHER}{name}"] = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
         if config.cold_start.method == "merge":
             params["merge"] = jax.tree.map(lambda leaf: leaf.astype(dtype), average())
         networks = [Model(name, {**variables, "params": each}, {}) for name, each in params.items()]
+        networks = as_asked(config, pipeline, networks)
         if config.cold_start.method != "adapter":
             return networks
         return [*networks, Model(title(config), variables, effective(adapter_start(config, {}, pipeline, untold)))]

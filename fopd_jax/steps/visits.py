@@ -111,7 +111,9 @@ def visit(
         slot = jnp.clip(t - first, 0, count - 1)
         at = jax.tree.map(lambda leaf: leaf[slot], stored)
         x = jnp.where(draws, x, at.x)
-        targets = jax.lax.cond(inside & asks, lambda: course.ask(rows, x, level, slot), lambda: at.targets)
+        targets = at.targets
+        if asks is not False:  # what is stored may be of another form than what would be said now
+            targets = jax.lax.cond(inside & asks, lambda: course.ask(rows, x, level, slot), lambda: at.targets)
         here = dataclasses.replace(at, x=x, targets=targets)
         differentiates = inside & trains
 

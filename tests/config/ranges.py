@@ -20,6 +20,7 @@ def choice(*names: str) -> tuple[list[Any], list[Any]]:
 
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "name": NAME, "anchor.name": NAME, "opd:objective.name": choice("direct", "clipped", "mixed"),
+    "surrogate": choice("clip", "dppo"), "teacher_guidance": choice("same", "own"),
     "grpo:objective.name": choice("clip", "guard", "dppo"), "forward_rl:objective.name": choice("nft", "awm", "crd"),
     "opd:stage": choice("opd"), "flow_matching:stage": choice("flow_matching"),
     "grpo:stage": choice("grpo"), "forward_rl:stage": choice("forward_rl"),

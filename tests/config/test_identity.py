@@ -43,6 +43,7 @@ CHOSEN: dict[str, Any] = {
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
     "networks.x.dtype": "float32",
     "match": "branches", "routing.method": "soft", "attention": "xla", "remat": "none", "keep_best": "max:x",
+    "surrogate": "dppo", "teacher_guidance": "own",
     "run.alarms": {"other": (0.0, 2.0)}, "anchor.moves": "ema", "bound_limits": (0.5, 1.0), "target": "velocity",
     "noisy": "weigh", "health.bands": {"size": (0.0, 2.0)}, "joint_target": "sum", "joint": 0.125, "high": 1.5,
 }  # fmt: skip

@@ -19,6 +19,7 @@ from fopd_jax.flow.transition import standard_normal
 from fopd_jax.policy.groups import Slots
 from fopd_jax.policy.velocity import guided_velocity
 from tests.evaluation.fixed import COUNT, PICTURED, SEED, Images, encode, make_fixed, make_world, numbers, placed
+from tests.parallel.processes import finish, free_port, start
 from tests.quick import environment
 from tests.steps.opd.network import (
     BANK,
@@ -66,6 +67,13 @@ def loop(task: str, i: int) -> list[tuple[np.ndarray, float, str]]:
         x = x + np.float32(SIGMAS[t + 1] - SIGMAS[t]) * ask(BANK[task], scale, x, SIGMAS[t], prompt).astype(np.float32)
     image = Images(task, SEED).batch(0, [i])["x0"][0].astype(np.float32)
     return found + [((1 - s) * image + s * noise, s, f"{task} image {i}") for s in DATA_LEVELS]
+
+
+MEMBER = """import runpy, sys
+from fopd_jax.parallel.distributed import initialize
+process, port = int(sys.argv.pop()), sys.argv.pop()
+initialize(f"localhost:{port}", 2, process, timeout_s=120)  # before anything that computes is imported
+runpy.run_module("tests.evaluation.fixed", run_name="__main__")"""
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +130,15 @@ def test_numbers_do_not_depend_on_the_mesh(found: Any) -> None:
         np.testing.assert_allclose(other["means"][name], value, rtol=1e-4, err_msg=name)
     for name, values in own["survey"].items():
         np.testing.assert_allclose(other["survey"][name], values, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds() -> None:
+    """On the same mesh of four devices, to the bit, and both processes all of it."""
+    alone, member = ["-m", "tests.evaluation.fixed", "2", "2"], ["-c", MEMBER, "2", "2", str(free_port())]
+    programs = [start(alone, 4), *(start([*member, process], 2) for process in ("0", "1"))]
+    one, *two = (json.loads(said.splitlines()[-1]) for said in finish(programs))
+    assert two == [one, one]
 
 
 def test_numbers_are_the_same_each_time(found: Any) -> None:

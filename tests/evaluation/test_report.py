@@ -119,6 +119,33 @@ def test_a_student_alone_is_reported_as_it_is_among_others(tmp_path: Path, monke
     assert [line.split()[0] for line in (tmp_path / "table.txt").read_text().splitlines()[1:-1]] == ["student"]
 
 
+def test_a_model_under_a_scale_of_its_own_is_named_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is drawn by its own sampler, at every setting; the others and all else are as ever."""
+
+    def brighter(*arguments: Any) -> jax.Array:
+        return _draw(*arguments) + 0.25
+
+    _write(tmp_path)
+    usual, own, rows = json.loads((tmp_path / "results.json").read_text()), Sampler(brighter, False, SAMPLER.mesh), []
+    monkeypatch.setattr(report, "draw_grid", lambda _, labels, __: (rows.extend(labels), Image.new("RGB", (1, 1)))[1])
+    changes = {"teacher/text": {"sampler": own, "others": {"steps 4": own}, "guidance": 4.5}}
+    models = [Model(name, {}, jnp.float32(shift), **changes.get(name, {})) for name, shift in MODELS.items()]
+    settings, world = dataclasses.replace(SETTINGS, guidance=1.0), _world(level=_level, spread=_spread)
+    write_report(tmp_path, settings, ABOUT, SAMPLER, world, models, 0.2, {"steps 4": SAMPLER})
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["guidance"] == {"base": 1.0, "teacher/text": 4.5, "student": 1.0}
+    for scores in (found["models"], found["settings"]["steps 4"]["models"]):
+        assert {name: scores[name] for name in ("base", "student")} == {
+            name: usual["models"][name] for name in ("base", "student")
+        }
+        assert scores["teacher/text"]["level"] == pytest.approx(
+            usual["models"]["teacher/text"]["level"] + 0.25, abs=1e-2
+        )
+    first, *_ = (tmp_path / "table.txt").read_text().split("\n\n")
+    assert first.splitlines()[-1] == "guidance: base 1, teacher/text 4.5, student 1"
+    assert rows == ["base", "teacher/text, guidance 4.5", "student", "student, steps 4"]
+
+
 def test_a_second_report_is_the_same_and_leaves_no_temporary_files(tmp_path: Path):
     def contents() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}

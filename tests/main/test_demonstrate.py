@@ -1,7 +1,6 @@
 """The program that teachers draw by, killed outright as often as it takes: its set is the one of a run left alone."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,18 +8,21 @@ import pytest
 
 from fopd_jax.tasks.demonstrations import Demonstrations
 from tests.configs import FOLDER, options
-from tests.quick import environment
+from tests.parallel.processes import finish, free_port, start
 
+TEXT = ["--tasks=text", "--config.tasks.text.rewards.quality=1", "--best-of=2", "--config.eval.batch_size=4"]
 TIMEOUT_S, SHARDS = 300.0, "demonstrations-*"  # whole ones: what is begun has a name that begins with a dot
 SETTINGS = {"eval.num_steps": 2, "eval.batch_size": 2, "run.compiled": ""}
 
 
-def _start(out: Path, *flags: str) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "fopd_jax.demonstrate", f"--config={FOLDER}/miniature.py", f"--out={out}"]
+def _words(out: Path, *flags: str) -> list[str]:
+    words = ["-m", "fopd_jax.demonstrate", f"--config={FOLDER}/miniature.py", f"--out={out}"]
     given = ["--per-task=8", "--shard-rows=2", "--trajectories", "--dtype=float16", *options(SETTINGS), *flags]
-    return subprocess.Popen(
-        [*words, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+    return [*words, *given]
+
+
+def _start(out: Path, *flags: str) -> "subprocess.Popen[str]":
+    return start(_words(out, *flags), 0)
 
 
 def _finish(out: Path, *flags: str) -> str:
@@ -28,6 +30,10 @@ def _finish(out: Path, *flags: str) -> str:
         said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     return said
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
@@ -46,7 +52,20 @@ def test_killed_outright_it_resumes_to_the_same_bytes(tmp_path: Path):
         kills += 1
     assert not (killed / "dataset_info.json").exists()
     assert "shards are there" in _finish(killed)
-    found, expected = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (killed, straight))
-    assert found == expected
+    assert _bytes(killed) == _bytes(straight)
     rows = Demonstrations(killed, "text", "f").rows(range(8))
     assert {row["states"].shape for row in rows} == {(2, 24, 24, 3)}
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path: Path):
+    """On the same four devices: scores, the choice among candidates and all that is kept, to the byte."""
+    (one, two), port = (tmp_path / name for name in "12"), free_port()
+    member = [f"--coordinator=localhost:{port}", "--num-processes=2"]
+    programs = [start(_words(two, *TEXT, *member, f"--process-id={process}"), 2) for process in range(2)]
+    said = finish([start(_words(one, *TEXT), 4), *programs])
+    assert _bytes(two) == _bytes(one)
+    assert len(list(two.glob(SHARDS))) == 4
+    assert all("text: 8 demonstrations, mean score" in each for each in said[:2])
+    rows = Demonstrations(two, "text", "f").rows(range(8))
+    assert {bool(row["sample"]) for row in rows} == {False, True}  # the second candidate is the better one at times

@@ -102,7 +102,7 @@ def test_the_paper_clip_range_survives_float32() -> None:
 def loss_and_slopes(objective: Objective, gap: float, log_probs: tuple[float, float, float]) -> tuple[float, Any]:
     """The loss of one sample, and its derivatives by gap and by log_prob, log_prob_old, log_prob_teacher."""
     inputs = [samples(gap), *map(samples, log_probs)]
-    loss, slopes = jax.value_and_grad(lambda x: distillation_loss(objective, *x).sum())(inputs)
+    loss, slopes = jax.value_and_grad(lambda x: distillation_loss(objective, *x)[0].sum())(inputs)
     return float(loss), np.concatenate(slopes)
 
 
@@ -248,7 +248,7 @@ def drawn_gradients(objective: Objective, transition: Transition, seed: int = 0)
         gap = divergence(v, teacher, weight(objective.weighting, transition, SIGMA, SIGMA_NEXT))
         moments = transition.moments(x, teacher, SIGMA, SIGMA_NEXT)
         log_prob_teacher = transition.log_prob(x_next, *moments)
-        return distillation_loss(objective, gap, log_prob, jax.lax.stop_gradient(log_prob), log_prob_teacher).sum()
+        return distillation_loss(objective, gap, log_prob, jax.lax.stop_gradient(log_prob), log_prob_teacher)[0].sum()
 
     # Samples do not interact, so that a parameter vector per draw gives a gradient per draw.
     return np.float64(jax.jit(jax.grad(loss))(jnp.broadcast_to(THETA, (DRAWS, PARAMETERS))))

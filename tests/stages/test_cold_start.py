@@ -113,7 +113,7 @@ def test_what_a_merge_keeps_is_told_and_written(tmp_path: Path, capsys: pytest.C
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["svd", "ties", "dare"])
+@pytest.mark.parametrize("method", ["svd", "dare", pytest.param("ties", marks=pytest.mark.slow)])
 def test_networks_are_merged_by_their_differences_to_the_base(method: str):
     """Weights of 1.25 in all scale the differences, and leave the base as it is."""
     config = _config(**{"cold_start.method": "merge", "cold_start.merge": method, "cold_start.density": 0.3})

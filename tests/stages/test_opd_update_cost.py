@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "beyond, without an anchor": {"tasks.text.extrapolation": 0.5, "objective.mar_beta": 0.0, "anchor.guidance": 4.5},
 }  # fmt: skip
 
+QUICK = ("guided", "branches in micro-batches, seldom anchored", "branches, mixed", "folded, beyond several teachers")
+
 
 def config_of(changes: dict[str, Any]) -> OPD:
     return resolve(load("miniature", **({"batch_size": SIZE} | changes)))
@@ -103,7 +105,9 @@ def _drive(pieces: Pieces, frozen: Any, batch: Batch) -> None:
     jax.block_until_ready(progress)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in CASES]
+)
 def test_forwards_are_those_that_are_run(case: str) -> None:
     config = config_of(CASES[case])
     model = abstract_model(config, make_mesh(config.run.mesh))

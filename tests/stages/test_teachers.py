@@ -1,5 +1,6 @@
 """What a run starts from: banks of adapters or of whole networks, and the student's first weights."""
 
+import dataclasses
 import gc
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,22 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fopd_jax.adapters.lora import Adapter, delta, init_adapter, is_zero
+from fopd_jax.adapters.lora import Adapter, delta, effective, init_adapter, is_zero
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
-from fopd_jax.config.parse import assign
+from fopd_jax.config.parse import assign, resolve
 from fopd_jax.config.schema import LoRAConfig
+from fopd_jax.evaluation.report import Model
 from fopd_jax.interop.files.safetensors import load_tree, save_adapter, save_tree
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.policy.velocity import make_velocity
 from fopd_jax.stages.opd import OPD
+from fopd_jax.stages.pipeline import load_base, load_policy
+from fopd_jax.stages.setup import eval_sampler
+from fopd_jax.stages.teachers import as_asked
 from fopd_jax.steps.opd.targets import ask
-from tests.configs import load, prepare
+from tests.configs import load, pipeline, prepare
 
 SIDE, WEIGHTS = (24, 24, 3), {"composition": 0.25, "text": 0.5, "quality": 0.25}  # in the order of the bank
 NAMES = ("base", *WEIGHTS)
@@ -109,6 +114,36 @@ def test_a_network_starts_from_the_average_of_networks(weights: Path, tmp_path: 
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-7, err_msg=path)
     for path, leaf in _flat(stage.frozen.bank).items():
         np.testing.assert_array_equal(leaf, np.stack([parts[name][path] for name in NAMES[1:]]), err_msg=path)
+
+
+def test_teachers_are_reported_under_their_own_scales_where_that_is_asked_for():
+    """Those that need no other have none; base and student stay; of one scale they share a sampler, at all settings."""
+    config = load()
+    scales = {"tasks.text.guidance": 2.0, "anchor.guidance": 2.0, "tasks.composition.guidance": 1.0}
+    assign(config, scales | {"eval.num_steps": 2, "eval.also_steps": (1,), "eval.also_guidance": (3.0,)})
+    made, names = pipeline(config), ("base", "teacher/composition", "teacher/text", "teacher/quality", "merge")
+    models = [Model(name, {}, {}) for name in names]
+    assert as_asked(resolve(config), made, models) == models
+    assign(config, {"eval.teacher_guidance": "own"})
+    found = dict(zip(names, as_asked(resolve(config), made, models), strict=True))
+    assert {name for name, each in found.items() if each.guidance} == {"teacher/text", "teacher/quality"}
+    text, quality = found["teacher/text"], found["teacher/quality"]
+    assert (text.guidance, text.sampler) == (2.0, quality.sampler)
+    assert text.others.keys() == {"guidance 3", "steps 1", "steps 1, guidance 3"}
+    assert text.others["guidance 3"] is text.sampler
+    assert text.sampler is not None
+    assert text.sampler.guided
+    variables, adapter = load_base(config.model, made), effective(load_policy(config.tasks["text"].teacher, made))
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
+    usual, twice = (
+        eval_sampler(dataclasses.replace(config.eval, num_steps=1, guidance=scale), config.model.shift, made)
+        for scale in (1.0, 2.0)
+    )
+    drawn = [
+        each(made.world, variables, adapter, ['sign "ABC"'], keys) for each in (text.others["steps 1"], twice, usual)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["adapter", "network"])

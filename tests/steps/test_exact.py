@@ -1,8 +1,8 @@
 """On policy the ratio of new to old density is exactly 1: rollout and update are passes of one compiled body.
 
 With a rate of 0 every trained term of every update is on policy. OPD counts ratios that are not 1 as `clipped` where
-the clip range is narrower than a unit in the last place, GRPO as `off_policy`. The network is Stable Diffusion 3's in
-little; on four simulated devices this file is run as a program.
+the clip range is narrower than a unit in the last place, or all steps that move away are left out, GRPO as
+`off_policy`. The network is Stable Diffusion 3's in little; on four simulated devices this file is run as a program.
 """
 
 import dataclasses
@@ -114,7 +114,8 @@ def opd(case: Case, optimizer: Any = STILL) -> tuple[Parts, Any, tuple[Any, Any,
     """The update of distillation, and its arguments."""
     parts, scale = Parts(case), case.guidance
     spec = OPDSpec(
-        Objective(clip=NARROW, mar_beta=0.05), SDE(0.7), flow_match_sigmas(STEPS), np.ones(STEPS, bool), LATENT,
+        Objective(clip=NARROW, mar_beta=0.05, surrogate=case.objective, divergence=0.0), SDE(0.7),
+        flow_match_sigmas(STEPS), np.ones(STEPS, bool), LATENT,
         ("one", "two"), scale, (scale, scale, 1.0), *case.split,
     )  # fmt: skip
     update = opd_update.make_update(parts.config(OPD), parts.model, parts.boxed, spec, optimizer, parts.mesh)
@@ -226,6 +227,7 @@ def combinations() -> list[Case]:
     meshes = ((2, 2, 1), (1, 2, 2), (2, 1, 2))
     found += [Case(form, split=split(form), size=24, mesh=mesh) for form in forms for mesh in meshes]
     found += [Case("replayed", split=(2, 1, 3), size=36, mesh=(2, 2, 1)), Case("host", split=(3, 3, 2), size=24)]
+    found += [Case("replayed", size=24, mesh=(2, 2, 1), objective="dppo")]
     return found + [Case("host", objective=name, mesh=(2, 2, 1), size=8) for name in ("guard", "dppo")]
 
 

@@ -25,11 +25,11 @@ from fopd_jax.steps.opd.anchor import close, following
 from fopd_jax.steps.opd.gaps import gap_names, parted
 from fopd_jax.steps.opd.offline import apart, offline_if
 from fopd_jax.steps.opd.pieces import Metrics, Pieces, mean_metrics, metric_names, regular_names
-from fopd_jax.steps.opd.replay import opd_course, trained_steps, visited
+from fopd_jax.steps.opd.replay import opd_course, room, trained_steps, visited
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
 from fopd_jax.steps.opd.targets import anchor_picks
 from fopd_jax.steps.state import TrainState
-from fopd_jax.steps.visits import Course, Pass, Stored, Sums, blank, make_passes, part_of
+from fopd_jax.steps.visits import Course, Pass, Stored, Sums, make_passes, part_of
 from fopd_jax.worlds.prompt_stream import Batch
 
 
@@ -48,7 +48,7 @@ def begin(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> tu
     keys = sample_keys(state.rng(), len(spec.sigmas), size)
     x = groups.rows(standard_normal(keys[0], spec.latent_shape))
     rows, course = _Rows(batch, jnp.zeros(size)), _course(pieces, frozen, anchor_picks(spec, state, size))
-    stored = blank(course, groups, rows, _levels(spec), x, trained_steps(pieces))
+    stored = room(pieces, course, rows, _levels(spec), x)
     sums = Sums.zeros(groups, pieces.student.compute(state.trained))
     return Rollout(x, keys[1:], jnp.int32(spec.window[0]), stored), sums
 
@@ -125,7 +125,7 @@ def _course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array | N
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: _Rows) -> Totals:
         found = timestep_terms(
             spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
-            rows.advantage, beta,
+            rows.advantage, beta, at.velocity,
         )  # fmt: skip
         return parted(spec, found, t)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.flow.rollout import PolicyVelocity, sample, sample_keys
 from fopd_jax.flow.transition import standard_normal
-from fopd_jax.objectives.opd import TERMS, Compared, Totals, compared
+from fopd_jax.objectives.opd import TERMS, Compared, Totals, compared, needs_old_velocity
 from fopd_jax.parallel.gradients import GradientGroups, on_one_device
 from fopd_jax.policy.guidance import guided
 from fopd_jax.policy.velocity import Tree, Velocity, branches, guided_velocity
@@ -56,11 +56,13 @@ def student_says(
     spec = pieces.spec
     if spec.objective.match == "guided" or (spec.guidance == 1 and not spec.apart):
         v = student_velocity(pieces, frozen, parameters, conditioning, x, sigma)
-        return v, Compared(v)
-    variables, adapter = pieces.student.read(frozen.variables, parameters)
-    with jax.named_scope("student"):
-        text, null = branches(pieces.velocity, variables, adapter, x, sigma, conditioning, frozen.null)
-    return guided(text, null, spec.guidance), compared(spec.objective.match, text, null)
+        own = Compared(v)
+    else:
+        variables, adapter = pieces.student.read(frozen.variables, parameters)
+        with jax.named_scope("student"):
+            text, null = branches(pieces.velocity, variables, adapter, x, sigma, conditioning, frozen.null)
+        v, own = guided(text, null, spec.guidance), compared(spec.objective.match, text, null)
+    return v, dataclasses.replace(own, acting=v) if needs_old_velocity(spec.objective) else own
 
 
 def student_policy(pieces: Pieces, frozen: Frozen, parameters: Tree, conditioning: Conditioning) -> PolicyVelocity:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from fopd_jax.config.schema import EMA
 from fopd_jax.flow.schedule import Level
-from fopd_jax.objectives.opd import Compared, Targets, Totals, timestep_terms
+from fopd_jax.objectives.opd import Compared, Targets, Totals, needs_old_velocity, timestep_terms
 from fopd_jax.parallel.sharding import activation_rules
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.steps.opd.anchor import close, following
@@ -58,7 +58,7 @@ def replay(
         seen = totals, norm, skipped, matched and matched[1]
         return (state, put_part(stored, own, each.part, parts, axis=1), sums), seen
 
-    stored = blank(opd_course(pieces, frozen, picks, beta), groups, batch, levels, noise, trained_steps(pieces))
+    stored = room(pieces, opd_course(pieces, frozen, picks, beta), batch, levels, noise)
     sums = Sums.zeros(groups, pieces.student.compute(state.trained))
     with jax.named_scope("opd_replay"):
         (state, _, _), seen = jax.lax.scan(go, (state, stored, sums), passes)
@@ -95,8 +95,9 @@ def opd_course(pieces: Pieces, frozen: Frozen, picks: Array | None, beta: Array 
 
     def terms(level: Level, t: Array, own: Compared, at: Stored, log_prob: Array, rows: Batch) -> Totals:
         found = timestep_terms(
-            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob, beta=beta
-        )
+            spec.objective, spec.transition, level, own, at.targets, at.x, at.x_next, log_prob, at.log_prob,
+            beta=beta, v_old=at.velocity,
+        )  # fmt: skip
         return parted(spec, found, t)
 
     return Course(spec.transition, velocity, targets, terms, term_names(spec))
@@ -106,6 +107,12 @@ def trained_steps(pieces: Pieces) -> int:
     """Their number."""
     first, stop = pieces.spec.window
     return stop - first
+
+
+def room(pieces: Pieces, course: Course, rows: Tree, levels: Level, x: Array) -> Stored:
+    """Blank, for the trained timesteps of a batch that starts at `x`."""
+    velocities = needs_old_velocity(pieces.spec.objective)
+    return blank(course, pieces.groups, rows, levels, x, trained_steps(pieces), velocities=velocities)
 
 
 def _ends(pieces: Pieces, draws: Any) -> tuple[Any, Any]:
@@ -118,11 +125,13 @@ def _ends(pieces: Pieces, draws: Any) -> tuple[Any, Any]:
 
 
 def collect(pieces: Pieces, frozen: Frozen, state: TrainState, batch: Batch) -> Stored:
-    """Roll out under the current student; states, actions, log-densities and targets of every trained step."""
+    """Roll out under the current student; states, actions, log-densities and targets of every trained step, and
+    velocities where the loss compares them.
+    """
     spec, size, frozen = pieces.spec, batch.route.shape[0], following(pieces, frozen, state)
     noise, keys = start(spec, state, size)
     course, levels = opd_course(pieces, frozen, anchor_picks(spec, state, size)), spec.levels(0, spec.window[1])
-    stored = blank(course, pieces.groups, batch, levels, noise, trained_steps(pieces))
+    stored = room(pieces, course, batch, levels, noise)
     with jax.named_scope("opd_rollout"):
         return visit(
             course, pieces.groups, pieces.student.compute(state.trained), batch, keys, levels, noise, stored,
@@ -137,16 +146,19 @@ def loss_and_gradient(
 
     `trained`: the student's parameters, as in `TrainState.trained`. `stored`: the trained steps of a rollout of the
     spec's schedule, `[T, B, …]`, T the length of `spec.window`; where it has no targets, teachers and anchor are asked
-    about every sample on the way. Returns the mean loss over samples and timesteps, its gradient in float32, shaped
-    like `trained`, and `TERMS` (with those of `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a
-    sample's mean of any is what it has by its `weight`.
+    about every sample on the way; an anchor that was asked about some counts as it is stored. Returns the mean loss
+    over samples and timesteps, its gradient in float32, shaped like `trained`, and `TERMS` (with those of
+    `steps.opd.gaps`, where it is measured) summed over timesteps `[B]`: a sample's mean of any is what it has by its
+    `weight`.
 
     Raises:
-      ValueError: the trajectory has another number of steps or of samples.
+      ValueError: the trajectory has another number of steps or of samples, or no velocities where they are compared.
     """
     expected = (trained_steps(pieces), batch.route.shape[0])
     if stored.log_prob.shape != expected:
         raise ValueError(f"stored: found {stored.log_prob.shape} steps and samples, expected {expected}")
+    if stored.velocity is None and needs_old_velocity(pieces.spec.objective):
+        raise ValueError("stored.velocity: found None, expected velocities: surrogate 'dppo' compares with them")
     with activation_rules(pieces.groups.mesh):
         gradient, totals = replayed_gradients(pieces, frozen, trained, batch, stored)
     return totals["loss"].sum() / totals["weight"].sum(), gradient, totals
@@ -159,8 +171,7 @@ def replayed_gradients(
     spec, course, asks = pieces.spec, opd_course(pieces, frozen, None), stored.targets is None
     levels = spec.levels(0, spec.window[1])
     if asks:
-        room = blank(course, pieces.groups, batch, levels, stored.x[0], trained_steps(pieces))
-        stored = dataclasses.replace(stored, targets=room.targets)
+        stored = dataclasses.replace(stored, targets=room(pieces, course, batch, levels, stored.x[0]).targets)
     keys = jnp.broadcast_to(jax.random.key(0), (levels.sigma.shape[0], batch.route.shape[0]))  # nothing is drawn
     with jax.named_scope("opd_replay"):
         _, _, gradients, totals = visit(

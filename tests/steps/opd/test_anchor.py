@@ -74,7 +74,7 @@ def state_of(student: Any = STUDENT, average: Any = None, old: Any = None, beta:
 # ---- where it is
 
 
-@pytest.mark.parametrize("form", UPDATES)
+@pytest.mark.parametrize("form", ["fused", "replay", pytest.param("one timestep", marks=pytest.mark.slow)])
 def test_the_gap_is_exactly_nothing_where_the_average_is_what_trains(form: str) -> None:
     """At the start, and after a step with decay 0."""
     update, objective, fields = UPDATES[form]
@@ -176,7 +176,9 @@ def expected_beta(beta: float, gap: Any) -> float:
     return float(dual_ascent(jnp.float32(beta), jnp.asarray(gap), BOUND.gap, BOUND.rate, BOUND.limits))
 
 
-@pytest.mark.parametrize("form", UPDATES)
+@pytest.mark.parametrize(
+    "form", ["fused", *(pytest.param(each, marks=pytest.mark.slow) for each in ("one timestep", "replay"))]
+)
 def test_the_weight_moves_by_the_gap_of_each_step(form: str) -> None:
     """And the loss reads it: the first update is that of an objective with this weight."""
     update, objective, fields = UPDATES[form]

@@ -4,6 +4,7 @@ Tolerances on ‖a - b‖/‖b‖, float32: 1e-6 of the split gradients; 1e-4 ag
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -68,20 +69,24 @@ def beside(batch: Batch, rows: Any) -> Batch:
     return dataclasses.replace(batch, offline=rows)
 
 
+@functools.cache
+def matching() -> Any:
+    """Compiled once for all tests of the file."""
+    return quick(matching_gradient, make_velocity(), ADAPTER, make_pieces(make_spec(CLIPPED)).groups)
+
+
 def matched(spec: OPDSpec, state: TrainState, rows: Any) -> Any:
     """w times the gradient of stage flow_matching's mean loss at the same rows, noise and levels."""
     noise, sigma = noise_and_levels(spec, state, ROWS)
     whole = rows["x0"], noise, sigma, rows["conditioning"]
-    pieces = make_pieces(spec)
-    arguments = make_velocity(), ADAPTER, pieces.groups
-    sums, losses = quick(matching_gradient, *arguments)(variables(), state.trained, whole)
+    sums, losses = matching()(variables(), state.trained, whole)
     return jax.tree.map(lambda g: WEIGHT * g.sum(0) / ROWS, sums), losses.mean()
 
 
 # ---- split
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["fused", "replay", pytest.param("one timestep", marks=pytest.mark.slow)])
 def test_the_gradient_is_that_without_it_and_its_own(form: str) -> None:
     update, objective, fields = FORMS[form]
     spec, state, rows = make_spec(objective, **fields), make_state(), captioned()

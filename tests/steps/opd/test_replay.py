@@ -16,6 +16,7 @@ from fopd_jax.adapters.lora import Adapter
 from fopd_jax.config.schema import EMA
 from fopd_jax.flow.rollout import rollout
 from fopd_jax.objectives.opd import TERMS, Targets
+from fopd_jax.steps.opd.fused import fused_gradients
 from fopd_jax.steps.opd.pieces import Pieces, mean_metrics, start, student_policy
 from fopd_jax.steps.opd.replay import collect, loss_and_gradient, replay, replayed_gradients
 from fopd_jax.steps.opd.spec import Frozen
@@ -44,6 +45,7 @@ from tests.steps.opd.network import (
     make_velocity,
     normal,
     quick,
+    relative_error,
     variables,
 )
 
@@ -193,6 +195,20 @@ def test_a_given_trajectory_has_the_fused_loss_and_gradient(every: int) -> None:
     assert set(totals) == set(TERMS)
     for name in TERMS:
         np.testing.assert_allclose(totals[name], sums[name], rtol=TOLERANCE, err_msg=name)
+
+
+def test_targets_of_an_anchor_that_was_asked_about_some_are_taken_as_they_are() -> None:
+    """One sample in three, which counts three times: the update's own loss and gradient, by the same draws."""
+    pieces, state, batch = make_pieces(make_spec(CLIPPED, anchor_every=3)), make_state(), make_batch()
+    stored = quick(collect, pieces)(frozen_of(BANK), state, batch)
+    assert np.unique(stored.targets.anchored).tolist() == [0, 3]
+    loss, gradient, totals = quick(loss_and_gradient, pieces)(frozen_of(BANK), STUDENT, batch, stored)
+    expected, sums = quick(fused_gradients, pieces)(frozen_of(BANK), state, batch)
+    check(gradient, expected)
+    np.testing.assert_allclose(loss, sums["loss"].sum() / sums["weight"].sum(), rtol=TOLERANCE)
+    np.testing.assert_allclose(totals["anchor_gap"], sums["anchor_gap"], rtol=TOLERANCE)
+    everyone, _ = fused(CLIPPED.name)(frozen_of(BANK), state, batch)
+    assert relative_error(gradient, everyone) > 10 * TOLERANCE
 
 
 def test_targets_that_are_given_are_not_asked_for() -> None:

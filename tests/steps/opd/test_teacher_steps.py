@@ -81,10 +81,10 @@ def of_gaussians(steps: int, networks: bool, t: int = 1) -> tuple[Targets, np.nd
     return jax.jit(partial(ask, Pieces(spec, gaussian)))(frozen, batch, jnp.asarray(x), level), x, level
 
 
-@pytest.mark.parametrize("networks", [False, True], ids=["adapters", "networks"])
+@pytest.mark.parametrize("networks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapters", "networks"])
 def test_the_target_converges_to_the_exact_flows_chord_in_first_order(networks: bool):
-    """Errors of m = 8, 16, 32, 64 steps: order between 0.9 and 1.1 by their slope, each below the one before."""
-    counts, errors = np.array([8, 16, 32, 64]), []
+    """Errors of m = 16, 32, 64 steps: order between 0.9 and 1.1 by their slope, each below the one before."""
+    counts, errors = np.array([16, 32, 64]), []
     for steps in counts:
         found, x, level = of_gaussians(int(steps), networks)
         exact = exact_chord(np.float64(x), np.float64(STD[ROUTE]), float(level.sigma), float(level.sigma_next))

@@ -70,5 +70,5 @@ def test_what_is_stored_of_a_rollout_knows_it() -> None:
 def test_it_scales_the_teachers_reward_and_not_the_advantage() -> None:
     gap, zero, advantage = jnp.asarray([2.0]), jnp.zeros(1), jnp.asarray([5.0])
     mixed = Objective("mixed", teacher_weight=0.5, task_weight=2.0)
-    found = distillation_loss(mixed, gap, zero, zero, zero, advantage, jnp.asarray([0.1]))
+    found = distillation_loss(mixed, gap, zero, zero, zero, advantage, jnp.asarray([0.1]))[0]
     np.testing.assert_allclose(found, [0.5 * 0.1 * 2 - 2 * 5.0], rtol=1e-6)
