@@ -76,7 +76,7 @@ REFERENCE = Student(fields={"eval.alone": False})
 RECIPES = {
     "Flow-OPD v1": "flow_opd_v1", "Flow-OPD v5": "flow_opd_v5", "Flow-OPD, its code": "flow_opd_code",
     "DiffusionOPD": "diffusion_opd", "DanceOPD": "dance_opd", "STEP-OPD": "step_opd", "GFD-OPD": "gfd_opd",
-    "PDM": "pdm", "CapField-OPD": "capfield_opd",
+    "PDM": "pdm", "CapField-OPD": "capfield_opd", "Flow-DPPO + OPD": "flow_dppo_opd",
 }  # fmt: skip
 CLASSIFIER = {"routing.method": "classifier"}
 COORDINATES = {"coordinates.rank": 32}
