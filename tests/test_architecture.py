@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "fopd_jax"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("main", "sample", "evaluate", "demonstrate", "benchmark", "compile_for", "notebook"),
+    ("main", "sample", "evaluate", "demonstrate", "benchmark", "compile_for", "notebook", "report"),
     ("stages",),
+    ("reporting",),
     ("evaluation",),
     ("running",),
     ("performance",),
