@@ -65,10 +65,9 @@ def gather(sources: Sources) -> Content:
     read = [read_evaluation(folder) for folder in sources.evaluations]
     cells = _distinct([each for kept, _ in read for each in kept])
     album = Album(sources.bytes)
-    with progress("pictures", sum(len(each.cell.records) for each in cells), "images") as count:
-        shown = [_run(run, album) for run in runs]
-        own = galleries(cells, album, sources.rows)
-        count(sum(len(each.cell.records) for each in cells))
+    shown = [_run(run, album) for run in runs]
+    with progress("pictures", sum(min(len(each.cell.records), sources.rows) for each in cells), "images") as count:
+        own = galleries(cells, album, sources.rows, count)
     problems = [*(line for run in runs for line in run.problems), *(line for _, said in read for line in said)]
     problems += album.problems
     report = report_table(runs)

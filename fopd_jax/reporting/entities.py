@@ -27,7 +27,8 @@ def unique_names(folders: Sequence[tuple[str, Path]]) -> list[str]:
         "/".join(folder.absolute().parts[-2:]) if not said and given.count(name) > 1 else name
         for name, (said, folder) in zip(given, folders, strict=True)
     ]
-    return [name if names.index(name) == k else f"{name} ({k + 1})" for k, name in enumerate(names)]
+    earlier = [names[:k].count(name) for k, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def named_folder(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fopd_jax.console import Progress
 from fopd_jax.evaluation.records import Record
 from fopd_jax.reporting.evaluations import Kept, Key, skills_of
 from fopd_jax.reporting.pictures import Album
@@ -11,23 +12,26 @@ from fopd_jax.reporting.reading import distinct
 LONGEST_PROMPT = 600
 
 
-def galleries(cells: Sequence[Kept], album: Album, most: int) -> list[dict[str, Any]]:
-    """`most`: rows of each; the rest is told, by number and by how rows were chosen."""
+def galleries(cells: Sequence[Kept], album: Album, most: int, count: Progress = lambda n: None) -> list[dict[str, Any]]:
+    """`most`: rows of each; the rest is told, by number and by how rows were chosen. `count`: told of images."""
     kinds = distinct((each.cell.suite, each.cell.setting) for each in cells)
     found = []
     for suite, setting in kinds:
         own = [each for each in cells if (each.cell.suite, each.cell.setting) == (suite, setting)]
-        found.append({"suite": suite, "setting": setting, **_gallery(own, album, most)})
+        found.append({"suite": suite, "setting": setting, **_gallery(own, album, most, count)})
     return found
 
 
-def _gallery(cells: Sequence[Kept], album: Album, most: int) -> dict[str, Any]:
+def _gallery(cells: Sequence[Kept], album: Album, most: int, count: Progress) -> dict[str, Any]:
     by_model = {each.cell.model: (each, each.by_key) for each in cells}
     keys = distinct(key for _, records in by_model.values() for key in records)
     skills = skills_of(cells)
     chosen = choose(keys, {model: records for model, (_, records) in by_model.items()}, skills, most)
     full = album.full
-    rows = [_row(key, by_model, album) for key in chosen]
+    rows = []
+    for key in chosen:
+        rows.append(_row(key, by_model, album))
+        count(len(rows[-1]["models"]))
     note = [f"{len(chosen)} of {len(keys)} rows are shown: half of them those on which models differ most, the others "
             "spread evenly"] if len(chosen) < len(keys) else []  # fmt: skip
     if album.full > full:

@@ -14,8 +14,8 @@ from fopd_jax.reporting.content import Content, Sources, gather
 from fopd_jax.reporting.page import render, to_json
 
 HOST = "127.0.0.1"
-EVERY = 5.0
-"""Seconds between two looks at the folders, and between two questions of a page."""
+EVERY, LEAST = 5.0, 0.1
+"""Seconds between two looks at the folders, and between two questions of a page, which are never fewer than `LEAST`."""
 
 
 class Answer(NamedTuple):
@@ -46,7 +46,7 @@ class Fresh:
         """None: there is nothing of that name."""
         content = self.content()
         if path in ("/", "/index.html"):
-            return Answer("text/html; charset=utf-8", render(content, self._every).encode())
+            return Answer("text/html; charset=utf-8", render(content, max(self._every, LEAST)).encode())
         if path == "/data.json":
             body = to_json(content.data).encode()
             return Answer("application/json", body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
@@ -72,8 +72,6 @@ def bind(port: int, fresh: Fresh) -> ThreadingHTTPServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
     def __init__(self, fresh: Fresh, *arguments: object) -> None:
         self._fresh = fresh
         super().__init__(*arguments)  # type: ignore[arg-type]

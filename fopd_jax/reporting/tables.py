@@ -107,20 +107,22 @@ def report_table(runs: Sequence[Run]) -> dict[str, Any] | None:
 
     A given model that several runs measured alike is one row. None: no run has a report.
     """
-    rows: list[dict[str, Any]] = []
-    given: dict[tuple[str, str], list[str]] = {}
     reported = [run for run in runs if run.models]
-    for run in reported:
-        if run.own:
-            rows.append(_row(run, run.own, run.name))
-        for model in run.models:
-            if model != run.own:
-                given.setdefault((model, repr(sorted(run.models[model].items()))), []).append(run.name)
-    names = [model for model, _ in given]
-    for (model, _), measured in given.items():
-        run = next(run for run in reported if run.name == measured[0])
-        label = model if names.count(model) == 1 else f"{model} ({measured[0]})"
-        rows.append({**_row(run, model, label), "given": True, "measured": measured})
+    rows = [_row(run, run.own, run.name) for run in reported if run.own]
+    given: list[dict[str, Any]] = []
+    for run, model in [(each, name) for each in reported for name in each.models if name != each.own]:
+        row = {**_row(run, model, model), "given": True, "measured": [run.name]}
+        known = next((each for each in given if each["label"] == model and _alike(each["cells"], row["cells"])), None)
+        if known is None:
+            given.append(row)
+        else:
+            known["measured"].append(run.name)
+            known["cells"] = {**row["cells"], **known["cells"]}
+    names = [row["label"] for row in given]
+    rows += [
+        row if names.count(row["label"]) == 1 else {**row, "label": f"{row['label']} ({row['measured'][0]})"}
+        for row in given
+    ]
     if not rows:
         return None
     skills = distinct(name for row in rows for name in row["cells"])
@@ -132,6 +134,12 @@ def report_table(runs: Sequence[Run]) -> dict[str, Any] | None:
         "suite": "Final reports of the runs", "setting": "", "skills": skills, "rows": rows, "pairs": {},
         "prompts": 0, "warnings": _unequal_reports(reported),
     }  # fmt: skip
+
+
+def _alike(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether two reports measured a model alike, in all skills that both have, and they have some."""
+    common = one.keys() & other.keys()
+    return bool(common) and all(one[skill] == other[skill] for skill in common)
 
 
 def _row(run: Run, model: str, label: str) -> dict[str, Any]:

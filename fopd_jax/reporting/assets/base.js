@@ -95,7 +95,7 @@ function swatch(name) {
 }
 
 function key(name, label = name) {
-  return [slot(name) === undefined ? null : swatch(name), el("span", {}, label)].filter(Boolean);
+  return el("span", { className: "who" }, slot(name) === undefined ? null : swatch(name), el("span", {}, label));
 }
 
 // ---- controls

@@ -79,7 +79,7 @@ function gallerySection() {
       const of = row.models[model];
       const picture = of?.image ? image(of.image, `${model}: ${row.prompt}`) : el("span", { className: "none" }, of ? "no image" : "not made");
       return el("figure", {}, el("button", { type: "button", "aria-label": `Enlarge ${model}: ${row.prompt}`, on: { click: () => pressed?.(model) } }, picture),
-        el("figcaption", {}, el("span", { className: "who" }, ...key(model)), el("ul", {},
+        el("figcaption", {}, key(model), el("ul", {},
           ...Object.entries(of?.scores ?? {}).sort(([a], [b]) => (b === local.skill) - (a === local.skill)).map(([name, value]) => el("li", { className: `${name === local.skill ? "key-score" : ""}${name === local.skill && value === most ? " top" : ""}` }, el("span", {}, name), el("span", {}, score(value)))),
           ...Object.entries(of?.failed ?? {}).map(([name, why]) => el("li", { title: why }, el("span", {}, name), el("span", {}, "failed"))))));
     }));

@@ -21,7 +21,7 @@ function legend() {
       state.hidden.has(name) ? state.hidden.delete(name) : state.hidden.add(name);
       button.setAttribute("aria-pressed", String(visible(name)));
       redrawAll();
-    } } }, ...key(name));
+    } } }, key(name));
     return el("li", {}, button);
   }));
 }

@@ -23,7 +23,7 @@ function runCard(of) {
   const about = [`folder: ${of.folder}`, ...Object.entries(of.about).map(([name, value]) => `${name}: ${value}`)].join("\n");
   const pictures = Object.entries(of.pictures).map(([name, picture]) => el("details", {}, el("summary", {}, name === "health" ? "Health of its teachers" : `Its ${name}`), image(picture, `${name} of ${of.name}`, "picture")));
   return el("div", { className: "card" },
-    el("h3", {}, ...key(of.name), of.status && el("span", { className: `chip ${kind}` }, of.status.slice(0, 40))),
+    el("h3", {}, key(of.name), of.status && el("span", { className: `chip ${kind}` }, of.status.slice(0, 40))),
     of.steps > 0 && of.status !== "finished" && el("progress", { max: of.steps, value: Math.min(of.step, of.steps), "aria-label": `${of.name}: step ${of.step} of ${of.steps}` }),
     el("dl", { className: "facts" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     ...pictures,
@@ -152,7 +152,7 @@ function gapsSection() {
   const table = within(() => fixed().length ? el("div", { className: "card" }, el("h3", {}, "At fixed states"), el("p", { className: "small" }, "Newest gaps at states that do not move with the student, by noise level: along the teachers' trajectories (teacher), at noised images (data)."),
     sorted("Gaps at fixed states", "Run, task and states", levels.map((level) => ({ name: level, title: `${level} noise`, value: (row) => row.values[level], cell: (row) => el("td", { tabIndex: -1 }, el("span", { className: "value" }, show(row.values[level]))) })),
       fixed().filter((of) => visible(of.name)).flatMap((of) => Object.entries(of.fixed).map(([name, values]) => ({ of, name, values }))), { column: null },
-      { label: { value: (row) => `${row.of.name} ${row.name}`, cell: (row) => el("th", { scope: "row", tabIndex: -1 }, ...key(row.of.name, `${row.of.name}: ${row.name}`)) } })) : null);
+      { label: { value: (row) => `${row.of.name} ${row.name}`, cell: (row) => el("th", { scope: "row", tabIndex: -1 }, key(row.of.name, `${row.of.name}: ${row.name}`)) } })) : null);
   body.append(...(tasks().length ? [el("div", { className: "controls" }, slider("Progress of training", { min: 0, max: 1, step: 0.02, value: 1 }, (value) => { local.at = value; grid.redraw(); }, percent), tick("logarithmic", false, (on) => { local.log = on; grid.redraw(); })), grid] : []), table);
   return () => { grid.redraw(); table.redraw(); };
 }
@@ -172,7 +172,7 @@ function costSection() {
     ["goodput", (of) => of.seconds.step / (of.hours * 3600) || null, (of) => percent(of.seconds.step / (of.hours * 3600))], ["starts", (of) => of.starts || null, (of) => show(of.starts)],
   ].map(([name, value, text]) => ({ name, value, cell: (of) => el("td", { tabIndex: -1 }, el("span", { className: "value" }, value(of) === null || value(of) === undefined ? "–" : text(of))) }));
   const table = within(() => el("div", { className: "card" }, sorted("Cost of runs", "Run", columns, DATA.runs.filter((of) => visible(of.name)), order, {
-    label: { value: (of) => of.name, cell: (of) => el("th", { scope: "row", tabIndex: -1, tip: () => Object.entries(of.devices).map(([name, count]) => `${count} × ${name}`).join(", ") }, ...key(of.name)) } })));
+    label: { value: (of) => of.name, cell: (of) => el("th", { scope: "row", tabIndex: -1, tip: () => Object.entries(of.devices).map(([name, count]) => `${count} × ${name}`).join(", ") }, key(of.name)) } })));
   const bars = within(() => {
     const runs = DATA.runs.filter((of) => visible(of.name) && of.hours);
     if (!runs.length) return null;

@@ -80,8 +80,7 @@ function scoreTable(table) {
       table.warnings.map((line) => el("p", { className: "warning" }, `Not like with like: ${line}`)),
       compared && el("div", { className: "controls" }, compared),
       sorted(titleOf(table), "Model", columns, rows, kept.order, {
-        label: { value: (row) => row.label, cell: (row) => el("th", { scope: "row", tabIndex: -1, tip: () => rowTip(row) },
-          el("span", { className: "who" }, ...key(row.entity, row.label))) },
+        label: { value: (row) => row.label, cell: (row) => el("th", { scope: "row", tabIndex: -1, tip: () => rowTip(row) }, key(row.entity, row.label)) },
         rowClass: (row) => (row.given ? "given" : ""),
       }),
       el("p", { className: "small" }, legendOf(table)));
