@@ -22,7 +22,7 @@ function gallerySection() {
   function offer() {
     const { skills, models, rows } = current();
     if (!skills.includes(local.skill)) local.skill = skills[0] ?? "";
-    if (!models.includes(local.one)) local.one = models.find((name) => /student/i.test(name)) ?? models.find((name) => run(name)) ?? models.find((name) => !/^base|teacher/i.test(name)) ?? models[models.length - 1];
+    if (!models.includes(local.one)) local.one = models.find((name) => /student/i.test(name)) ?? models.find((name) => run(name)?.stage === "opd") ?? models.find((name) => run(name)) ?? models.find((name) => !/^base|teacher/i.test(name)) ?? models[models.length - 1];
     if (!models.includes(local.other)) local.other = models.find((name) => /teacher/i.test(name) && name !== local.one) ?? models.find((name) => name !== local.one) ?? local.one;
     const tags = [...new Set(rows.flatMap((row) => Object.entries(row.tags).map(([name, value]) => `${name}: ${value}`)))].sort();
     if (!tags.includes(local.tag)) local.tag = "";

@@ -74,12 +74,12 @@ function seesawSection() {
   const grid = within(() => el("div", { className: "grid" }, ...DATA.skills.map((skill) => plot(skill,
     lineChart(() => [...runsWith(`eval/${skill}`).map((name) => line(name, curveOf(`eval/${skill}`, name))), ...references(skill)], { xTitle: AXES[state.axis] }), latest(`eval/${skill}`)))));
   const plane = within(() => plot(`${local.b} against ${local.a}`, () => {
-    const datasets = runsWith(`eval/${local.a}`).filter((name) => DATA.curves[`eval/${local.b}`]?.[name]).map((name) => line(name, path(name, local.a, local.b)));
+    const datasets = runsWith(`eval/${local.a}`).filter((name) => DATA.curves[`eval/${local.b}`]?.[name]).map((name) => { const points = path(name, local.a, local.b); return line(name, points, { pointRadius: points.map((_, at) => (at === points.length - 1 ? 7 : 3)) }); });
     const made = lineChart(() => datasets, { xTitle: local.a, yTitle: local.b })();
     made.options.interaction = { mode: "nearest", intersect: false, axis: "xy" };
     made.options.plugins.tooltip.callbacks.label = (item) => ` ${item.dataset.label}: ${local.a} ${score(item.raw.x)}, ${local.b} ${score(item.raw.y)}`;
     return made;
-  }, "A path through training for every run", { tall: true, note: "A run's path through its evaluations; its last point is filled last. Up and to the right is better at both." }));
+  }, "A path through training for every run", { tall: true, note: "A run's path through its evaluations; the large point is the newest. Up and to the right is better at both." }));
   const skill = (letter) => choice(letter === "a" ? "Across" : "Up", DATA.skills, local[letter], (value) => { local[letter] = value; plane.redraw(); });
   const [across, up] = [skill("a"), skill("b")];
   body.append(el("div", { className: "controls" }, axis), grid, ...(DATA.skills.length > 1 ? [el("div", { className: "controls" }, across, up), plane] : []));
