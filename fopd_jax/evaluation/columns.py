@@ -89,11 +89,8 @@ def average_of(cells: Sequence[Cell]) -> Column:
         return Column(AVERAGE, {}, note=f"no average: no {GENEVAL_SCORES['official']} on geneval")
     shared = not {"prompts", "samples"} & differences(deqa, pickscore).keys()  # then a prompt is drawn for both
     parts = {f"geneval {name}": _scaled(part, 1 / 4) for name, part in whole.parts.items()}
-    for cell, unit, pool in (
-        (ocr, 1.0, "ocr"),
-        (deqa, 5.0, "deqa"),
-        (pickscore, 26.0, "deqa" if shared else "pickscore"),
-    ):
+    pools = ("ocr", "deqa", "deqa" if shared else "pickscore")
+    for cell, unit, pool in zip((ocr, deqa, pickscore), (1, 5, 26), pools, strict=True):
         records, names = by_image(cell), (cell.suite,)
         if problem := _problem(records, names):
             return Column(AVERAGE, {}, note=f"no average: {problem}")
@@ -199,12 +196,15 @@ def _part(
     asked: Callable[[Record], tuple[str, ...]],
     by_prompt: bool = False,
 ) -> Part:
-    """Of each image the mean of the scores that are asked of it; it failed if one of them did."""
+    """Of each image the mean of the scores that are asked of it; it failed if one of them did.
+
+    What failed under a reward's name, such as `geneval`, has none of its scores either, such as `geneval/official`.
+    """
     values: dict[Key, float] = {}
     failed: dict[Key, str] = {}
     for (prompt, sample), record in records.items():
         names, key = asked(record), (pool, prompt, sample)
-        if wrong := [name for name in names if name in record.failed]:
+        if wrong := [each for name in names for each in (name, name.partition("/")[0]) if each in record.failed]:
             failed[key] = record.failed[wrong[0]]
         elif all(name in record.scores for name in names):
             values[key] = sum(record.scores[name] for name in names) / len(names)

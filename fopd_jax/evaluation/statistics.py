@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 def estimate(of: Sums) -> float:
     """The number; NaN where a term has no value at all."""
-    return float(_combine(of.sums.sum(0), of.counts.sum(0), of.weights))
+    return float(_combine(of.sums.sum(0)[None], of.counts.sum(0)[None], of.weights)[0])
 
 
 def interval(of: Sums, confidence: float = CONFIDENCE) -> Interval:
@@ -104,8 +104,8 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _combine(
-    sums: Float[np.ndarray, "*r t"], counts: Float[np.ndarray, "*r t"], weights: Float[np.ndarray, " t"]
-) -> Float[np.ndarray, "*r"]:
+    sums: Float[np.ndarray, "r t"], counts: Float[np.ndarray, "r t"], weights: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, " r"]:
     with np.errstate(divide="ignore", invalid="ignore"):
         return (sums / counts) @ weights
 
