@@ -17,6 +17,8 @@ from fopd_jax.evaluation.statistics import Sums
 
 CHOICES: tuple[str, ...] = ("prompts", "samples", *(field.name for field in dataclasses.fields(Settings)))
 """What two cells of a suite can be unequal in."""
+OWN_GUIDANCE = "guidance own"
+"""In the name of a setting at which each model has the scale that it is for: there scales may be unequal."""
 Key = tuple[str, str, int]
 """Of an image: its pool of prompts (the suite's name, as a rule), prompt and sample."""
 
@@ -63,7 +65,8 @@ def differences(one: Cell, other: Cell) -> dict[str, str]:
             found["samples"] = f"{counts[0]} and {counts[1]} of prompt {name!r}, or of other numbers"
             break
     values = [dataclasses.asdict(each.settings) for each in (one, other)]
-    unequal = (name for name in values[0] if values[0][name] != values[1][name])
+    asked = {"guidance"} if OWN_GUIDANCE in one.setting and OWN_GUIDANCE in other.setting else set()
+    unequal = (name for name in values[0] if values[0][name] != values[1][name] and name not in asked)
     return {**found, **{name: f"{_plain(values[0][name])} and {_plain(values[1][name])}" for name in unequal}}
 
 

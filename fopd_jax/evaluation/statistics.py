@@ -17,7 +17,8 @@ from jaxtyping import Float, Int, Int8, UInt8
 CONFIDENCE, RESAMPLES, SEED = 0.95, 10_000, 0
 EXACT = 12
 """Up to so many prompts that differ all patterns of signs are tried, 4,096 at most; beyond, `RESAMPLES` random ones."""
-_CHUNK = 1000
+_CHUNK = 100
+"""Draws that are counted or multiplied at once, so that they stay in the cache."""
 _ROUNDING = 1e-9  # by the sum of all sizes: differences that are equal but for rounding are equal
 
 
@@ -111,7 +112,7 @@ def _combine(
 
 
 def _times(drawn: UInt8[np.ndarray, "r p"] | Int8[np.ndarray, "r p"], rows: Float[np.ndarray, "p k"]) -> np.ndarray:
-    """Their product `[r, k]`, part by part: as float64 all draws at once would be large."""
+    """Their product `[r, k]`, part by part."""
     parts = range(0, len(drawn), _CHUNK)
     return np.concatenate([drawn[start : start + _CHUNK].astype(np.float64) @ rows for start in parts])
 
@@ -128,8 +129,13 @@ def _drawn(size: int, stratum: int) -> UInt8[np.ndarray, "r p"]:
     ])  # fmt: skip
 
 
-@functools.lru_cache(maxsize=32)
 def _signs(size: int) -> Int8[np.ndarray, "r p"]:
+    """Of so many prompts; the first of those of a power of two, which few sizes share a draw of."""
+    return _all_signs(1 << (size - 1).bit_length())[:, :size]
+
+
+@functools.lru_cache(maxsize=8)
+def _all_signs(size: int) -> Int8[np.ndarray, "r p"]:
     rng = np.random.default_rng((SEED, size))
     return 2 * rng.integers(2, size=(RESAMPLES, size), dtype=np.int8) - 1
 

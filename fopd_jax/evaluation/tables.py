@@ -138,19 +138,23 @@ def _lead(lead: Difference | None) -> Entry | None:
 
 
 def spell_cells(cells: Sequence[Cell], suite: str, settings: Sequence[str]) -> str:
-    """How many images a suite has, and how they were made; setting by setting, and model by model where they differ."""
-    suites = {suite} if any(cell.suite == suite for cell in cells) else {cell.suite for cell in cells}
-    said = []
-    for setting in settings:
-        own = [cell for cell in cells if cell.suite in suites and cell.setting == setting]
-        by_text: dict[str, list[str]] = {}
-        for cell in own:
-            text = f"{spell_size(cell)}; {spell_settings(cell.settings)}"
-            by_text.setdefault(f"{cell.suite}: {text}" if len(suites) > 1 else text, []).append(cell.model)
-        models = {cell.model for cell in own}
-        each = [text if {*named} == models else f"{', '.join(named)}: {text}" for text, named in by_text.items()]
-        said.append(f"{setting}: {'; '.join(each)}." if len(settings) > 1 else f"{'; '.join(each)}.")
-    return " ".join(said)
+    """How many images a suite has and how they were made: what all cells have in common, then what they have not."""
+    found = [cell for cell in cells if cell.suite == suite] or list(cells)  # the average is of several suites
+    found = [cell for cell in found if cell.setting in settings]
+    parts = [[spell_size(cell), *spell_settings(cell.settings)] for cell in found]
+    common = [part for part in parts[0] if all(part in each for each in parts)]
+    rest: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for cell, each in zip(found, parts, strict=True):
+        text = ", ".join(part for part in each if part not in common)
+        rest.setdefault((cell.suite, cell.setting), {}).setdefault(text, []).append(cell.model)
+    several = len({place[0] for place in rest}) > 1, len({place[1] for place in rest}) > 1
+    said = [", ".join(common)] if common else []
+    for place, texts in rest.items():
+        names = [name for name, is_told in zip(place, several, strict=True) if is_told]
+        for text, models in texts.items():
+            label = [*names, *(models if len(texts) > 1 else ())]
+            said += [f"{', '.join(label)}: {text}"] if text else []
+    return "; ".join(said) + "."
 
 
 def spell_size(cell: Cell) -> str:
@@ -162,8 +166,8 @@ def spell_size(cell: Cell) -> str:
     return f"{len(counts)} prompts, {len(cell.records)} images"
 
 
-def spell_settings(settings: Settings) -> str:
-    """Everything that images depend on beside their prompts, in words; of pictures made elsewhere what is known."""
+def spell_settings(settings: Settings) -> list[str]:
+    """All that images depend on beside their prompts, in words; of pictures made elsewhere what is known."""
     given = settings.sampler == "given"
     parts = {
         "sampler": "images made elsewhere" if given else f"sampler {settings.sampler}",
@@ -176,4 +180,4 @@ def spell_settings(settings: Settings) -> str:
         "rewritten": "prompts rewritten" if settings.rewritten else "",
     }
     known = dataclasses.asdict(settings)
-    return ", ".join(text for name, text in parts.items() if text and (known[name] or not given))
+    return [text for name, text in parts.items() if text and (known[name] or not given)]
