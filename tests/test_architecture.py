@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "fopd_jax"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("main", "sample", "evaluate", "demonstrate", "benchmark", "compile_for", "notebook", "report"),
+    ("main", "sample", "evaluate", "demonstrate", "compare", "benchmark", "compile_for", "notebook", "report"),
     ("stages",),
     ("reporting",),
     ("evaluation",),
