@@ -1,20 +1,24 @@
 """All that a page shows, as one value of JSON types: numbers in `data`, pictures by name beside it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fopd_jax import __version__
 from fopd_jax.console import progress
+from fopd_jax.evaluation.records import RECORDS_FILE, SETTINGS_FILE
 from fopd_jax.reporting import curves
 from fopd_jax.reporting.differences import differences
 from fopd_jax.reporting.entities import DARK, LIGHT, slots, unique_names
 from fopd_jax.reporting.evaluations import Kept, is_evaluation, read_evaluation
+from fopd_jax.reporting.final_reports import report_tables
 from fopd_jax.reporting.galleries import galleries
 from fopd_jax.reporting.pictures import WIDE, Album
 from fopd_jax.reporting.reading import Problems
-from fopd_jax.reporting.tables import evaluation_tables, report_table
+from fopd_jax.reporting.tables import evaluation_tables
 from fopd_jax.reporting.workdirs import Run, is_workdir, read_run
 
 HOUR = 3600.0
@@ -62,29 +66,54 @@ def gather(sources: Sources) -> Content:
     names = unique_names(sources.runs)
     folders = [folder for _, folder in sources.runs]
     runs = [read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
-    read = [read_evaluation(folder) for folder in sources.evaluations]
-    cells = _distinct([each for kept, _ in read for each in kept])
-    album = Album(sources.bytes)
+    stamps = tuple(stamp for folder in sources.evaluations for stamp in _stamps(folder))
+    found = _evaluated(sources.evaluations, stamps, sources.rows, sources.bytes)
+    album = Album(max(sources.bytes - sum(map(len, found.pictures.values())), 0))
     shown = [_run(run, album) for run in runs]
-    with progress("pictures", sum(min(len(each.cell.records), sources.rows) for each in cells), "images") as count:
-        own = galleries(cells, album, sources.rows, count)
-    problems = [*(line for run in runs for line in run.problems), *(line for _, said in read for line in said)]
-    problems += album.problems
-    report = report_table(runs)
+    problems = [*(line for run in runs for line in run.problems), *found.problems, *album.problems]
     data = {
         "title": sources.title,
         "version": __version__,
         "runs": shown,
-        "slots": slots(runs, cells),
+        "slots": slots(runs, found.cells),
         "colours": {"light": LIGHT, "dark": DARK},
-        "tables": [*evaluation_tables(cells), *([report] if report else [])],
+        "tables": [*found.tables, *report_tables(runs)],
         "curves": curves.curves(runs),
         "skills": curves.skills(runs),
-        "galleries": own,
+        "galleries": found.galleries,
         "fields": differences(runs),
         "problems": problems,
     }
-    return Content(data, album.pictures, problems)
+    return Content(data, {**found.pictures, **album.pictures}, problems)
+
+
+class _Evaluated(NamedTuple):
+    cells: list[Kept]
+    tables: list[dict[str, Any]]
+    galleries: list[dict[str, Any]]
+    pictures: Mapping[str, str]
+    problems: Problems
+
+
+def _stamps(out: Path) -> Iterator[tuple[str, int, int]]:
+    """What changes with an evaluation's records, of which all else is made."""
+    for path in sorted((*out.glob(f"*/*/*/{SETTINGS_FILE}"), *out.glob(f"*/*/*/{RECORDS_FILE}"))):
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            yield str(path), found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=2)
+def _evaluated(folders: tuple[Path, ...], stamps: tuple[Any, ...], rows: int, most: int) -> _Evaluated:
+    """`stamps`: so that it is made again where something has changed, and nowhere else: intervals take a while."""
+    del stamps
+    read = [read_evaluation(folder) for folder in folders]
+    cells, album = _distinct([each for kept, _ in read for each in kept]), Album(most)
+    with progress("pictures", sum(min(len(each.cell.records), rows) for each in cells), "images") as count:
+        shown = galleries(cells, album, rows, count)
+    tables, unfit = evaluation_tables([each.cell for each in cells])
+    problems = [*(line for _, said in read for line in said), *unfit, *album.problems]
+    return _Evaluated(cells, tables, shown, album.pictures, problems)
 
 
 def _run(run: Run, album: Album) -> dict[str, Any]:

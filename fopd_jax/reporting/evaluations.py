@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float
-
 from fopd_jax.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Cell, Record, Settings
 from fopd_jax.reading import real_path
 from fopd_jax.reporting.reading import Problems, as_number, as_object, distinct, numbers_of, read_lines, read_object
@@ -56,26 +53,6 @@ def read_evaluation(out: Path) -> tuple[list[Kept], Problems]:
 def skills_of(cells: Sequence[Kept]) -> list[str]:
     """Names of their scores, failed ones too."""
     return distinct(name for each in cells for record in each.cell.records for name in (*record.scores, *record.failed))
-
-
-def prompts_of(cells: Sequence[Kept]) -> list[str]:
-    """Identities of the prompts that any of them has."""
-    return distinct(record.prompt_id for each in cells for record in each.cell.records)
-
-
-def score_matrix(kept: Kept, skill: str, prompts: Sequence[str], samples: int) -> Float[np.ndarray, "prompts samples"]:
-    """Scores by prompt and sample, NaN where there is none."""
-    found = np.full((len(prompts), samples), np.nan)
-    place = {prompt: row for row, prompt in enumerate(prompts)}
-    for record in kept.cell.records:
-        if skill in record.scores and 0 <= record.sample < samples:
-            found[place[record.prompt_id], record.sample] = record.scores[skill]
-    return found
-
-
-def most_samples(cells: Sequence[Kept]) -> int:
-    """Of a prompt."""
-    return 1 + max((record.sample for each in cells for record in each.cell.records), default=0)
 
 
 def _read_cell(folder: Path) -> tuple[Cell | None, Problems]:

@@ -107,10 +107,26 @@ class Run:
         return [path for name in PICTURES if (path := self.folder / name).is_file()]
 
     @property
-    def models(self) -> Mapping[str, Mapping[str, float]]:
-        """Means of the final report by model and skill."""
-        found = {name: numbers_of(each) for name, each in as_object(self.results.get("models")).items()}
+    def settings(self) -> Sequence[str]:
+        """Names of the other settings that the final report was made at."""
+        return list(as_object(self.results.get("settings")))
+
+    def measured(self, setting: str = "") -> Mapping[str, Mapping[str, float]]:
+        """Means of the final report by model and skill, at the run's own setting or another one."""
+        found = {name: numbers_of(each) for name, each in as_object(self._report(setting).get("models")).items()}
         return {name: each for name, each in found.items() if each}
+
+    def failed(self, setting: str = "") -> Mapping[str, Any]:
+        """By model and skill how many scores failed."""
+        return as_object(self._report(setting).get("failed"))
+
+    def _report(self, setting: str) -> Mapping[str, Any]:
+        return as_object(as_object(self.results.get("settings")).get(setting)) if setting else self.results
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, float]]:
+        """Those of the run's own setting."""
+        return self.measured()
 
     @property
     def own(self) -> str:

@@ -1,4 +1,4 @@
-"""Tables: means, marks, pairs, and what makes a comparison unfair."""
+"""Tables of evaluations: columns and intervals as tables have them, marks, pairs, and what is unfair."""
 
 import dataclasses
 from pathlib import Path
@@ -6,93 +6,99 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fopd_jax.reporting.evaluations import Kept, read_evaluation
-from fopd_jax.reporting.intervals import Interval
-from fopd_jax.reporting.tables import compared, evaluation_tables, mark, report_table, unequal
-from fopd_jax.reporting.workdirs import read_run
+from fopd_jax.evaluation.columns import columns_of
+from fopd_jax.evaluation.comparison import sums_of
+from fopd_jax.evaluation.records import Cell, read_cells
+from fopd_jax.evaluation.statistics import Interval, interval
+from fopd_jax.reporting.tables import evaluation_tables, mark, unequal
 from tests.reporting import made
 
 
 @pytest.fixture
-def cells(tmp_path: Path) -> list[Kept]:
-    return read_evaluation(made.make_evaluation(tmp_path / "eval", prompts=60, side=8))[0]
+def cells(tmp_path: Path) -> list[Cell]:
+    return read_cells(made.make_evaluation(tmp_path / "eval", prompts=60, side=8))
 
 
-def test_an_evaluation_has_means_intervals_pairs_and_failures(cells: list[Kept]):
-    (table,) = evaluation_tables(cells)
-    assert table["skills"] == ["geneval", "pickscore", "ocr"]
+def test_an_evaluation_has_means_intervals_pairs_and_failures(cells: list[Cell]):
+    (table,), problems = evaluation_tables(cells)
+    assert problems == []
+    assert table["skills"] == ["geneval", "ocr", "pickscore"]
     rows = {row["label"]: row for row in table["rows"]}
-    for kept in cells:
-        cell = rows[kept.cell.model]["cells"]["ocr"]
-        scores = [record.scores["ocr"] for record in kept.cell.records if "ocr" in record.scores]
-        assert cell["mean"] == pytest.approx(np.mean(scores))
-        assert (cell["images"], cell["failed"], cell["why"]) == (59, 1, "server gone")
-        assert cell["low"] < cell["mean"] < cell["high"]
+    for cell in cells:
+        shown = rows[cell.model]["cells"]["ocr"]
+        scores = [record.scores["ocr"] for record in cell.records if "ocr" in record.scores]
+        assert shown["mean"] == pytest.approx(np.mean(scores))
+        assert (shown["images"], shown["failed"], shown["why"]) == (59, 1, "server gone")
+        sums = sums_of(next(column for column in columns_of(cell) if column.name == "ocr"))
+        assert sums is not None
+        assert (shown["mean"], shown["low"], shown["high"]) == interval(sums)
     best = max(rows, key=lambda label: rows[label]["cells"]["geneval"]["mean"])
     assert [label for label in rows if rows[label]["cells"]["geneval"].get("mark") == "best"] == [best]
     assert "mark" not in rows["base"]["cells"]["geneval"]
-    pair = table["pairs"]["geneval"]["opd"]["base"]
+    pair, other = table["pairs"]["geneval"]["opd"]["base"], table["pairs"]["geneval"]["base"]["opd"]
     means = [rows[label]["cells"]["geneval"]["mean"] for label in ("opd", "base")]
-    assert pair.mean == pytest.approx(means[0] - means[1])
-    assert table["pairs"]["geneval"]["base"]["opd"].mean == pytest.approx(-pair.mean)
+    assert pair.value == pytest.approx(means[0] - means[1])
+    assert other == (-pair.value, -pair.high, -pair.low)
     assert table["warnings"] == []
 
 
-def test_pairs_are_of_the_images_that_both_have():
-    one, other = np.asarray([[1.0], [2.0], [np.nan]]), np.asarray([[0.5], [np.nan], [7.0]])
-    assert compared({"a": one, "b": other})["a"]["b"] == (0.5, None, None, 1)
-    assert compared({"a": one, "b": np.full((3, 1), np.nan)}) == {}
+def test_published_columns_and_the_average_are_those_of_tables(cells: list[Cell]):
+    """GenEval's tag means, its tags in a table of their own, and the paper's average of four suites."""
+    own = cells[0]
+
+    def suite(name: str, scores: dict[str, float]) -> Cell:
+        records = [dataclasses.replace(record, scores=scores, failed={}) for record in own.records]
+        return dataclasses.replace(own, suite=name, records=records)
+
+    four = [
+        suite("geneval", {"geneval": 0.5, "geneval/official": 1.0}), suite("ocr", {"ocr": 0.5}),
+        suite("deqa", {"deqa": 4.0}), suite("pickscore", {"pickscore": 19.5}),
+    ]  # fmt: skip
+    tables, problems = evaluation_tables(four)
+    assert problems == []
+    titles = [(table["suite"], table["setting"].removeprefix(own.setting)) for table in tables]
+    assert titles == [
+        ("average", ""),
+        ("geneval", ""),
+        ("geneval", ", by tag"),
+        ("ocr", ""),
+        ("deqa", ""),
+        ("pickscore", ""),
+    ]
+    average = tables[0]["rows"][0]["cells"]["average"]
+    assert average["mean"] == pytest.approx((1.0 + 0.5 + 4 / 5 + 19.5 / 26) / 4)
+    assert tables[1]["skills"][:2] == ["official tag mean", "official image mean"]
+    assert "tag means are of" in tables[1]["notes"][0]
+
+
+def test_a_cell_that_no_columns_can_be_made_of_is_told(cells: list[Cell]):
+    broken = dataclasses.replace(cells[0], records=[*cells[0].records, cells[0].records[0]])
+    (table,), problems = evaluation_tables([broken, *cells[1:]])
+    assert [row["label"] for row in table["rows"]] == [cell.model for cell in cells[1:]]
+    assert len(problems) == 1
+    assert "is there twice" in problems[0]
+    assert evaluation_tables([broken])[0] == []
+    assert evaluation_tables([]) == ([], [])
 
 
 def test_ties_are_all_best_and_leads_that_may_be_none_are_level():
-    rows = [
-        {"label": name, "cells": {"s": {"mean": mean}}} for name, mean in (("a", 2.0), ("b", 2.0), ("c", 1.9), ("d", 1))
-    ]
-    pairs = {"a": {"c": Interval(0.1, -0.1, 0.3, 9), "d": Interval(1.0, 0.5, 1.5, 9)}}
+    means = {"a": 2.0, "b": 2.0, "c": 1.9, "d": 1.0}
+    rows = [{"label": name, "cells": {"s": {"mean": mean}}} for name, mean in means.items()]
+    pairs = {"a": {"c": Interval(0.1, -0.1, 0.3), "d": Interval(1.0, 0.5, 1.5)}}
     mark(rows, "s", pairs)
     assert [row["cells"]["s"].get("mark") for row in rows] == ["best", "best", "level", None]
 
 
 def test_a_column_with_one_value_has_no_best():
-    rows = [{"label": "a", "cells": {"s": {"mean": 2.0}}}, {"label": "b", "cells": {"s": {}}}]
+    rows = [{"label": "a", "cells": {"s": {"mean": 2.0}}}, {"label": "b", "cells": {}}]
     mark(rows, "s", {})
     assert "mark" not in rows[0]["cells"]["s"]
 
 
-def test_unequal_settings_and_prompts_are_told(cells: list[Kept]):
+def test_unequal_settings_and_prompts_are_told(cells: list[Cell]):
     assert unequal(cells) == []
-    cell = cells[0].cell
-    settings = dataclasses.replace(cell.settings, guidance=1.0)
-    other = Kept(dataclasses.replace(cell, settings=settings, records=cell.records[1:]), cells[0].folder)
+    settings = dataclasses.replace(cells[0].settings, guidance=1.0)
+    other = dataclasses.replace(cells[0], settings=settings, records=cells[0].records[1:])
     said = unequal([other, cells[1]])
-    assert said[0] == "guidance differs: base 1.0, grpo-mix 4.5"
-    assert said[1].startswith("not the same prompts and samples; images: base 59, grpo-mix 60")
-
-
-def test_reports_of_runs_share_the_models_that_they_measured_alike(tmp_path: Path):
-    runs = [read_run(name, made.make_run(tmp_path / name, name)) for name in made.ENDS]
-    table = report_table(runs)
-    assert table is not None
-    assert [row["label"] for row in table["rows"]] == ["opd", "opd-direct", "grpo-mix", "base"]
-    base = table["rows"][-1]
-    assert base["measured"] == ["opd", "opd-direct", "grpo-mix"]
-    assert base["given"]
-    marks = {skill: [row["cells"][skill].get("mark") for row in table["rows"]] for skill in made.SKILLS}
-    assert marks == {
-        "geneval": ["best", None, None, None],
-        "ocr": [None, "best", None, None],
-        "pickscore": [None, None, "best", None],
-    }  # fmt: skip
-    assert table["rows"][0]["leads"]["base"]["ocr"].mean == pytest.approx(0.4, abs=5e-4)
-    assert table["rows"][0]["settings"]["guidance"] == 4.5
-    assert report_table(runs[3:]) is None
-
-
-def test_given_models_that_differ_keep_their_runs_names(tmp_path: Path):
-    runs = [read_run(name, made.make_run(tmp_path / name, name)) for name in ("opd", "grpo-mix")]
-    models = {"base": {"geneval": 0.1}, "student": {"geneval": 0.2}}
-    runs[1] = dataclasses.replace(runs[1], results={"models": models}, config={"eval.guidance": 1.0})
-    table = report_table(runs)
-    assert table is not None
-    assert [row["label"] for row in table["rows"]] == ["opd", "grpo-mix", "base (opd)", "base (grpo-mix)"]
-    assert table["warnings"] == ["eval.guidance differs: opd 4.5, grpo-mix 1.0"]
+    assert said[0].startswith("prompts of base and grpo-mix: 59 and 60 prompts")
+    assert said[1] == "guidance of base and grpo-mix: 1 and 4.5"

@@ -83,7 +83,7 @@ function scoreTable(table) {
         label: { value: (row) => row.label, cell: (row) => el("th", { scope: "row", tabIndex: -1, tip: () => rowTip(row) }, key(row.entity, row.label)) },
         rowClass: (row) => (row.given ? "given" : ""),
       }),
-      el("p", { className: "small" }, legendOf(table)));
+      el("p", { className: "small" }, [legendOf(table), ...table.notes].join(" ")));
   }
   draw();
   return card;
