@@ -285,6 +285,30 @@ def test_screenshots(
     assert (folder / f"report_{name}.png").stat().st_size <= 200_000
 
 
+def test_any_part_alone_is_a_page(opened: Any, folders: Path, tmp_path: Path):
+    """Runs alone, one that has written nothing but its results, models alone, and names that look like markup."""
+    only = tmp_path / "only"
+    only.mkdir()
+    made.write(only / "results.json", {"models": {"base": {"a": 1.0}, "student": {"a": 2.0, "b": None}}})
+    begun = tmp_path / "<img src=x onerror=alert(1)>"
+    begun.mkdir()
+    made.write(begun / "config.json", {"stage": "</script><b>", "tasks": "{{ 1 }}"})
+    made.lines(
+        begun / "metrics.jsonl", [{"step": 1, "train/loss": float("nan"), "eval/<i>": 1.0, "train/gap/a/t00": 1.0}]
+    )
+    odd = (("", begun), ("", only))
+    for shown in (Sources(odd), Sources(odd[:1]), Sources(odd[1:]), Sources((), (folders / "eval",))):
+        (tmp_path / "page.html").write_text(render(gather(shown)), encoding="utf-8")
+        opened.get((tmp_path / "page.html").as_uri())
+        show_everything(opened)
+        for name in ("steps", "Radar"):
+            for button in [each for each in all_of(opened, ".segments button") if each.text == name]:
+                button.send_keys(Keys.ENTER)
+        assert all_of(opened, "main section")
+        assert not all_of(opened, "main b, main i, main section img[src='x']")
+        assert errors_of(opened) == []
+
+
 def test_a_served_page_follows_its_run(browser: Any, tmp_path: Path):
     run = made.make_run(tmp_path / "sft", "sft")
     with bind(0, Fresh(Sources((("", run),)), every=0.2)) as server:
@@ -296,11 +320,14 @@ def test_a_served_page_follows_its_run(browser: Any, tmp_path: Path):
             browser.get(f"http://127.0.0.1:{server.server_port}/")
             until(lambda: texts(browser, "#live") == ["live"])
             assert "30 / 40" in texts(browser, "#runs dl")[0]
-            browser.execute_script("window.kept = true")
+            browser.execute_script("window.kept = true; document.querySelector('#runs summary').click()")
+            browser.execute_script("document.querySelector('#runs summary').focus()")
             with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write('{"step": 33, "train/loss": 0.5}\n')
             until(lambda: "33 / 40" in texts(browser, "#runs dl")[0])
             assert browser.execute_script("return window.kept")
+            assert all_of(browser, "#runs details[open]")
+            assert browser.switch_to.active_element.tag_name == "summary"
             assert errors_of(browser) == []
         finally:
             server.shutdown()

@@ -6,7 +6,7 @@ let DATA = JSON.parse(document.getElementById("data").textContent);
 const PICTURES = JSON.parse(document.getElementById("pictures").textContent);
 const LIVE = Number(document.body.dataset.live);
 const state = { hidden: new Set(), axis: "images", theme: "auto" };
-const drawers = []; // of sections: called when runs are hidden or shown, the theme changes, or new numbers come
+const drawers = []; // of sections, with the parts of DATA that they show: called when anything about them changes
 
 function el(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -153,6 +153,26 @@ function tipOn(element, text) {
 addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
 // ---- sections
+
+// A part that is drawn again whenever something changed: what had the focus there has it afterwards.
+function within(make) {
+  const body = el("div"), reachable = "button, input, select, summary, [tabindex]";
+  body.redraw = () => {
+    const at = [...body.querySelectorAll(reachable)].indexOf(document.activeElement);
+    dropCharts(body);
+    fill(body, make());
+    if (at >= 0) body.querySelectorAll(reachable)[at]?.focus({ preventScroll: true });
+  };
+  return body;
+}
+
+// Something to open, which stays open when it is drawn again.
+const unfolded = new Set();
+function fold(id, title, ...children) {
+  const made = el("details", { open: unfolded.has(id) }, el("summary", {}, title), ...children);
+  made.addEventListener("toggle", () => { made.open ? unfolded.add(id) : unfolded.delete(id); });
+  return made;
+}
 
 function section(id, title, about) {
   const body = el("div");

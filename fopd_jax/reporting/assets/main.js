@@ -1,7 +1,7 @@
 // The page put together: sections, the bar, the theme, and new numbers from a server where there is one.
 
-function redrawAll() {
-  for (const draw of drawers) draw();
+function redrawAll(changed = () => true) {
+  for (const { draw, parts } of drawers) if (parts.some(changed)) draw();
   document.querySelectorAll('[aria-label="Horizontal axis"]').forEach((group) => axisOptions().forEach(([name], at) =>
     group.children[at]?.setAttribute("aria-pressed", String(name === state.axis))));
 }
@@ -71,11 +71,16 @@ async function ask() {
   try {
     const answer = await fetch("data.json", { headers: tagOfData ? { "If-None-Match": tagOfData } : {}, cache: "no-store" });
     if (answer.status === 200) {
-      const before = sections();
+      const before = sections(), earlier = DATA;
       DATA = await answer.json();
+      const changed = (part) => JSON.stringify(earlier[part]) !== JSON.stringify(DATA[part]);
       tagOfData = answer.headers.get("ETag") ?? "";
       if (sections() !== before) build(); // a run has got something that no section showed yet
-      else { lead(); legend(); redrawAll(); }
+      else {
+        lead();
+        if (changed("slots")) legend();
+        redrawAll(changed);
+      }
       document.body.dataset.updates = String(1 + Number(document.body.dataset.updates ?? 0));
     }
     told.classList.remove("lost");
@@ -89,6 +94,12 @@ async function ask() {
 
 const sections = () => [DATA.problems.length, DATA.tables.length, DATA.skills.length, Object.keys(DATA.curves).length, DATA.galleries.length, DATA.fields.length, DATA.runs.some((each) => Object.keys(each.gaps).length), DATA.runs.some((each) => each.hours)].map(Boolean).join();
 
+// Each with what it shows.
+const SECTIONS = [
+  [scoresSection, "tables"], [gallerySection, "galleries"], [seesawSection, "curves", "runs"], [runsSection, "runs"], [curvesSection, "curves"],
+  [gapsSection, "runs"], [costSection, "runs"], [configSection, "fields"], [problemsSection, "problems"],
+];
+
 function build() {
   const main = document.getElementById("main");
   dropCharts(main);
@@ -96,9 +107,9 @@ function build() {
   document.getElementById("nav").replaceChildren();
   drawers.length = 0;
   if (!axisOptions().some(([name]) => name === state.axis)) state.axis = "steps";
-  for (const make of [scoresSection, gallerySection, seesawSection, runsSection, curvesSection, gapsSection, costSection, configSection, problemsSection]) {
-    const draw = make === runsSection && !DATA.runs.length ? null : make();
-    if (draw) drawers.push(draw);
+  for (const [make, ...parts] of SECTIONS) {
+    const draw = make();
+    if (draw) drawers.push({ draw, parts });
   }
   lead();
   legend();

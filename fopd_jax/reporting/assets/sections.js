@@ -1,11 +1,11 @@
 // The sections but for the gallery. Each builds its controls once and gives a function that draws what they show.
 
-const within = (make) => { const body = el("div"); body.redraw = () => { dropCharts(body); fill(body, make()); }; return body; };
 const nothing = (text) => el("p", { className: "empty" }, text);
 
 // ---- runs
 
 function runsSection() {
+  if (!DATA.runs.length) return null;
   const body = section("runs", "Runs", "Where each run stands, and what it left.");
   const list = within(() => el("div", { className: "grid" }, ...DATA.runs.map(runCard)));
   body.append(list);
@@ -18,17 +18,18 @@ function runCard(of) {
   const facts = [
     ["stage", of.stage || "–"], ["step", of.steps ? `${show(of.step)} / ${show(of.steps)}` : show(of.step)],
     ["images seen", of.images ? show(of.step * of.images) : "–"], ["time", of.hours ? duration(of.hours) : "–"],
+    ...(of.status === "running" && of.steps > of.step && of.step_seconds ? [["left, about", duration(((of.steps - of.step) * of.step_seconds) / 3600)]] : []),
     ...scores.filter(([name]) => !name.startsWith("reward/")).slice(0, 5).map(([name, value]) => [name, score(value)]),
   ];
   const about = [`folder: ${of.folder}`, ...Object.entries(of.about).map(([name, value]) => `${name}: ${value}`)].join("\n");
-  const pictures = Object.entries(of.pictures).map(([name, picture]) => el("details", {}, el("summary", {}, name === "health" ? "Health of its teachers" : `Its ${name}`), image(picture, `${name} of ${of.name}`, "picture")));
+  const pictures = Object.entries(of.pictures).map(([name, picture]) => fold(`${of.name}/${name}`, name === "health" ? "Health of its teachers" : `Its ${name}`, image(picture, `${name} of ${of.name}`, "picture")));
   return el("div", { className: "card" },
     el("h3", {}, key(of.name), of.status && el("span", { className: `chip ${kind}` }, of.status.slice(0, 40))),
     of.steps > 0 && of.status !== "finished" && el("progress", { max: of.steps, value: Math.min(of.step, of.steps), "aria-label": `${of.name}: step ${of.step} of ${of.steps}` }),
     el("dl", { className: "facts" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     ...pictures,
-    of.table && el("details", {}, el("summary", {}, "Its own table"), el("pre", { tabIndex: 0 }, of.table)),
-    el("details", {}, el("summary", {}, "About it"), el("pre", { tabIndex: 0 }, about)));
+    of.table && fold(`${of.name}/table`, "Its own table", el("pre", { tabIndex: 0 }, of.table)),
+    fold(`${of.name}/about`, "About it", el("pre", { tabIndex: 0 }, about)));
 }
 
 function image(name, alt, className = "") {
@@ -40,11 +41,13 @@ function image(name, alt, className = "") {
 
 // ---- scores
 
+const OPEN_TABLES = 3; // the others are opened by who wants them
+
 function scoresSection() {
   if (!DATA.tables.length) return null;
   const body = section("scores", "Scores", "Larger is better. Rest on a cell, or walk there with the arrow keys, for settings and numbers of images.");
   const local = { table: titleOf(DATA.tables[0]), form: "bars" };
-  const tables = within(() => DATA.tables.map(scoreTable));
+  const tables = within(() => DATA.tables.map((table, at) => (at < OPEN_TABLES ? scoreTable(table) : fold(`table/${titleOf(table)}`, titleOf(table), scoreTable(table)))));
   const which = choice("Table", DATA.tables.map(titleOf), local.table, (value) => { local.table = value; chart.redraw(); });
   const chart = within(() => {
     const table = DATA.tables.find((each) => titleOf(each) === local.table) ?? DATA.tables[0];
