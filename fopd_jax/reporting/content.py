@@ -21,7 +21,7 @@ from fopd_jax.reporting.reading import Problems
 from fopd_jax.reporting.tables import evaluation_tables
 from fopd_jax.reporting.workdirs import Run, is_workdir, read_run
 
-HOUR = 3600.0
+HOUR, MOST_PROBLEMS = 3600.0, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def gather(sources: Sources) -> Content:
     found = _evaluated(sources.evaluations, stamps, sources.rows, sources.bytes)
     album = Album(max(sources.bytes - sum(map(len, found.pictures.values())), 0))
     shown = [_run(run, album) for run in runs]
-    problems = [*(line for run in runs for line in run.problems), *found.problems, *album.problems]
+    problems = _few([*(line for run in runs for line in run.problems), *found.problems, *album.problems])
     data = {
         "title": sources.title,
         "version": __version__,
@@ -85,6 +85,12 @@ def gather(sources: Sources) -> Content:
         "problems": problems,
     }
     return Content(data, {**found.pictures, **album.pictures}, problems)
+
+
+def _few(problems: Problems) -> Problems:
+    """As many as anybody reads."""
+    more = len(problems) - MOST_PROBLEMS
+    return problems if more <= 0 else [*problems[:MOST_PROBLEMS], f"… and {more} more"]
 
 
 class _Evaluated(NamedTuple):
@@ -120,7 +126,7 @@ def _run(run: Run, album: Album) -> dict[str, Any]:
     """What is shown of a run apart from its curves."""
     seconds = sum(run.seconds.values())
     devices = int(sum(run.devices.values())) or 1
-    start = {name: run.start[name] for name in ("began", "ended", "commit", "host", "backend") if run.start.get(name)}
+    start = {name: run.start[name] for name in ("began", "ended", "commit", "backend") if run.start.get(name)}
     command = run.start.get("command")
     return {
         "name": run.name,

@@ -25,4 +25,4 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "(empty)"

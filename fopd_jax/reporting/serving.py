@@ -1,6 +1,7 @@
 """The page by HTTP on this machine alone, for runs that go on: `/`, `/data.json` with an ETag, `/pictures/NAME`."""
 
 import base64
+import contextlib
 import hashlib
 import threading
 import time
@@ -90,6 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, answer)
 
     def _send(self, status: HTTPStatus, answer: Answer) -> None:
+        with contextlib.suppress(ConnectionError):  # a browser that has gone on needs no answer
+            self._write(status, answer)
+
+    def _write(self, status: HTTPStatus, answer: Answer) -> None:
         self.send_response(status)
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.body)))

@@ -5,6 +5,7 @@ Columns and intervals are those of `evaluation.columns` and `evaluation.statisti
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def _cell(column: Column) -> dict[str, Any]:
 def _measured(column: Column | None) -> Interval | None:
     sums = sums_of(column) if column is not None and column.parts else None
     found = interval(sums) if sums is not None else None
-    return None if found is None or found.value != found.value else found  # NaN: a part has no value
+    return None if found is None or math.isnan(found.value) else found  # a part may have no value
 
 
 def compared(columns: Mapping[str, Column]) -> dict[str, dict[str, Interval]]:

@@ -159,7 +159,7 @@ def read_run(name: str, folder: Path) -> Run:
         problems.append(f"{folder / RECORD_FILE}: damaged, expected the starts of a run as JSON")
     return Run(
         name=name, folder=folder, config={**identity, **as_object(start.get("config"))}, start=start,
-        starts=len(starts), scalars={**clocked, **scalars}, results=results, table=table, leads=read_leads(table),
+        starts=len(starts), scalars={**scalars, **clocked}, results=results, table=table, leads=read_leads(table),
         goodput=goodput, timing=numbers_of(timing), card=card, problems=problems,
     )  # fmt: skip
 

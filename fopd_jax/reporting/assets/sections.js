@@ -7,7 +7,7 @@ const nothing = (text) => el("p", { className: "empty" }, text);
 function runsSection() {
   if (!DATA.runs.length) return null;
   const body = section("runs", "Runs", "Where each run stands, and what it left.");
-  const list = within(() => el("div", { className: "grid" }, ...DATA.runs.map(runCard)));
+  const list = within(() => el("div", { className: "grid loose" }, ...DATA.runs.map(runCard)));
   body.append(list);
   return list.redraw;
 }
@@ -22,7 +22,7 @@ function runCard(of) {
     ...scores.filter(([name]) => !name.startsWith("reward/")).slice(0, 5).map(([name, value]) => [name, score(value)]),
   ];
   const about = [`folder: ${of.folder}`, ...Object.entries(of.about).map(([name, value]) => `${name}: ${value}`)].join("\n");
-  const pictures = Object.entries(of.pictures).map(([name, picture]) => fold(`${of.name}/${name}`, name === "health" ? "Health of its teachers" : `Its ${name}`, image(picture, `${name} of ${of.name}`, "picture")));
+  const pictures = Object.entries(of.pictures).map(([name, picture]) => fold(`${of.name}/${name}`, name === "health" ? "Health of its teachers" : `Its ${name}`, look(picture, `${name} of ${of.name}`)));
   return el("div", { className: "card" },
     el("h3", {}, key(of.name), of.status && el("span", { className: `chip ${kind}` }, of.status.slice(0, 40))),
     of.steps > 0 && of.status !== "finished" && el("progress", { max: of.steps, value: Math.min(of.step, of.steps), "aria-label": `${of.name}: step ${of.step} of ${of.steps}` }),
@@ -30,6 +30,16 @@ function runCard(of) {
     ...pictures,
     of.table && fold(`${of.name}/table`, "Its own table", el("pre", { tabIndex: 0 }, of.table)),
     fold(`${of.name}/about`, "About it", el("pre", { tabIndex: 0 }, about)));
+}
+
+// A picture that can be enlarged.
+function look(picture, alt) {
+  const viewer = document.getElementById("viewer");
+  return el("button", { type: "button", className: "look", "aria-label": `Enlarge ${alt}`, on: { click: () => {
+    viewer.onkeydown = null;
+    fill(viewer, el("div", { className: "controls" }, el("h3", {}, alt), el("button", { type: "button", on: { click: () => viewer.close() } }, "Close")), image(picture, alt, "picture"));
+    viewer.showModal();
+  } } }, image(picture, alt, "picture"));
 }
 
 function image(name, alt, className = "") {
@@ -122,7 +132,7 @@ function curvesSection() {
     return shown.length ? el("div", { className: "grid" }, ...shown.map((name) => plot(name,
       lineChart(() => runsWith(name).flatMap((each) => [line(each, curveOf(name, each, local.smooth)), ...(local.smooth ? [rough(each, curveOf(name, each))] : [])]), { xTitle: AXES[state.axis], log: local.log }), latest(name)))) : nothing("No metric is chosen.");
   });
-  const list = el("div", { className: "controls" });
+  const list = el("div", { className: "metrics" });
   const offer = () => fill(list, names().filter((name) => name.toLowerCase().includes(local.filter)).map((name) =>
     tick(name, local.chosen.has(name), (on) => { on ? local.chosen.add(name) : local.chosen.delete(name); grid.redraw(); })));
   const search = el("input", { type: "search", placeholder: "part of a name", on: { input: () => { local.filter = search.value.toLowerCase(); offer(); } } });
