@@ -18,7 +18,7 @@ from fopd_jax.reporting.entities import GROUND
 
 ASSETS = Path(__file__).parent / "assets"
 LIBRARY = "chart.umd.min.js"
-PROGRAMS = ("base.js", "tables.js", "charts.js", "sections.js", "gallery.js", "main.js")
+PROGRAMS = ("base.js", "tables.js", "charts.js", "sections.js", "training.js", "cost.js", "gallery.js", "main.js")
 """Ours, in this order, as one."""
 
 

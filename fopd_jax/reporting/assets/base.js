@@ -33,15 +33,24 @@ function show(value, signed = false) {
   const size = Math.abs(value);
   let text;
   if (size >= 1e6) text = value.toLocaleString("en", { maximumFractionDigits: 1, notation: "compact" });
-  else if (size >= 1000 || (Number.isInteger(value) && !signed)) text = value.toLocaleString("en", { maximumFractionDigits: 0 });
+  else if (size >= 1000 || (Number.isInteger(value) && !signed))
+    text = value.toLocaleString("en", { maximumFractionDigits: 0 });
   else if (size >= 10) text = value.toFixed(2);
   else if (size >= 0.01 || size === 0) text = value.toFixed(3);
   else text = value.toExponential(1);
   return signed && value >= 0 ? `+${text}` : text;
 }
-const score = (value, signed) => (typeof value === "number" && Math.abs(value) < 10 ? `${signed && value >= 0 ? "+" : ""}${value.toFixed(3)}` : show(value, signed)); // of one kind of column, all alike
+const score = (value, signed) =>
+  typeof value === "number" && Math.abs(value) < 10
+    ? `${signed && value >= 0 ? "+" : ""}${value.toFixed(3)}`
+    : show(value, signed); // of one kind of column, all alike
 const percent = (value) => `${(100 * value).toFixed(value > 0.0995 || value === 0 ? 0 : 1)} %`;
-const duration = (hours) => (hours >= 1 ? `${hours.toFixed(hours >= 10 ? 0 : 1)} h` : hours * 60 >= 1 ? `${(hours * 60).toFixed(0)} min` : `${(hours * 3600).toFixed(0)} s`);
+const duration = (hours) =>
+  hours >= 1
+    ? `${hours.toFixed(hours >= 10 ? 0 : 1)} h`
+    : hours * 60 >= 1
+      ? `${(hours * 60).toFixed(0)} min`
+      : `${(hours * 3600).toFixed(0)} s`;
 const plural = (count, one, many = `${one}s`) => `${show(count)} ${count === 1 ? one : many}`;
 const run = (name) => DATA.runs.find((each) => each.name === name);
 const visible = (name) => !state.hidden.has(name);
@@ -50,7 +59,8 @@ const visible = (name) => !state.hidden.has(name);
 
 const SHAPES = ["circle", "rect", "triangle", "rectRot", "star", "crossRot", "rectRounded", "cross"];
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
-const dark = () => (state.theme === "auto" ? matchMedia("(prefers-color-scheme: dark)").matches : state.theme === "dark");
+const dark = () =>
+  state.theme === "auto" ? matchMedia("(prefers-color-scheme: dark)").matches : state.theme === "dark";
 const slot = (name) => DATA.slots[name];
 function colour(name) {
   const row = DATA.colours[dark() ? "dark" : "light"];
@@ -69,7 +79,12 @@ function faded(value, alpha) {
   const context = faded.context ?? (faded.context = document.createElement("canvas").getContext("2d"));
   context.fillStyle = value;
   const full = context.fillStyle; // #rrggbb
-  return full.startsWith("#") ? full + Math.round(255 * alpha).toString(16).padStart(2, "0") : value;
+  return full.startsWith("#")
+    ? full +
+        Math.round(255 * alpha)
+          .toString(16)
+          .padStart(2, "0")
+    : value;
 }
 
 function swatch(name) {
@@ -81,11 +96,22 @@ function swatch(name) {
   const line = document.createElementNS(svg, "path");
   line.setAttribute("d", "M1 6H23");
   line.setAttribute("stroke-width", "2.5");
-  line.setAttribute("stroke-dasharray", dash(name).map((part) => part * 0.6).join(" "));
+  line.setAttribute(
+    "stroke-dasharray",
+    dash(name)
+      .map((part) => part * 0.6)
+      .join(" "),
+  );
   const mark = document.createElementNS(svg, "path");
   const paths = {
-    circle: "M12 2.2a3.8 3.8 0 1 0 .01 0z", rect: "M8.5 2.5h7v7h-7z", rectRounded: "M8.5 3.5h7v5h-7z", triangle: "M12 1.5L16.5 9.5H7.5z",
-    rectRot: "M12 1L17 6L12 11L7 6z", star: "M12 1V11M7.5 3.5L16.5 8.5M7.5 8.5L16.5 3.5", crossRot: "M8 2L16 10M8 10L16 2", cross: "M12 1V11M7 6H17",
+    circle: "M12 2.2a3.8 3.8 0 1 0 .01 0z",
+    rect: "M8.5 2.5h7v7h-7z",
+    rectRounded: "M8.5 3.5h7v5h-7z",
+    triangle: "M12 1.5L16.5 9.5H7.5z",
+    rectRot: "M12 1L17 6L12 11L7 6z",
+    star: "M12 1V11M7.5 3.5L16.5 8.5M7.5 8.5L16.5 3.5",
+    crossRot: "M8 2L16 10M8 10L16 2",
+    cross: "M12 1V11M7 6H17",
   };
   mark.setAttribute("d", paths[shape(name)]);
   for (const part of [line, mark]) part.setAttribute("stroke", colour(name));
@@ -103,7 +129,13 @@ function key(name, label = name) {
 function choice(label, options, value, heard) {
   const select = el("select", { on: { change: () => heard(select.value) } });
   select.offer = (offered, chosen = select.value) => {
-    fill(select, offered.map((option) => { const [given, shown] = Array.isArray(option) ? option : [option, option]; return el("option", { value: given }, shown); }));
+    fill(
+      select,
+      offered.map((option) => {
+        const [given, shown] = Array.isArray(option) ? option : [option, option];
+        return el("option", { value: given }, shown);
+      }),
+    );
     select.value = chosen;
     if (select.selectedIndex < 0) select.selectedIndex = 0;
   };
@@ -115,10 +147,21 @@ function choice(label, options, value, heard) {
 
 function segments(label, options, value, heard) {
   const buttons = options.map(([given, shown]) =>
-    el("button", { type: "button", "aria-pressed": String(given === value), on: { click: () => {
-      buttons.forEach((button, at) => button.setAttribute("aria-pressed", String(options[at][0] === given)));
-      heard(given);
-    } } }, shown));
+    el(
+      "button",
+      {
+        type: "button",
+        "aria-pressed": String(given === value),
+        on: {
+          click: () => {
+            buttons.forEach((button, at) => button.setAttribute("aria-pressed", String(options[at][0] === given)));
+            heard(given);
+          },
+        },
+      },
+      shown,
+    ),
+  );
   return el("span", { className: "segments", role: "group", "aria-label": label }, ...buttons);
 }
 
@@ -129,7 +172,19 @@ function tick(label, checked, heard) {
 
 function slider(label, { min, max, step, value }, heard, shown = (given) => given) {
   const said = el("output", {}, shown(value));
-  const input = el("input", { type: "range", min, max, step, value, on: { input: () => { said.textContent = shown(Number(input.value)); heard(Number(input.value)); } } });
+  const input = el("input", {
+    type: "range",
+    min,
+    max,
+    step,
+    value,
+    on: {
+      input: () => {
+        said.textContent = shown(Number(input.value));
+        heard(Number(input.value));
+      },
+    },
+  });
   return el("label", {}, el("span", {}, `${label} `, said), input);
 }
 
@@ -146,17 +201,34 @@ function tipOn(element, text) {
     tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${above ? at.top - tip.offsetHeight - 6 : at.bottom + 6}px`;
   };
-  const end = () => { tip.hidden = true; };
-  for (const [event, heard] of [["mouseenter", tell], ["focus", tell], ["mouseleave", end], ["blur", end]]) element.addEventListener(event, heard);
+  const end = () => {
+    tip.hidden = true;
+  };
+  for (const [event, heard] of [
+    ["mouseenter", tell],
+    ["focus", tell],
+    ["mouseleave", end],
+    ["blur", end],
+  ])
+    element.addEventListener(event, heard);
   element.setAttribute("aria-describedby", "tip");
 }
-addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+addEventListener(
+  "scroll",
+  () => {
+    tip.hidden = true;
+  },
+  { passive: true },
+);
 
 // ---- sections
 
+const nothing = (text) => el("p", { className: "empty" }, text);
+
 // A part that is drawn again whenever something changed: what had the focus there has it afterwards.
 function within(make) {
-  const body = el("div"), reachable = "button, input, select, summary, [tabindex]";
+  const body = el("div"),
+    reachable = "button, input, select, summary, [tabindex]";
   body.redraw = () => {
     const at = [...body.querySelectorAll(reachable)].indexOf(document.activeElement);
     dropCharts(body);
@@ -170,14 +242,20 @@ function within(make) {
 const unfolded = new Set();
 function fold(id, title, ...children) {
   const made = el("details", { open: unfolded.has(id) }, el("summary", {}, title), ...children);
-  made.addEventListener("toggle", () => { made.open ? unfolded.add(id) : unfolded.delete(id); });
+  made.addEventListener("toggle", () => {
+    made.open ? unfolded.add(id) : unfolded.delete(id);
+  });
   return made;
 }
 
 function section(id, title, about) {
   const body = el("div");
-  const made = el("section", { id, "aria-labelledby": `${id}-title` },
-    el("div", { className: "head" }, el("h2", { id: `${id}-title` }, title), el("p", {}, about)), body);
+  const made = el(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    el("div", { className: "head" }, el("h2", { id: `${id}-title` }, title), el("p", {}, about)),
+    body,
+  );
   document.getElementById("main").append(made);
   document.getElementById("nav").append(el("li", {}, el("a", { href: `#${id}` }, title)));
   return body;
