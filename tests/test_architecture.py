@@ -17,9 +17,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "fopd_jax"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("main", "sample", "evaluate", "demonstrate", "reproduce", "benchmark", "compile_for", "notebook"),
+    (
+        "main",
+        "sample",
+        "evaluate",
+        "compare",
+        "report",
+        "demonstrate",
+        "reproduce",
+        "benchmark",
+        "compile_for",
+        "notebook",
+    ),
     ("studies",),
     ("stages",),
+    ("reporting",),
     ("evaluation",),
     ("running",),
     ("performance",),
