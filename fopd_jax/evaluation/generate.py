@@ -1,4 +1,4 @@
-"""Images of suites, apart from their scores: kept as PNGs in the suite's layout, so that what is there is not made again.
+"""Images of suites, apart from their scores: kept as PNGs in the suite's layout, so that none is made twice.
 
 An image's noise is a function of seed, suite, prompt id and sample alone: the same for all models and settings, in any
 order and batch. Images are made in batches that are the same whenever a cell is made, so that one that was killed
@@ -98,8 +98,8 @@ def check_plan(sheet: Sheet) -> None:
         name = next((each for each in expected if not isinstance(found, dict) or found.get(each) != expected[each]), "")
         there = found.get(name) if isinstance(found, dict) else found
         raise ValueError(
-            f"--out: {path}: holds images of other {name or 'fields'}: {_short(there)}, now {_short(expected.get(name))}; "
-            "remove the folder, or name another --out"
+            f"--out: {path}: holds images of other {name or 'fields'}: {_short(there)}, now "
+            f"{_short(expected.get(name))}; remove the folder, or name another --out"
         )
 
 

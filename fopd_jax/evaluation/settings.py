@@ -7,8 +7,8 @@ from fopd_jax.config.schema import Evaluation
 
 OWN, REWRITTEN = "own", "rewritten"
 ALSO = (OWN, REWRITTEN)
-"""What an evaluation of models may make beside the config's settings: every model under the guidance that it is for, and
-the main setting with prompts in other words."""
+"""What an evaluation of models may make beside the config's settings: every model under the guidance that it is for,
+and the main setting with prompts in other words."""
 
 
 class Made(NamedTuple):
@@ -48,7 +48,7 @@ def _name(usual: tuple[int, float], pair: tuple[int, float]) -> str:
 def cell_settings(evaluation: Evaluation, own: float | None, also: Collection[str]) -> dict[str, Made]:
     """All settings that a model is evaluated at, the main one first, by names that are the same for all models.
 
-    `own`: the scale that the model is for, None where it does not say: then that of the main setting. `also`: of `ALSO`.
+    `own`: the scale that the model is for, None where it does not say: then the main setting's. `also`: of `ALSO`.
     """
     steps, scales = _grid(evaluation)
     said = evaluation.rewritten

@@ -61,7 +61,7 @@ SUITES: Mapping[str, Published] = MappingProxyType({
     "geneval2": Published(800, 1, ("geneval2",)),
 })  # fmt: skip
 """GenEval 2310.11513; OCR and PickScore as Flow-GRPO tests them; T2I-CompBench 2307.06350; DrawBench as DiffusionNFT
-does, 5 images a prompt; DPG-Bench 2403.05135; GenEval 2 2512.16853. Which prompts DeQA was measured on is not published.
+does, 5 images a prompt; DPG-Bench 2403.05135; GenEval 2 2512.16853. On which prompts DeQA was measured is not known.
 """
 _KNOWN = {kind for each in (*(suite.kinds for suite in SUITES.values()), *COMPBENCH.values()) for kind in each}
 OWN_SAMPLES = 4

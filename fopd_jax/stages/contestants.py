@@ -141,9 +141,7 @@ def _of_run(config: StageConfig, pipeline: Pipeline, base: str, name: str, folde
     if not kept:
         file = folder / f"{export_name(run)}.safetensors"
         if not file.is_file():
-            raise ValueError(
-                f"{field}: {folder}: holds neither a checkpoint nor {file.name}; its run has not saved any"
-            )
+            raise ValueError(f"{field}: {folder}: holds neither a checkpoint nor {file.name}: nothing is saved yet")
         whole, source = run.trained == "params", str(file)
         found = _network(config, pipeline, name, source) if whole else _adapter(config, pipeline, base, name, source)
         return dataclasses.replace(found, guidance=guidance if found.guidance is None else found.guidance)

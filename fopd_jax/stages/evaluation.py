@@ -44,8 +44,8 @@ Read = dict[str, Suite]
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What is to be evaluated. `models`: sources by name (`stages.contestants`); `suites`: names, none for a world's own
-    tasks; `data`: sources of prompts by suite; `also`: settings beside the config's, of `evaluation.settings.ALSO`.
+    """What is to be evaluated. `models`: sources by name (`stages.contestants`); `suites`: names, none for those of a
+    world's own tasks; `data`: sources of prompts by suite; `also`: settings beside the config's, of `ALSO`.
 
     `prompts`: so many of each suite, spread over it, and `samples`: images of each; None: as published.
     """
@@ -59,7 +59,7 @@ class Wish:
 
 
 def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
-    """Make the images that are not there, then the scores that are not; all processes do, `out` is on a disk they share.
+    """Make the images that are not there, then the scores that are not; `out` is on a disk that all processes share.
 
     `config`: names the base, the sampler's settings and the rewards.
 
@@ -163,9 +163,10 @@ def _check_prompts(suites: Read, kinds: Mapping[str, str], rewards: Mapping[str,
             with naming(f"--suites {suite.name}: rewards.{name}"):
                 reward.check([prompt.text for prompt in scored], [prompt.metadata for prompt in scored])
         asked = [name for name, kind in kinds.items() if kind == "blip_vqa"]
-        if asked and suite.layout == "compbench" and any("questions" not in each.metadata for each in suite.prompts):
+        bare = any("blip_vqa" in each.kinds and "questions" not in each.metadata for each in suite.prompts)
+        if asked and suite.layout == "compbench" and bare:
             warn(
-                f"--suites {suite.name}: rewards.{asked[0]} asks about whole prompts where no `questions` stand beside"
+                f"--suites {suite.name}: rewards.{asked[0]} asks about whole prompts, no `questions` stand beside them"
             )
 
 
