@@ -28,7 +28,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from absl import app, flags, logging
 
-from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir
+from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir, spread_values
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import say, speaks
 from fopd_jax.evaluation.report import TABLE_FILE
@@ -52,22 +52,11 @@ _DATA = flags.DEFINE_multi_string("suite-data", [], "Of models: prompts of a sui
 _ALSO = flags.DEFINE_list("also", [], "Of models: further settings; own: each one's own guidance, rewritten prompts.")
 _PROMPTS = flags.DEFINE_integer("prompts", None, "Of models: so many prompts of each suite; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of models: images of each prompt; default as published.")
-_SEVERAL = ("models", "suite-data")
-"""Flags of which one may be followed by several values."""
 
 
 def parse(argv: list[str]) -> list[str]:
-    """`parse_flags`, for `--models A=B C=D` as for `--models=A=B --models=C=D`."""
-    spread: list[str] = []
-    name = ""
-    for word in argv[1:]:
-        name = word.lstrip("-") if word.startswith("-") else name
-        if word.startswith("-"):
-            spread += [] if name in _SEVERAL else [word]
-            name = name.partition("=")[0]
-        else:
-            spread.append(f"--{name}={word}" if name in _SEVERAL else word)
-    return parse_flags([*argv[:1], *spread])
+    """`parse_flags`, with several values behind some flags."""
+    return parse_flags(spread_values(argv, ("models", "suite-data")))
 
 
 def main(_: list[str]) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from fopd_jax.console import Progress
 from fopd_jax.evaluation.generate import Sheet
 from fopd_jax.evaluation.layouts import image_name, read_image
-from fopd_jax.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Cell, Record, read_cell, write_cell
+from fopd_jax.evaluation.records import SETTINGS_FILE, Cell, Record, read_cell, write_cell
 from fopd_jax.evaluation.suites import Prompt, Suite, scored_by
 from fopd_jax.files import write_json
 from fopd_jax.parallel.agreement import share, together
@@ -120,7 +120,7 @@ def score(sheet: Sheet, judges: Judges, at_once: int, progress: Progress) -> Cel
     for batch in waiting:
         settle(batch)
     barrier("the scores of a cell are there")
-    return _written(sheet, judges, whole=not todo)
+    return _written(sheet, judges)
 
 
 # ---- what is known
@@ -258,7 +258,7 @@ def _note(found: Found, name: str, scores: Scores, row: int) -> None:
 # ---- the whole
 
 
-def _written(sheet: Sheet, judges: Judges, *, whole: bool) -> Cell:
+def _written(sheet: Sheet, judges: Judges) -> Cell:
     """The cell, which process 0 writes where anything about it is new."""
     known = _read(sheet, judges)
     records = tuple(
@@ -268,12 +268,13 @@ def _written(sheet: Sheet, judges: Judges, *, whole: bool) -> Cell:
         )
         for prompt, sample in sheet.suite.rows()
     )  # fmt: skip
-    earlier = read_cell(sheet.folder).about.get("rewards", {}) if (sheet.folder / SETTINGS_FILE).is_file() else {}
+    kept = read_cell(sheet.folder) if (sheet.folder / SETTINGS_FILE).is_file() else None
+    earlier = kept.about.get("rewards", {}) if kept else {}
     identities = {name: dict(each) for name, each in sorted({**earlier, **judges.identities}.items())}
     about = {**sheet.about, "layout": sheet.suite.layout, "prompts_sha256": sheet.suite.digest(), "rewards": identities}
     cell = Cell(sheet.model, sheet.suite.name, sheet.setting, sheet.settings, records, about)
     barrier("all have read the scores")
-    if is_main() and not (whole and (sheet.folder / RECORDS_FILE).is_file() and read_cell(sheet.folder) == cell):
+    if is_main() and kept != cell:
         write_cell(sheet.folder, cell)
     if is_main():
         shutil.rmtree(sheet.folder / FOLDER, ignore_errors=True)

@@ -81,7 +81,7 @@ def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
         _check_prompts(suites, kinds, rewards)
         sheets = {each.name: _sheets(config, pipeline, each, suites, wish.also, out) for each in contestants}
         for each in contestants:
-            _check(each, sheets[each.name], suites)
+            _check(pipeline, each, sheets[each.name], suites)
         make_folder(out)
         closing.enter_context(lock.holding(out))
         closing.enter_context(records.keeping(out, flatten(config), {"models": dict(wish.models)}))
@@ -223,10 +223,16 @@ def _paraphrased(pipeline: Pipeline, seed: int, prompt: str) -> str:
     return pipeline.world.paraphrase(prompt, seed)
 
 
-def _check(model: Contestant, sheets: Sequence[Sheet], suites: Read) -> None:
-    """Before anything is made: the folder is this evaluation's, and pictures made elsewhere are all there."""
-    for sheet in sheets if is_main() else ():
-        check_plan(sheet)
+def _check(pipeline: Pipeline, model: Contestant, sheets: Sequence[Sheet], suites: Read) -> None:
+    """Before anything is made: the folder is this evaluation's, the world knows all words, and pictures made elsewhere
+    are all there.
+    """
+    for sheet in sheets:
+        if is_main():
+            check_plan(sheet)
+        if pipeline.manifest is None and model.pictures is None:
+            with naming(f"--suites {sheet.suite.name}"):
+                pipeline.world.prepare([sheet.read(prompt.text) for prompt in sheet.suite.prompts])
     if model.pictures is not None:
         with naming(f"--models {model.name}"):
             for suite in suites.values():
