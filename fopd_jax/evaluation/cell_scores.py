@@ -187,7 +187,7 @@ class _Batch(NamedTuple):
 
 def _begin(sheet: Sheet, judges: Judges, known: Known, places: Sequence[int], mine: Sequence[int]) -> _Batch:
     """Give this process's images of some prompts to the rewards that have not scored them."""
-    suite, groups = sheet.suite, collections.defaultdict(list)
+    suite, groups = sheet.suite, collections.defaultdict(list)  # by what is asked, and the size of pictures
     diversities: dict[tuple[str, int], float] = {}
     pixels: dict[tuple[str, int], UInt8[np.ndarray, "h w 3"]] = {}
     for place in mine:
@@ -196,13 +196,13 @@ def _begin(sheet: Sheet, judges: Judges, known: Known, places: Sequence[int], mi
             names = _names(judges, suite, prompt, known[prompt.id, sample])
             asked = tuple(name for name in names if name != DIVERSITY)
             if asked:
-                groups[asked].append((prompt, sample))
-            if names:
-                pixels[prompt.id, sample] = read_image(sheet.folder / image_name(suite, prompt, sample))
+                image = read_image(sheet.folder / image_name(suite, prompt, sample))
+                pixels[prompt.id, sample] = image
+                groups[asked, image.shape].append((prompt, sample))
             if DIVERSITY in names and not sample:
                 diversities |= _diversities(sheet, prompt)
     tickets = []
-    for names, rows in groups.items():
+    for (names, _), rows in groups.items():
         images = np.stack([pixels[prompt.id, sample] for prompt, sample in rows])
         texts, beside = [prompt.text for prompt, _ in rows], [prompt.metadata for prompt, _ in rows]
         tickets.append((judges.pool.submit(images, texts, beside, names), rows))
@@ -212,7 +212,8 @@ def _begin(sheet: Sheet, judges: Judges, known: Known, places: Sequence[int], mi
 def _diversities(sheet: Sheet, prompt: Prompt) -> dict[tuple[str, int], float]:
     suite = sheet.suite
     names = [image_name(suite, prompt, sample) for sample in range(suite.samples)]
-    features = pixel_features(np.stack([read_image(sheet.folder / name) for name in names])).astype(np.float64)
+    small = [pixel_features(read_image(sheet.folder / name)[None]) for name in names]  # of any sizes
+    features = np.concatenate(small).astype(np.float64)
     return {(prompt.id, sample): value for sample, value in enumerate(_mean_distances(features).tolist())}
 
 

@@ -59,9 +59,10 @@ class Sheet:
         return f"{self.model} on {self.suite.name} at {self.setting}"
 
     def plan(self) -> dict[str, Any]:
-        """All that its images are made of."""
+        """All that its images are made of; where the model's hash is known, its file may be elsewhere."""
+        about = {name: value for name, value in self.about.items() if name != "source" or not self.about.get("sha256")}
         return {
-            "model": self.model, "about": dict(self.about), "settings": dataclasses.asdict(self.settings),
+            "model": self.model, "about": about, "settings": dataclasses.asdict(self.settings),
             "suite": self.suite.name, "samples": self.suite.samples, "prompts": len(self.suite.prompts),
             "prompts_sha256": self.suite.digest(), "layout": self.suite.layout,
         }  # fmt: skip
@@ -117,11 +118,13 @@ def missing(sheet: Sheet) -> list[int]:
 
 
 def begin(sheets: Sequence[Sheet]) -> None:
-    """Make the folders, and note what their images are of; process 0 does."""
+    """Make the folders, and note what their images are of; process 0 does. What a killed write has left goes."""
     if is_main():
         for sheet in sheets:
-            for folder in {(sheet.folder / name).parent for name in paths_of(sheet.suite)}:
+            for folder in {sheet.folder, *((sheet.folder / name).parent for name in paths_of(sheet.suite))}:
                 folder.mkdir(parents=True, exist_ok=True)
+                for begun in folder.glob(".*.tmp"):
+                    begun.unlink()
             if not (sheet.folder / PLAN_FILE).exists():
                 write_json(sheet.folder / PLAN_FILE, sheet.plan())
     barrier("the folders of images are there")

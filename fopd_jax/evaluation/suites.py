@@ -50,6 +50,11 @@ COMPBENCH: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "complex": ("blip_vqa", "unidet_2d", "clipscore"),
 })  # fmt: skip
 """T2I-CompBench's categories, 300 prompts each, and what its columns are made of. UniDet is served, or is not there."""
+COMPLEX: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "spatial": ("blip_vqa", "unidet_2d"), "action": ("blip_vqa", "clipscore"),
+    "spatialaction": ("blip_vqa", "unidet_2d", "clipscore"),
+})  # fmt: skip
+"""Kinds of complex prompts, by the lists `complex_val_KIND.txt`, and what the 3-in-1 score is a mean of."""
 SUITES: Mapping[str, Published] = MappingProxyType({
     "geneval": Published(553, 4, ("geneval",), "geneval", merged=True, source="geneval:test"),
     "ocr": Published(1018, 1, ("ocr",)),
@@ -170,11 +175,19 @@ def _compbench(source: str, field: str) -> tuple[Prompt, ...]:
     prompts = []
     for category, kinds in COMPBENCH.items():
         found = read_set(str(_list_of(folder, category, field)), field)
-        prompts += [
-            Prompt(f"{category}/{place}", place, text, metadata, {"category": category, **_tags(metadata)}, kinds)
-            for place, (text, metadata) in enumerate(zip(found.texts, found.beside(), strict=True))
-        ]
+        told = _complex_kinds(folder, field) if category == "complex" else {}
+        for place, (text, metadata) in enumerate(zip(found.texts, found.beside(), strict=True)):
+            tags = {"category": category, **({"tag": told[text]} if text in told else {}), **_tags(metadata)}
+            asked = COMPLEX.get(str(tags.get("tag")), kinds) if category == "complex" else kinds
+            prompts.append(Prompt(f"{category}/{place}", place, text, metadata, tags, asked))
     return tuple(prompts)
+
+
+def _complex_kinds(folder: Path, field: str) -> dict[str, str]:
+    """The kind of each complex prompt, as far as lists say it."""
+    lists = {kind: folder / f"complex_val_{kind}.txt" for kind in COMPLEX}
+    there = {kind: path for kind, path in lists.items() if path.is_file()}
+    return {text: kind for kind, path in there.items() for text in read_set(str(path), field).texts}
 
 
 def _list_of(folder: Path, category: str, field: str) -> Path:

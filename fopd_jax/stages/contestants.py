@@ -92,7 +92,7 @@ def find_contestants(config: StageConfig, pipeline: Pipeline, sources: Mapping[s
 def _find(config: StageConfig, pipeline: Pipeline, base: str, name: str, source: str) -> Contestant:
     field = f"{FIELD} {name}"
     if source == BASE:
-        source_of = config.model.path or f"random {pipeline.preset}"
+        source_of = config.model.path or f"random {pipeline.preset}, seed {config.seed}"
         return Contestant(name, {"source": source_of, "sha256": base}, lambda given: (given(), {}))
     path = weight_path(source) if source.startswith(PACKAGED) else local_path(field, source)
     if not path.exists():

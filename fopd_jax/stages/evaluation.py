@@ -7,7 +7,7 @@ failed, and adds models, suites, settings and rewards to a folder.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fopd_jax.rewards.registry import close_all, make_rewards
 from fopd_jax.rewards.reward import Reward
 from fopd_jax.running import lock, records
 from fopd_jax.stages.again import check_out, make_folder
-from fopd_jax.stages.cards import size_of
+from fopd_jax.stages.cards import base_hash, size_of
 from fopd_jax.stages.contestants import Base, Contestant, find_contestants
 from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, make_pipeline
 from fopd_jax.stages.setup import eval_sampler
@@ -39,7 +39,8 @@ from fopd_jax.tasks.sources import read_sets
 from fopd_jax.tasks.task import Task
 from fopd_jax.worlds.embedded import EMBEDDED
 
-Read = dict[str, Suite]
+Suites = dict[str, Suite]
+"""By name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
 # ---- suites
 
 
-def read_suites(config: StageConfig, pipeline: Pipeline, wish: Wish) -> Read:
+def read_suites(config: StageConfig, pipeline: Pipeline, wish: Wish) -> Suites:
     """The suites that are asked for, by name.
 
     Raises:
@@ -134,7 +135,7 @@ def _tasks(
 # ---- rewards
 
 
-def _make_rewards(config: StageConfig, pipeline: Pipeline, suites: Read) -> tuple[dict[str, str], dict[str, Reward]]:
+def _make_rewards(config: StageConfig, pipeline: Pipeline, suites: Suites) -> tuple[dict[str, str], dict[str, Reward]]:
     """Kinds of the rewards that score some prompt, by name, and the rewards, ready. Those that the config sets and that
     score none are told.
 
@@ -156,7 +157,7 @@ def _make_rewards(config: StageConfig, pipeline: Pipeline, suites: Read) -> tupl
     return kinds, made
 
 
-def _check_prompts(suites: Read, kinds: Mapping[str, str], rewards: Mapping[str, Reward]) -> None:
+def _check_prompts(suites: Suites, kinds: Mapping[str, str], rewards: Mapping[str, Reward]) -> None:
     for suite in suites.values():
         for name, reward in rewards.items():
             scored = [prompt for prompt in suite.prompts if name in scored_by(prompt, kinds)]
@@ -186,16 +187,19 @@ def _identities(config: StageConfig, kinds: Mapping[str, str]) -> dict[str, dict
 
 
 def _sheets(
-    config: StageConfig, pipeline: Pipeline, model: Contestant, suites: Read, also: Collection[str], out: Path
+    config: StageConfig, pipeline: Pipeline, model: Contestant, suites: Suites, also: Collection[str], out: Path
 ) -> list[Sheet]:
     """A model's cells, setting by setting; pictures made elsewhere stand at the main one."""
-    made = cell_settings(config.eval, model.guidance, also)
+    made, about = cell_settings(config.eval, model.guidance, also), dict(model.about)
     if model.pictures is not None:
         made = dict(list(made.items())[:1])
+    else:
+        about |= {"base_sha256": base_hash(config.model), "dtype": config.model.dtype}
+        about |= {} if pipeline.manifest is None else {"t5_length": config.model.t5_length}
     return [
         Sheet(
             out / model.name / suite.name / name.replace(", ", "_").replace(" ", "_"), model.name, suite, name,
-            _settings(config, pipeline, model, each), model.about, _reader(config, pipeline, each),
+            _settings(config, pipeline, model, each), about, _reader(config, pipeline, each),
         )
         for name, each in made.items()
         for suite in suites.values()
@@ -213,17 +217,13 @@ def _settings(config: StageConfig, pipeline: Pipeline, model: Contestant, made: 
     )
 
 
-def _reader(config: StageConfig, pipeline: Pipeline, made: Made) -> Any:
+def _reader(config: StageConfig, pipeline: Pipeline, made: Made) -> Callable[[str], str]:
     if not made.rewritten:
         return str
-    return functools.partial(_paraphrased, pipeline, config.eval.seed)
+    return lambda prompt: pipeline.world.paraphrase(prompt, config.eval.seed)
 
 
-def _paraphrased(pipeline: Pipeline, seed: int, prompt: str) -> str:
-    return pipeline.world.paraphrase(prompt, seed)
-
-
-def _check(pipeline: Pipeline, model: Contestant, sheets: Sequence[Sheet], suites: Read) -> None:
+def _check(pipeline: Pipeline, model: Contestant, sheets: Sequence[Sheet], suites: Suites) -> None:
     """Before anything is made: the folder is this evaluation's, the world knows all words, and pictures made elsewhere
     are all there.
     """
@@ -256,6 +256,8 @@ def _make_images(
         return
     drawn = [each for model in contestants if model.pictures is None for each in sheets[model.name]]
     prompts = [sheet.read(prompt.text) for sheet in drawn if lacking[sheet.folder] for prompt in sheet.suite.prompts]
+    for line in pipeline.world.review(prompts) if is_main() else ():
+        warn(f"prompts: {line}")
     if prompts:
         pipeline.world.prepare(["", *dict.fromkeys(prompts)])
 

@@ -1,10 +1,21 @@
 """Suites at their published sizes, and who scores them; lists that somebody has are read from the shared data."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from fopd_jax.evaluation.suites import COMPBENCH, SUITES, Prompt, Suite, chosen, difference, read_suite, scored_by
+from fopd_jax.evaluation.suites import (
+    COMPBENCH,
+    COMPLEX,
+    SUITES,
+    Prompt,
+    Suite,
+    chosen,
+    difference,
+    read_suite,
+    scored_by,
+)
 from fopd_jax.tasks.task import Task
 from tests.shared_data import shared
 
@@ -47,7 +58,11 @@ def test_compbench_keeps_equal_rows_apart_and_names_them_by_category():
     suite = read_suite("t2icompbench", {"t2icompbench": str(shared("t2i_compbench"))}, {})
     assert [suite.prompts[k * 300].id for k in range(8)] == [f"{name}/0" for name in COMPBENCH]
     assert suite.prompts[0].text == "a green bench and a blue bowl"  # without its file's CR
-    assert {prompt.tags["category"]: prompt.kinds for prompt in suite.prompts} == dict(COMPBENCH)
+    for category, kinds in COMPBENCH.items():
+        own = [prompt for prompt in suite.prompts if prompt.tags["category"] == category]
+        assert {prompt.kinds for prompt in own} == (set(COMPLEX.values()) if category == "complex" else {kinds})
+    found = Counter(prompt.tags["tag"] for prompt in suite.prompts if prompt.tags["category"] == "complex")
+    assert found == {"spatial": 58, "action": 212, "spatialaction": 30}
 
 
 def _task(name: str, *prompts: str) -> dict[str, Task]:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.main.experiment import one_error, snapshot, wait_for
+from fopd_jax.config.parse import override, resolve
+from fopd_jax.config.recorded import RECORD_FILE, recorded_config
+from fopd_jax.stages.evaluation import Wish, evaluate_models
+from tests.main.experiment import Program, one_error, snapshot, wait_for
 from tests.parallel.processes import finish, free_port, start
 from tests.quick import environment
 from tests.test_sample import CONFIG
@@ -71,3 +74,21 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path, monkeypatch: pytest
     assert one.keys() == two.keys()
     for name in one:
         assert one[name] == two[name], name
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_at_its_newest_checkpoint(program: Program, tmp_path: Path):
+    """As its exported student is; the run's folder names the config, too."""
+    folder = program.run("evaluated", steps=2, checkpoint_every=1)
+    models = {"student": str(folder), "exported": str(folder / "student.safetensors")}
+    changes = {"eval.num_steps": 2, "eval.batch_size": 4}
+    config = resolve(override(recorded_config(folder / RECORD_FILE), changes))
+    before = snapshot(folder)
+    cells = evaluate_models(config, Wish(models, ("text",), prompts=2, samples=1, also=("own",)), tmp_path / "out")
+    assert snapshot(folder) == before
+    kept, exported = (
+        [record for cell in cells for record in cell.records if cell.model == name] for name in ("student", "exported")
+    )
+    assert [each.scores for each in kept] == [each.scores for each in exported]
+    assert {cell.about["source"] for cell in cells} == {f"{folder}, step 2", str(folder / "student.safetensors")}
+    assert {cell.settings.guidance for cell in cells if "own" in cell.setting} == {config.guidance}
