@@ -9,6 +9,7 @@ import pytest
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.recorded import RECORD_FILE, recorded_config
 from fopd_jax.stages.evaluation import Wish, evaluate_models
+from tests.main.dying_reward import away_for
 from tests.main.experiment import Program, one_error, snapshot, wait_for
 from tests.parallel.processes import finish, free_port, start
 from tests.quick import environment
@@ -50,9 +51,10 @@ def test_killed_five_times_once_with_a_judge_away_and_the_same_bytes(tmp_path: P
     kinds = (("*.png", 5), ("*.png", 100), ("*.png", 250), ("scores/*.json", 3), ("records.jsonl", 2))
     for number, (kind, count) in enumerate(kinds):
         if number == 3:
-            (tmp_path / "away").write_text("2")
+            away_for(tmp_path / "away", 2)
         with run(killed) as process:
-            assert wait_for([process], lambda kind=kind, count=count: len(list(killed.rglob(kind))) >= count)
+            alive = wait_for([process], lambda kind=kind, count=count: len(list(killed.rglob(kind))) >= count)
+            assert alive, process.communicate()[0]
             process.kill()
     finish([run(killed)])
     finish([run(killed)])  # what failed

@@ -29,6 +29,7 @@ from fopd_jax.rewards.pool import TooManyFailures
 from fopd_jax.stages.contestants import named_sources
 from fopd_jax.stages.evaluation import Wish, evaluate_models
 from tests import test_sample
+from tests.main.dying_reward import away_for
 from tests.main.experiment import snapshot
 from tests.test_sample import CONFIG
 
@@ -146,7 +147,7 @@ def test_killed_often_it_leaves_the_same_bytes(
 ):
     """Between images, between scores, before records, between records and settings; once with a judge that is away."""
     part = dataclasses.replace(wish, also=(), suites=("text",))
-    away.write_text("3")
+    away_for(away, 3)
     points: list[tuple[Any, str, Callable[..., Any], int]] = [
         (generate, "write_png", write_png, 3),
         (generate, "write_png", write_png, 30),
@@ -167,7 +168,7 @@ def test_killed_often_it_leaves_the_same_bytes(
 def test_a_judge_that_is_away_is_listed_and_asked_again(
     config: StageConfig, small: Wish, whole: Path, away: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    away.write_text("2")
+    away_for(away, 2)
     cells = evaluate_models(config, small, tmp_path)
     lost = [record for cell in cells for record in cell.records if record.failed]
     assert len(lost) == 2 * 4  # batches of two prompts
@@ -184,10 +185,10 @@ def test_too_many_failures_stop_it_and_what_was_scored_stays(
     alone: StageConfig, small: Wish, away: Path, tmp_path: Path
 ):
     many = dataclasses.replace(small, prompts=40)
-    away.write_text("1000")
+    away_for(away, 1000)
     with pytest.raises(TooManyFailures, match=r"rewards\.judge: 100% of its last 64 scores failed"):
         evaluate_models(alone, many, tmp_path)
-    away.unlink()
+    away_for(away, 0)
     kept = sorted(tmp_path.rglob("scores/*.json"))
     assert len(kept) == 32  # the prompts of 64 images
     assert json.loads(kept[0].read_text())["images"][0]["failed"].keys() == {"judge"}
