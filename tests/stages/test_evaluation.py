@@ -181,6 +181,7 @@ def test_a_judge_that_is_away_is_listed_and_asked_again(
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_it_and_what_was_scored_stays(
     alone: StageConfig, small: Wish, away: Path, tmp_path: Path
 ):
@@ -224,6 +225,7 @@ def test_pictures_made_elsewhere_are_scored_as_they_are(config: StageConfig, wis
     assert not (tmp_path / "out2").exists()
 
 
+@pytest.mark.slow
 def test_own_guidance_is_the_cards(alone: StageConfig, weights: Path, small: Wish, tmp_path: Path):
     adapter, _ = load_adapter(weights / "adapter.safetensors")
     save_adapter(tmp_path / "a.safetensors", adapter, {"preset": "miniature"}, AdapterCard(guidance=3.0))
