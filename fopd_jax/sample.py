@@ -32,7 +32,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,12 +66,11 @@ from fopd_jax.evaluation.samples import (
 )
 from fopd_jax.exits import explained, naming
 from fopd_jax.files import check_writable, local_path, write_text
-from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.models.coordinates import LAYER
 from fopd_jax.parallel.distributed import initialize, is_main, warn
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.policy.velocity import Tree
-from fopd_jax.stages.cards import base_hash, other_base, read_source
+from fopd_jax.stages.cards import base_hash, content_hash, other_base, read_source
 from fopd_jax.stages.coordinates import skills
 from fopd_jax.stages.export import export_name
 from fopd_jax.stages.pipeline import Pipeline, check_base, load_base, load_policy, make_pipeline, weight_path
@@ -329,7 +327,7 @@ def _load_policies(config: StageConfig, pipeline: Pipeline) -> list[Policy]:
         with naming("adapter"):
             adapter = effective(load_policy(source, pipeline))
         adapter, told = _turned(config, source, card.coordinates if card else (), adapter)
-        about = {"source": source, "sha256": _content_hash(weight_path(source)), **told}
+        about = {"source": source, "sha256": content_hash(weight_path(source)), **told}
         return Policy(name, lambda base: (base, adapter), about)
 
     return [load(name, source) for name, source in zip(name_policies(sources), sources, strict=True)]
@@ -359,14 +357,6 @@ def _settings(config: StageConfig, pipeline: Pipeline, shape: tuple[int, ...]) -
         "width": shape[1],
         "version": __version__,
     }
-
-
-def _content_hash(path: Path) -> str:
-    """Of a file, or of a folder's tensor files."""
-    if path.is_file():
-        return hash_file(path)
-    parts = [f"{each.name} {hash_file(each)}" for each in sorted(path.glob("*.safetensors"))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _tell(

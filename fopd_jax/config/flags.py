@@ -4,7 +4,7 @@ import ast
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,18 @@ def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
     if rest:
         refuse(f"unexpected arguments {rest}")
     return [program]
+
+
+def spread_values(argv: list[str], names: Collection[str]) -> list[str]:
+    """A command line for absl's parser: of flags that are given several times, `--NAME A B` is `--NAME=A --NAME=B`."""
+    spread, name = argv[:1], ""
+    for word in argv[1:]:
+        if word.startswith("-"):
+            name, equals, _ = word.lstrip("-").partition("=")
+            spread += [word] if equals or name not in names else []
+        else:
+            spread.append(f"--{name}={word}" if name in names else word)
+    return spread
 
 
 def _recorded(arguments: list[str]) -> list[str]:

@@ -1,6 +1,22 @@
 """The settings of its sampler that a report is made at: numbers of steps and guidance scales."""
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 from fopd_jax.config.schema import Evaluation
+
+OWN, REWRITTEN = "own", "rewritten"
+ALSO = (OWN, REWRITTEN)
+"""What an evaluation of models may make beside the config's settings: every model under the guidance that it is for,
+and the main setting with prompts in other words."""
+
+
+class Made(NamedTuple):
+    """One setting of a sampler, and whether networks read the prompts in other words."""
+
+    steps: int
+    guidance: float
+    rewritten: bool
 
 
 def main_setting(evaluation: Evaluation) -> str:
@@ -27,3 +43,24 @@ def _grid(evaluation: Evaluation) -> tuple[tuple[int, ...], tuple[float, ...]]:
 def _name(usual: tuple[int, float], pair: tuple[int, float]) -> str:
     named = zip(("steps", "guidance"), usual, pair, strict=True)
     return ", ".join(f"{what} {number:g}" for what, known, number in named if number != known)
+
+
+def cell_settings(evaluation: Evaluation, own: float | None, also: Collection[str]) -> dict[str, Made]:
+    """All settings that a model is evaluated at, the main one first, by names that are the same for all models.
+
+    `own`: the scale that the model is for, None where it does not say: then the main setting's. `also`: of `ALSO`.
+    """
+    steps, scales = _grid(evaluation)
+    said = evaluation.rewritten
+    found = {_cell_name(n, f"{scale:g}", said): Made(n, scale, said) for n in steps for scale in scales}
+    if OWN in also:
+        scale = evaluation.guidance if own is None else own
+        found |= {_cell_name(n, OWN, said): Made(n, scale, said) for n in steps}
+    if REWRITTEN in also:
+        usual = evaluation.num_steps, evaluation.guidance
+        found[_cell_name(usual[0], f"{usual[1]:g}", True)] = Made(*usual, True)
+    return found
+
+
+def _cell_name(steps: int, guidance: str, rewritten: bool) -> str:
+    return f"steps {steps}, guidance {guidance}{f', {REWRITTEN}' * rewritten}"

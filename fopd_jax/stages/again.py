@@ -37,13 +37,13 @@ def evaluate(
     workdir.check_evaluates(folder, identity(config))
     step = find_step(folder, step)
     out = out or folder / EVALUATIONS / f"step_{step}_{config_hash(config)}"
-    _check_out(out)
+    check_out(out)
     # It trains nothing, so that prompts to train on are not encoded.
     idle = resolve(override(config, {"run.steps": 0, "run.eval_every": 0, "run.keep_best": "", "run.profile": None}))
     about = {"of": {"workdir": str(folder), "step": step}}
     if weights_only:
         pipeline = make_pipeline(idle.model, idle.run, dict)
-        _make(out)
+        make_folder(out)
         with records.keeping(out, flatten(config), about):
             export_stored(idle, pipeline, folder, step, out, find_stage(idle).origin)
         return out
@@ -52,13 +52,13 @@ def evaluate(
     stage = find_stage(idle).make(idle, out, folder)
     with contextlib.closing(stage):
         state = read_kept(folder, step, stage.state)
-        _make(out)
+        make_folder(out)
         with records.keeping(out, flatten(config), about):
             stage.finish(state)
     return out
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuse to write among what something else has made.
 
     Raises:
@@ -72,7 +72,7 @@ def _check_out(out: Path) -> None:
     barrier("the folder can be written")
 
 
-def _make(out: Path) -> None:
+def make_folder(out: Path) -> None:
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     barrier("the folder is there")

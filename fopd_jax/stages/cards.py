@@ -1,6 +1,7 @@
 """Cards of adapters: what a stage writes of what it trained, and what it takes from a teacher's or refuses it for."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fopd_jax.config.schema import OPD, Config, Model
 from fopd_jax.config.teaching import PAPER_GUIDANCE
 from fopd_jax.exits import naming
 from fopd_jax.interop.files.converted import weights_hash
+from fopd_jax.interop.files.tensor_files import hash_file
 from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.parallel.distributed import warn
 from fopd_jax.rewards.monitors import PREFIX
@@ -97,6 +99,14 @@ def size_of(config: Config, pipeline: Pipeline) -> tuple[int, int]:
 def base_hash(model: Model) -> str:
     """Which weights the base is, see `weights_hash`; '' for random ones."""
     return weights_hash(weight_path(model.path)) if model.path else ""
+
+
+def content_hash(path: Path) -> str:
+    """Of a file, or of a folder's tensor files."""
+    if path.is_file():
+        return hash_file(path)
+    parts = [f"{each.name} {hash_file(each)}" for each in sorted(path.glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # ---- what teachers' cards say

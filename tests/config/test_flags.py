@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fopd_jax.config.flags import spread_values
 from fopd_jax.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -326,3 +327,10 @@ def test_a_name_that_no_file_has_is_one_line():
 
 def test_no_config_is_one_line():
     assert error_of() == "--config: missing, expected --config=FILE.py, or --workdir=DIR of a run"
+
+
+def test_several_values_may_follow_some_flags():
+    given = ["program", "--config=x", "--models", "base", "a=b", "--suites", "c,d", "--models=e=f", "g=h", "--models"]
+    assert spread_values(given, ("models",)) == [
+        "program", "--config=x", "--models=base", "--models=a=b", "--suites", "c,d", "--models=e=f", "--models=g=h",
+    ]  # fmt: skip

@@ -14,7 +14,7 @@ from fopd_jax.config.schema import Evaluation
 from fopd_jax.evaluation import report
 from fopd_jax.evaluation.report import Model, format_settings, write_report
 from fopd_jax.evaluation.sampler import Sampler, make_sampler
-from fopd_jax.evaluation.settings import main_setting, other_settings
+from fopd_jax.evaluation.settings import cell_settings, main_setting, other_settings
 from fopd_jax.flow.schedule import flow_match_sigmas
 from fopd_jax.flow.transition import ODE
 from tests.evaluation.test_report import ABOUT, LATENT, MODELS, SAMPLER, SETTINGS, _flawed, _level, _world
@@ -114,3 +114,14 @@ def test_failures_at_another_setting_are_named_with_it(tmp_path: Path, capsys: p
     assert results["settings"]["steps 2"]["failed"] == {name: {"level": 4} for name in MODELS}
     told = capsys.readouterr().err.splitlines()
     assert "warning: scores of base at steps 2: level: 4 of 20 failed: TimeoutError: no answer" in told
+
+
+def test_models_are_evaluated_at_every_setting_under_names_that_are_the_same_for_all():
+    asked = Evaluation(num_steps=40, also_steps=(4,), guidance=4.5, also_guidance=(1.0,))
+    found = [cell_settings(asked, own, ("own", "rewritten")) for own in (None, 1.0)]
+    assert [*found[0]] == [*found[1]] == [
+        "steps 40, guidance 4.5", "steps 40, guidance 1", "steps 4, guidance 4.5", "steps 4, guidance 1",
+        "steps 40, guidance own", "steps 4, guidance own", "steps 40, guidance 4.5, rewritten",
+    ]  # fmt: skip
+    assert [each["steps 4, guidance own"] for each in found] == [(4, 4.5, False), (4, 1.0, False)]
+    assert found[0]["steps 40, guidance 4.5, rewritten"] == (40, 4.5, True)
