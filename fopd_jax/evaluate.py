@@ -8,14 +8,17 @@ of its own, by default `DIR/evaluations/step_N_HASH`, HASH being the config's: w
 `--weights-only` exports and evaluates nothing; teachers and prompts need not be there.
 
     python -m fopd_jax.evaluate --config=FILE.py --models base ocr=teachers/ocr student=runs/x --suites geneval,ocr
-        [--suite-data ocr=FILE … --also=own,rewritten --prompts=N --samples=N --out=FOLDER]
+        [--suite-data ocr=FILE … --also=own,rewritten --prompts=N --samples=N --against=NAME --out=FOLDER]
 
 Evaluates any models side by side: a run's folder, an adapter in any format, a converted folder, `base`, or a folder of
 images made elsewhere, on suites at their published sizes; in worlds with tasks of their own each of these is a suite.
 The config names the base, the sampler (`eval`, with `eval.also_steps` and `eval.also_guidance`) and the rewards that
 score (`--config.rewards.NAME…`); `--also=own` adds each model under the guidance that it says to be for, `rewritten`
 the prompts in other words. Images stay, by `OUT/MODEL/SUITE/SETTING`, with a line of scores each in `records.jsonl`.
-The same command goes on where it was stopped, and asks again for scores that failed.
+The same command goes on where it was stopped, and asks again for scores that failed. `results.md`, `.tex`, `.csv` and
+`.json` hold the tables: intervals over prompts, and the lead of `--against`, by default the last model, over the others
+(`fopd_jax.compare` makes them of several folders). Models that are unequal in prompts, seed, steps or guidance are
+refused before anything is drawn, unless `--allow-unequal` names it.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -31,10 +34,13 @@ from absl import app, flags, logging
 from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir, spread_values
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import say, speaks
+from fopd_jax.evaluation.comparison import CHOICES
 from fopd_jax.evaluation.report import TABLE_FILE
+from fopd_jax.evaluation.results import results_of
+from fopd_jax.evaluation.tables import write_results
 from fopd_jax.exits import explained
 from fopd_jax.files import local_path
-from fopd_jax.parallel.distributed import failing_together, initialize
+from fopd_jax.parallel.distributed import failing_together, initialize, is_main
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.stages.again import evaluate
 from fopd_jax.stages.contestants import FIELD, named_sources
@@ -52,6 +58,8 @@ _DATA = flags.DEFINE_multi_string("suite-data", [], "Of models: prompts of a sui
 _ALSO = flags.DEFINE_list("also", [], "Of models: further settings; own: each one's own guidance, rewritten prompts.")
 _PROMPTS = flags.DEFINE_integer("prompts", None, "Of models: so many prompts of each suite; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of models: images of each prompt; default as published.")
+_AGAINST = flags.DEFINE_string("against", "", "Of models: the one whose leads are told; default the last.")
+_UNEQUAL = flags.DEFINE_list("allow-unequal", [], f"Of models: what may differ between them, of {', '.join(CHOICES)}.")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -67,7 +75,9 @@ def main(_: list[str]) -> None:
         if _MODELS.value:
             compare(config)
             return
-        if stray := [f"--{flag.name}" for flag in (_SUITES, _DATA, _ALSO, _PROMPTS, _SAMPLES) if flag.value]:
+        if stray := [
+            f"--{flag.name}" for flag in (_SUITES, _DATA, _ALSO, _PROMPTS, _SAMPLES, _AGAINST, _UNEQUAL) if flag.value
+        ]:
             raise ValueError(f"{stray[0]}: found one without --models, whose it is")
         if (given := read_workdir()) is None:
             raise ValueError("--workdir: missing, expected a run's folder")
@@ -92,11 +102,15 @@ def compare(config: StageConfig) -> None:
         if flag.value:
             raise ValueError(f"--{flag.name}: found {flag.value} with --models, expected none")
     models, data = named_sources(_MODELS.value, FIELD), named_sources(_DATA.value, "--suite-data")
-    wish = Wish(models, _SUITES.value, data, _ALSO.value, _PROMPTS.value, _SAMPLES.value)
+    wish = Wish(
+        models, _SUITES.value, data, _ALSO.value, _PROMPTS.value, _SAMPLES.value, _AGAINST.value, _UNEQUAL.value
+    )
     out = local_path("--out", f"evaluations/{config.name}" if _OUT.value is None else _OUT.value)
     initialize(*membership())
     with failing_together(), keeping(config.run.compiled, out):
         cells = evaluate_models(config, wish, out)
+        if is_main():
+            say(write_results(out, results_of(cells, wish.reference, wish.allow_unequal)).rstrip())
     count = sum(len(cell.records) for cell in cells)
     say(f"{count} images of {len(models)} models at {len({cell.setting for cell in cells})} settings: see {out}")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fopd_jax.evaluation.records import Cell, Settings, read_cells
-from fopd_jax.evaluation.results import Difference, Results, Value, as_csv, as_json, failures, results_of
+from fopd_jax.evaluation.results import Difference, Results, Value, as_csv, as_json, failures
 from fopd_jax.evaluation.typesetting import Entry, Grid, as_latex, as_markdown, with_best
 from fopd_jax.files import write_json, write_text
 
@@ -25,17 +25,6 @@ _LEADS = (
     "Paired differences, {} minus each model, with 95% intervals, by bootstrap over prompts; p by a two-sided "
     "randomisation test over prompts, corrected by Holm's method for the {} differences of this suite{}."
 )
-
-
-def write_tables(out: Path, against: str = "", allow_unequal: Sequence[str] = ()) -> str:
-    """Compare an evaluation's models with `against`, by default the last one, and write the files into its folder.
-
-    `allow_unequal`: names of `comparison.CHOICES` in which models may be unequal. Returns the tables as Markdown.
-
-    Raises:
-      ValueError: there are no cells, one is damaged, or as `results_of`.
-    """
-    return write_results(out, results_of(cells_of(out), against, allow_unequal))
 
 
 def cells_of(out: Path) -> list[Cell]:

@@ -16,9 +16,11 @@ from fopd_jax.config.schema import NOISELESS, RewardConfig
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import progress
 from fopd_jax.evaluation.cell_scores import Judges, lacking, score
+from fopd_jax.evaluation.comparison import check_choices
 from fopd_jax.evaluation.generate import Sheet, begin, check_plan, generate, missing, take_over
 from fopd_jax.evaluation.layouts import check_names, find_given
 from fopd_jax.evaluation.records import Cell, Settings
+from fopd_jax.evaluation.results import check_all
 from fopd_jax.evaluation.sampler import Sampler
 from fopd_jax.evaluation.settings import ALSO, Made, cell_settings
 from fopd_jax.evaluation.suites import SUITES, Suite, chosen, difference, read_suite, scored_by
@@ -48,7 +50,8 @@ class Wish:
     """What is to be evaluated. `models`: sources by name (`stages.contestants`); `suites`: names, none for those of a
     world's own tasks; `data`: sources of prompts by suite; `also`: settings beside the config's, of `ALSO`.
 
-    `prompts`: so many of each suite, spread over it, and `samples`: images of each; None: as published.
+    `prompts`: so many of each suite, spread over it, and `samples`: images of each; None: as published. `against`: the
+    model whose leads are told, '' for the last one; `allow_unequal`: in what models may be unequal all the same.
     """
 
     models: Mapping[str, str]
@@ -57,6 +60,13 @@ class Wish:
     also: Collection[str] = ()
     prompts: int | None = None
     samples: int | None = None
+    against: str = ""
+    allow_unequal: Sequence[str] = ()
+
+    @property
+    def reference(self) -> str:
+        """The name of the model whose leads are told."""
+        return self.against or [*self.models][-1]
 
 
 def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
@@ -71,6 +81,9 @@ def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
     """
     if unknown := sorted(set(wish.also) - set(ALSO)):
         raise ValueError(f"--also: found {unknown[0]!r}, expected some of {', '.join(ALSO)}")
+    check_choices(wish.allow_unequal, "--allow-unequal")
+    if wish.reference not in wish.models:
+        raise ValueError(f"--against: found {wish.against!r}, expected one of {', '.join(wish.models)}")
     check_out(out)
     pipeline = make_pipeline(config.model, config.run, dict)
     check_base(config.model, pipeline)
@@ -83,12 +96,18 @@ def evaluate_models(config: StageConfig, wish: Wish, out: Path) -> list[Cell]:
         sheets = {each.name: _sheets(config, pipeline, each, suites, wish.also, out) for each in contestants}
         for each in contestants:
             _check(pipeline, each, sheets[each.name], suites)
+        planned = [Cell(each.model, each.suite.name, each.setting, each.settings, ()) for each in _all(sheets)]
+        check_all(planned, wish.reference, wish.allow_unequal)
         make_folder(out)
         closing.enter_context(lock.holding(out))
         closing.enter_context(records.keeping(out, flatten(config), {"models": dict(wish.models)}))
         _make_images(config, pipeline, contestants, sheets)
         pool = closing.enter_context(Pool(rewards, most_failed=config.run.max_failed_rewards))
-        return _make_scores(config, [sheet for each in sheets.values() for sheet in each], kinds, pool)
+        return _make_scores(config, _all(sheets), kinds, pool)
+
+
+def _all(sheets: Mapping[str, Sequence[Sheet]]) -> list[Sheet]:
+    return [sheet for each in sheets.values() for sheet in each]
 
 
 # ---- suites

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fopd_jax.evaluation.records import Cell, Settings
 from fopd_jax.evaluation.results import results_of
 from fopd_jax.evaluation.statistics import holm
-from fopd_jax.evaluation.tables import spell_cells, spell_settings, write_tables
+from fopd_jax.evaluation.tables import cells_of, spell_cells, spell_settings, write_results
 from tests.evaluation.cells import SETTINGS, cell_of, keep, random, shuffled
 
 FILES = ("results.csv", "results.json", "results.md", "results.tex")
@@ -33,6 +34,11 @@ def cells() -> list[Cell]:
                 cell_of(model, "ocr", {"ocr": random(seed, 5, 1)}, setting=f"steps {steps}", settings=settings)
             )
     return found
+
+
+def write_tables(out: Path, allow_unequal: Sequence[str] = ()) -> str:
+    """Of what a folder holds."""
+    return write_results(out, results_of(cells_of(out), allow_unequal=allow_unequal))
 
 
 def test_values_and_differences_are_of_the_right_images():
