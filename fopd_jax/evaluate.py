@@ -34,7 +34,6 @@ from absl import app, flags, logging
 from fopd_jax.config.flags import membership, parse_flags, read_config, read_workdir, spread_values
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import say, speaks
-from fopd_jax.evaluation.comparison import CHOICES
 from fopd_jax.evaluation.report import TABLE_FILE
 from fopd_jax.evaluation.results import results_of
 from fopd_jax.evaluation.tables import write_results
@@ -59,7 +58,7 @@ _ALSO = flags.DEFINE_list("also", [], "Of models: further settings; own: each on
 _PROMPTS = flags.DEFINE_integer("prompts", None, "Of models: so many prompts of each suite; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of models: images of each prompt; default as published.")
 _AGAINST = flags.DEFINE_string("against", "", "Of models: the one whose leads are told; default the last.")
-_UNEQUAL = flags.DEFINE_list("allow-unequal", [], f"Of models: what may differ between them, of {', '.join(CHOICES)}.")
+_UNEQUAL = flags.DEFINE_list("allow-unequal", [], "Of models: what may differ between them: guidance,seed,steps …")
 
 
 def parse(argv: list[str]) -> list[str]:
