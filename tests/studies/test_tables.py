@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def resolved(student: Student, table: Table, scale: Scale) -> str:
     path, _, variant = (student.config or scale.main).partition(":")
-    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), {**scale.budget, **table.budget})
+    budget = {**scale.budget, **table.budget} if student.budget is None else student.budget
+    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), budget)
     whole = flatten(resolve(override(config, fields_of(student, config))))
     return str(sorted((field, str(value)) for field, value in whole.items() if field != "name"))
 
