@@ -217,6 +217,16 @@ def _targets(scale: Scale) -> Table:
     )
 
 
+def _beyond(scale: Scale) -> Table:
+    """Extrapolation gains the skills, and an anchor of image quality is to keep that."""
+    rows = {
+        f"λ {far:g}, β {beta:g}": Student(fields={"tasks.*.extrapolation": far, "objective.mar_beta": beta})
+        for far, beta in ((0.25, 0.02), (0.25, 0.2), (0.25, 0.5), (0.5, 0.2))
+    }
+    budget = {**scale.longer, "eval.also_steps": (20,)}
+    return Table("Above the teachers", rows, ("steps 20",), budget)
+
+
 def _cold_start(scale: Scale) -> Table:
     tuned = {"cold_start.method": "adapter", "cold_start.adapter": "{work}/sft"}
     return Table(
@@ -355,7 +365,8 @@ def _noise(_: Scale) -> Table:
 def tables(scale: Scale) -> dict[str, Table]:
     """By name."""
     makers: dict[str, Callable[[Scale], Table]] = {
-        "main": _main, "recipes": _recipes, "targets": _targets, "cold_start": _cold_start, "few_steps": _few_steps,
+        "main": _main, "recipes": _recipes, "targets": _targets, "beyond": _beyond,
+        "cold_start": _cold_start, "few_steps": _few_steps,
         "noisy_teacher": _noisy_teacher, "routing": _routing, "rewritten": _rewritten, "anchor": _anchor,
         "objective": _objective, "weighting": _weighting, "noise": _noise, "larger_teacher": _larger_teacher,
     }  # fmt: skip
