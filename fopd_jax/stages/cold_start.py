@@ -81,16 +81,19 @@ def check_start(config: OPD, setup: Setup) -> None:
     check_given(FIELD, start.adapter, config.adapter, setup)
 
 
-def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> None:
-    """Refuse an adapter of another base, or one that does not fit; one whose update is zero is told.
+def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> Energies:
+    """Refuse an adapter of another base, or one that does not fit; one whose update is zero is told. Returns what the
+    rank keeps of it, where it was cut.
 
     Raises:
       ValueError: names field and file.
     """
     source = source_of(named)
     check_card(field, source, read_source(field, source), setup.pipeline, setup.base)
-    if is_zero(given_adapter(field, named, lora, setup.pipeline)[0]):
+    given, energies = given_adapter(field, named, lora, setup.pipeline)
+    if is_zero(given):
         warn(f"{field}: {source}: its update is zero: training starts as from the base")
+    return energies
 
 
 def given_adapter(field: str, named: str, lora: LoRAConfig, pipeline: Pipeline) -> tuple[Adapter, Energies]:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from fopd_jax.adapters.lora import effective, init_adapter, revive
 from fopd_jax.adapters.lora import zeros_like as no_adapter
+from fopd_jax.adapters.merging import kept_energy
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD
@@ -24,6 +25,7 @@ from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
 from fopd_jax.parallel.distributed import is_main, rows_of
+from fopd_jax.parallel.distributed import warn
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.checkpoints import kept_steps
@@ -93,8 +95,9 @@ def check_beginning(config: Reinforced, setup: Setup) -> None:
     """
     if config.start and config.trained == "params":
         raise ValueError(f"{START}: found {config.start!r}, expected none: trained is 'params', not an adapter")
-    if config.start:
-        check_given(START, config.start, config.adapter, setup)
+    kept = kept_energy(check_given(START, config.start, config.adapter, setup)) if config.start else None
+    if kept is not None:
+        warn(f"{START}: rank {config.adapter.rank} keeps {kept.overall:.1%} of the adapter, {kept.worst:.1%} at worst")
 
 
 def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
@@ -204,10 +207,11 @@ class ReinforcementLearning:
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
         trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
-        pictures = {SAMPLES_FILE: "base and policy on the same prompts"}
+        who = "base, start and policy" if self.config.start else "base and policy"
+        pictures = {SAMPLES_FILE: f"{who} on the same prompts"}
         if not self.setup.eval_set.scored():
             return trained | pictures
-        return trained | pictures | {RESULTS_FILE: "mean scores of both", TABLE_FILE: "the same, as a table"}
+        return trained | pictures | {RESULTS_FILE: f"mean scores of {who}", TABLE_FILE: "the same, as a table"}
 
     @property
     def samples(self) -> int:

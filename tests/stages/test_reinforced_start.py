@@ -1,6 +1,7 @@
 """Reinforcement learning from an adapter that was trained before; the base stays the reference."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fopd_jax.adapters.card import AdapterCard
-from fopd_jax.adapters.lora import delta
+from fopd_jax.adapters.lora import delta, rank_of
 from fopd_jax.config.parse import resolve
 from fopd_jax.interop.files.safetensors import load_adapter, save_adapter
 from fopd_jax.stages.pipeline import weight_path
@@ -44,13 +45,24 @@ def test_without_one_nothing_is_other_than_it_was(tmp_path: Path) -> None:
     stage.close()
 
 
+def test_what_a_smaller_rank_loses_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stage = prepare(config_of("text", start=TEACHER, **{"adapter.rank": 4}), tmp_path)
+    found = start_of(stage.config, stage.pipeline, stage.base)
+    assert rank_of(found) == 4
+    assert re.search(r"start: rank 4 keeps [0-9.]+% of the adapter, [0-9.]+% at worst", capfd.readouterr().err)
+    assert stage.outputs["samples.png"] == "base, start and policy on the same prompts"
+    stage.close()
+
+
 def test_what_nobody_can_start_from_is_refused(tmp_path: Path) -> None:
     teacher, metadata = load_adapter(weight_path(TEACHER))
     other = tmp_path / "other.safetensors"
     save_adapter(other, teacher, metadata, AdapterCard("flow_grpo", base="0" * 64, preset="miniature"))
+    narrow = {"adapter.targets": ("attn2",)}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"start": str(tmp_path / "nowhere")}, r"^start: .*nowhere"),
         ({"start": str(other)}, r"^start: .*other\.safetensors: trained on another base"),
+        ({"start": TEACHER, **narrow}, r"^start: .*adapter.targets leaves that layer out"),
         ({"start": TEACHER, "trained": "params"}, r"^start: found .* expected none: trained is 'params'"),
     ]
     for changes, message in cases:
