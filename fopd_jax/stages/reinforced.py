@@ -24,8 +24,7 @@ from fopd_jax.config.schema import OPD
 from fopd_jax.console import Progress, say
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
-from fopd_jax.parallel.distributed import is_main, rows_of
-from fopd_jax.parallel.distributed import warn
+from fopd_jax.parallel.distributed import is_main, rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding
 from fopd_jax.policy.velocity import Tree
 from fopd_jax.running.checkpoints import kept_steps
