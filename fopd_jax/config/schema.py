@@ -323,7 +323,7 @@ class OPD(Config):
     )
     alternate: int = setting(
         0, "So many steps of one task, then as many of the next, by the tasks' weights; 0: all tasks share each batch.",
-        at_least(0, MOST_STEPS), "[code] 1, of its epochs",
+        at_least(0, MOST_STEPS), "[code] 1: an epoch",
     )  # fmt: skip
     whole_teachers: bool = setting(False, "Teachers and anchor are weights of whole networks, like `model.path`.")
     anchor: Anchor = setting(Anchor, "MAR's teacher.")

@@ -130,7 +130,7 @@ def _curriculum(config: Config) -> str:
     if not isinstance(config, OPD | Reinforced):
         return ""
     names, (_, *later) = list(config.tasks), Curriculum.of(list(config.tasks.values())).stretches
-    turns = [f"one task a step, another's turn every {config.alternate}"] if config.alternate else []
+    turns = [f"each step of one task, by turns of {config.alternate}"] if config.alternate else []
     stretches = (
         f"from step {start} on {', '.join(f'{n} {w:g}' for n, w in zip(names, shares.weights, strict=True))}"
         for start, shares in later

@@ -32,7 +32,7 @@ def _world() -> World:
     return World((2, 2, 3), tasks, encode, lambda latents: latents)
 
 
-def _stream(world: World, rows: Any = None, alternate: int = 0, **changes: Any) -> PromptStream:
+def _stream(world: World, rows: Any = None, **changes: Any) -> PromptStream:
     shares = zip(TASKS, (3.0, 1.0, 1.0), strict=True)
     tasks = {name: RoutedTask(f"teachers/{name}", weight=weight) for name, weight in shares}
     config = OPD(seed=0, batch_size=12, images_per_prompt=2, tasks=tasks)
@@ -40,7 +40,7 @@ def _stream(world: World, rows: Any = None, alternate: int = 0, **changes: Any) 
     table = RoutingTable.of_tasks({name: 1.0 for name, task in tasks.items() if task.teacher}, None)
     return PromptStream(
         world, config.tasks, table.routes, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
-        seed=config.seed, rows=rows, alternate=alternate,
+        seed=config.seed, rows=rows, alternate=config.alternate,
     )  # fmt: skip
 
 
