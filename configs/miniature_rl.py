@@ -7,6 +7,11 @@ and so for `composition`, `quality` and `mix`, which is GRPO-Mix: one policy on 
 half of quality's. No clean image, no caption that goes with one: prompts, and what a reader says of the images. The
 packaged `teacher_*.safetensors` are the `adapter.safetensors` of the three `-nft` runs.
 
+From what was trained before, the base being what the policy is still held to:
+    --config.start=runs/miniature_sft                 SFT (configs/miniature_sft.py)
+    python tools/merge_adapters.py --dst merge.safetensors --src TEXT.safetensors COMPOSITION.safetensors …
+    --config.start=merge.safetensors                  a merge of teachers
+
 `quality` alone is earned best by an empty canvas: its policies are held to the base (`objective.kl_beta`) and end
 early. Without that (`quality-nft` with --config.objective.kl_beta=0 --config.run.steps=30) pictures empty themselves:
 quality .947, text .169, composition .363 of 128 pairs, and from step 28 on the monitors say so.

@@ -1,10 +1,11 @@
 """`python -m fopd_jax.reproduce --workdir=FOLDER [--table NAME …] [--seeds=3] [--workers=2] [--plan]`.
 
-Trains and scores what the miniature's tables compare, from nothing but the packaged base and teachers: recipes,
-targets, anchors, cold starts, objectives, weightings, rollout noise, routing, rewritten prompts, few steps, noisy
-teachers. Runs `configs/` and `tools/` of this clone as commands of their own, one a core side by side, each with its
-log in `FOLDER/logs`; the same command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json`
-of all rows that are there whole. `--plan` tells what would run, and how much of it is done.
+Trains and scores what the miniature's tables compare, from nothing but the packaged base and teachers: the main table
+(one policy on all rewards beside distillation, each from base, SFT and merge), recipes, targets, cold starts, few
+steps, noisy teachers, routing, rewritten prompts, anchors, objectives, weightings, rollout noise. Runs `configs/` and
+`tools/` of this clone as commands of their own, one a core side by side, each with its log in `FOLDER/logs`; the same
+command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of all rows that are there
+whole. `--plan` tells what would run, and how much of it is done.
 
 `--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and runs nothing: students, FLOPs, chip-hours by
 arithmetic at `--utilisation` of a chip's peak, and with `--workdir` the commands in `FOLDER/commands.sh`.
@@ -54,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (name, row, seed): _train(student, table, scale, seed)
             for name, table in chosen.items()
             for row, student in table.rows.items()
-            for seed in range(options.seeds)
+            for seed in range(options.seeds or table.seeds)
         }
-        reference, _ = _train(REFERENCE, Table("", {}), scale, 0)
-        jobs = all_jobs([reference, *(each for each, _ in study.values())])
+        references = {name: _train(REFERENCE, table, scale, 0)[0] for name, table in chosen.items()}
+        jobs = all_jobs([*references.values(), *(each for each, _ in study.values())])
         if scale is not MINIATURE:
             _tell_costs(study, jobs, work, options.utilisation)
             return
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             run_jobs(jobs, work, ROOT, options.workers)
         finally:
-            _tell(work, chosen, study, reference)
+            _tell(work, chosen, study, references)
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser = Arguments(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/reproduce", help="folder of all runs; default runs/reproduce")
     parser.add_argument("--table", nargs="+", choices=[*NAMES], help="which; default all but larger_teacher")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0; default 1")
+    parser.add_argument("--seeds", type=int, help="how many, from 0; default 3 in the main table, else 1")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="commands side by side")
     parser.add_argument("--plan", action="store_true", help="tell what would run, and end")
     parser.add_argument("--scale", default="miniature", choices=[*SCALES], help="default miniature")
@@ -90,7 +91,7 @@ def _choose(options: Namespace, scale: Scale) -> dict[str, Table]:
       ValueError: a number is out of range, or this is no clone.
     """
     for name in ("seeds", "workers"):
-        if not 1 <= (found := getattr(options, name)) <= 64:
+        if (found := getattr(options, name)) is not None and not 1 <= found <= 64:
             raise ValueError(f"--{name}: found {found}, expected a number from 1 to 64")
     if not 0 < options.utilisation <= 1:
         raise ValueError(f"--utilisation: found {options.utilisation:g}, expected a share of 1, above 0")
@@ -103,7 +104,8 @@ def _choose(options: Namespace, scale: Scale) -> dict[str, Table]:
 
 def _train(student: Student, table: Table, scale: Scale, seed: int) -> tuple[Trained, StageConfig]:
     """Its jobs and its config, checked before anything runs."""
-    budget, named = {**scale.budget, **table.budget}, student.config or scale.main
+    budget = {**scale.budget, **table.budget} if student.budget is None else student.budget
+    named = student.config or scale.main
     path, _, variant = named.partition(":")
     config = override(load_config(ROOT / "configs" / f"{path}.py", variant), budget)
     made = train(student, named, config, budget, seed)
@@ -126,7 +128,7 @@ def _tell_costs(study: Study, jobs: Mapping[str, Job], work: Path, utilisation: 
     say(f"see {work / 'commands.sh'}")
 
 
-def _tell(work: Path, chosen: Mapping[str, Table], study: Study, reference: Trained) -> None:
+def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Mapping[str, Trained]) -> None:
     """Write and print the tables of what is done; rows of which some seed is missing have the others alone."""
     found: dict[str, tuple[Table, list[Row]]] = {}
     for name, table in chosen.items():
@@ -141,7 +143,7 @@ def _tell(work: Path, chosen: Mapping[str, Table], study: Study, reference: Trai
             if scores:
                 rows.append(Row(row, student, scores))
         if rows:
-            found[name] = table, [*_others(work, reference), *rows]
+            found[name] = table, [*_others(work, references[name]), *rows]
     if found:
         about = {"commit": commit(), **hardware(), "versions": versions(PACKAGES), "budget": dict(MINIATURE.budget)}
         write_summary(work, found, about)

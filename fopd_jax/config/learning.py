@@ -75,6 +75,10 @@ class Reinforced(Config):
     )
     minibatches: int = setting(2, "Parts of a rollout, one an update.", at_least(1, 1000), "[code] 2")
     updates_per_rollout: int = setting(2, "Of the optimizer.", at_least(1, 1000), "[code] 2")
+    start: str = setting(
+        "", "Adapter that training starts from, as of SFT or a merge: a file, or the folder of the run that trained "
+        "it; empty: a fresh one. The base stays what the policy is held to.", rules.PATH,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.host import GIB
 from fopd_jax.performance.weights import shard_bytes
 from fopd_jax.running.checkpoints import newest_step
-from fopd_jax.stages.cold_start import describe_start
+from fopd_jax.stages.cold_start import describe_start, source_of
 from fopd_jax.stages.opd_update import scale_of
 from fopd_jax.stages.plan import Plan
 from fopd_jax.tasks.sampling import Curriculum
@@ -93,6 +93,8 @@ def _trains(plan: Plan, config: Config) -> str:
     start = "the base" if config.model.path else "random weights"
     if isinstance(config, OPD):
         start = describe_start(config.cold_start) or start
+    if isinstance(config, Reinforced):
+        start = source_of(config.start) or start
     return f"{what}, {count:,} numbers, from {start}"
 
 

@@ -28,7 +28,7 @@ from fopd_jax.adapters.merging import (
 )
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.recorded import RECORD_FILE
-from fopd_jax.config.schema import OPD
+from fopd_jax.config.schema import OPD, LoRAConfig
 from fopd_jax.config.stages import taught
 from fopd_jax.config.teaching import DENSE_MERGES, ColdStart
 from fopd_jax.console import say
@@ -42,6 +42,8 @@ from fopd_jax.stages.pipeline import Pipeline, load_policy, weight_path
 from fopd_jax.stages.setup import Setup
 
 FIELD, START_FILE = "cold_start.adapter", "cold_start.json"
+START = "start"
+"""The field of stages of reinforcement learning."""
 _LEFT = ("adapter.safetensors", "student.safetensors")  # by runs that train adapters
 Tell = Callable[[Kept | None], None]
 
@@ -55,15 +57,15 @@ def start_weights(config: OPD) -> dict[str, float]:
 # ---- an adapter
 
 
-def source_of(start: ColdStart) -> str:
-    """The file or folder that `cold_start.adapter` means: of a run's folder the adapter that it left; '' for none."""
-    folder = weight_path(start.adapter)
-    if start.adapter and folder.is_dir() and (folder / RECORD_FILE).is_file():
+def source_of(named: str) -> str:
+    """The file or folder that a field means: of a run's folder the adapter that it left; '' for none."""
+    folder = weight_path(named)
+    if named and folder.is_dir() and (folder / RECORD_FILE).is_file():
         return next((str(folder / name) for name in _LEFT if (folder / name).is_file()), str(folder / _LEFT[0]))
-    return start.adapter
+    return named
 
 
-def check_given(config: OPD, setup: Setup) -> None:
+def check_start(config: OPD, setup: Setup) -> None:
     """Refuse an adapter to start from that is of another base, or that nobody would start from.
 
     Raises:
@@ -76,20 +78,29 @@ def check_given(config: OPD, setup: Setup) -> None:
         return
     if not start.adapter:
         raise ValueError(f"{FIELD}: missing, which cold_start.method 'adapter' starts from")
-    source = source_of(start)
-    check_card(FIELD, source, read_source(FIELD, source), setup.pipeline, setup.base)
-    if is_zero(given_adapter(config, setup.pipeline)[0]):
-        warn(f"{FIELD}: {source}: its update is zero: the student starts as the base")
+    check_given(FIELD, start.adapter, config.adapter, setup)
 
 
-def given_adapter(config: OPD, pipeline: Pipeline) -> tuple[Adapter, Energies]:
-    """That of the field on the student's layers, at its rank and scale; of a larger rank what the student's holds.
+def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> None:
+    """Refuse an adapter of another base, or one that does not fit; one whose update is zero is told.
 
     Raises:
-      ValueError: it is missing, damaged, or adapts a layer that `config.adapter` does not; names the field and file.
+      ValueError: names field and file.
     """
-    source, lora = source_of(config.cold_start), config.adapter
-    with naming(FIELD):
+    source = source_of(named)
+    check_card(field, source, read_source(field, source), setup.pipeline, setup.base)
+    if is_zero(given_adapter(field, named, lora, setup.pipeline)[0]):
+        warn(f"{field}: {source}: its update is zero: training starts as from the base")
+
+
+def given_adapter(field: str, named: str, lora: LoRAConfig, pipeline: Pipeline) -> tuple[Adapter, Energies]:
+    """That of a field on the layers that train, at their rank and scale; of a larger rank what they hold of it.
+
+    Raises:
+      ValueError: it is missing, damaged, or adapts a layer that `lora` does not; names the field and file.
+    """
+    source = source_of(named)
+    with naming(field):
         adapter = load_policy(source, pipeline)
         layers = adapter_shapes(lora, _shapes(pipeline)["params"], pipeline.family.targets).weights
         whole = conform(source, adapter, layers, max(rank_of(adapter), lora.rank))
@@ -108,7 +119,7 @@ def make_start(config: OPD, adapters: Mapping[str, Adapter], pipeline: Pipeline)
     if start.method == "none":
         return init_adapter(key, _shapes(pipeline)["params"], lora, pipeline.family.targets), {}
     if start.method == "adapter":
-        given, energies = given_adapter(config, pipeline)
+        given, energies = given_adapter(FIELD, start.adapter, lora, pipeline)
         return revive(key, given), energies
     weights = start_weights(config)
     chosen, shares = [adapters[name] for name in weights], list(weights.values())
@@ -124,7 +135,7 @@ def title(config: OPD) -> str:
 def describe_start(start: ColdStart) -> str:
     """The same in words."""
     if start.method == "adapter":
-        return source_of(start)
+        return source_of(start.adapter)
     return f"the teachers' merge ({start.merge})" if start.method == "merge" else ""
 
 
@@ -136,7 +147,7 @@ def tell_start(config: OPD, workdir: Path, kept: Kept | None) -> None:
         say(f"rank {config.adapter.rank} keeps {kept.overall:.1%} of the start's energy, {lost}")
     if is_main() and start.method != "none":
         found: dict[str, Any] = {"method": start.method, "rank": config.adapter.rank}
-        found |= {"adapter": source_of(start)} if start.method == "adapter" else {"merge": start.merge}
+        found |= {"adapter": source_of(start.adapter)} if start.method == "adapter" else {"merge": start.merge}
         found |= {"weights": start_weights(config)} if start.method == "merge" else {}
         found |= {"density": start.density} if start.method == "merge" and start.merge in DENSE_MERGES else {}
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """What one step of a config costs, from shapes alone: nothing is read, made or compiled."""
 
+import dataclasses
+
 from jax.sharding import AbstractMesh
 
 from fopd_jax.config.learning import GRPO, ForwardRL
@@ -17,6 +19,8 @@ def step_cost(config: StageConfig) -> Update:
     Raises:
       ValueError: a field is out of range; names it.
     """
+    run = dataclasses.replace(config.run, attention="xla")  # costs the same, and nothing has to be chosen
+    config = dataclasses.replace(config, run=run)
     latent_shape, encoded = world_shapes(config.model)
     model = abstract_model(config, AbstractMesh((1, 1, 1), AXES))
     tokens = encoded.context.shape[0]

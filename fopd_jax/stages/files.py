@@ -6,7 +6,7 @@ from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD, Config, FlowMatching
 from fopd_jax.interop.files.converted import is_converted
 from fopd_jax.rewards.registry import files_of
-from fopd_jax.stages.cold_start import source_of
+from fopd_jax.stages.cold_start import START, source_of
 from fopd_jax.stages.pipeline import weight_path
 from fopd_jax.tasks.demonstrations import is_set
 from fopd_jax.tasks.sources import file_of
@@ -23,9 +23,11 @@ def input_files(config: Config) -> dict[str, Path]:
     texts: dict[str, str] = {}
     if isinstance(config, OPD):
         weights |= {f"tasks.{name}.teacher": task.teacher for name, task in config.tasks.items()}
-        weights |= {"anchor.adapter": config.anchor.adapter, "cold_start.adapter": source_of(config.cold_start)}
+        weights |= {"anchor.adapter": config.anchor.adapter, "cold_start.adapter": source_of(config.cold_start.adapter)}
         weights |= {f"networks.{name}.path": network.path for name, network in config.networks.items()}
         texts |= {f"offline.tasks.{name}.images": pairs.images for name, pairs in config.offline.tasks.items()}
+    if isinstance(config, Reinforced):
+        weights |= {START: source_of(config.start)}
     if isinstance(config, OPD | Reinforced):
         texts |= {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         texts |= {f"tasks.{name}.test": task.test for name, task in config.tasks.items()}

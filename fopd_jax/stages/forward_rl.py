@@ -17,7 +17,14 @@ from fopd_jax.stages.abstract import abstract_base, encoded_tokens
 from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.forward_rl_update import ForwardUpdate, make_spec, make_update, update_cost
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
+from fopd_jax.stages.reinforced import (
+    METRICS,
+    ReinforcedPlan,
+    ReinforcementLearning,
+    check_beginning,
+    make_stream,
+    trained_rewards,
+)
 from fopd_jax.stages.setup import make_setup
 from fopd_jax.steps.forward_rl import metric_names
 from fopd_jax.steps.grpo.spec import Base, Credit
@@ -53,6 +60,7 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
       ValueError: names the field, file or key that is wrong.
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
+    check_beginning(config, setup)
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)

@@ -20,7 +20,14 @@ from fopd_jax.stages.cards import Origin
 from fopd_jax.stages.grpo_update import GRPOUpdate, make_spec, make_update, rollout_shapes, update_cost
 from fopd_jax.stages.opd_update import MixedUpdate
 from fopd_jax.stages.plan import trained_parts
-from fopd_jax.stages.reinforced import METRICS, ReinforcedPlan, ReinforcementLearning, make_stream, trained_rewards
+from fopd_jax.stages.reinforced import (
+    METRICS,
+    ReinforcedPlan,
+    ReinforcementLearning,
+    check_beginning,
+    make_stream,
+    trained_rewards,
+)
 from fopd_jax.stages.setup import make_setup
 from fopd_jax.stages.traced_scoring import TracedScoring
 from fopd_jax.steps.grpo.spec import Base, Credit, Rollout
@@ -74,6 +81,7 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
       ValueError: names the field, file or key that is wrong.
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
+    check_beginning(config, setup)
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)

@@ -30,7 +30,7 @@ from fopd_jax.stages import networks, teachers
 from fopd_jax.stages.abstract import abstract_bank, abstract_base, abstract_other, encoded_tokens
 from fopd_jax.stages.cards import Origin, make_card, settled
 from fopd_jax.stages.check import describe_run
-from fopd_jax.stages.cold_start import check_given, tell_start
+from fopd_jax.stages.cold_start import check_start, tell_start
 from fopd_jax.stages.coordinates import drawn_coordinates, skills, turned
 from fopd_jax.stages.export import advise, export, export_name, exported_weights, exports
 from fopd_jax.stages.grouping import check_slots, placement
@@ -98,7 +98,7 @@ def plan_opd(config: settings.OPD) -> OPDPlan:
     pairs = make_offline(config, pipeline)
     found, rank, trained = teachers.sources(config), config.adapter.rank, update.trained
     teachers.check_start(config, found)
-    check_given(config, setup)
+    check_start(config, setup)
     if config.whole_teachers:
         teachers.check_networks(pipeline, found)
         teach = partial(teachers.teach_by_networks, config, pipeline, found)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fopd_jax.adapters.lora import effective, init_adapter
+from fopd_jax.adapters.lora import effective, init_adapter, revive
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import Reinforced
@@ -34,12 +34,13 @@ from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import looks
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
+from fopd_jax.stages.cold_start import START, check_given, given_adapter
 from fopd_jax.stages.export import advise_teacher, export, export_name, exports
 from fopd_jax.stages.one_program import OneProgram
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
 from fopd_jax.stages.scoring import Pending, Scoring
-from fopd_jax.stages.setup import RATE, describe_weights, null_conditioning
+from fopd_jax.stages.setup import RATE, Setup, describe_weights, null_conditioning
 from fopd_jax.stages.traced_scoring import TracedScoring, is_traceable, make_traced_scoring
 from fopd_jax.steps.grpo.spec import Base, Credit
 from fopd_jax.steps.grpo.step import Step
@@ -82,6 +83,18 @@ class ReinforcedPlan(Plan):
     stream: PromptStream
     method: Callable[[Base], Method]
     one: Callable[[TracedScoring], Step] | None = None
+
+
+def check_beginning(config: Reinforced, setup: Setup) -> None:
+    """Refuse an adapter that training cannot start from.
+
+    Raises:
+      ValueError: as `check_given`; or there is one, and the whole network trains.
+    """
+    if config.start and config.trained == "params":
+        raise ValueError(f"{START}: found {config.start!r}, expected none: trained is 'params', not an adapter")
+    if config.start:
+        check_given(START, config.start, config.adapter, setup)
 
 
 def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
@@ -287,6 +300,13 @@ class ReinforcementLearning:
         """The policy with these weights, to sample from."""
         return Model("policy", *self.trained.student.policy(self.base.variables, trained))
 
+    def _started(self) -> list[Model]:
+        """What training started from, where that is not the base."""
+        if not self.config.start:
+            return []
+        given = start_of(self.config, self.pipeline, self.base)
+        return [Model("start", self.base.variables, effective(given))]
+
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
         """What the averaged policy draws, and a group of the rollouts that it learns from, if there are any yet."""
         return {**self.setup.draw(self.model(state.ema)), **self.scoring.picture()}
@@ -306,7 +326,7 @@ class ReinforcementLearning:
         card = make_card(config, pipeline, self.setup.base, self.origin, int(state.step), self.run)
         export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model, card)
         unchanged = {} if self.whole else effective(no_adapter(state.ema))  # so that one program samples both
-        models = [Model("base", self.base.variables, unchanged), self.model(state.ema)]
+        models = [Model("base", self.base.variables, unchanged), *self._started(), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
         with contextlib.closing(self.setup) as setup:
             most = config.run.max_failed_rewards
@@ -338,4 +358,6 @@ def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:
     if config.trained == "params":
         return load_base(config.model, pipeline, config.seed, "float32")["params"]
     key = jax.random.key(config.seed)
+    if config.start:
+        return revive(key, given_adapter(START, config.start, config.adapter, pipeline)[0])
     return init_adapter(key, base.variables["params"], config.adapter, pipeline.family.targets)

@@ -19,6 +19,7 @@ class Student:
     """`config`: below configs/, as `recipes/pdm:miniature`, or '' for the study's main one; `fields`: what is changed
     in it, over the budget's; texts may name the study's folder as `{work}`. `needs`: what has to be made first.
     `scored`: further evaluations, by their names in `EVALUATIONS`. `model`: its name in what it leaves.
+    `budget`: in place of its table's.
 
     A field `tasks.*.x` is that of every task; a value may be a function of the task and all of them.
     """
@@ -28,6 +29,7 @@ class Student:
     needs: tuple[Job, ...] = ()
     scored: tuple[str, ...] = ()
     model: str = "student"
+    budget: Mapping[str, Any] | None = None
 
 
 EVALUATIONS: dict[str, dict[str, Any]] = {"rewritten": {"eval.rewritten": True}}

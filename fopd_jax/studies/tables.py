@@ -14,22 +14,31 @@ SKILLS = ("text", "composition", "composition_strict", "quality")
 """Of the miniature's scores."""
 
 
+_ASSETS = "fopd_jax/worlds/miniature/assets"
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """Where tables are made. `main`: the config of stage 2, `variant` that of recipes; `sft`: the config of fine-tuning
-    on what its teachers have drawn; `noisy`: a task, and its adapter to spoil; `large`: the config of a larger teacher.
+    on what its teachers have drawn; `mix`: that of one policy on all rewards; `teachers`: adapters to merge; `noisy`: a
+    task, and its adapter to spoil; `large`: the config of a larger teacher.
 
-    `guidance`: the teachers', where it is folded; `budget`: what ablations change, all alike.
+    `guidance`: the teachers', where it is folded; `budget`: what ablations change, all alike; `longer`: of the main
+    table, over it; `mixed`: of policies on rewards, in place of either.
     """
 
     main: str
     variant: str
     sft: str
     tasks: tuple[str, ...]
+    mix: str
+    teachers: tuple[str, ...]
     noisy: tuple[str, str]
     large: str
     guidance: float
     budget: Mapping[str, Any]
+    longer: Mapping[str, Any]
+    mixed: Mapping[str, Any]
 
 
 MINIATURE = Scale(
@@ -37,23 +46,31 @@ MINIATURE = Scale(
     variant=":miniature",
     sft="miniature_sft",
     tasks=("text", "composition"),
-    noisy=("text", "fopd_jax/worlds/miniature/assets/teacher_text.safetensors"),
+    mix="miniature_rl:mix",
+    teachers=tuple(f"{_ASSETS}/teacher_{name}.safetensors" for name in ("text", "composition", "quality")),
+    noisy=("text", f"{_ASSETS}/teacher_text.safetensors"),
     large="miniature_large",
     guidance=1.25,
     budget={
         "run.steps": 40, "batch_size": 48, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
         "health.fixed_states": 0, "health.noisy": "off",
     },
+    longer={"run.steps": 60, "batch_size": 64, "eval.final_samples": 512},
+    mixed={"run.eval_every": 0, "eval.final_samples": 512, "eval.alone": True},
 )  # fmt: skip
 SD35M = Scale(
     main="sd35m_opd",
     variant="",
     sft="sd35m_sft:demonstrations",
     tasks=("geneval", "ocr", "pickscore"),
+    mix="sd35m_grpo:mix",
+    teachers=tuple(f"teachers/{name}" for name in ("geneval", "ocr", "pickscore", "deqa")),
     noisy=("ocr", "teachers/ocr"),
     large="sd35m_large",
     guidance=4.5,
     budget={"eval.alone": True},
+    longer={},
+    mixed={"eval.alone": True},
 )
 
 
@@ -61,6 +78,7 @@ SD35M = Scale(
 class Table:
     """Students by the names of their rows. `columns`: beside the skills, those of other settings of the sampler or
     evaluations, as `steps 4` or `rewritten`. `budget`: as a scale's, over it. `long`: made where it is named alone.
+    `seeds`: how many by default.
     """
 
     title: str
@@ -68,6 +86,7 @@ class Table:
     columns: tuple[str, ...] = ()
     budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     long: bool = False
+    seeds: int = 1
 
 
 PLAIN = Student()
@@ -152,7 +171,36 @@ def large() -> Job:
     )
 
 
+def merge(scale: Scale) -> Job:
+    """The teachers' average, to begin reinforcement learning from."""
+    return Job(
+        "merge",
+        ("tools/merge_adapters.py", "--dst={work}/merge.safetensors", "--src", *scale.teachers),
+        "merge.safetensors",
+        kind="preparation",
+    )
+
+
 # ---- tables
+
+
+def _main(scale: Scale) -> Table:
+    """The paper's first: what one policy on all rewards reaches, and what distilling single-reward teachers does."""
+    tuned = demonstrations(scale), sft(scale)
+    starts: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Job, ...]]] = {
+        "the base": ({}, {"cold_start.method": "none"}, ()),
+        "SFT": ({"start": "{work}/sft"}, {"cold_start.method": "adapter", "cold_start.adapter": "{work}/sft"}, tuned),
+        "merge": ({"start": "{work}/merge.safetensors"}, {}, (merge(scale),)),
+    }
+    rows = {
+        f"GRPO-Mix from {name}": Student(scale.mix, begins, needs, model="policy", budget=scale.mixed)
+        for name, (begins, _, needs) in starts.items()
+    }
+    for objective in ("direct", "clipped"):
+        for name, (_, begins, needs) in starts.items():
+            own = needs if name == "SFT" else ()
+            rows[f"OPD, {objective}, from {name}"] = Student(fields={**begins, "objective.name": objective}, needs=own)
+    return Table("Reinforcement learning and distillation", rows, budget=scale.longer, seeds=3)
 
 
 def _of(**fields: Any) -> Student:
@@ -181,6 +229,16 @@ def _targets(scale: Scale) -> Table:
             "coordinates": Student(fields=COORDINATES),
         },
     )
+
+
+def _beyond(scale: Scale) -> Table:
+    """Extrapolation gains the skills, and an anchor of image quality is to keep that."""
+    rows = {
+        f"λ {far:g}, β {beta:g}": Student(fields={"tasks.*.extrapolation": far, "objective.mar_beta": beta})
+        for far, beta in ((0.25, 0.02), (0.25, 0.2), (0.25, 0.5), (0.5, 0.2))
+    }
+    budget = {**scale.longer, "eval.also_steps": (20,)}
+    return Table("Above the teachers", rows, ("steps 20",), budget)
 
 
 def _cold_start(scale: Scale) -> Table:
@@ -342,9 +400,9 @@ def _noise(_: Scale) -> Table:
 def tables(scale: Scale) -> dict[str, Table]:
     """By name."""
     makers: dict[str, Callable[[Scale], Table]] = {
-        "recipes": _recipes, "targets": _targets, "cold_start": _cold_start, "few_steps": _few_steps,
-        "noisy_teacher": _noisy_teacher, "routing": _routing, "teachers": _teachers, "rewritten": _rewritten,
-        "anchor": _anchor, "objective": _objective, "weighting": _weighting, "noise": _noise,
+        "main": _main, "recipes": _recipes, "targets": _targets, "beyond": _beyond, "cold_start": _cold_start,
+        "few_steps": _few_steps, "noisy_teacher": _noisy_teacher, "routing": _routing, "teachers": _teachers,
+        "rewritten": _rewritten, "anchor": _anchor, "objective": _objective, "weighting": _weighting, "noise": _noise,
         "larger_teacher": _larger_teacher,
     }  # fmt: skip
     return {name: make(scale) for name, make in makers.items()}

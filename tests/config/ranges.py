@@ -96,5 +96,5 @@ FREE = {  # of any value of their type: paths, names that are looked up where th
     "rewards.x.weights", "rewards.x.options", "run.servers.x.token_file", "run.one_program", "eval.rewritten",
     "advantages.merge_equal_prompts", "rollouts.shared_noise", "offline.tasks.x.images", "offline.tasks.x.test",
     "health.gaps", "cold_start.adapter", "tasks.x.network", "anchor.network", "networks.x.preset", "networks.x.path",
-    "eval.alone",
+    "eval.alone", "start",
 }  # fmt: skip

@@ -17,7 +17,6 @@ from fopd_jax.adapters.merging import combine, layer_key
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.parse import assign, resolve
 from fopd_jax.config.schema import LoRAConfig
-from fopd_jax.config.teaching import ColdStart
 from fopd_jax.interop.files.safetensors import save_adapter
 from fopd_jax.stages import cold_start
 from fopd_jax.stages.cold_start import given_adapter, merge_networks, source_of, tell_start
@@ -55,7 +54,7 @@ def _updates(adapter: Adapter) -> dict[str, np.ndarray]:
 def test_an_adapter_starts_at_the_students_rank_and_scale(rank: int, alpha: float, tmp_path: Path):
     path, adapter = _saved(tmp_path, rank, alpha)
     config = _config(**{"cold_start.adapter": str(path)})
-    found, energies = given_adapter(config, pipeline(config))
+    found, energies = given_adapter("cold_start.adapter", str(path), config.adapter, pipeline(config))
     assert (rank_of(found), found.scale) == (4, 2.0)
     for name, update in _updates(adapter).items():
         started, left = _updates(found)[name], np.linalg.svd(update, compute_uv=False)[..., 4:]
@@ -67,12 +66,12 @@ def test_an_adapter_starts_at_the_students_rank_and_scale(rank: int, alpha: floa
 
 def test_a_runs_folder_stands_for_the_adapter_that_it_left(tmp_path: Path):
     path, _ = _saved(tmp_path, 4, 8.0)
-    assert source_of(ColdStart(adapter=str(tmp_path))) == str(tmp_path)  # PEFT's folder, say
+    assert source_of(str(tmp_path)) == str(tmp_path)  # PEFT's folder, say
     (tmp_path / "run.json").write_text("{}")
-    assert source_of(ColdStart(adapter=str(tmp_path))) == str(path)
+    assert source_of(str(tmp_path)) == str(path)
     path.unlink()
-    assert source_of(ColdStart(adapter=str(tmp_path))) == str(path)  # whoever reads it says that it is missing
-    assert source_of(ColdStart()) == ""
+    assert source_of(str(tmp_path)) == str(path)  # whoever reads it says that it is missing
+    assert source_of("") == ""
 
 
 @pytest.mark.parametrize(

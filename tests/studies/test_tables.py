@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def resolved(student: Student, table: Table, scale: Scale) -> str:
     path, _, variant = (student.config or scale.main).partition(":")
-    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), {**scale.budget, **table.budget})
+    budget = {**scale.budget, **table.budget} if student.budget is None else student.budget
+    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), budget)
     whole = flatten(resolve(override(config, fields_of(student, config))))
     return str(sorted((field, str(value)) for field, value in whole.items() if field != "name"))
 
@@ -39,6 +40,6 @@ def test_columns_are_made() -> None:
     for table in tables(MINIATURE).values():
         for column in table.columns:
             for student in table.rows.values():
-                asked = student.fields.get("eval.also_steps", ())
+                asked = {**table.budget, **student.fields}.get("eval.also_steps", ())
                 assert column in student.scored or column.removeprefix("steps ") in map(str, asked)
     assert "text" in SKILLS
