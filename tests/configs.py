@@ -22,6 +22,7 @@ VARIANTS: dict[str, list[str]] = {
     "miniature_rl": [f"{name}{kind}" for name in ("text", "composition", "quality", "mix") for kind in ("-nft", "")],
     "miniature_sft": ["both", "text", "composition"],
     "miniature_teacher": ["text", "composition", "quality"],
+    "miniature_teachers": ["3", "4", "8"],
     **{f"recipes/{name}": ["", "miniature"] for name in RECIPES},
     "sd35m_fast": ["geneval", "ocr", "pickscore"],
     "sd35m_large": [""],

@@ -6,7 +6,8 @@
 Theirs: |dt| is forgotten in the variance of the weights (`kl_no_dt`), β .04, 16 prompts of 16 images in two updates
 of one half each, the merge averages the factors a and b apart, the average counts optimizer updates.
 Not theirs, on purpose: what are errors there. Samples' credit is not mixed by broadcasting, groups whose task reward
-has no variance are not dropped, tasks share a batch instead of alternating by epoch.
+has no variance are not dropped, tasks share a batch instead of alternating by epoch
+(as theirs: `--config.alternate=1`).
 Guessed: nothing.
 
 Cost: an update has 256 images where `configs/sd35m_opd.py` has 128, and goes through each rollout once more.

@@ -61,6 +61,10 @@ class Reinforced(Config):
     tasks: dict[str, RewardedTask] = setting({}, "Prompts and their rewards.")
     batch_size: int = setting(1152, "Images a rollout, all groups together.", at_least(1, MOST_ROWS), "[code] 48 x 24")
     images_per_prompt: int = setting(24, "Of one prompt: a group.", at_least(2, MOST_ROWS), "[paper] 24")
+    alternate: int = setting(
+        0, "So many steps of one task, then as many of the next, by the tasks' weights; 0: all tasks share each batch.",
+        at_least(0, MOST_STEPS),
+    )  # fmt: skip
     guidance: float = setting(4.5, "Of the policy; 1: none.", at_least(0, 100), "[paper] 4.5")
     rollouts: Rollouts = setting(Rollouts, "How images are made to learn from.")
     advantages: Comparison = setting(Comparison, "How rewards become advantages.")

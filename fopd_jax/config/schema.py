@@ -321,6 +321,10 @@ class OPD(Config):
     images_per_prompt: int = setting(
         1, "Beyond 1 they form groups, which 'mixed' alone needs.", at_least(1, MOST_ROWS), "[code] 16"
     )
+    alternate: int = setting(
+        0, "So many steps of one task, then as many of the next, by the tasks' weights; 0: all tasks share each batch.",
+        at_least(0, MOST_STEPS), "[code] 1: an epoch",
+    )  # fmt: skip
     whole_teachers: bool = setting(False, "Teachers and anchor are weights of whole networks, like `model.path`.")
     anchor: Anchor = setting(Anchor, "MAR's teacher.")
     guidance: float = setting(

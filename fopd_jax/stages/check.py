@@ -128,15 +128,16 @@ def _on(network: str, weights: str) -> str:
 
 
 def _curriculum(config: Config) -> str:
-    """The weights from each change of them on, where there is one."""
+    """Turns, and the weights from each change of them on, where there are any."""
     if not isinstance(config, OPD | Reinforced):
         return ""
     names, (_, *later) = list(config.tasks), Curriculum.of(list(config.tasks.values())).stretches
+    turns = [f"each step of one task, by turns of {config.alternate}"] if config.alternate else []
     stretches = (
         f"from step {start} on {', '.join(f'{n} {w:g}' for n, w in zip(names, shares.weights, strict=True))}"
         for start, shares in later
     )
-    return "; ".join(stretches)
+    return "; ".join([*turns, *stretches])
 
 
 def _prompts(plan: Plan) -> str:

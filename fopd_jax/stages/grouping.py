@@ -64,7 +64,8 @@ def slots_of(config: OPD, spec: OPDSpec, mesh: AnyMesh) -> Slots | None:
     if not spec.grouped or config.batch_size % rows or config.batch_size % config.images_per_prompt:
         return None
     split = split_of(config, spec, mesh)
-    most = Curriculum.of(list(config.tasks.values())).most(config.batch_size // config.images_per_prompt)
+    curriculum = Curriculum.of(list(config.tasks.values()), config.alternate)
+    most = curriculum.most(config.batch_size // config.images_per_prompt)
     return Slots(split.samples, most_a_block(split, asked_by(config, spec), most.tolist()))
 
 

@@ -141,8 +141,10 @@ def _stream(config: settings.OPD, pipeline: Pipeline, routed: Routed, spec: OPDS
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
         rows=rows_of(batch_sharding(mesh), config.batch_size), mixes=routed.mixes, read=routed.read,
         dials=drawn_coordinates(config), placement=placement(config, spec, mesh),
+        alternate=config.alternate,
     )  # fmt: skip
-    check_slots(config, spec, mesh, stream.draw(0)[0])
+    for step in {turn * config.alternate for turn in range(len(config.tasks))}:
+        check_slots(config, spec, mesh, stream.draw(step)[0])
     return stream
 
 

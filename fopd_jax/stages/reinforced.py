@@ -109,7 +109,7 @@ def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
     return PromptStream(
         world, config.tasks, lambda tasks, prompts: np.zeros(len(prompts), np.int32),
         batch_size=config.batch_size, images_per_prompt=config.images_per_prompt, seed=config.seed,
-        rows=rows_of(batch_sharding(mesh), config.batch_size),
+        rows=rows_of(batch_sharding(mesh), config.batch_size), alternate=config.alternate,
     )  # fmt: skip
 
 

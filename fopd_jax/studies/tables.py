@@ -110,6 +110,10 @@ def _mix(task: str, tasks: Sequence[str]) -> dict[str, float]:
 SOFT = {"routing.method": "soft", "tasks.*.mix": _mix}
 
 
+SPLITS = {"prompts": "train", "test": "test"}
+"""Fields of a task whose prompts are files, and the split that each names."""
+
+
 # ---- what has to be made first
 
 
@@ -143,6 +147,16 @@ def noisy(scale: Scale) -> Job:
         "noisy",
         ("tools/noisy_adapter.py", f"--src={source}", "--dst={work}/noisy.safetensors", "--scale=4"),
         "noisy.safetensors",
+        kind="preparation",
+    )
+
+
+def prompts() -> Job:
+    """The miniature's, as files for tasks that are added to its own."""
+    return Job(
+        "prompts",
+        ("tools/miniature_prompts.py", "--dst={work}/prompts"),
+        "prompts/test.jsonl",
         kind="preparation",
     )
 
@@ -273,11 +287,32 @@ def _noisy_teacher(scale: Scale) -> Table:
 
 def _routing(_: Scale) -> Table:
     ways: dict[str, dict[str, Any]] = {"hard": {}, "soft": SOFT, "classifier": CLASSIFIER}
+    ways["one task a step, by turns"] = {"alternate": 1}
     rows = {name: Student(fields=fields) for name, fields in ways.items()}
     for wrong in (0.1, 0.3, 0.5):
         for name in ("hard", "soft"):
             rows[f"{name}, {wrong:.0%} wrong"] = Student(fields={**ways[name], "routing.wrong": wrong})
     return Table("Who teaches", rows)
+
+
+def _teachers(scale: Scale) -> Table:
+    """All from the base without an anchor, where neither start nor anchor holds another teacher."""
+    alone, rows = {"objective.mar_beta": 0.0, "cold_start.method": "none"}, dict[str, Student]()
+    for count in range(1, len(scale.tasks) + 1):
+        never = {f"tasks.{task}.weight": 0.0 for task in scale.tasks[count:]}
+        rows[f"{count}: {', '.join(scale.tasks[:count])}"] = Student(fields={**alone, **never})
+    if scale is MINIATURE:
+        third = {f"tasks.quality.{field}": f"{{work}}/prompts/{split}.jsonl" for field, split in SPLITS.items()}
+        rows["3: text, composition, quality"] = Student("miniature_teachers:3", third, (prompts(),))
+        for count in (4, 8):
+            fields = {f"tasks.*.{field}": _part(split, count) for field, split in SPLITS.items()}
+            name = f"{count}: {count // 2} of text, {count // 2} of composition"
+            rows[name] = Student(f"miniature_teachers:{count}", fields, (prompts(),))
+    return Table("How many teachers", rows)
+
+
+def _part(split: str, count: int) -> Callable[[str, Sequence[str]], str]:
+    return lambda task, _: f"{{work}}/prompts/{split}.jsonl#{count}={task}"
 
 
 def _rewritten(_: Scale) -> Table:
@@ -365,10 +400,10 @@ def _noise(_: Scale) -> Table:
 def tables(scale: Scale) -> dict[str, Table]:
     """By name."""
     makers: dict[str, Callable[[Scale], Table]] = {
-        "main": _main, "recipes": _recipes, "targets": _targets, "beyond": _beyond,
-        "cold_start": _cold_start, "few_steps": _few_steps,
-        "noisy_teacher": _noisy_teacher, "routing": _routing, "rewritten": _rewritten, "anchor": _anchor,
-        "objective": _objective, "weighting": _weighting, "noise": _noise, "larger_teacher": _larger_teacher,
+        "main": _main, "recipes": _recipes, "targets": _targets, "beyond": _beyond, "cold_start": _cold_start,
+        "few_steps": _few_steps, "noisy_teacher": _noisy_teacher, "routing": _routing, "teachers": _teachers,
+        "rewritten": _rewritten, "anchor": _anchor, "objective": _objective, "weighting": _weighting, "noise": _noise,
+        "larger_teacher": _larger_teacher,
     }  # fmt: skip
     return {name: make(scale) for name, make in makers.items()}
 

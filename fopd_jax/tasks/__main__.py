@@ -146,7 +146,8 @@ def turns_of(config: StageConfig, sets: dict[str, PromptSet]) -> list[Turn]:
     sizes = {name: len(sets[f"{name}.prompts"]) for name in config.tasks}
     if not isinstance(config, FlowMatching):
         draws = config.batch_size // config.images_per_prompt
-        return schedule(sizes, Curriculum.of(list(config.tasks.values())), draws, config.run.steps)
+        curriculum = Curriculum.of(list(config.tasks.values()), config.alternate)
+        return schedule(sizes, curriculum, draws, config.run.steps)
     shares = Shares(tuple(float(pairs.share) for pairs in config.tasks.values()))
     return schedule(sizes, Curriculum(((0, shares),)), config.batch_size, config.run.steps)
 

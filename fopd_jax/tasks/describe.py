@@ -118,7 +118,7 @@ def schedule(sizes: Mapping[str, int], curriculum: Curriculum, draws: int, steps
     """When each task's prompts come, of `draws` a step in so many steps, for each stretch of equal weights."""
     turns = []
     for start, stop, shares in curriculum.within(steps) if steps else [(0, 0, curriculum.stretches[0][1])]:
-        counts, total = shares.counts(draws * (stop - start)).tolist(), sum(shares.weights)
+        counts, total = curriculum.divided(shares, stop - start, draws).tolist(), sum(shares.weights)
         for (task, size), weight, count in zip(sizes.items(), shares.weights, counts, strict=True):
             a_step = draws * weight / total
             each = size / a_step if a_step else None

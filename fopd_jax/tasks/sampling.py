@@ -75,12 +75,16 @@ class Curriculum:
     `stretches`: the first step of each, 0 that of the first one, and the shares there. A stretch divides its draws by
     shares of its own, and a task's count is the sum over them: nothing of it is lost or repeated at a change, and at
     any step it differs from the sum of its shares by at most the sum of the stretches' bounds.
+
+    `turn`: tasks take turns of so many steps, which their shares divide instead of draws; 0: they share every step.
+    Each stretch begins with a turn of its own.
     """
 
     stretches: tuple[tuple[int, Shares], ...]
+    turn: int = 0
 
     @classmethod
-    def of(cls, tasks: Sequence[Weighted]) -> "Curriculum":
+    def of(cls, tasks: Sequence[Weighted], turn: int = 0) -> "Curriculum":
         """From the weights of tasks, in their order.
 
         Raises:
@@ -93,18 +97,27 @@ class Curriculum:
                 found.append((start, Shares(tuple(_weight_at(task, start) for task in tasks))))
             except ValueError as error:
                 raise ValueError(f"{error}, from step {start} on" if start else str(error)) from error
-        return cls(tuple(found))
+        return cls(tuple(found), turn)
 
     def counts(self, steps: int, draws: int) -> Int[np.ndarray, " tasks"]:
         """Of the first so many steps, with so many draws each, those of each task."""
         found = self.stretches[0][1].counts(0)
         for start, stop, shares in self.within(steps):
-            found = found + shares.counts(draws * (stop - start))
+            found = found + self.divided(shares, stop - start, draws)
         return found
+
+    def divided(self, shares: Shares, steps: int, draws: int) -> Int[np.ndarray, " tasks"]:
+        """The same of a stretch's first so many steps."""
+        if not self.turn:
+            return shares.counts(draws * steps)
+        turns, rest = divmod(steps, self.turn)
+        over = shares.counts(turns)
+        return draws * (self.turn * over + rest * (shares.counts(turns + 1) - over))
 
     def most(self, draws: int) -> Int[np.ndarray, " tasks"]:
         """The most of each task in any step of so many draws."""
-        return np.max([shares.most(draws) for _, shares in self.stretches], axis=0)
+        each = [draws * shares.most(1) if self.turn else shares.most(draws) for _, shares in self.stretches]
+        return np.max(each, axis=0)
 
     def within(self, steps: int) -> Iterator[tuple[int, int, Shares]]:
         """The stretches that begin in the first so many steps: from which step, to which, and their shares."""

@@ -93,7 +93,8 @@ class PromptStream:
     `rows`: those of each batch that this process encodes (all by default), see `distributed.rows_of`. `mixes`: several
     teachers a prompt, of which the chief one is then its route; or `dials`: coordinates, which say them. `read(task,
     prompt)`: what the network reads in a training prompt's place, and routes go by. Images of a draw share all of it.
-    `placement`: which devices the draws of a step are dealt to, see there.
+    `placement`: which devices the draws of a step are dealt to, see there. `alternate`: whole steps of one task, by
+    turns of so many; 0: tasks share each.
 
     Raises:
       ValueError: an unknown task, a task without a teacher, no weight, or a batch that the group size does not divide.
@@ -113,6 +114,7 @@ class PromptStream:
         read: Callable[[str, str], str] | None = None,
         dials: Dials | None = None,
         placement: Placement | None = None,
+        alternate: int = 0,
     ) -> None:
         self.tasks = select_tasks(world, tuple(tasks))
         for task in self.tasks.values():
@@ -127,7 +129,7 @@ class PromptStream:
         self.rows = np.arange(batch_size) if rows is None else rows
         self._mine, self._repeat = np.unique(self.rows // images_per_prompt, return_inverse=True)
         self._all, sizes = tuple(self.tasks.values()), [len(task.train) for task in self.tasks.values()]
-        self._curriculum = Curriculum.of([tasks[name] for name in self.tasks])
+        self._curriculum = Curriculum.of([tasks[name] for name in self.tasks], alternate)
         self._walks = [Walk(seed, task.name, size) for task, size in zip(self._all, sizes, strict=True)]
         self._read = [task.train if read is None else _each(read, task) for task in self._all]
         self._beside = [task.beside("train") for task in self._all]

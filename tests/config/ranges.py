@@ -61,7 +61,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
         ["", "ocr", "clip-score", "a:f", "a.b_c.d2:_f"],
     ),
     "tasks.x.schedule": ([{"1": -1e-9}, {"0": 1.0}, {"x": 1.0}], [{}, {"1": 0.0}, {"7": 0.5, "1000000000": 1e6}]),
-    "lag": ([-1, 2], [0, 1]), "micro_batches": COUNT, "decoding.batch_size": COUNT,
+    "lag": ([-1, 2], [0, 1]), "alternate": INDEX, "micro_batches": COUNT, "decoding.batch_size": COUNT,
     "decoding.dtype": choice("float32", "bfloat16"), "advantages.normalise": choice("global", "group", "each"),
     "teacher_weight": NON_NEGATIVE, "task_weight": NON_NEGATIVE, "kl_beta": NON_NEGATIVE, "old_beta": NON_NEGATIVE,
     "beta": POSITIVE, "divergence": NON_NEGATIVE, "reference_guidance": NON_NEGATIVE, "window.within": STEPS,

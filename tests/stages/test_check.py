@@ -24,7 +24,7 @@ from tests.configs import EVERY, load, smoke_variant
 
 OWN = "fopd_jax.rewards.ocr:quoted_target"  # any function will do: nothing is scored here
 NEEDS = [("miniature_pretrain", "mediocre"), ("miniature_large", "")]  # files of others
-NEEDS += [each for each in EVERY if each[0] == "miniature_sft"]
+NEEDS += [each for each in EVERY if each[0] in ("miniature_sft", "miniature_teachers")]
 RUNNING = [each for each in EVERY if each[0].startswith("miniature") and each not in NEEDS]
 RUNNING += [(name, smoke_variant(variant)) for name, variant in EVERY if "teacher" not in name]
 

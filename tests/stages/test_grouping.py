@@ -107,6 +107,16 @@ def test_draws_that_were_not_dealt_out_are_refused() -> None:
         check_slots(config, spec, MESH, [task for task in TASKS for _ in range(64)])
 
 
+def test_by_turns_each_network_has_slots_for_a_whole_batch() -> None:
+    """Its cost, for whose sake tasks share batches: slots that are not filled are computed all the same."""
+    config = config_of("a", "b", "", alternate=1)
+    spec = make_spec(config, LATENT, MESH)
+    assert spec.slots == Slots(3, (3, 3, 3)) == slots_of(config, spec, MESH)
+    for task in TASKS:
+        check_slots(config, spec, MESH, [task] * BATCH)
+    assert sum(asked(config).values()) == pytest.approx(3 * sum(asked(config_of("a", "b", "")).values()))
+
+
 @pytest.mark.slow
 def test_large_teaches_medium_as_shapes() -> None:
     """8 B beside 2 B, both split over 8 of 64 devices: what a device holds of each."""

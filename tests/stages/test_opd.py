@@ -53,6 +53,9 @@ def test_the_plan_names_metrics_and_changes_of_weights(tmp_path: Path):
     rows = [line.split(maxsplit=1) for line in describe_plan(plan, config, tmp_path / "run").splitlines()]
     changes = "from step 1 on composition 1, text 0.5; from step 2 on composition 0, text 0.5"
     assert ["curriculum", changes] in rows
+    by_turns = mixed(alternate=2, **{"tasks.text.schedule": {"1": 0.5}})
+    told = describe_plan(plan_opd(by_turns), by_turns, tmp_path / "run")
+    assert "each step of one task, by turns of 2; from step 1 on composition 1, text 0.5" in told
     assert plan.cost().rollout > plan_opd(mixed(**{"objective.name": "clipped"})).cost().rollout
 
 

@@ -294,6 +294,12 @@ def test_training_prompts_that_can_never_be_scored_are_refused_before_anything(t
         plan_grpo(resolve(config))
 
 
+def test_tasks_may_take_turns():
+    stream = plan_grpo(resolve(load("miniature_rl", "mix:smoke", alternate=1))).stream
+    turns = [set(stream.draw(step)[0]) for step in range(4)]
+    assert turns in ([{"composition"}, {"text"}] * 2, [{"text"}, {"composition"}] * 2)
+
+
 # ---- how rollouts look
 
 

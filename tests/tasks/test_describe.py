@@ -54,6 +54,12 @@ def test_the_schedule_is_that_of_the_stream():
     assert [each.epochs for each in turns] == [3.0, 5.0, 0.0]
 
 
+def test_the_schedule_by_turns_counts_whole_batches():
+    curriculum = Curriculum(((0, Shares((3.0, 1.0))),), 2)
+    turns = schedule({"a": 100, "b": 20}, curriculum, draws=8, steps=6)
+    assert [(each.a_step, each.epochs) for each in turns] == [(6.0, 8 * 4 / 100), (2.0, 8 * 2 / 20)]
+
+
 def test_a_schedule_of_changing_weights_has_a_row_for_each_stretch():
     curriculum = Curriculum(((0, Shares((3.0, 1.0))), (10, Shares((0.0, 1.0))), (90, Shares((1.0, 1.0)))))
     turns = schedule({"a": 100, "b": 20}, curriculum, draws=8, steps=50)

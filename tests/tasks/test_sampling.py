@@ -133,3 +133,38 @@ def test_counts_follow_the_weights_of_every_stretch():
 def test_a_stretch_without_weights_is_named():
     with pytest.raises(ValueError, match=r"^tasks: found weights \[0\.0, 0\.0\], expected .* above 0, from step 5 on$"):
         Curriculum.of([Weighted(1.0, {"5": 0.0}), Weighted(0.0)])
+
+
+# ---- by turns
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+@pytest.mark.parametrize("weights", [(3.0, 1.0, 1.0), (1.0, 1.0), (1.0, 0.0, 2.0), (2.0,), (0.3, 0.5, 0.2)], ids=str)
+def test_a_turn_is_one_tasks_and_turns_follow_the_shares(weights: tuple[float, ...], turn: int):
+    curriculum, draws, cycle = Curriculum.of([Weighted(weight) for weight in weights], turn), 7, 60
+    counts = np.stack([curriculum.counts(step, draws) for step in range(turn * cycle + 1)])
+    steps = np.diff(counts, axis=0)
+    assert (np.sort(steps, axis=1)[:, -1] == draws).all()
+    assert (steps.sum(1) == draws).all()
+    tasks = steps.argmax(1).reshape(cycle, turn)
+    assert (tasks == tasks[:, :1]).all()
+    exact = np.array([float(Fraction(weight) / sum(map(Fraction, weights))) for weight in weights])
+    np.testing.assert_array_equal(counts[-1], np.round(turn * cycle * draws * exact))  # all of them whole numbers
+    bound = turn * draws * Shares(weights).bound()
+    assert (np.abs(counts[::turn] - draws * turn * np.arange(cycle + 1)[:, None] * exact) <= bound + 1e-9).all()
+    np.testing.assert_array_equal(curriculum.most(draws), steps.max(0))
+    far = 10**15 + 1
+    assert (curriculum.counts(far + 1, draws) - curriculum.counts(far, draws)).max() == draws
+
+
+def test_turns_of_three_to_one_to_one_are_spread():
+    curriculum = Curriculum.of([Weighted(3.0), Weighted(1.0), Weighted(1.0)], 1)
+    turns = [int((curriculum.counts(k + 1, 1) - curriculum.counts(k, 1)).argmax()) for k in range(10)]
+    assert turns[:5] == turns[5:]
+    assert sorted(turns[:5]) == [0, 0, 0, 1, 2]
+
+
+def test_a_change_of_weights_begins_a_turn():
+    curriculum = Curriculum.of([Weighted(1.0, {"7": 0.0}), Weighted(0.0, {"7": 1.0})], 4)
+    counts = [curriculum.counts(step, 2).tolist() for step in (0, 6, 7, 8, 20)]
+    assert counts == [[0, 0], [12, 0], [14, 0], [14, 2], [14, 26]]

@@ -30,7 +30,8 @@ def test_slots_suffice_at_every_step(case: tuple[int, int, int, int]) -> None:
         count, groups = rng.integers(1, 6), rng.integers(1, 4)
         asks = rng.integers(0, 3, (count, groups))
         weights = rng.choice([0.0, 0.5, 1.0, 3.0, rng.random()], count) + 1e-3
-        curriculum = Curriculum.of([RoutedTask(weight=float(weight)) for weight in weights])
+        tasks_of = [RoutedTask(weight=float(weight)) for weight in weights]
+        curriculum = Curriculum.of(tasks_of, int(rng.choice([0, 0, 1, 2])))
         most = most_a_block(split, asks, curriculum.most(draws).tolist())
         place = placement_of(split, asks)
         for step in range(8):
@@ -51,6 +52,13 @@ def test_slots_are_a_devices_share_and_no_more() -> None:
     assert most_a_block(Split(64, 1, 4, 2), asks, most) == (6, 2)
     assert most_a_block(Split(64, 16, 8, 1), asks, most) == (8, 8)  # a device holds half of one draw's rows
     assert most_a_block(Split(64, 1, 4, 1), np.array([[2, 1], [0, 1]]), most) == (24, 16)
+
+
+def test_slots_of_turns_hold_a_whole_batch_of_any_task() -> None:
+    asks, turns = np.array([[1, 0], [0, 1]]), Curriculum.of([RoutedTask(weight=3.0), RoutedTask()], 1)
+    assert turns.most(64).tolist() == [64, 64]
+    assert most_a_block(Split(64, 1, 4, 1), asks, [64, 64]) == (16, 16)
+    assert most_a_block(Split(64, 1, 4, 1), np.array([[2, 1], [0, 1]]), [64, 64]) == (32, 16)
 
 
 def test_the_most_of_a_task_in_a_step_is_never_passed() -> None:

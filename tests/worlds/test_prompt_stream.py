@@ -40,7 +40,7 @@ def _stream(world: World, rows: Any = None, **changes: Any) -> PromptStream:
     table = RoutingTable.of_tasks({name: 1.0 for name, task in tasks.items() if task.teacher}, None)
     return PromptStream(
         world, config.tasks, table.routes, batch_size=config.batch_size, images_per_prompt=config.images_per_prompt,
-        seed=config.seed, rows=rows,
+        seed=config.seed, rows=rows, alternate=config.alternate,
     )  # fmt: skip
 
 
@@ -224,3 +224,57 @@ def test_the_prompts_of_changing_weights_are_known(steps: int):
 def test_without_a_change_nothing_is_drawn_otherwise():
     plain, same = _stream(_world()), _stream(_world(), **{"tasks.geneval.schedule": {"3": 3.0}})
     assert [plain.draw(step) for step in range(3)] == [same.draw(step) for step in range(3)]
+
+
+# ---- whole batches of one task, by turns
+
+
+def _turns(alternate: int, rows: Any = None, **changes: Any) -> PromptStream:
+    return _stream(_world(), rows, alternate=alternate, **changes)
+
+
+@pytest.mark.parametrize("alternate", [1, 2])
+def test_a_batch_by_turns_is_of_one_task_and_no_prompt_comes_twice_within_an_epoch(alternate: int):
+    stream = _turns(alternate)
+    batches = [stream.draw(step) for step in range(20 * alternate)]
+    turns = [tasks[0] for tasks, _ in batches]
+    assert all(set(tasks) == {turn} for (tasks, _), turn in zip(batches, turns, strict=True))
+    assert all(len(set(turns[k : k + alternate])) == 1 for k in range(0, len(turns), alternate))
+    assert Counter(turns) == {"geneval": 12 * alternate, "ocr": 4 * alternate, "pickscore": 4 * alternate}
+    counts = {name: dict.fromkeys(stream.tasks[name].train, 0) for name in TASKS}
+    for tasks, prompts in batches:
+        for task, prompt in zip(tasks, prompts, strict=True):
+            counts[task][prompt] += 1
+        for each in counts.values():
+            assert max(each.values()) - min(each.values()) <= 1
+
+
+def test_turns_do_not_depend_on_what_was_asked_before():
+    """So a run that goes on anywhere draws what one from the beginning does, and knows its prompts beforehand."""
+    stream, changes = _turns(3, **CHANGING), range(39, -1, -1)
+    batches = [stream.draw(step) for step in reversed(changes)]
+    resumed = _turns(3, **CHANGING)
+    assert [resumed.draw(step) for step in changes] == batches[::-1]
+    asked = [prompt for _, prompts in batches for prompt in prompts]
+    assert list(stream.upto(40)) == list(dict.fromkeys(asked))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_turn_without_overlap(processes: int):
+    streams = [_turns(2, mine) for mine in np.arange(12).reshape(processes, -1)]
+    for step in range(6):
+        assert [code for stream in streams for code in _codes(stream, step)] == _codes(_turns(2), step)
+
+
+def test_tasks_walk_through_their_prompts_as_where_they_share_batches():
+    """Only when they come is another: of each task the first prompts are the same."""
+    found = []
+    for alternate, steps in ((0, 40), (1, 40)):
+        stream = _turns(alternate, batch_size=5, images_per_prompt=1)
+        drawn = [stream.draw(step) for step in range(steps)]
+        walks = {name: Counter[str]() for name in TASKS}
+        for tasks, prompts in drawn:
+            for task, prompt in zip(tasks, prompts, strict=True):
+                walks[task][prompt] += 1
+        found.append(walks)
+    assert found[0] == found[1]  # after eight cycles of 3 : 1 : 1
