@@ -97,6 +97,12 @@ def test_an_adapter_trains_on_images_and_goes_on_to_the_bit(config: Any, tmp_pat
     found = (tmp_path / "parts" / "adapter.safetensors").read_bytes()
     assert found == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
 
+    written = (tmp_path / "whole" / "adapter_peft" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: diffusers" in written
+    assert "load_lora_weights" in written
+    assert "--src ../adapter.safetensors" in written
+    assert str(tmp_path) not in written
+
     adapter, _ = load_adapter(tmp_path / "whole" / "adapter.safetensors")
     weights = flatten_dict(adapter.weights)
     assert any(np.abs(leaf).max() > 0 for path, leaf in weights.items() if path[-1] == "b")  # it moved
