@@ -20,6 +20,10 @@ there is no `--config`.
 Images of tasks with rewards (`--config.tasks.NAME.rewards.REWARD=1`), and all images with `--rewards=NAME,NAME`, are
 scored: a table is printed, and scores, what they rest on and failures stand in the images' metadata and in
 `scores.jsonl`.
+
+`--provenance` adds metadata in terms that other tools know: PNG's `Software`, IPTC's digital source type
+(`trainedAlgorithmicMedia`) in XMP, and under `provenance` what C2PA's assertion of an action holds, with the hashes of
+base and adapter. It is metadata like C2PA's, no signed manifest: it proves nothing, and can be removed.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -101,6 +105,9 @@ _DIAL = flags.DEFINE_list(
     [],
     "Coordinates of an adapter that has some, as SKILL=NUMBER,…, over those of --config.eval.coordinates.",
 )
+_PROVENANCE = flags.DEFINE_bool(
+    "provenance", False, "Metadata like C2PA's assertions in every PNG: made by a model, which, by what; not signed."
+)
 _REWARDS = flags.DEFINE_list("rewards", [], "Names of rewards that score every image; by default those of its task.")
 
 DEFAULT_PROMPTS, LARGEST_SEED = 8, 2**32 - 1
@@ -149,7 +156,7 @@ def run(config: StageConfig, out: Path) -> None:
     sampler = dataclasses.replace(eval_sampler(config.eval, config.model.shift, pipeline), negative=_NEGATIVE.value)
     held_out = [] if given else _held_out(pipeline.world)
     prompts = given or [task.test[place] for task, place in held_out]
-    asked = Asked(prompts, _IMAGES.value, _SEED.value, _SHARED.value, _NEGATIVE.value)
+    asked = Asked(prompts, _IMAGES.value, _SEED.value, _SHARED.value, _NEGATIVE.value, _PROVENANCE.value)
     if (last := asked.seeds(len(asked.prompts) - 1)[-1]) > LARGEST_SEED:
         raise ValueError(f"seed: the last image would have {last}, expected at most {LARGEST_SEED}")
     policies = _load_policies(config, pipeline)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fopd_jax.config.sizes import describe_size
 from fopd_jax.evaluation.grid import draw_grid
+from fopd_jax.evaluation.provenance import provenance
 from fopd_jax.evaluation.sampler import Request
 from fopd_jax.files import write_png
 from fopd_jax.rewards.pixels import to_pixels
@@ -27,6 +28,7 @@ class Asked:
     """What is sampled: prompts, so many images of each, their seeds, and the prompt that guidance leads away from.
 
     Every image has a seed of its own, `seed` and those that follow it; if `shared`, every prompt has the same ones.
+    `provenance`: the files say so in other tools' terms, too, see `evaluation.provenance`.
     """
 
     prompts: Sequence[str]
@@ -34,6 +36,7 @@ class Asked:
     seed: int
     shared: bool = False
     negative: str = ""
+    provenance: bool = False
 
     def seeds(self, prompt: int) -> range:
         """Of the images of a prompt, by its place."""
@@ -118,6 +121,8 @@ def write_image(
     text = {"prompt": prompt, "negative_prompt": asked.negative, "seed": str(seed), "settings": json.dumps(about)}
     if scores:
         text["scores"] = json.dumps(scores)
+    if asked.provenance:
+        text |= provenance(settings, [adapter])
     write_png(path, Image.fromarray(to_pixels(image)), text)
 
 
@@ -149,6 +154,8 @@ def write_grid(
         "seeds": json.dumps([list(asked.seeds(place))[:rows] for place in range(columns)]),
         "settings": json.dumps({**settings, "adapters": [each or None for each in adapters]}),
     }
+    if asked.provenance:
+        text |= provenance(settings, adapters)
     write_png(path, picture, text)
 
 

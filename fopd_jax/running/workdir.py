@@ -21,7 +21,7 @@ _CHECKPOINT = re.compile(r"\d+(\.damaged\d*)?")
 _REPORTED = ("results.json", "samples.png")
 _KINDS = ((Path.is_dir, "a folder"), (Path.is_file, "a file"), (Path.exists, "neither a file nor a folder"))
 _FOLDERS = (FOLDER, journal.FOLDER, "tensorboard")
-_FILES = (".json", ".jsonl", ".png", ".safetensors", ".txt")
+_FILES = (".json", ".jsonl", ".md", ".png", ".safetensors", ".txt")
 _OURS = re.compile(r"\..+\.tmp|failed_\w+|compiled")
 """What may stay when a folder changes hands, beside its lock and its record."""
 _EVALUATES = re.compile(r"eval\.|rewards(\.|$)|tasks\.[^.]+\.rewards(\.|$)")

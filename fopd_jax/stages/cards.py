@@ -49,7 +49,7 @@ def make_card(
     `run`: the folder of the run, whose metrics tell the newest scores, and whose record its config: that of an
     evaluation made later may differ. Rank and alpha are the adapter's own, see `export`.
     """
-    config = _run_config(config, run)
+    config = run_config(config, run)
     scored_at, scores = _newest_scores(run, step)
     said = origin(config)
     return AdapterCard(
@@ -73,7 +73,7 @@ def make_card(
     )
 
 
-def _run_config(config: Config, run: Path) -> Config:
+def run_config(config: Config, run: Path) -> Config:
     """A run's own, where its folder still holds it."""
     try:
         return resolve(recorded_config(run / RECORD_FILE))

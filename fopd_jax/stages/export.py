@@ -74,28 +74,30 @@ def advise_teacher(folder: Path, name: str, whole: bool, pipeline: Pipeline, sou
 
 def export(
     folder: Path, name: str, trained: Tree, constants: Tree, pipeline: Pipeline, model: Model, card: AdapterCard
-) -> None:
+) -> AdapterCard:
     """Write a trained adapter, or a whole network's parameters; all processes call it, process 0 writes.
 
     `constants`: what the network reads beside its parameters. `card`: what an adapter's files say of it (`make_card`);
-    a network's have none.
+    a network's have none. Returns the card with the adapter's own rank and scale, as its files have it.
 
     Raises:
       FloatingPointError: a weight is not finite; nothing is written.
     """
     trained, constants = fetch((trained, constants))
     check_finite(name, {keystr(path): np.asarray(leaf) for path, leaf in tree_leaves_with_path(trained)})
+    if isinstance(trained, Adapter):
+        card = dataclasses.replace(card, rank=(rank := rank_of(trained)), alpha=float(trained.scale * rank))
     if not is_main():
-        return
+        return card
     if isinstance(trained, Adapter):
         _write_adapter(folder, name, trained, pipeline, card)
     else:
         _write_network(folder, name, trained, constants, pipeline, model)
+    return card
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, pipeline: Pipeline, card: AdapterCard) -> None:
     """`NAME.safetensors`; of a published network also a PEFT folder, `NAME_peft`, which cannot hold coordinates."""
-    card = dataclasses.replace(card, rank=(rank := rank_of(adapter)), alpha=float(adapter.scale * rank))
     save_adapter(folder / f"{name}.safetensors", adapter, {"preset": pipeline.preset}, card)
     if (files := _published(pipeline)) is not None:
         exported = folder / f"{name}_peft"

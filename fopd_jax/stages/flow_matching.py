@@ -13,6 +13,7 @@ from fopd_jax.adapters.lora import init_adapter
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config import schema as settings
 from fopd_jax.console import Progress, say
+from fopd_jax.evaluation.model_card import CARD_FILE
 from fopd_jax.evaluation.report import SAMPLES_FILE, Model, draw_samples
 from fopd_jax.parallel.distributed import rows_of, warn
 from fopd_jax.parallel.sharding import batch_sharding
@@ -24,6 +25,7 @@ from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.export import advise_teacher, export, export_name, exports
 from fopd_jax.stages.flow_matching_update import FlowMatchingUpdate, frozen_part, make_update, update_cost
+from fopd_jax.stages.model_card import write_model_card
 from fopd_jax.stages.pipeline import load_base
 from fopd_jax.stages.plan import Plan, check_plan, trained_parts
 from fopd_jax.stages.setup import RATE, describe_weights, make_setup
@@ -94,7 +96,7 @@ class FlowMatching:
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
         trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
-        return trained | {SAMPLES_FILE: "what they draw"}
+        return trained | {CARD_FILE: "the model card", SAMPLES_FILE: "what they draw"}
 
     def load(self) -> tuple[Tree, Tree]:
         """What is frozen, and what training starts from, in float32: what trains is never rounded."""
@@ -169,10 +171,11 @@ class FlowMatching:
         setup.close()
         name, constants, step = export_name(self.config), self.frozen["constants"], int(state.step)
         card = make_card(self.config, pipeline, setup.base, origin, step, self.run)
-        export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
+        card = export(self.workdir, name, state.ema, constants, pipeline, self.config.model, card)
         model = self.model(state.ema)
         path, world = self.workdir / SAMPLES_FILE, pipeline.world
         draw_samples(path, setup.sampler, world, setup.eval_set, [model], setup.others)
+        write_model_card(self.workdir, self.run, self.config, pipeline, card)
 
 
 def origin(config: settings.FlowMatching) -> Origin:

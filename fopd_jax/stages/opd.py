@@ -17,6 +17,7 @@ from fopd_jax.config import schema as settings
 from fopd_jax.config.identity import config_hash
 from fopd_jax.config.stages import is_mixed, taught
 from fopd_jax.console import Progress, say
+from fopd_jax.evaluation.model_card import CARD_FILE
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.files import write_png
 from fopd_jax.parallel.distributed import is_main, rows_of
@@ -36,6 +37,7 @@ from fopd_jax.stages.export import advise, export, export_name, exported_weights
 from fopd_jax.stages.grouping import check_slots, placement
 from fopd_jax.stages.grpo import FlowGRPO
 from fopd_jax.stages.health import PICTURE, asked_prompts, trust, watch_health
+from fopd_jax.stages.model_card import write_model_card
 from fopd_jax.stages.offline import embedded_batch, fed_rows, make_offline
 from fopd_jax.stages.opd_update import (
     MixedUpdate,
@@ -192,7 +194,7 @@ class Distillation:
         """What `finish` writes."""
         name, dials = export_name(self.config), bool(skills(self.config))
         student = exports(name, f"the student: {self.config.export}", self.whole, self.pipeline, dials=dials)
-        pictures = {SAMPLES_FILE: "every model on the same prompts"}
+        pictures = {CARD_FILE: "the model card", SAMPLES_FILE: "every model on the same prompts"}
         if self.health:
             pictures[PICTURE] = "who disagrees with whom, and the gap by noise level, at fixed states"
         if not self.setup.eval_set.scored():
@@ -269,7 +271,7 @@ class Distillation:
         student = exported_weights(self.config, state)
         name, constants = export_name(self.config), self.frozen.variables["constants"]
         card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
-        export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
+        card = export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
         if self.health:
             self.health.measure(self.frozen, student)
             if is_main():
@@ -280,6 +282,7 @@ class Distillation:
         most, world = self.config.run.max_failed_rewards, self.pipeline.world
         with contextlib.closing(self.setup) as setup:
             write_report(self.workdir, self.config.eval, about, setup.sampler, world, models, most, setup.others)
+        write_model_card(self.workdir, self.run, self.config, self.pipeline, card)
 
 
 class OPD(Distillation):

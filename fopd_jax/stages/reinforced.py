@@ -22,6 +22,7 @@ from fopd_jax.config.identity import config_hash
 from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.schema import OPD
 from fopd_jax.console import Progress, say
+from fopd_jax.evaluation.model_card import CARD_FILE
 from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE, Model, write_report
 from fopd_jax.exits import naming
 from fopd_jax.parallel.distributed import is_main, rows_of, warn
@@ -37,6 +38,7 @@ from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
 from fopd_jax.stages.cold_start import START, check_given, given_adapter
 from fopd_jax.stages.export import advise_teacher, export, export_name, exports
+from fopd_jax.stages.model_card import write_model_card
 from fopd_jax.stages.one_program import OneProgram
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.plan import Plan, check_plan
@@ -206,8 +208,12 @@ class ReinforcementLearning:
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
         trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
+<<<<<<< HEAD
         who = "base, start and policy" if self.config.start else "base and policy"
         pictures = {SAMPLES_FILE: f"{who} on the same prompts"}
+=======
+        pictures = {CARD_FILE: "the model card", SAMPLES_FILE: "base and policy on the same prompts"}
+>>>>>>> t16-card
         if not self.setup.eval_set.scored():
             return trained | pictures
         return trained | pictures | {RESULTS_FILE: f"mean scores of {who}", TABLE_FILE: "the same, as a table"}
@@ -327,13 +333,14 @@ class ReinforcementLearning:
         config, pipeline = self.config, self.pipeline
         constants = self.base.variables["constants"]
         card = make_card(config, pipeline, self.setup.base, self.origin, int(state.step), self.run)
-        export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model, card)
+        card = export(self.workdir, export_name(config), state.ema, constants, pipeline, config.model, card)
         unchanged = {} if self.whole else effective(no_adapter(state.ema))  # so that one program samples both
         models = [Model("base", self.base.variables, unchanged), *self._started(), self.model(state.ema)]
         about = {"seed": config.seed, "steps": int(state.step), "config_hash": config_hash(config)}
         with contextlib.closing(self.setup) as setup:
             most = config.run.max_failed_rewards
             write_report(self.workdir, config.eval, about, setup.sampler, pipeline.world, models, most, setup.others)
+        write_model_card(self.workdir, self.run, config, pipeline, card)
 
 
 def trained_rewards(config: Reinforced) -> dict[str, float]:

@@ -16,6 +16,7 @@ from fopd_jax.running.checkpoints import kept_steps, read_kept, seal_of, stored_
 from fopd_jax.stages.cards import Origin, base_hash, make_card
 from fopd_jax.stages.export import export, export_name, exported_weights
 from fopd_jax.stages.files import input_files
+from fopd_jax.stages.model_card import write_model_card
 from fopd_jax.stages.pipeline import Pipeline, load_base
 from fopd_jax.stages.trained import make_trained
 from fopd_jax.steps.state import make_optimizer
@@ -82,4 +83,5 @@ def export_stored(
     whole = config.trained == "params"
     constants = load_base(config.model, pipeline, config.seed)["constants"] if whole else {}
     card = make_card(config, pipeline, base_hash(config.model), origin, step, workdir)
-    export(out, export_name(config), stored.weights, constants, pipeline, config.model, card)
+    card = export(out, export_name(config), stored.weights, constants, pipeline, config.model, card)
+    write_model_card(out, workdir, config, pipeline, card)

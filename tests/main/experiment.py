@@ -31,8 +31,9 @@ TINY: Overrides = {
     "eval.samples": 4, "eval.batch_size": 4, "eval.num_steps": 2, "eval.guidance": 1.0, "guidance": 1.0,
 }  # fmt: skip
 OUTPUTS = {
-    "cold_start.json", "config.json", "goodput.json", "health.png", "inputs.json", "metrics.jsonl", "parameters.txt",
-    "performance.jsonl", "results.json", "run.json", "samples.png", "student.safetensors", "table.txt", "timing.json",
+    "README.md", "cold_start.json", "config.json", "goodput.json", "health.png", "inputs.json", "metrics.jsonl",
+    "parameters.txt", "performance.jsonl", "results.json", "run.json", "samples.png", "student.safetensors",
+    "table.txt", "timing.json",
 }  # fmt: skip
 CLOCKED = {"goodput.json", "performance.jsonl", "run.json", "timing.json"}
 

@@ -85,7 +85,7 @@ def test_an_adapter_trains_on_images_and_goes_on_to_the_bit(config: Any, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["train/grad_norm"] > 0 for line in lines)
-    assert stage.outputs.keys() == {"adapter.safetensors", "adapter_peft", "samples.png"}
+    assert stage.outputs.keys() == {"adapter.safetensors", "adapter_peft", "README.md", "samples.png"}
     with Image.open(tmp_path / "whole" / "samples.png") as picture:
         assert picture.width > picture.height > SIZE[0]
     assert stage.pipeline.world.latent_shape == (SIZE[0] // 8, SIZE[1] // 8, 16)
@@ -96,6 +96,12 @@ def test_an_adapter_trains_on_images_and_goes_on_to_the_bit(config: Any, tmp_pat
     _train(config, tmp_path / "parts")
     found = (tmp_path / "parts" / "adapter.safetensors").read_bytes()
     assert found == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
+
+    written = (tmp_path / "whole" / "adapter_peft" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: diffusers" in written
+    assert "load_lora_weights" in written
+    assert "--src ../adapter.safetensors" in written
+    assert str(tmp_path) not in written
 
     adapter, _ = load_adapter(tmp_path / "whole" / "adapter.safetensors")
     weights = flatten_dict(adapter.weights)
@@ -113,7 +119,7 @@ def test_all_of_a_network_trains_on_images(config: Any, tmp_path: Path, monkeypa
     stage = _train(config, tmp_path / "run")
     assert stage._start is None  # nothing of the start is kept
     assert stage.frozen.keys() == {"constants"}
-    assert stage.outputs.keys() == {"base_diffusers", "samples.png"}
+    assert stage.outputs.keys() == {"base_diffusers", "README.md", "samples.png"}
     folder = tmp_path / "run" / "base_diffusers" / "transformer"
     assert {"config.json", "diffusion_pytorch_model.safetensors"} <= {path.name for path in folder.iterdir()}
     assert written == [tmp_path / "run" / "samples.png"]

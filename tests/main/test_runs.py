@@ -297,7 +297,9 @@ def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(
     students = [(tmp_path / "other" / "student.safetensors").read_bytes()]
     for step in (3, None):  # None: the newest
         evaluate(recorded, whole, step, tmp_path / f"weights{step}", weights_only=True)
-        assert {path.name for path in (tmp_path / f"weights{step}").iterdir()} == {RECORD_FILE, "student.safetensors"}
+        assert {path.name for path in (tmp_path / f"weights{step}").iterdir()} == {
+            RECORD_FILE, "README.md", "student.safetensors",
+        }  # fmt: skip
         students.append((tmp_path / f"weights{step}" / "student.safetensors").read_bytes())
     assert students[0] == students[1] != students[2] == (whole / "student.safetensors").read_bytes()
     assert snapshot(whole) == before
@@ -306,7 +308,7 @@ def test_a_kept_checkpoint_is_evaluated_with_other_settings_and_exported(
 @pytest.mark.slow
 def test_the_newest_checkpoint_evaluated_anew_gives_what_the_run_gave(whole: Path, tmp_path: Path):
     evaluate(resolve(load_config(whole / RECORD_FILE)), whole, None, tmp_path / "same")
-    for name in ("results.json", "table.txt", "samples.png", "student.safetensors"):
+    for name in ("README.md", "results.json", "table.txt", "samples.png", "student.safetensors"):
         assert (tmp_path / "same" / name).read_bytes() == (whole / name).read_bytes(), name
 
 

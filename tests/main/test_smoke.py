@@ -16,7 +16,7 @@ from tests.main.experiment import Program, command, logged
 ALWAYS = {
     "config.json", "goodput.json", "inputs.json", "metrics.jsonl", "parameters.txt", "performance.jsonl", "run.json",
     "timing.json",
-    "samples.png", "checkpoints", "tensorboard",
+    "README.md", "samples.png", "checkpoints", "tensorboard",
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def test_what_is_left_keeps_them_and_says_their_names(tmp_path: Path):
     (tmp_path / "out").mkdir()
     pipeline, origin = make_pipeline(config.model, config.run, dict), find_stage(config).origin
     export_stored(config, pipeline, tmp_path / "run", 3, tmp_path / "out", origin)
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.safetensors")
     found, card = load_adapter(path)[0], read_card(path)
     jax.tree.map(np.testing.assert_array_equal, found.weights, own.weights)
     assert card is not None
