@@ -208,12 +208,8 @@ class ReinforcementLearning:
     def outputs(self) -> dict[str, str]:
         """What `finish` writes."""
         trained = exports(export_name(self.config), "the averaged weights", self.whole, self.pipeline)
-<<<<<<< HEAD
         who = "base, start and policy" if self.config.start else "base and policy"
-        pictures = {SAMPLES_FILE: f"{who} on the same prompts"}
-=======
-        pictures = {CARD_FILE: "the model card", SAMPLES_FILE: "base and policy on the same prompts"}
->>>>>>> t16-card
+        pictures = {CARD_FILE: "the model card", SAMPLES_FILE: f"{who} on the same prompts"}
         if not self.setup.eval_set.scored():
             return trained | pictures
         return trained | pictures | {RESULTS_FILE: f"mean scores of {who}", TABLE_FILE: "the same, as a table"}
