@@ -120,11 +120,12 @@ def _starts(run: Path, config: Config) -> list[Start]:
 
 
 def _command(starts: Sequence[Start], updates: int) -> list[str]:
-    """What does the same anew: the newest start's that names a config, without what is the machine's.
+    """What does the same anew: the first start's that names a config, without what is the machine's. Later ones may
+    say the same in other words.
 
     Fields of section `run` change no number but that of the updates.
     """
-    for start in reversed(starts):
+    for start in starts:
         flags = _config_flags([str(each) for each in start.get("command") or ()])
         if any(name == "config" for name, _ in flags):
             kept = [f"--{name}={shortened(value)}" for name, value in flags]
