@@ -176,6 +176,7 @@ def test_one_program_makes_the_hosts_update() -> None:
 
 
 @pytest.mark.slow
+@jax.numpy_dtype_promotion("standard")  # which optax's Adam asks for
 @pytest.mark.parametrize("name", ["clip", "guard", "dppo"])
 def test_learning_raises_the_reward(name: str) -> None:
     """Twenty steps of Adam on the mean of the final latents, each on 24 images: the last five beat the first five."""
