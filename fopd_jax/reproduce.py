@@ -1,14 +1,15 @@
 """`python -m fopd_jax.reproduce --workdir=FOLDER [--table NAME …] [--seeds=3] [--workers=2] [--plan]`.
 
 Trains and scores what the miniature's tables compare, from nothing but the packaged base and teachers: the main table
-(one policy on all rewards beside distillation, each from base, SFT and merge), recipes, targets, cold starts, few
-steps, noisy teachers, routing, rewritten prompts, anchors, objectives, weightings, rollout noise. Runs `configs/` and
+(one policy on all rewards beside distillation, each from base, SFT and merge), recipes, targets, students beyond their
+teachers, cold starts, few steps, noisy teachers, routing, how many teachers, rewritten prompts, anchors, objectives,
+weightings, rollout noise; a larger teacher, which is pretrained for hours, only by its name. Runs `configs/` and
 `tools/` of this clone as commands of their own, one a core side by side, each with its log in `FOLDER/logs`; the same
-command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of all rows that are there
-whole. `--plan` tells what would run, and how much of it is done.
+command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of the rows and seeds that are
+done. `--plan` tells what would run, and how much of it is done.
 
-`--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and runs nothing: students, FLOPs, chip-hours by
-arithmetic at `--utilisation` of a chip's peak, and with `--workdir` the commands in `FOLDER/commands.sh`.
+`--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and trains nothing: it tells students, FLOPs and
+chip-hours by arithmetic at `--utilisation` of a chip's peak, and writes the commands into `FOLDER/commands.sh`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -34,13 +35,13 @@ from fopd_jax.performance.host import ROOT, commit, hardware, versions
 from fopd_jax.running.records import PACKAGES
 from fopd_jax.studies.estimate import as_rows, costs_of
 from fopd_jax.studies.jobs import Job, plan, run_jobs
-from fopd_jax.studies.students import Student, Trained, all_jobs, fields_of, train
+from fopd_jax.studies.students import EVERYBODY, Student, Trained, all_jobs, fields_of, train
 from fopd_jax.studies.summary import Row, Scores, read_scores, write_summary
 from fopd_jax.studies.tables import MINIATURE, NAMES, REFERENCE, SD35M, Scale, Table, tables
 
 SCALES = {"miniature": MINIATURE, "sd35m": SD35M}
 OTHERS = ("base", "teacher/text", "teacher/composition", "teacher/quality", "merge")
-"""Models of the reference run that are told above every table."""
+"""Models beside the reference that are told above every table."""
 Study = Mapping[tuple[str, str, int], tuple[Trained, StageConfig]]
 """By table, row and seed."""
 
@@ -153,8 +154,8 @@ def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Map
 def _others(work: Path, reference: Trained) -> list[Row]:
     if not (work / reference.jobs[-1].done).exists():
         return []
-    plain = Table("", {})
-    return [Row(name, None, {0: read_scores(work / reference.folder, plain, name)}) for name in OTHERS]
+    folder, plain = work / reference.folder / EVERYBODY, Table("", {})
+    return [Row(name, None, {0: read_scores(folder, plain, name)}) for name in OTHERS]
 
 
 if __name__ == "__main__":

@@ -82,8 +82,9 @@ def _weights(options: argparse.Namespace) -> list[float]:
         raise ValueError(f"--weights: found {len(options.weights)}, expected {len(options.src)}, one a source")
     if not 0 < options.density <= 1:
         raise ValueError(f"--density: found {options.density:g}, expected above 0, at most 1")
-    if options.rank < 0 or options.alpha < 0:
-        raise ValueError("--rank and --alpha: found a negative number, expected 0, for the first source's, or more")
+    for name in ("rank", "alpha"):
+        if (found := getattr(options, name)) < 0:
+            raise ValueError(f"--{name}: found {found:g}, expected 0, for the first source's, or more")
     return options.weights or [1 / len(options.src)] * len(options.src)
 
 

@@ -8,7 +8,7 @@ Theirs: the student's conditional velocity learns the teachers' guided one; targ
 Guessed: rollouts are without guidance, v_R is the base, the loss is direct with plain weights, the noise stands in
 the third and fourth step. Theirs is full fine-tuning at 1024 px, 48 samples an update, rate 5e-6:
     --config.trained=params --config.optimizer.learning_rate=5e-6 --config.batch_size=48 --config.model.resolution=1024
-Not here: their teachers are adapters on SD3.5-Large; these are on Medium itself.
+Not here: their teachers are adapters on SD3.5-Large (configs/sd35m_large.py); these are on Medium itself.
 The miniature knows no guidance: there its teachers are asked under 1.25, and the student samples without.
 
 Cost: the student's forward once instead of twice; a forward of the base beside each teacher's.

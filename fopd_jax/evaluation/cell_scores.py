@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from fopd_jax.console import Progress
 from fopd_jax.evaluation.generate import Sheet
 from fopd_jax.evaluation.layouts import image_name, read_image
-from fopd_jax.evaluation.records import SETTINGS_FILE, Cell, Record, read_cell, write_cell
+from fopd_jax.evaluation.records import DIVERSITY, SETTINGS_FILE, Cell, Record, read_cell, write_cell
 from fopd_jax.evaluation.suites import Prompt, Suite, scored_by
 from fopd_jax.files import write_json
 from fopd_jax.parallel.agreement import share, together
@@ -34,9 +34,6 @@ from fopd_jax.rewards.pool import Pool, Ticket
 from fopd_jax.rewards.reward import Scores
 
 FOLDER = "scores"
-DIVERSITY = "diversity"
-"""Of an image, its mean distance to the others of its prompt, as `rewards.monitors` has it: the mean over a prompt's
-images is the mean over its pairs."""
 Identities = Mapping[str, Mapping[str, Any]]
 """Of each reward what its scores depend on: scores of another are asked for again."""
 

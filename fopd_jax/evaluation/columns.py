@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fopd_jax.evaluation.comparison import Column, Key, Part, by_image, differences
-from fopd_jax.evaluation.records import Cell, Record
+from fopd_jax.evaluation.records import DIVERSITY, Cell, Record
 from fopd_jax.rewards.geneval.records import TAGS
-from fopd_jax.rewards.monitors import DIVERSITY, PREFIX
+from fopd_jax.rewards.monitors import DIVERSITY as DIVERSITY_MONITOR
+from fopd_jax.rewards.monitors import PREFIX
 
 AVERAGE = "average"
 """The suite that the paper's average stands under, and its column."""
 AVERAGED = ("geneval", "ocr", "deqa", "pickscore")
 GENEVAL_SCORES = {name: f"geneval/{name}" for name in ("official", "exact", "continuous")}
 """What an image's record calls GenEval's three scores."""
-BY_PROMPT = ("dpg", "diversity", DIVERSITY)
+BY_PROMPT = ("dpg", DIVERSITY, DIVERSITY_MONITOR)
 """Means of prompts' means: DPG-Bench's, and the diversity of an image among those of its prompt."""
-UNRANKED = ("diversity",)
+UNRANKED = (DIVERSITY,)
 """Of these more is not better as such: noise is diverse, too. Nor is it of monitors."""
 _UNITS = {
     "clipscore": (-1.0, 0.6, "the cosine itself"),
@@ -39,6 +40,11 @@ class _Combined(NamedTuple):
 
     category: str
     scores: Mapping[str, tuple[str, ...]]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """All of its scores."""
+        return tuple(dict.fromkeys(score for scores in self.scores.values() for score in scores))
 
 
 _ANY = ""
@@ -128,8 +134,7 @@ def _compbench(cell: Cell, records: Mapping[tuple[str, int], Record]) -> list[Co
     found = []
     for name, how in COMPBENCH.items():
         own = {key: record for key, record in records.items() if record.tags.get("category") == how.category}
-        asked = {score for scores in how.scores.values() for score in scores}
-        if any(asked & {*record.scores, *record.failed} for record in own.values()):
+        if any({*how.asked} & {*record.scores, *record.failed} for record in own.values()):
             found.append(_combined(cell.suite, name, how, own))
     return found
 
@@ -145,7 +150,7 @@ def _combined(pool: str, name: str, how: _Combined, records: Mapping[tuple[str, 
     if wrong := next((record for record in records.values() if kind(record) not in how.scores), None):
         said = f"prompt {wrong.prompt_id!r} has tag {kind(wrong)!r}, expected one of {', '.join(how.scores)}"
         return Column(name, {}, note=f"no {name}: {said}")
-    if problem := _problem(records, sorted({score for scores in how.scores.values() for score in scores})):
+    if problem := _problem(records, sorted(how.asked)):
         return Column(name, {}, note=f"no {name}: {problem}")
     return Column(name, {"all": _part(pool, records, lambda record: how.scores[kind(record)])})
 
@@ -184,7 +189,7 @@ def _means(cell: Cell, records: Mapping[tuple[str, int], Record], special: Seque
 
 @functools.cache
 def _asked() -> set[str]:
-    return {name for how in COMPBENCH.values() for names in how.scores.values() for name in names}
+    return {name for how in COMPBENCH.values() for name in how.asked}
 
 
 # ---- parts

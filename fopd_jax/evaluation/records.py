@@ -16,6 +16,10 @@ from typing import Any
 from fopd_jax.files import write_json, write_text
 
 SETTINGS_FILE, RECORDS_FILE = "settings.json", "records.jsonl"
+DIVERSITY = "diversity"
+"""A score of every image that has others of its prompt: its mean distance to them, as `rewards.monitors` has it. The
+mean over a prompt's images is the mean over its pairs.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

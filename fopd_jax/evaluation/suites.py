@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fopd_jax.evaluation import columns
 from fopd_jax.rewards.registry import KINDS
 from fopd_jax.rewards.reward import Metadata
 from fopd_jax.tasks.prompt_set import PromptSet
@@ -44,16 +45,11 @@ class Published:
     also: str = ""
 
 
-COMPBENCH: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "color": ("blip_vqa",), "shape": ("blip_vqa",), "texture": ("blip_vqa",), "spatial": ("unidet_2d",),
-    "3d_spatial": ("unidet_3d",), "numeracy": ("unidet_numeracy",), "non_spatial": ("clipscore",),
-    "complex": ("blip_vqa", "unidet_2d", "clipscore"),
-})  # fmt: skip
+COMPBENCH: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {how.category: how.asked for how in columns.COMPBENCH.values()}
+)
 """T2I-CompBench's categories, 300 prompts each, and what its columns are made of. UniDet is served, or is not there."""
-COMPLEX: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "spatial": ("blip_vqa", "unidet_2d"), "action": ("blip_vqa", "clipscore"),
-    "spatialaction": ("blip_vqa", "unidet_2d", "clipscore"),
-})  # fmt: skip
+COMPLEX: Mapping[str, tuple[str, ...]] = columns.COMPBENCH["complex_3in1"].scores
 """Kinds of complex prompts, by the lists `complex_val_KIND.txt`, and what the 3-in-1 score is a mean of."""
 SUITES: Mapping[str, Published] = MappingProxyType({
     "geneval": Published(553, 4, ("geneval",), "geneval", merged=True, source="geneval:test"),

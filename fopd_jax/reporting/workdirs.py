@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fopd_jax.config.recorded import RECORD_FILE
+from fopd_jax.evaluation.report import RESULTS_FILE, SAMPLES_FILE, TABLE_FILE
 from fopd_jax.interop.lora.cards import read_card
 from fopd_jax.reporting.reading import (
     Problems,
@@ -25,12 +26,12 @@ from fopd_jax.running.metrics import CLOCKED, SCALARS
 from fopd_jax.running.pace import SECONDS
 from fopd_jax.running.workdir import CONFIG_FILE
 
-RESULTS_FILE, TABLE_FILE, TIMING_FILE = "results.json", "table.txt", "timing.json"
-PICTURES = ("samples.png", "health.png")
+TIMING_FILE = "timing.json"
+PICTURES = (SAMPLES_FILE, "health.png")
 READ = (CONFIG_FILE, RECORD_FILE, SCALARS, CLOCKED, GOODPUT_FILE, RESULTS_FILE, TABLE_FILE, TIMING_FILE)
 TRAINED = ("student.safetensors", "adapter.safetensors")
 """What a run exports, with a card in it."""
-GIVEN = re.compile(r"base|merge|teacher/.*")
+GIVEN = re.compile(r"base|merge|start|teacher/.*")
 """Models of a final report that the run did not train."""
 _CELL = re.compile(r"\s*[-.\dnaif]+\*?\s*(?:\((?P<lead>[-+]\d+\.\d+) ± (?P<error>\d+\.\d+)\)|\(no pair has both\))?")
 """Of a table: a mean, and in brackets a lead."""

@@ -81,9 +81,8 @@ def check_start(config: OPD, setup: Setup) -> None:
     check_given(FIELD, start.adapter, config.adapter, setup)
 
 
-def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> Energies:
-    """Refuse an adapter of another base, or one that does not fit; one whose update is zero is told. Returns what the
-    rank keeps of it, where it was cut.
+def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> tuple[Adapter, Energies]:
+    """`given_adapter`, but refuse an adapter of another base; one whose update is zero is told.
 
     Raises:
       ValueError: names field and file.
@@ -93,7 +92,7 @@ def check_given(field: str, named: str, lora: LoRAConfig, setup: Setup) -> Energ
     given, energies = given_adapter(field, named, lora, setup.pipeline)
     if is_zero(given):
         warn(f"{field}: {source}: its update is zero: training starts as from the base")
-    return energies
+    return given, energies
 
 
 def given_adapter(field: str, named: str, lora: LoRAConfig, pipeline: Pipeline) -> tuple[Adapter, Energies]:

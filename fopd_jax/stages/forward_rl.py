@@ -21,8 +21,8 @@ from fopd_jax.stages.reinforced import (
     METRICS,
     ReinforcedPlan,
     ReinforcementLearning,
-    check_beginning,
     make_stream,
+    read_beginning,
     trained_rewards,
 )
 from fopd_jax.stages.setup import make_setup
@@ -60,7 +60,7 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
       ValueError: names the field, file or key that is wrong.
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
-    check_beginning(config, setup)
+    given = read_beginning(config, setup)
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
@@ -78,7 +78,7 @@ def plan_forward_rl(config: settings.ForwardRL) -> ReinforcedPlan:
     return ReinforcedPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), (*names, *METRICS), held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
-        lambda base: ForwardProcess(update, base),
+        lambda base: ForwardProcess(update, base), given=given,
     )  # fmt: skip
 
 

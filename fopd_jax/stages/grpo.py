@@ -24,8 +24,8 @@ from fopd_jax.stages.reinforced import (
     METRICS,
     ReinforcedPlan,
     ReinforcementLearning,
-    check_beginning,
     make_stream,
+    read_beginning,
     trained_rewards,
 )
 from fopd_jax.stages.setup import make_setup
@@ -81,7 +81,7 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
       ValueError: names the field, file or key that is wrong.
     """
     setup = make_setup(config, partial(read_tasks, config.tasks))
-    check_beginning(config, setup)
+    given = read_beginning(config, setup)
     pipeline, mesh = setup.pipeline, setup.pipeline.mesh
     latent_shape = pipeline.world.latent_shape
     boxed, spec = boxed_variables(pipeline.model, latent_shape), make_spec(config, latent_shape)
@@ -102,7 +102,7 @@ def plan_grpo(config: settings.GRPO) -> ReinforcedPlan:
     return ReinforcedPlan(
         setup, update.trained, lambda: stream.upto(config.run.steps), names, held,
         lambda: update_cost(config, spec, tokens(), pipeline.model), stream,
-        lambda base: FlowGRPO(update, base, config.batch_size), one,
+        lambda base: FlowGRPO(update, base, config.batch_size), one, given,
     )  # fmt: skip
 
 

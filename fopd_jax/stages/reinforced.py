@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fopd_jax.adapters.lora import effective, init_adapter, revive
+from fopd_jax.adapters.lora import Adapter, effective, init_adapter, revive
 from fopd_jax.adapters.lora import zeros_like as no_adapter
 from fopd_jax.adapters.merging import kept_energy
 from fopd_jax.config.identity import config_hash
@@ -36,7 +36,7 @@ from fopd_jax.running.stage import Metrics
 from fopd_jax.stages import looks
 from fopd_jax.stages.cards import Origin, make_card
 from fopd_jax.stages.check import describe_run
-from fopd_jax.stages.cold_start import START, check_given, given_adapter
+from fopd_jax.stages.cold_start import START, check_given
 from fopd_jax.stages.export import advise_teacher, export, export_name, exports
 from fopd_jax.stages.model_card import write_model_card
 from fopd_jax.stages.one_program import OneProgram
@@ -80,25 +80,29 @@ class Method(Protocol):
 class ReinforcedPlan(Plan):
     """`stream`: of prompts; `method(base)`: the algorithm, once there are weights.
 
-    `one(scoring)`: its step as one program, None of an algorithm that has none.
+    `one(scoring)`: its step as one program, None of an algorithm that has none. `given`: see `read_beginning`.
     """
 
     stream: PromptStream
     method: Callable[[Base], Method]
     one: Callable[[TracedScoring], Step] | None = None
+    given: Adapter | None = None
 
 
-def check_beginning(config: Reinforced, setup: Setup) -> None:
-    """Refuse an adapter that training cannot start from.
+def read_beginning(config: Reinforced, setup: Setup) -> Adapter | None:
+    """The adapter that training starts from; None: a fresh one, or the whole network trains.
 
     Raises:
       ValueError: as `check_given`; or there is one, and the whole network trains.
     """
     if config.start and config.trained == "params":
         raise ValueError(f"{START}: found {config.start!r}, expected none: trained is 'params', not an adapter")
-    kept = kept_energy(check_given(START, config.start, config.adapter, setup)) if config.start else None
-    if kept is not None:
+    if not config.start:
+        return None
+    given, energies = check_given(START, config.start, config.adapter, setup)
+    if (kept := kept_energy(energies)) is not None:
         warn(f"{START}: rank {config.adapter.rank} keeps {kept.overall:.1%} of the adapter, {kept.worst:.1%} at worst")
+    return given
 
 
 def make_stream(config: Reinforced, world: World, mesh: Any) -> PromptStream:
@@ -176,6 +180,7 @@ class ReinforcementLearning:
         say(describe_run(plan, config, workdir))
         self.config, self.workdir, self.run, self.origin = config, workdir, run or workdir, origin
         self.setup, self.pipeline, self.trained = plan.setup, plan.setup.pipeline, plan.trained
+        self.given = plan.given
         plan.prepare()
         say("loading the base")
         pipeline = self.pipeline
@@ -225,9 +230,9 @@ class ReinforcementLearning:
         return self.trained.state
 
     def start(self) -> TrainState:
-        """The state of step 0: a fresh adapter on the base, or the base itself in float32."""
+        """The state of step 0: the given adapter, a fresh one on the base, or the base itself in float32."""
         return self.trained.born(
-            start_of(self.config, self.pipeline, self.base), self.setup.optimizer, self.config.seed
+            start_of(self.config, self.pipeline, self.base, self.given), self.setup.optimizer, self.config.seed
         )
 
     def describe(self) -> None:
@@ -307,10 +312,7 @@ class ReinforcementLearning:
 
     def _started(self) -> list[Model]:
         """What training started from, where that is not the base."""
-        if not self.config.start:
-            return []
-        given = start_of(self.config, self.pipeline, self.base)
-        return [Model("start", self.base.variables, effective(given))]
+        return [] if self.given is None else [Model("start", self.base.variables, effective(self.given))]
 
     def draw(self, state: TrainState) -> dict[str, np.ndarray]:
         """What the averaged policy draws, and a group of the rollouts that it learns from, if there are any yet."""
@@ -359,11 +361,11 @@ def _at(state: TrainState, later: int) -> TrainState:
     return dataclasses.replace(state, step=_moved(state.step, later)) if later else state
 
 
-def start_of(config: Reinforced, pipeline: Pipeline, base: Base) -> Tree:
-    """What training starts from."""
+def start_of(config: Reinforced, pipeline: Pipeline, base: Base, given: Adapter | None) -> Tree:
+    """What training starts from; `given`: see `read_beginning`."""
     if config.trained == "params":
         return load_base(config.model, pipeline, config.seed, "float32")["params"]
     key = jax.random.key(config.seed)
-    if config.start:
-        return revive(key, given_adapter(START, config.start, config.adapter, pipeline)[0])
+    if given is not None:
+        return revive(key, given)
     return init_adapter(key, base.variables["params"], config.adapter, pipeline.family.targets)

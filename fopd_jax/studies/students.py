@@ -8,10 +8,10 @@ from typing import Any
 
 from fopd_jax.config.parse import flatten
 from fopd_jax.config.stages import StageConfig
+from fopd_jax.evaluation.report import RESULTS_FILE
 from fopd_jax.studies.jobs import Job
 
 STUDENTS = "students"
-RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Student:
     budget: Mapping[str, Any] | None = None
 
 
-EVALUATIONS: dict[str, dict[str, Any]] = {"rewritten": {"eval.rewritten": True}}
+EVERYBODY = "everybody"
+EVALUATIONS: dict[str, dict[str, Any]] = {"rewritten": {"eval.rewritten": True}, EVERYBODY: {"eval.alone": False}}
 """Done after a run beside its own report."""
 
 
@@ -63,11 +64,14 @@ def train(student: Student, named: str, config: StageConfig, budget: Mapping[str
     folder = f"{STUDENTS}/{name}"
     flags = tuple(f"--config.{field}={value}" for field, value in fields.items())
     command = ("-m", "fopd_jax.main", config_flag(named), f"--workdir={{work}}/{folder}", *flags)
-    jobs = [*student.needs, Job(name, command, f"{folder}/{RESULTS}", tuple(job.name for job in student.needs), "run")]
+    jobs = [
+        *student.needs,
+        Job(name, command, f"{folder}/{RESULTS_FILE}", tuple(job.name for job in student.needs), "run"),
+    ]
     for evaluation in student.scored:
         flags = tuple(f"--config.{field}={value}" for field, value in EVALUATIONS[evaluation].items())
         again = ("-m", "fopd_jax.evaluate", f"--workdir={{work}}/{folder}", f"--out={{work}}/{folder}/{evaluation}")
-        done = f"{folder}/{evaluation}/{RESULTS}"
+        done = f"{folder}/{evaluation}/{RESULTS_FILE}"
         jobs.append(Job(f"{name}.{evaluation}", (*again, *flags), done, (name,), "evaluation"))
     return Trained(folder, tuple(jobs))
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.evaluation.report import RESULTS_FILE
 from fopd_jax.files import write_json, write_text
-from fopd_jax.studies.students import RESULTS, Student
+from fopd_jax.studies.students import Student
 from fopd_jax.studies.tables import SKILLS, Table
 
 Scores = dict[str, float]
@@ -41,7 +42,7 @@ def read_scores(folder: Path, table: Table, model: str) -> Scores:
     Raises:
       ValueError: its results are damaged, or lack the model or a column; names the file.
     """
-    file = folder / RESULTS
+    file = folder / RESULTS_FILE
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         found: Scores = dict(kept["models"][model])
@@ -49,7 +50,7 @@ def read_scores(folder: Path, table: Table, model: str) -> Scores:
             if column in kept.get("settings", {}):
                 other = kept["settings"][column]["models"][model]
             else:
-                file = folder / column / RESULTS
+                file = folder / column / RESULTS_FILE
                 other = json.loads(file.read_text(encoding="utf-8"))["models"][model]
             found |= {f"{skill}, {column}": other[skill] for skill in SKILLS}
     except (OSError, KeyError, ValueError) as error:
@@ -62,12 +63,12 @@ def columns_of(table: Table) -> list[str]:
     return [*SKILLS, *(f"{skill}, {column}" for column in table.columns for skill in SKILLS)]
 
 
-def as_markdown(title: str, table: Table, rows: Sequence[Row]) -> str:
+def as_markdown(table: Table, rows: Sequence[Row]) -> str:
     """Means ± deviations over seeds; the best mean of students bold."""
     columns = columns_of(table)
     students = [row for row in rows if row.student is not None]
     best = {column: max((row.mean(column) for row in students), default=0.0) for column in columns}
-    lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"### {table.title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = []
         for column in columns:
@@ -108,5 +109,5 @@ def write_summary(out: Path, found: Mapping[str, tuple[Table, Sequence[Row]]], a
             for seed, scores in row.scores.items():
                 writer.writerows((name, row.name, seed, column, score) for column, score in scores.items())
     write_text(out / "tables.csv", text.getvalue())
-    pages = [as_markdown(table.title, table, rows) for table, rows in found.values()]
+    pages = [as_markdown(table, rows) for table, rows in found.values()]
     write_text(out / "tables.md", "\n\n".join(pages) + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fopd_jax.studies.jobs import Job
-from fopd_jax.studies.students import Student, config_flag
+from fopd_jax.studies.students import EVERYBODY, Student, config_flag
 
 SKILLS = ("text", "composition", "composition_strict", "quality")
 """Of the miniature's scores."""
@@ -90,8 +90,8 @@ class Table:
 
 
 PLAIN = Student()
-REFERENCE = Student(fields={"eval.alone": False})
-"""The plain student beside base, teachers and merge."""
+REFERENCE = Student(scored=(EVERYBODY,))
+"""The plain student, evaluated beside base, teachers and merge, too."""
 RECIPES = {
     "Flow-OPD v1": "flow_opd_v1", "Flow-OPD v5": "flow_opd_v5", "Flow-OPD, its code": "flow_opd_code",
     "DiffusionOPD": "diffusion_opd", "DanceOPD": "dance_opd", "STEP-OPD": "step_opd", "GFD-OPD": "gfd_opd",

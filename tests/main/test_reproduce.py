@@ -17,7 +17,9 @@ SMALL = {"run.steps": 1, "batch_size": 4, "eval.final_samples": 4, "eval.batch_s
 def test_the_plan_counts_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reproduce.main([f"--workdir={tmp_path / 'new'}", "--plan", "--table", "noisy_teacher", "--seeds=2"])
     told = capsys.readouterr().out
-    assert told == "8 jobs for noisy_teacher\n  run: 0 of 7 done\n  preparation: 0 of 1 done\n"
+    assert (
+        told == "8 jobs for noisy_teacher\n  run: 0 of 6 done\n  evaluation: 0 of 1 done\n  preparation: 0 of 1 done\n"
+    )
     assert not (tmp_path / "new").exists()
 
 

@@ -32,6 +32,16 @@ def test_a_run_that_goes_on_stands_at_its_last_line(tmp_path: Path):
     assert run.own == ""
 
 
+def test_what_a_run_began_from_is_not_what_it_trained(tmp_path: Path):
+    """Without the table, which has no lead over the run's own model, by names alone."""
+    folder = made.make_run(tmp_path / "opd", "opd")
+    (folder / "table.txt").unlink()
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results["models"] |= {"start": results["models"]["base"], "teacher/x": results["models"]["base"]}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert read_run("mine", folder).own == "student"
+
+
 @pytest.mark.parametrize("kept", READ)
 def test_any_file_alone_will_do(tmp_path: Path, kept: str):
     whole = made.make_run(tmp_path / "whole", "opd")

@@ -19,9 +19,8 @@ from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import RewardConfig
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.evaluation import cell_scores, generate, records
-from fopd_jax.evaluation.cell_scores import DIVERSITY
 from fopd_jax.evaluation.generate import noise_keys
-from fopd_jax.evaluation.records import RECORDS_FILE, read_cells, write_cell
+from fopd_jax.evaluation.records import DIVERSITY, RECORDS_FILE, read_cells, write_cell
 from fopd_jax.evaluation.suites import Prompt
 from fopd_jax.files import write_json, write_png
 from fopd_jax.interop.files.safetensors import load_adapter, save_adapter

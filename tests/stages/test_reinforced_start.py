@@ -29,7 +29,7 @@ def test_it_starts_as_the_adapter_and_tells_of_it(variant: str, tmp_path: Path) 
     teacher, _ = load_adapter(weight_path(TEACHER))
     config = config_of(variant, start=TEACHER, **{"adapter.rank": 32})
     stage = prepare(config, tmp_path)
-    given = start_of(config, stage.pipeline, stage.base)
+    given = start_of(config, stage.pipeline, stage.base, stage.given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), delta(given), delta(teacher))
     if variant == "text":
         stage.finish(stage.start())
@@ -41,13 +41,16 @@ def test_it_starts_as_the_adapter_and_tells_of_it(variant: str, tmp_path: Path) 
 
 def test_without_one_nothing_is_other_than_it_was(tmp_path: Path) -> None:
     stage = prepare(config_of("text"), tmp_path)
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(delta(start_of(stage.config, stage.pipeline, stage.base))))
+    assert all(
+        not np.any(leaf)
+        for leaf in jax.tree.leaves(delta(start_of(stage.config, stage.pipeline, stage.base, stage.given)))
+    )
     stage.close()
 
 
 def test_what_a_smaller_rank_loses_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stage = prepare(config_of("text", start=TEACHER, **{"adapter.rank": 4}), tmp_path)
-    found = start_of(stage.config, stage.pipeline, stage.base)
+    found = start_of(stage.config, stage.pipeline, stage.base, stage.given)
     assert rank_of(found) == 4
     assert re.search(r"start: rank 4 keeps [0-9.]+% of the adapter, [0-9.]+% at worst", capfd.readouterr().err)
     assert stage.outputs["samples.png"] == "base, start and policy on the same prompts"

@@ -46,7 +46,7 @@ def test_means_and_deviations_over_seeds_with_the_best_bold(tmp_path: Path) -> N
         Row("one", Student(), {seed: scores(value) for seed, value in enumerate(values)}),
         Row("two", Student(fields={"seed": 1}), {0: scores(0.4)}),
     ]
-    page = as_markdown("Two", table, rows).splitlines()
+    page = as_markdown(table, rows).splitlines()
     assert page[4:] == [
         "| base |" + " 0.900 |" * 4,
         "| one |" + f" **{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}** |" * 4,

@@ -59,7 +59,7 @@ def test_by_default_they_count_alike_at_the_firsts_rank(tool: ModuleType, tmp_pa
         (["one", "two", "--weights", "1"], "--weights: found 1, expected 2, one a source"),
         (["one", "other"], "--src: found adapters of different bases"),
         (["one", "two", "--density=0"], "--density: found 0, expected above 0"),
-        (["one", "two", "--rank=-1"], "--rank and --alpha: found a negative number"),
+        (["one", "two", "--rank=-1"], "--rank: found -1, expected 0"),
         (["one", "nowhere"], "nowhere"),
     ],
 )
