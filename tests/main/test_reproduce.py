@@ -63,8 +63,10 @@ def test_a_table_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = [f"--workdir={tmp_path}", "--seeds=2", "--workers=1", "--table", "recipes"]
     reproduce.main(words)
     kept = json.loads((tmp_path / "tables.json").read_text())["tables"]["recipes"]["rows"]
-    assert [*kept] == [*reproduce.OTHERS, *rows]
+    assert {*kept} == {*reproduce.OTHERS, *rows}
     assert [*kept["plain"]["scores"]] == ["0", "1"]
     before = (tmp_path / "tables.md").read_bytes()
+    told = [line.split(" | ")[0].removeprefix("| ") for line in before.decode().splitlines()[4:]]
+    assert told == [*reproduce.OTHERS, *rows]
     reproduce.main(words)
     assert (tmp_path / "tables.md").read_bytes() == before
