@@ -93,8 +93,11 @@ def misbehaving() -> Iterator[Misbehaving]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
+    class _Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # more than a call has in flight: the usual 5 overflow where a test's machine is slow
+
+    server = _Server(("127.0.0.1", 0), _Handler)
     told.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
