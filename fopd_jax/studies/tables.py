@@ -23,8 +23,10 @@ class Scale:
     on what its teachers have drawn; `mix`: that of one policy on all rewards; `teachers`: adapters to merge; `noisy`: a
     task, and its adapter to spoil; `large`: the config of a larger teacher.
 
-    `guidance`: the teachers', where it is folded; `budget`: what ablations change, all alike; `longer`: of the main
-    table, over it; `mixed`: of policies on rewards, in place of either.
+    `guidance`: the teachers', where it is folded; `budget`: what students change, all alike; `rewarded`: of policies on
+    rewards, in its place; `mixed`: what lets a student see its tasks' rewards, too; `curves`: how often evaluations are
+    made that are drawn, over the budget; `policies`: configs of policies whose curves stand beside a student's;
+    `taught_by`: those that its teachers were trained by.
     """
 
     main: str
@@ -37,8 +39,11 @@ class Scale:
     large: str
     guidance: float
     budget: Mapping[str, Any]
-    longer: Mapping[str, Any]
+    rewarded: Mapping[str, Any]
     mixed: Mapping[str, Any]
+    curves: Mapping[str, Any]
+    policies: tuple[str, ...]
+    taught_by: tuple[str, ...]
 
 
 MINIATURE = Scale(
@@ -55,8 +60,14 @@ MINIATURE = Scale(
         "run.steps": 40, "batch_size": 48, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
         "health.fixed_states": 0, "health.noisy": "off",
     },
-    longer={"run.steps": 60, "batch_size": 64, "eval.final_samples": 512},
-    mixed={"run.eval_every": 0, "eval.final_samples": 512, "eval.alone": True},
+    rewarded={"run.steps": 40, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True},
+    mixed={
+        "objective.name": "mixed", "images_per_prompt": 8, "tasks.text.rewards": {"text": 1.0},
+        "tasks.composition.rewards": {"composition": 1.0},
+    },
+    curves={"run.eval_every": 5, "eval.samples": 128},
+    policies=tuple(f"miniature_rl:{name}" for name in ("text", "composition", "mix", "mix-nft")),
+    taught_by=tuple(f"miniature_rl:{name}-nft" for name in ("text", "composition", "quality")),
 )  # fmt: skip
 SD35M = Scale(
     main="sd35m_opd",
@@ -69,16 +80,25 @@ SD35M = Scale(
     large="sd35m_large",
     guidance=4.5,
     budget={"eval.alone": True},
-    longer={},
-    mixed={"eval.alone": True},
-)
+    rewarded={"eval.alone": True},
+    mixed={
+        "objective.name": "mixed", "images_per_prompt": 16, "tasks.ocr.rewards": {"ocr": 1.0},
+        "tasks.geneval.rewards": {"geneval": 1.0}, "rewards.geneval.weights": "weights/mask2former.safetensors",
+        "rewards.geneval.options.clip": "weights/clip_l.safetensors",
+        "tasks.pickscore.rewards": {"pickscore": 1.0}, "rewards.pickscore.weights": "weights/pickscore.safetensors",
+        "rewards.pickscore.divide_by": 26.0,
+    },
+    curves={},
+    policies=tuple(f"sd35m_grpo:{name}" for name in ("geneval", "ocr", "pickscore", "mix")),
+    taught_by=tuple(f"sd35m_grpo:{name}" for name in ("geneval", "ocr", "pickscore", "deqa")),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Students by the names of their rows. `columns`: beside the skills, those of other settings of the sampler or
     evaluations, as `steps 4` or `rewritten`. `budget`: as a scale's, over it. `long`: made where it is named alone.
-    `seeds`: how many by default.
+    `seeds`: how many by default. `curves`: periodic evaluations are drawn, too, against images and FLOPs.
     """
 
     title: str
@@ -87,6 +107,7 @@ class Table:
     budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     long: bool = False
     seeds: int = 1
+    curves: bool = False
 
 
 PLAIN = Student()
@@ -193,14 +214,14 @@ def _main(scale: Scale) -> Table:
         "merge": ({"start": "{work}/merge.safetensors"}, {}, (merge(scale),)),
     }
     rows = {
-        f"GRPO-Mix from {name}": Student(scale.mix, begins, needs, model="policy", budget=scale.mixed)
+        f"GRPO-Mix from {name}": Student(scale.mix, begins, needs, model="policy", budget=scale.rewarded)
         for name, (begins, _, needs) in starts.items()
     }
     for objective in ("direct", "clipped"):
         for name, (_, begins, needs) in starts.items():
             own = needs if name == "SFT" else ()
             rows[f"OPD, {objective}, from {name}"] = Student(fields={**begins, "objective.name": objective}, needs=own)
-    return Table("Reinforcement learning and distillation", rows, budget=scale.longer, seeds=3)
+    return Table("Reinforcement learning and distillation", rows, seeds=3)
 
 
 def _of(**fields: Any) -> Student:
@@ -232,13 +253,15 @@ def _targets(scale: Scale) -> Table:
 
 
 def _beyond(scale: Scale) -> Table:
-    """Extrapolation gains the skills, and an anchor of image quality is to keep that."""
+    """Extrapolation gains the skills; an anchor of image quality or the other teachers' share are to keep the rest."""
     rows = {
         f"λ {far:g}, β {beta:g}": Student(fields={"tasks.*.extrapolation": far, "objective.mar_beta": beta})
         for far, beta in ((0.25, 0.02), (0.25, 0.2), (0.25, 0.5), (0.5, 0.2))
     }
-    budget = {**scale.longer, "eval.also_steps": (20,)}
-    return Table("Above the teachers", rows, ("steps 20",), budget)
+    for far, beta in ((0.25, 0.02), (0.5, 0.02), (0.5, 0.2)):
+        fields = {**SOFT, "tasks.*.extrapolation": far, "objective.mar_beta": beta}
+        rows[f"λ {far:g}, β {beta:g}, a fifth from the others"] = Student(fields=fields)
+    return Table("Above the teachers", rows)
 
 
 def _cold_start(scale: Scale) -> Table:
@@ -341,7 +364,7 @@ def _anchor(scale: Scale) -> Table:
     )
 
 
-def _objective(_: Scale) -> Table:
+def _objective(scale: Scale) -> Table:
     return Table(
         "The objective",
         {
@@ -349,6 +372,7 @@ def _objective(_: Scale) -> Table:
             "direct": _of(objective__name="direct"),
             "clipped, log ratio, kl": _of(objective__reward="log_ratio", objective__weighting="kl"),
             "clipped, detached kl": _of(objective__reward="kl_detached"),
+            "mixed: the tasks' rewards beside": Student(fields=scale.mixed),
         },
     )
 
@@ -394,6 +418,14 @@ def _noise(_: Scale) -> Table:
     )
 
 
+def _efficiency(scale: Scale) -> Table:
+    """What a score costs."""
+    rows = {"OPD": PLAIN, "OPD from the base": _of(cold_start__method="none"), "mixed": Student(fields=scale.mixed)}
+    for name in scale.policies:
+        rows[name] = Student(name, model="policy", budget={**scale.rewarded, **scale.curves})
+    return Table("What a score costs", rows, budget=scale.curves, curves=True)
+
+
 # ---- all of them
 
 
@@ -403,7 +435,7 @@ def tables(scale: Scale) -> dict[str, Table]:
         "main": _main, "recipes": _recipes, "targets": _targets, "beyond": _beyond, "cold_start": _cold_start,
         "few_steps": _few_steps, "noisy_teacher": _noisy_teacher, "routing": _routing, "teachers": _teachers,
         "rewritten": _rewritten, "anchor": _anchor, "objective": _objective, "weighting": _weighting, "noise": _noise,
-        "larger_teacher": _larger_teacher,
+        "efficiency": _efficiency, "larger_teacher": _larger_teacher,
     }  # fmt: skip
     return {name: make(scale) for name, make in makers.items()}
 
