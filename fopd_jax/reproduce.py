@@ -3,10 +3,11 @@
 Trains and scores what the miniature's tables compare, from nothing but the packaged base and teachers: the main table
 (one policy on all rewards beside distillation, each from base, SFT and merge), recipes, targets, students beyond their
 teachers, cold starts, few steps, noisy teachers, routing, how many teachers, rewritten prompts, anchors, objectives,
-weightings, rollout noise; a larger teacher, which is pretrained for hours, only by its name. Runs `configs/` and
-`tools/` of this clone as commands of their own, one a core side by side, each with its log in `FOLDER/logs`; the same
-command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of the rows and seeds that are
-done. `--plan` tells what would run, and how much of it is done.
+weightings, rollout noise, what a score costs; a larger teacher, which is pretrained for hours, only by its name. Runs
+`configs/` and `tools/` of this clone as commands of their own, one a core side by side, each with its log in
+`FOLDER/logs`; the same command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of the
+rows and seeds that are done, and draws what scores cost in images and FLOPs (extra `plots`). `--plan` tells what would
+run, and how much of it is done.
 
 `--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and trains nothing: it tells students, FLOPs and
 chip-hours by arithmetic at `--utilisation` of a chip's peak, and writes the commands into `FOLDER/commands.sh`.
@@ -27,16 +28,18 @@ from absl import logging
 
 from fopd_jax.config.load import load_config
 from fopd_jax.config.parse import override, resolve
+from fopd_jax.config.schema import OPD
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import align, say
 from fopd_jax.exits import Arguments, explained
 from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.performance.host import ROOT, commit, hardware, versions
 from fopd_jax.running.records import PACKAGES
+from fopd_jax.studies.efficiency import PICTURE, Curve, draw, read_curve
 from fopd_jax.studies.estimate import as_rows, costs_of
 from fopd_jax.studies.jobs import Job, plan, run_jobs
 from fopd_jax.studies.students import EVERYBODY, Student, Trained, all_jobs, fields_of, train
-from fopd_jax.studies.summary import Row, Scores, read_scores, write_summary
+from fopd_jax.studies.summary import Row, read_scores, write_summary
 from fopd_jax.studies.tables import MINIATURE, NAMES, REFERENCE, SD35M, Scale, Table, tables
 
 SCALES = {"miniature": MINIATURE, "sd35m": SD35M}
@@ -107,10 +110,14 @@ def _train(student: Student, table: Table, scale: Scale, seed: int) -> tuple[Tra
     """Its jobs and its config, checked before anything runs."""
     budget = {**scale.budget, **table.budget} if student.budget is None else student.budget
     named = student.config or scale.main
-    path, _, variant = named.partition(":")
-    config = override(load_config(ROOT / "configs" / f"{path}.py", variant), budget)
+    config = override(_load(named), budget)
     made = train(student, named, config, budget, seed)
     return made, resolve(override(config, fields_of(student, config)))
+
+
+def _load(named: str) -> StageConfig:
+    path, _, variant = named.partition(":")
+    return load_config(ROOT / "configs" / f"{path}.py", variant)
 
 
 def _tell_costs(study: Study, jobs: Mapping[str, Job], work: Path, utilisation: float) -> None:
@@ -132,22 +139,28 @@ def _tell_costs(study: Study, jobs: Mapping[str, Job], work: Path, utilisation: 
 def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Mapping[str, Trained]) -> None:
     """Write and print the tables of what is done; rows of which some seed is missing have the others alone."""
     found: dict[str, tuple[Table, list[Row]]] = {}
+    curves: dict[str, dict[str, Curve]] = {}
     for name, table in chosen.items():
         rows = []
         for row, student in table.rows.items():
-            runs = {seed: each for (*place, seed), (each, _) in study.items() if place == [name, row]}
-            scores: dict[int, Scores] = {
-                seed: read_scores(work / each.folder, table, student.model)
-                for seed, each in runs.items()
-                if all((work / job.done).exists() for job in each.jobs)
+            runs = {seed: each for (*place, seed), each in study.items() if place == [name, row]}
+            done = {
+                seed: each for seed, each in runs.items() if all((work / job.done).exists() for job in each[0].jobs)
             }
+            scores = {seed: read_scores(work / made.folder, table, student.model) for seed, (made, _) in done.items()}
             if scores:
                 rows.append(Row(row, student, scores))
+            if table.curves and done:
+                made, config = done[min(done)]
+                teachers = [_load(each) for each in MINIATURE.taught_by] if isinstance(config, OPD) else []
+                curves.setdefault(name, {})[row] = read_curve(work / made.folder, config, teachers)
         if rows:
             found[name] = table, [*_others(work, references[name]), *rows]
     if found:
         about = {"commit": commit(), **hardware(), "versions": versions(PACKAGES), "budget": dict(MINIATURE.budget)}
-        write_summary(work, found, about)
+        write_summary(work, found, curves, about)
+        for each in curves.values():
+            draw(each, work / PICTURE)
         say(f"see {work / 'tables.md'}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.files import replacing
-from fopd_jax.running.records import METRICS_FILE
+from fopd_jax.running.metrics import SCALARS
 from fopd_jax.stages.costs import step_cost
 from fopd_jax.studies.tables import SKILLS
 
@@ -56,7 +56,7 @@ def read_curve(folder: Path, config: StageConfig, teachers: Sequence[StageConfig
     Raises:
       ValueError: its metrics are damaged or hold no evaluation; names the file.
     """
-    file = folder / METRICS_FILE
+    file = folder / SCALARS
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         points = [line for line in lines if f"eval/{SKILLS[0]}" in line]

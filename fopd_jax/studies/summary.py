@@ -11,6 +11,8 @@ from typing import Any
 
 from fopd_jax.evaluation.report import RESULTS_FILE
 from fopd_jax.files import write_json, write_text
+from fopd_jax.studies import efficiency
+from fopd_jax.studies.efficiency import Curve
 from fopd_jax.studies.students import Student
 from fopd_jax.studies.tables import SKILLS, Table
 
@@ -84,8 +86,13 @@ def as_markdown(table: Table, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_summary(out: Path, found: Mapping[str, tuple[Table, Sequence[Row]]], about: Mapping[str, Any]) -> None:
-    """`tables.json`, `tables.csv` (a line a row, seed and column) and `tables.md`."""
+def write_summary(
+    out: Path,
+    found: Mapping[str, tuple[Table, Sequence[Row]]],
+    curves: Mapping[str, Mapping[str, Curve]],
+    about: Mapping[str, Any],
+) -> None:
+    """`tables.json`, `tables.csv` (a line a row, seed and column), `tables.md`; `curves`: of tables with any."""
     whole = {
         name: {
             "title": table.title,
@@ -97,6 +104,7 @@ def write_summary(out: Path, found: Mapping[str, tuple[Table, Sequence[Row]]], a
                 }
                 for row in rows
             },
+            **({"curves": efficiency.as_fields(curves[name])} if name in curves else {}),
         }
         for name, (table, rows) in found.items()
     }
@@ -109,5 +117,9 @@ def write_summary(out: Path, found: Mapping[str, tuple[Table, Sequence[Row]]], a
             for seed, scores in row.scores.items():
                 writer.writerows((name, row.name, seed, column, score) for column, score in scores.items())
     write_text(out / "tables.csv", text.getvalue())
-    pages = [as_markdown(table, rows) for table, rows in found.values()]
+    pages = []
+    for name, (table, rows) in found.items():
+        pages.append(as_markdown(table, rows))
+        if name in curves:
+            pages.append(efficiency.as_markdown(curves[name]))
     write_text(out / "tables.md", "\n\n".join(pages) + "\n")

@@ -52,7 +52,7 @@ def test_means_and_deviations_over_seeds_with_the_best_bold(tmp_path: Path) -> N
         "| one |" + f" **{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}** |" * 4,
         "| two |" + " 0.400 |" * 4,
     ]
-    write_summary(tmp_path, {"two": (table, rows)}, {"commit": "abc"})
+    write_summary(tmp_path, {"two": (table, rows)}, {}, {"commit": "abc"})
     kept = json.loads((tmp_path / "tables.json").read_text())
     assert kept["commit"] == "abc"
     assert kept["tables"]["two"]["rows"]["one"]["scores"]["1"] == scores(0.55)
