@@ -89,25 +89,36 @@ def by_image(cell: Cell) -> dict[tuple[str, int], Record]:
 
 
 def gathered(folders: Mapping[Path, Sequence[Cell]]) -> list[Cell]:
-    """The cells of several evaluations. Models of one name that are unequal where they meet are told apart by folders.
-
-    Raises:
-      ValueError: an evaluation is there twice.
+    """The cells of several evaluations, each once. Models of one name that are unequal where they meet are told apart
+    by folders.
     """
-    seen: dict[tuple[str, str, str], Cell] = {}
-    apart: set[str] = set()
-    for cells in folders.values():
-        for cell in cells:
-            first = seen.setdefault((cell.model, cell.suite, cell.setting), cell)
-            if (first.settings, by_image(first)) != (cell.settings, by_image(cell)):
-                apart.add(cell.model)
-    names = _short(list(folders))
+    names = names_apart(folders)
     found: dict[tuple[str, str, str], Cell] = {}
     for folder, cells in folders.items():
         for cell in cells:
-            model = f"{names[folder]}/{cell.model}" if cell.model in apart else cell.model
+            model = names[folder, cell.model]
             found.setdefault((model, cell.suite, cell.setting), dataclasses.replace(cell, model=model))
     return list(found.values())
+
+
+def names_apart(folders: Mapping[Path, Sequence[Cell]]) -> dict[tuple[Path, str], str]:
+    """By folder and name of a model the name that no unequal one has: its own, or with the folder's before it."""
+    seen: dict[tuple[str, str, str], Cell] = {}
+    apart: set[str] = set()
+    for cell in (cell for cells in folders.values() for cell in cells):
+        first = seen.setdefault((cell.model, cell.suite, cell.setting), cell)
+        if (first.settings, _sorted(first)) != (cell.settings, _sorted(cell)):
+            apart.add(cell.model)
+    short = _short(list(folders))
+    return {
+        (folder, cell.model): f"{short[folder]}/{cell.model}" if cell.model in apart else cell.model
+        for folder, cells in folders.items()
+        for cell in cells
+    }
+
+
+def _sorted(cell: Cell) -> list[Record]:
+    return sorted(cell.records, key=lambda record: (record.prompt_id, record.sample))
 
 
 def _short(folders: Sequence[Path]) -> dict[Path, str]:

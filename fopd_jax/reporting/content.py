@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fopd_jax import __version__
 from fopd_jax.console import progress
+from fopd_jax.evaluation.comparison import names_apart
 from fopd_jax.evaluation.records import RECORDS_FILE, SETTINGS_FILE
 from fopd_jax.reporting import curves
 from fopd_jax.reporting.differences import differences
@@ -113,12 +114,12 @@ def _stamps(out: Path) -> Iterator[tuple[str, int, int]]:
 def _evaluated(folders: tuple[Path, ...], stamps: tuple[Any, ...], rows: int, most: int) -> _Evaluated:
     """`stamps`: so that it is made again where something has changed, and nowhere else: intervals take a while."""
     del stamps
-    read = [read_evaluation(folder) for folder in folders]
-    cells, album = _distinct([each for kept, _ in read for each in kept]), Album(most)
+    read = {folder: read_evaluation(folder) for folder in folders}
+    cells, album = _distinct({folder: kept for folder, (kept, _) in read.items()}), Album(most)
     with progress("pictures", sum(min(len(each.cell.records), rows) for each in cells), "images") as count:
         shown = galleries(cells, album, rows, count)
     tables, unfit = evaluation_tables([each.cell for each in cells])
-    problems = [*(line for _, said in read for line in said), *unfit, *album.problems]
+    problems = [*(line for _, said in read.values() for line in said), *unfit, *album.problems]
     return _Evaluated(cells, tables, shown, album.pictures, problems)
 
 
@@ -163,17 +164,12 @@ def _last(run: Run, name: str) -> float | None:
     return curves.points(run.scalars[name])["y"][-1] if name in run.scalars else None
 
 
-def _distinct(cells: Sequence[Kept]) -> list[Kept]:
-    """Models of the same name in several evaluations are told apart by their folders, where they are on one suite."""
-    keys = [(each.cell.model, each.cell.suite, each.cell.setting) for each in cells]
-    names = [
-        each.cell.model if keys.count(key) == 1 else f"{each.cell.model} ({each.folder.absolute().parents[2].name})"
-        for each, key in zip(cells, keys, strict=True)
-    ]
-    renamed = [
-        each._replace(cell=dataclasses.replace(each.cell, model=name)) for each, name in zip(cells, names, strict=True)
-    ]
+def _distinct(evaluations: Mapping[Path, Sequence[Kept]]) -> list[Kept]:
+    """All cells, each once; unequal models of one name are told apart by their folders."""
+    names = names_apart({folder: [each.cell for each in kept] for folder, kept in evaluations.items()})
     first: dict[tuple[str, str, str], Kept] = {}
-    for each in renamed:
-        first.setdefault((each.cell.model, each.cell.suite, each.cell.setting), each)
+    for folder, kept in evaluations.items():
+        for each in kept:
+            cell = dataclasses.replace(each.cell, model=names[folder, each.cell.model])
+            first.setdefault((cell.model, cell.suite, cell.setting), each._replace(cell=cell))
     return list(first.values())
