@@ -61,16 +61,19 @@ class HealthWatch:
 
     def measure(self, frozen: Frozen, trained: Tree) -> dict[str, float]:
         """Metrics of these weights of the student, and those of the teachers, which stay as they are."""
-        fixed = self.fixed
-        found = np.asarray(self.student(frozen, trained, self.states), np.float64)
-        self.last = found[:, : len(fixed.tasks) * fixed.count].reshape(len(found), len(fixed.tasks), fixed.count)
-        gaps = mean_gaps(fixed.tasks, fixed.pictured, self.sigma, self.image, self.last)
         teachers = {
             f"teachers/{statistic}/{name}": value
             for name, known in self.statistics.items()
             for statistic, value in known.items()
         }
-        return gaps | self.disagreement | teachers
+        return self.gaps(frozen, trained) | self.disagreement | teachers
+
+    def gaps(self, frozen: Frozen, trained: Tree) -> dict[str, float]:
+        """`fixed/TASK/…`: how far these weights of the student are from the teachers."""
+        fixed = self.fixed
+        found = np.asarray(self.student(frozen, trained, self.states), np.float64)
+        self.last = found[:, : len(fixed.tasks) * fixed.count].reshape(len(found), len(fixed.tasks), fixed.count)
+        return mean_gaps(fixed.tasks, fixed.pictured, self.sigma, self.image, self.last)
 
     def picture(self) -> Image.Image:
         """Of what was measured last."""

@@ -50,3 +50,4 @@ def test_a_smoke_variant_runs_to_its_end(name: str, variant: str, program: Progr
         teachers = {f"teacher/{each}" for each in (*config.tasks, config.anchor.name)}
         merged = {"merge"} if config.cold_start.method == "merge" else set()
         assert results["models"].keys() == {"base", "student"} | merged | teachers
+        assert {f"fixed/{task}/teacher" for task in config.tasks} <= results["gaps"].keys()
