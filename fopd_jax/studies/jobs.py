@@ -19,8 +19,7 @@ from fopd_jax.files import write_json
 
 LOGS, SECONDS = "logs", "seconds.json"
 FLAGS = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-"""Of XLA, for whom names none: small programs that train for a minute take as long to compile well. On one core of an
-AMD EPYC the main job's update compiles in half the time so, and runs a tenth slower."""
+"""Of XLA, where the user sets none: programs that train for a minute take about as long to compile well."""
 _TAIL = 5  # lines of a failed command's log that are told
 _POLL_S = 0.2
 

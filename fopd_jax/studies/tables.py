@@ -57,10 +57,10 @@ MINIATURE = Scale(
     large="miniature_large",
     guidance=1.25,
     budget={
-        "run.steps": 30, "batch_size": 48, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True,
+        "run.steps": 40, "batch_size": 24, "run.eval_every": 0, "eval.final_samples": 192, "eval.alone": True,
         "health.fixed_states": 0, "health.noisy": "off",
     },
-    rewarded={"run.steps": 30, "run.eval_every": 0, "eval.final_samples": 256, "eval.alone": True},
+    rewarded={"run.steps": 24, "run.eval_every": 0, "eval.final_samples": 192, "eval.alone": True},
     mixed={
         "objective.name": "mixed", "images_per_prompt": 8, "tasks.text.rewards": {"text": 1.0},
         "tasks.composition.rewards": {"composition": 1.0},

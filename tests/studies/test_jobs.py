@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fopd_jax.exits import Outage
-from fopd_jax.studies.jobs import LOGS, SECONDS, Job, plan, run_jobs
+from fopd_jax.studies.jobs import FLAGS, LOGS, SECONDS, Job, plan, run_jobs
 
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
 ADD = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.write_text(pathlib.Path(sys.argv[2]).read_text() + 'b')"
@@ -55,6 +55,16 @@ def test_a_failure_stops_what_needs_it_alone_and_is_tried_again(
 def test_a_command_that_leaves_no_file_has_failed(tmp_path: Path) -> None:
     with pytest.raises(Outage, match=r"^failed: idle"):
         run_jobs(jobs_of(Job("idle", ("-c", ""), "nothing")), tmp_path, tmp_path, 1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, FLAGS), ("--xla_cpu_enable_fast_math=false", None)])
+def test_commands_compile_fast_unless_the_user_says_how(
+    given: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS") if given is None else monkeypatch.setenv("XLA_FLAGS", given)
+    tell = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['XLA_FLAGS'])"
+    run_jobs(jobs_of(Job("a", ("-c", tell, "{work}/a"), "a")), tmp_path, tmp_path, 1)
+    assert (tmp_path / "a").read_text() == (expected or given)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
