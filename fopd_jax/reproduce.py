@@ -149,7 +149,7 @@ def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Map
             }
             scores = {seed: read_scores(work / made.folder, table, student.model) for seed, (made, _) in done.items()}
             if scores:
-                rows.append(Row(row, student, scores))
+                rows.append(Row(row, student, scores, runs[0][0].fields))
             if table.curves and done:
                 made, config = done[min(done)]
                 teachers = [_load(each) for each in MINIATURE.taught_by] if isinstance(config, OPD) else []

@@ -39,10 +39,13 @@ EVALUATIONS: dict[str, dict[str, Any]] = {"rewritten": {"eval.rewritten": True},
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A student at a seed: its folder and the jobs that fill it, those that it needs first."""
+    """A student at a seed: its folder, the jobs that fill it, those that it needs first, and what is changed in its
+    config over the budget.
+    """
 
     folder: str
     jobs: tuple[Job, ...]
+    fields: Mapping[str, Any]
 
 
 def fields_of(student: Student, config: StageConfig) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def train(student: Student, named: str, config: StageConfig, budget: Mapping[str
         again = ("-m", "fopd_jax.evaluate", f"--workdir={{work}}/{folder}", f"--out={{work}}/{folder}/{evaluation}")
         done = f"{folder}/{evaluation}/{RESULTS_FILE}"
         jobs.append(Job(f"{name}.{evaluation}", (*again, *flags), done, (name,), "evaluation"))
-    return Trained(folder, tuple(jobs))
+    return Trained(folder, tuple(jobs), own)
 
 
 def config_flag(named: str) -> str:

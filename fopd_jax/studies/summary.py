@@ -22,11 +22,14 @@ Scores = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Of a table: the student, and its scores by seed; also models that were not trained for it, without seeds."""
+    """Of a table: the student, its scores by seed, and what is changed in its config; also models that were not trained
+    for it, without seeds.
+    """
 
     name: str
     student: Student | None
     scores: Mapping[int, Scores]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def mean(self, column: str) -> float:
         """Over seeds."""
@@ -99,7 +102,7 @@ def write_summary(
             "rows": {
                 row.name: {
                     "config": row.student.config if row.student else None,
-                    "fields": dict(row.student.fields) if row.student else None,
+                    "fields": dict(row.fields),
                     "scores": {str(seed): scores for seed, scores in row.scores.items()},
                 }
                 for row in rows

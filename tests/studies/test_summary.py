@@ -44,7 +44,7 @@ def test_means_and_deviations_over_seeds_with_the_best_bold(tmp_path: Path) -> N
     rows = [
         Row("base", None, {0: scores(0.9)}),
         Row("one", Student(), {seed: scores(value) for seed, value in enumerate(values)}),
-        Row("two", Student(fields={"seed": 1}), {0: scores(0.4)}),
+        Row("two", Student(fields={"mix": lambda *_: 1}), {0: scores(0.4)}, {"mix": 1}),
     ]
     page = as_markdown(table, rows).splitlines()
     assert page[4:] == [
@@ -56,6 +56,7 @@ def test_means_and_deviations_over_seeds_with_the_best_bold(tmp_path: Path) -> N
     kept = json.loads((tmp_path / "tables.json").read_text())
     assert kept["commit"] == "abc"
     assert kept["tables"]["two"]["rows"]["one"]["scores"]["1"] == scores(0.55)
+    assert kept["tables"]["two"]["rows"]["two"]["fields"] == {"mix": 1}  # as it was trained
     with (tmp_path / "tables.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 5 * len(SKILLS)
