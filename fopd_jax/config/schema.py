@@ -43,6 +43,7 @@ REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 REPORTED_GUIDANCE = ("same", "own")
 NORMALISATIONS = ("global", "group", "each")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+NORMS = ("auto", "xla", "pallas")
 REMATS = ("full", "attention", "dots", "none")
 
 
@@ -231,6 +232,10 @@ class Run(Section):
     attention: str = setting(
         "auto", "'auto': cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else 'xla'.", one_of(*ATTENTIONS)
     )
+    norms: str = setting(
+        "auto", "LayerNorms with their modulation. 'auto': one kernel on TPUs ('pallas', which also fences gelu off "
+        "from the product after it), else 'xla'.", one_of(*NORMS),
+    )  # fmt: skip
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
     micro_batches: int = setting(

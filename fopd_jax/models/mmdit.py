@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from fopd_jax.models.attention import AttentionImpl, attention, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
+from fopd_jax.models.fences import fenced_gelu
+from fopd_jax.models.norms import NormImpl, norm_modulate
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -162,14 +164,6 @@ def shared_hidden(
     return tuple(jnp.split(routed_product(x, jnp.concatenate(factors, axis=-1), route), ends[:-1], axis=-1))
 
 
-def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
-    """LayerNorm without affine parameters, eps 1e-6, two-pass variance in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the head dimension, eps 1e-6, in float32."""
 
@@ -181,11 +175,6 @@ class RMSNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
         return (y * scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
-
-
-def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
-    """x·(1 + scale) + shift, one shift and scale per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Modulation(nn.Module):
@@ -212,12 +201,14 @@ class FeedForward(nn.Module):
     """D → 4D → D with tanh-approximated GELU."""
 
     dtype: Dtype = jnp.float32
+    norms: NormImpl = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], route: Int[Array, " b"] | None) -> Float[Array, "b t d"]:
         width = x.shape[-1]
         hidden = Dense(4 * width, ("embed", "mlp"), self.dtype, name="up")(x, route)
-        return Dense(width, ("mlp", "embed"), self.dtype, name="down")(nn.gelu(hidden, approximate=True), route)
+        hidden = fenced_gelu(hidden) if self.norms == "pallas" else nn.gelu(hidden, approximate=True)
+        return Dense(width, ("mlp", "embed"), self.dtype, name="down")(hidden, route)
 
 
 def _project(
@@ -278,37 +269,36 @@ class Block(nn.Module):
     dual: bool = False
     last: bool = False
     dtype: Dtype = jnp.float32
+    norms: NormImpl = "xla"
 
     @nn.compact
     def __call__(
         self, streams: tuple[Array, Array], embedding: Float[Array, "b d"], route: Int[Array, " b"] | None
     ) -> tuple[tuple[Array, Array], None]:
         x, context = (nn.spmd.with_logical_constraint(stream, ("batch", None, None)) for stream in streams)
-        dtype = self.dtype
+        dtype, norms = self.dtype, self.norms
         modulation = Modulation(9 if self.dual else 6, dtype, name="norm1")(embedding)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[:6]
-        normed = layer_norm(x, dtype)
         text = Modulation(2 if self.last else 6, dtype, name="norm1_context")(embedding)
         # The context-pre-only norm orders its chunks (scale, shift); every other modulation is (shift, scale, …).
-        text_shift, text_scale = (text[1], text[0]) if self.last else text[:2]
+        text_pair = (text[1], text[0]) if self.last else (text[0], text[1])
 
+        pairs = [(shift, scale), *([modulation[6:8]] if self.dual else [])]
+        x, (normed, *normed2) = norm_modulate(x, pairs, norms, dtype)
+        context, (text_normed,) = norm_modulate(context, [text_pair], norms, dtype)
         attn = JointAttention(self.config, self.impl, not self.last, dtype, name="attn")
-        image_out, text_out = attn(
-            modulate(normed, shift, scale), modulate(layer_norm(context, dtype), text_shift, text_scale), route
-        )
+        image_out, text_out = attn(normed, text_normed, route)
         x = x + gate[:, None] * image_out
-        if self.dual:
-            shift2, scale2, gate2 = modulation[6:]
+        for each in normed2:
             attn2 = JointAttention(self.config, self.impl, False, dtype, name="attn2")
-            x = x + gate2[:, None] * attn2(modulate(normed, shift2, scale2), None, route)[0]
-        ff = FeedForward(dtype, name="ff")
-        x = x + gate_mlp[:, None] * ff(modulate(layer_norm(x, dtype), shift_mlp, scale_mlp), route)
+            x = x + modulation[8][:, None] * attn2(each, None, route)[0]
+        x, (normed,) = norm_modulate(x, [(shift_mlp, scale_mlp)], norms, dtype)
+        x = x + gate_mlp[:, None] * FeedForward(dtype, norms, name="ff")(normed, route)
         if text_out is not None:
             text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = text[2:]
             context = context + text_gate[:, None] * text_out
-            ff_context = FeedForward(dtype, name="ff_context")
-            normed = modulate(layer_norm(context, dtype), text_shift_mlp, text_scale_mlp)
-            context = context + text_gate_mlp[:, None] * ff_context(normed, route)
+            context, (normed,) = norm_modulate(context, [(text_shift_mlp, text_scale_mlp)], norms, dtype)
+            context = context + text_gate_mlp[:, None] * FeedForward(dtype, norms, name="ff_context")(normed, route)
         return (x, context), None
 
 
@@ -341,6 +331,7 @@ class MMDiT(nn.Module):
     dtype: Dtype = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    norms: NormImpl = "xla"
 
     @nn.compact
     def __call__(
@@ -366,11 +357,11 @@ class MMDiT(nn.Module):
         streams = (tokens, text)
         streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
         streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = Block(config, self.impl, last=True, dtype=dtype, name="last_block")
+        last = Block(config, self.impl, last=True, dtype=dtype, norms=self.norms, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
-        tokens = modulate(layer_norm(tokens, dtype), shift, scale)
+        _, (tokens,) = norm_modulate(tokens, [(shift, scale)], self.norms, dtype)
         out = Dense(p * p * config.channels, ("embed", None), dtype, name="proj_out")(tokens)
         out = rearrange(out, "B (h w) (p q c) -> B (h p) (w q) c", h=rows, p=p, q=p)
         return out.astype(jnp.float32)
@@ -391,7 +382,7 @@ class MMDiT(nn.Module):
         route: Array | None,
     ) -> tuple[Array, Array]:
         looped = self.scan_layers and length > SHORT_STACK
-        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
+        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype, "norms": self.norms}
         if not self.scan_layers:
             for i in range(length):
                 block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")

@@ -1,0 +1,1 @@
+"""Kernels of our own (Pallas), each beside the plain form that it is held to."""

@@ -1,0 +1,34 @@
+"""Kernels over samples: each device runs them on its own rows of the batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+Results = Any
+
+
+def by_rows(kernel: Callable[..., Results], *arrays: jax.Array) -> Results:
+    """`kernel(*arrays)` on each device's own rows of the ambient mesh; axis 0 of all arrays and results is the batch.
+
+    Which mesh axes hold it is what Linen's logical rules say of `batch`; where they do not divide it, or where there
+    are no rules, every device has all rows. Differentiate around it, not through it: a transposed map would add up
+    what every device of a `tensor` axis has whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(*arrays)
+    (wished,) = nn.spmd.logical_to_mesh_axes(("batch",)) or (None,)
+    spec = P(dividing(mesh, wished, arrays[0].shape[0]))
+    # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
+    local = jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return local(*arrays)
+
+
+def dividing(mesh: Any, axes: Any, size: int) -> Any:
+    """Mesh axes, one name or several, or None where they do not divide a dimension."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
