@@ -93,7 +93,8 @@ def _specs(x: Array) -> tuple[tuple[int, int], Any, Any]:
 
 
 def _forward(x: Array, modulations: Sequence[Pair]) -> tuple[Array, ...]:
-    def local(x: Array, *vectors: Array) -> tuple[Array, ...]:
+    def local(rows: Sequence[Array], _: Any) -> tuple[Array, ...]:
+        x, *vectors = rows
         grid, along, whole = _specs(x)
         count = len(vectors) // 2
         return pl.pallas_call(
@@ -106,7 +107,7 @@ def _forward(x: Array, modulations: Sequence[Pair]) -> tuple[Array, ...]:
             name="layer_norm_modulate",
         )(x, *vectors)
 
-    return by_rows(local, x, *(each[:, None] for pair in modulations for each in pair))
+    return by_rows(local, (x, *(each[:, None] for pair in modulations for each in pair)))
 
 
 def _backward(
@@ -114,7 +115,8 @@ def _backward(
 ) -> tuple[Array, ...]:
     """dx, and where asked for the float32 gradients `[B, 1, D]` of each shift and scale in turn."""
 
-    def local(x: Array, *rest: Array) -> tuple[Array, ...]:
+    def local(rows: Sequence[Array], _: Any) -> tuple[Array, ...]:
+        x, *rest = rows
         grid, along, whole = _specs(x)
         n = len(scales)
         sums = 2 * n if trained else 0
@@ -129,7 +131,7 @@ def _backward(
             name="layer_norm_modulate_backward",
         )(x, *rest)
 
-    return by_rows(local, x, *(scale[:, None] for scale in scales), *normed, *residual)
+    return by_rows(local, (x, *(scale[:, None] for scale in scales), *normed, *residual))
 
 
 # ---- the kernels

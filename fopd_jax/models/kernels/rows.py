@@ -11,21 +11,20 @@ from jax.sharding import PartitionSpec as P
 Results = Any
 
 
-def by_rows(kernel: Callable[..., Results], *arrays: jax.Array) -> Results:
-    """`kernel(*arrays)` on each device's own rows of the ambient mesh; axis 0 of all arrays and results is the batch.
+def by_rows(kernel: Callable[[Any, Any], Results], rows: Any, shared: Any = ()) -> Results:
+    """`kernel(rows, shared)` on each device's own rows of the ambient mesh, `shared` whole on every device; trees both.
 
-    Which mesh axes hold it is what Linen's logical rules say of `batch`; where they do not divide it, or where there
-    are no rules, every device has all rows. Differentiate around it, not through it: a transposed map would add up
-    what every device of a `tensor` axis has whole.
+    Axis 0 of all results and of `rows` is the batch. Which mesh axes hold it is what Linen's logical rules say of
+    `batch`; where they do not divide it, or where there are no rules, every device has all rows. Differentiate around
+    it, not through it: a transposed map would add up what every device of a `tensor` axis has whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(*arrays)
+        return kernel(rows, shared)
     (wished,) = nn.spmd.logical_to_mesh_axes(("batch",)) or (None,)
-    spec = P(dividing(mesh, wished, arrays[0].shape[0]))
+    spec = P(dividing(mesh, wished, jax.tree.leaves(rows)[0].shape[0]))
     # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
-    local = jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return local(*arrays)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec, P()), out_specs=spec, check_vma=False)(rows, shared)
 
 
 def dividing(mesh: Any, axes: Any, size: int) -> Any:
