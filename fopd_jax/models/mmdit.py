@@ -12,7 +12,7 @@ then the collection `scales` holds a factor per output channel, `kernel [D_out]`
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,9 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.models.attention import AttentionImpl, attention, save_attention
+from fopd_jax.models.attention import AttentionImpl, attention, merged_attention, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
+from fopd_jax.models.kernels.merged_attention import Stream
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -171,16 +172,19 @@ def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dimension, eps 1e-6, in float32."""
+    """Root-mean-square norm over the head dimension, eps 1e-6, in float32. Kernels that hold it inside read `scale`."""
 
+    features: int
     dtype: Dtype = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        self.scale: Any = self.param("scale", init, (self.features,))
+
     def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
-        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
+        return (y * self.scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
 
 
 def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
@@ -220,10 +224,29 @@ class FeedForward(nn.Module):
         return Dense(width, ("mlp", "embed"), self.dtype, name="down")(nn.gelu(hidden, approximate=True), route)
 
 
-def _project(
-    module: "JointAttention", x: Array, route: Array | None, names: tuple[str, ...], norms: tuple[str, str]
-) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of one stream as children of the calling module, heads split, q and k normalised.
+class Names(NamedTuple):
+    """What the layers of one stream are called in a `JointAttention`."""
+
+    projections: tuple[str, str, str]
+    norms: tuple[str, str]
+
+
+IMAGE = Names(("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+TEXT = Names(("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of one stream, and the norms of q and k that follow, where the network has them."""
+
+    q: Float[Array, "b t d"]
+    k: Float[Array, "b t d"]
+    v: Float[Array, "b t d"]
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+
+def _project(module: "JointAttention", x: Array, route: Array | None, names: Names) -> Projected:
+    """Queries, keys and values of one stream as children of the calling module.
 
     Three matrix products, not one: at this width each fills a chip, and what one product gives has to be split again.
     By the TPU compiler's estimate (v6e, 8 images of 512 px) one costs 1.7 times as much, 2.8 times with its matrix
@@ -232,42 +255,76 @@ def _project(
     config, dtype = module.config, module.dtype
     x = x.astype(dtype)
     q, k, v = (
-        rearrange(
-            Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route, hidden),
-            "B T (N H) -> B T N H",
-            H=config.head_dim,
-        )
-        for name, hidden in zip(names, shared_hidden(module, names, x, route), strict=True)
+        Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route, hidden)
+        for name, hidden in zip(names.projections, shared_hidden(module, names.projections, x, route), strict=True)
     )
-    if config.qk_norm:
-        q, k = RMSNorm(dtype, name=norms[0])(q), RMSNorm(dtype, name=norms[1])(k)
-    return q, k, v
+    if not config.qk_norm:
+        return Projected(q, k, v, None, None)
+    return Projected(q, k, v, *(RMSNorm(config.head_dim, dtype, name=name) for name in names.norms))
+
+
+def _attend_split(
+    streams: tuple[Projected, ...], head_dim: int, impl: AttentionImpl
+) -> tuple[Float[Array, "b t d"], ...]:
+    """Attention over all streams' tokens, one behind the other, heads split off and normalised before."""
+    split = [
+        tuple(rearrange(x, "B T (N H) -> B T N H", H=head_dim) for x in (stream.q, stream.k, stream.v))
+        for stream in streams
+    ]
+    normed = [
+        (q, k, v) if s.q_norm is None or s.k_norm is None else (s.q_norm(q), s.k_norm(k), v)
+        for s, (q, k, v) in zip(streams, split, strict=True)
+    ]
+    q, k, v = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in zip(*normed, strict=True))
+    y = rearrange(attention(q, k, v, impl), "B T N H -> B T (N H)")
+    ends = np.cumsum([stream.q.shape[1] for stream in streams])
+    return tuple(jnp.split(y, ends[:-1], axis=1)) if len(streams) > 1 else (y,)
+
+
+def _attend_merged(
+    streams: tuple[Projected, ...], head_dim: int, read: int, tokens: tuple[int, ...]
+) -> tuple[Float[Array, "b t d"], ...]:
+    """The same in one kernel on the projections as they are; only the first `read` streams' outputs are computed."""
+
+    def scale(norm: RMSNorm | None) -> Any:
+        return None if norm is None else norm.scale
+
+    operands = tuple(
+        Stream(s.q if i < read else None, s.k, s.v, scale(s.q_norm), scale(s.k_norm)) for i, s in enumerate(streams)
+    )
+    return merged_attention(operands, head_dim, tokens)
 
 
 class JointAttention(nn.Module):
-    """One attention over image and text tokens, image first; without text it is the image-only `attn2`."""
+    """One attention over image and text tokens, image first; without text it is the image-only `attn2`.
+
+    `text_tokens`: how many of the text's tokens are real, None for all; what lies behind is padding.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     text_output: bool = True
     dtype: Dtype = jnp.float32
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s d"] | None, route: Int[Array, " b"] | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
-        tokens = x.shape[1]
-        q, k, v = _project(self, x, route, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        head_dim, width = self.config.head_dim, self.config.width
+        streams = (_project(self, x, route, IMAGE),)
         if context is not None:
-            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            text = _project(self, context, route, names, norms)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), text, strict=True))
-        y = rearrange(attention(q, k, v, self.impl), "B T N H -> B T (N H)")
-        width = self.config.width
-        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(y[:, :tokens], route)
-        if context is None or not self.text_output:
+            streams = (*streams, _project(self, context, route, TEXT))
+        both = context is not None and self.text_output
+        if self.impl == "merged":
+            tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
+            outs = _attend_merged(streams, head_dim, 1 + both, tokens)
+        else:
+            outs = _attend_split(streams, head_dim, self.impl)
+        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(outs[0], route)
+        if not both:
             return out, None
-        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(y[:, tokens:], route)
+        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(outs[1], route)
 
 
 class Block(nn.Module):
