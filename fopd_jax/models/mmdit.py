@@ -21,9 +21,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.models.attention import AttentionImpl, attention, merged_attention, save_attention
+from fopd_jax.models.attention import AttentionImpl, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
-from fopd_jax.models.kernels.merged_attention import Stream
+from fopd_jax.models.dense import Dense, shared_hidden
+from fopd_jax.models.streams import Projected, RMSNorm, attend
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -103,88 +104,12 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int = 256) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Dense(nn.Module):
-    """Affine layer plus the low-rank update that the collection `adapter` may hold for it.
-
-    `hidden`: the update's x·a where the caller has computed it already.
-    """
-
-    features: int
-    axes: tuple[str | None, str | None] = (None, None)
-    dtype: Dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*b i"],
-        route: Int[Array, " k"] | None = None,
-        hidden: Float[Array, "*b r"] | None = None,
-    ) -> Float[Array, "*b o"]:
-        shape = (x.shape[-1], self.features)
-        kernel: Any = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), shape)
-        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), shape[1:])
-        # Also the gradient's place: in a scanned stack it is reduced into shards layer by layer.
-        kernel = nn.spmd.with_logical_constraint(kernel, self.axes)
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
-        if self.has_variable("scales", "kernel"):
-            scales: Any = self.get_variable("scales", "kernel")
-            y = (y.astype(jnp.float32) * scales.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
-        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        if self.has_variable("adapter", "a"):
-            a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
-            y = y + routed_product(routed_product(x, a, route) if hidden is None else hidden, b, route)
-        return y
-
-
-def routed_product(x: Array, factor: Array, route: Int[Array, " k"] | None) -> Array:
-    """x·factor with one factor of an adapter, or with each sample's own, gathered from a bank by `route`.
-
-    By the TPU compiler's estimate the gather is free (v6e, 8 images of 512 px, 5 adapters of rank 32: a projection with
-    it costs 0.97 of one with an adapter for all), and a product over all ranks, masked, adds 1.5 times as much.
-    benchmarks/kernels.py measures both, and grouped products, anywhere.
-    """
-    return x @ factor if route is None else jnp.einsum("BTI,BIO->BTO", x, factor[route])
-
-
-def shared_hidden(
-    module: nn.Module, names: tuple[str, ...], x: Array, route: Int[Array, " k"] | None
-) -> tuple[Array | None, ...]:
-    """x·a for those children of a module that read the same x, in one product; None for each where not all adapt.
-
-    One product of 3·R columns reads x once, not three times, fills a matrix unit better, and has one backward.
-    """
-    adapters = module.variables.get("adapter", {})
-    if not all(name in adapters for name in names):
-        return (None,) * len(names)
-    factors = [adapters[name]["a"].astype(x.dtype) for name in names]
-    ends = np.cumsum([factor.shape[-1] for factor in factors])
-    return tuple(jnp.split(routed_product(x, jnp.concatenate(factors, axis=-1), route), ends[:-1], axis=-1))
-
-
 def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
     """LayerNorm without affine parameters, eps 1e-6, two-pass variance in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dimension, eps 1e-6, in float32. Kernels that hold it inside read `scale`."""
-
-    features: int
-    dtype: Dtype = jnp.float32
-
-    def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        self.scale: Any = self.param("scale", init, (self.features,))
-
-    def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * self.scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
 
 
 def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
@@ -235,16 +160,6 @@ IMAGE = Names(("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
 TEXT = Names(("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
 
 
-class Projected(NamedTuple):
-    """Queries, keys and values of one stream, and the norms of q and k that follow, where the network has them."""
-
-    q: Float[Array, "b t d"]
-    k: Float[Array, "b t d"]
-    v: Float[Array, "b t d"]
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
-
-
 def _project(module: "JointAttention", x: Array, route: Array | None, names: Names) -> Projected:
     """Queries, keys and values of one stream as children of the calling module.
 
@@ -261,38 +176,6 @@ def _project(module: "JointAttention", x: Array, route: Array | None, names: Nam
     if not config.qk_norm:
         return Projected(q, k, v, None, None)
     return Projected(q, k, v, *(RMSNorm(config.head_dim, dtype, name=name) for name in names.norms))
-
-
-def _attend_split(
-    streams: tuple[Projected, ...], head_dim: int, impl: AttentionImpl
-) -> tuple[Float[Array, "b t d"], ...]:
-    """Attention over all streams' tokens, one behind the other, heads split off and normalised before."""
-    split = [
-        tuple(rearrange(x, "B T (N H) -> B T N H", H=head_dim) for x in (stream.q, stream.k, stream.v))
-        for stream in streams
-    ]
-    normed = [
-        (q, k, v) if s.q_norm is None or s.k_norm is None else (s.q_norm(q), s.k_norm(k), v)
-        for s, (q, k, v) in zip(streams, split, strict=True)
-    ]
-    q, k, v = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in zip(*normed, strict=True))
-    y = rearrange(attention(q, k, v, impl), "B T N H -> B T (N H)")
-    ends = np.cumsum([stream.q.shape[1] for stream in streams])
-    return tuple(jnp.split(y, ends[:-1], axis=1)) if len(streams) > 1 else (y,)
-
-
-def _attend_merged(
-    streams: tuple[Projected, ...], head_dim: int, read: int, tokens: tuple[int, ...]
-) -> tuple[Float[Array, "b t d"], ...]:
-    """The same in one kernel on the projections as they are; only the first `read` streams' outputs are computed."""
-
-    def scale(norm: RMSNorm | None) -> Any:
-        return None if norm is None else norm.scale
-
-    operands = tuple(
-        Stream(s.q if i < read else None, s.k, s.v, scale(s.q_norm), scale(s.k_norm)) for i, s in enumerate(streams)
-    )
-    return merged_attention(operands, head_dim, tokens)
 
 
 class JointAttention(nn.Module):
@@ -316,11 +199,8 @@ class JointAttention(nn.Module):
         if context is not None:
             streams = (*streams, _project(self, context, route, TEXT))
         both = context is not None and self.text_output
-        if self.impl == "merged":
-            tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
-            outs = _attend_merged(streams, head_dim, 1 + both, tokens)
-        else:
-            outs = _attend_split(streams, head_dim, self.impl)
+        tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
+        outs = attend(streams, head_dim, self.impl, 1 + both, tokens)
         out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(outs[0], route)
         if not both:
             return out, None
