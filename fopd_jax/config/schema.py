@@ -42,8 +42,8 @@ SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 REPORTED_GUIDANCE = ("same", "own")
 NORMALISATIONS = ("global", "group", "each")
-ATTENTIONS = ("auto", "xla", "cudnn", "splash")
-NORMS = ("auto", "xla", "pallas")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash", "merged")
+KERNELS = ("auto", "xla", "pallas")
 REMATS = ("full", "attention", "dots", "none")
 
 
@@ -230,11 +230,13 @@ class Run(Section):
         "each; for full fine-tuning ('data',).", one_of(*REDUCTIONS),
     )  # fmt: skip
     attention: str = setting(
-        "auto", "'auto': cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else 'xla'.", one_of(*ATTENTIONS)
+        "auto",
+        "'auto': cuDNN's flash attention on NVIDIA GPUs, merged on TPUs, else splash there, else 'xla'.",
+        one_of(*ATTENTIONS),
     )
-    norms: str = setting(
-        "auto", "LayerNorms with their modulation. 'auto': one kernel on TPUs ('pallas', which also fences gelu off "
-        "from the product after it), else 'xla'.", one_of(*NORMS),
+    kernels: str = setting(
+        "auto", "Norms with modulation, products with low-rank updates, gelu: 'pallas', our own kernels for TPUs, or "
+        "'xla'. 'auto': the former where they can run.", one_of(*KERNELS),
     )  # fmt: skip
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")

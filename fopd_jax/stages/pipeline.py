@@ -34,7 +34,7 @@ from fopd_jax.console import note
 from fopd_jax.exits import CONVERTER, GUIDE, naming
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
-from fopd_jax.models.norms import NormImpl, resolve_norms
+from fopd_jax.models.kernels.choice import KernelImpl, resolve_kernels
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import AnyMesh, check_width
 from fopd_jax.policy.velocity import Tree, Velocity, make_velocity
@@ -94,8 +94,8 @@ def build_network(family: Backbone, shape: Shape, run: Run, dtype: str, remat: s
       ValueError: one does not exist, or cannot run there; names the field.
     """
     attention = choose_attention(run.attention, dtype, shape.head_dim, mesh)
-    norms = choose_norms(run.norms, family, shape.width, mesh)
-    return family.build(shape, attention, jnp.dtype(dtype), remat, norms)
+    kernels = choose_kernels(run.kernels, family, shape.width, mesh)
+    return family.build(shape, attention, jnp.dtype(dtype), remat, kernels)
 
 
 def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> AttentionImpl:
@@ -113,20 +113,20 @@ def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> Att
     return found
 
 
-def choose_norms(name: str, family: Backbone, width: int, mesh: AnyMesh) -> NormImpl:
-    """The LayerNorms of `run.norms` on the devices of a mesh, which need not be this process's.
+def choose_kernels(name: str, family: Backbone, width: int, mesh: AnyMesh) -> KernelImpl:
+    """The kernels of `run.kernels` on the devices of a mesh, which need not be this process's.
 
     Raises:
       ValueError: they do not exist, or cannot run there, or networks of the family have none but XLA's.
     """
     with within("run"):
-        found = resolve_norms(name, width, platform_of(mesh))
-        if found == "pallas" and not family.norm_kernels:
+        found = resolve_kernels(name, width, platform_of(mesh))
+        if found == "pallas" and not family.kernels:
             if name != AUTO:
-                raise ValueError(f"norms: found {name!r}, which networks of the family {family.name!r} do not have")
+                raise ValueError(f"kernels: found {name!r}, which networks of the family {family.name!r} do not have")
             found = "xla"
     if name == AUTO and found != "xla" and jax.process_index() == 0:
-        note(f"norms: auto → {found} ({platform_of(mesh)}, width {width})")
+        note(f"kernels: auto → {found} ({platform_of(mesh)}, width {width})")
     return found
 
 

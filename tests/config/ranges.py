@@ -42,7 +42,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "keep_best": (["max", "max:", "most:text", "text", " max:text"], ["", "max:text", "min:a/b"]),
     "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS,
     "reduce_once": ([("fsdp",), ("fsdp", "data"), ("tensor",)], [(), ("data",), ("data", "fsdp")]),
-    "attention": choice("auto", "xla", "cudnn", "splash"), "norms": choice("auto", "xla", "pallas"),
+    "attention": choice("auto", "xla", "cudnn", "splash", "merged"), "kernels": choice("auto", "xla", "pallas"),
     "remat": choice("full", "attention", "dots", "none"),
     "max_skipped_steps": INDEX, "alarms": ([{"x": (1.0, 0.0)}], [{}, {"x": (1.0, 1.0), "y": (-1e300, 1e300)}]),
     "watchdog_seconds": NON_NEGATIVE, "profile": STEPS, "stop_seconds": ([0.0, 0.09, 1e6 + 1], [0.1, 1e6]),

@@ -42,7 +42,7 @@ CHOSEN: dict[str, Any] = {
     "reduce_once": (), "schedule": {"5": 0.5}, "lag": 1, "advantages.normalise": "each", "decoding.dtype": "bfloat16",
     "moves": "slide", "step_weighting": "noise", "distribution": "uniform", "kl_weighting": "ode",
     "networks.x.dtype": "float32",
-    "match": "branches", "routing.method": "soft", "attention": "xla", "norms": "xla", "remat": "none",
+    "match": "branches", "routing.method": "soft", "attention": "xla", "kernels": "xla", "remat": "none",
     "keep_best": "max:x",
     "surrogate": "dppo", "teacher_guidance": "own",
     "run.alarms": {"other": (0.0, 2.0)}, "anchor.moves": "ema", "bound_limits": (0.5, 1.0), "target": "velocity",

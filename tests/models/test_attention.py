@@ -67,13 +67,16 @@ def _error(found: Any, expected: Any) -> float:
         ("auto", "float32", 64, "gpu", "xla"),
         ("auto", "bfloat16", 20, "gpu", "xla"),
         ("auto", "bfloat16", 256, "gpu", "xla"),
-        ("auto", "bfloat16", 64, "tpu", "splash"),
-        ("auto", "float32", 32, "tpu", "splash"),
+        ("auto", "bfloat16", 64, "tpu", "merged"),
+        ("auto", "float32", 32, "tpu", "merged"),
+        ("auto", "bfloat16", 72, "tpu", "splash"),
+        ("auto", "float16", 64, "tpu", "splash"),
         ("auto", "bfloat16", 64, "cpu", "xla"),
         ("xla", "float32", 64, "gpu", "xla"),
         ("xla", "bfloat16", 64, "tpu", "xla"),
         ("cudnn", "float16", 128, "gpu", "cudnn"),
         ("splash", "bfloat16", 64, "tpu", "splash"),
+        ("merged", "bfloat16", 128, "tpu", "merged"),
     ],
 )
 def test_the_choice(name: str, dtype: str, head_dim: int, platform: str, expected: str):
@@ -91,6 +94,9 @@ def test_the_choice(name: str, dtype: str, head_dim: int, platform: str, expecte
         ("cudnn", "bfloat16", 20, "gpu", "multiple of 8, but the network's is 20"),
         ("cudnn", "bfloat16", 256, "gpu", "at most 128"),
         ("splash", "bfloat16", 64, "gpu", "'splash' needs a TPU, but the backend is 'gpu'"),
+        ("merged", "bfloat16", 64, "cpu", "'merged' needs a TPU, but the backend is 'cpu'"),
+        ("merged", "bfloat16", 72, "tpu", "dimension of 16, 32, 64, 128, but the network's is 72"),
+        ("merged", "float16", 64, "tpu", "computes in bfloat16 or float32, but the network's dtype is float16"),
     ],
 )
 def test_a_wrong_choice_is_refused(name: str, dtype: str, head_dim: int, platform: str, message: str):

@@ -1,1 +1,1 @@
-"""Kernels of our own (Pallas), each beside the plain form that it is held to."""
+"""Pallas kernels for TPUs. What computes the same in plain JAX is the reference of each."""

@@ -3,9 +3,9 @@
     h = x·a,  yᵢ = x·Wᵢ + h·bᵢ + biasᵢ       dh = Σᵢ dyᵢ·bᵢᵀ,  dx = Σᵢ dyᵢ·Wᵢᵀ + dh·aᵀ
 
 XLA makes a product of its own of every h·bᵢ, which writes and reads again what is as large as yᵢ (by the compiler's
-estimate for a v6e 1.1 times the cycles of x·Wᵢ itself), and adds up the parts of dx in as many passes. Here a rank costs
-one more step of the contraction. `a` holds the factors of all updates side by side, `bᵢ` zeros beside its own rows, so
-that every step is a whole one.
+estimate for a v6e 1.1 times the cycles of x·Wᵢ itself), and adds up the parts of dx in as many passes. Here a rank
+costs one more step of the contraction. `a` holds the factors of all updates side by side, `bᵢ` zeros beside its own
+rows, so that every step is a whole one.
 
 Schedule: the grid is (samples, blocks of tokens). All matrices stand in VMEM, in one buffer each since they never
 change; a program reads a block of x and writes all its results. Rows beyond the last token touch no other row.
@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from fopd_jax.models.kernels.layer_norm import LANES, token_block
+from fopd_jax.models.kernels.choice import LANES
+from fopd_jax.models.kernels.layer_norm import token_block
 from fopd_jax.models.kernels.rows import by_rows
 
 _BLOCKS = 32 * 2**20  # of VMEM beside the matrices: blocks of rows in two buffers each, and float32 sums

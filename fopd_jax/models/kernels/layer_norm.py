@@ -23,8 +23,6 @@ from jaxtyping import Array, Float
 from fopd_jax.models.kernels.rows import by_rows
 
 EPSILON = 1e-6
-LANES = 128
-"""Widths are multiples of it."""
 _TILE = 16  # rows of a register tile of bfloat16
 _BLOCK_BYTES = 256 * 1536 * 2  # of one operand: two buffers of five of them, and float32 beside, fit into 16 MiB
 Pair = tuple[Float[Array, "b d"], Float[Array, "b d"]]

@@ -31,3 +31,13 @@ def dividing(mesh: Any, axes: Any, size: int) -> Any:
     """Mesh axes, one name or several, or None where they do not divide a dimension."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+def split_over(axis: str | None) -> bool:
+    """Whether a logical axis is split over devices of the ambient mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or axis is None:
+        return False
+    (axes,) = nn.spmd.logical_to_mesh_axes((axis,)) or (None,)
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names) > 1
