@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from fopd_jax.models.attention import AttentionImpl, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
 from fopd_jax.models.dense import Dense, shared_hidden
+from fopd_jax.models.kernels.merged_attention import whole_tiles
 from fopd_jax.models.streams import Projected, RMSNorm, attend
 
 Dtype = Any
@@ -208,13 +209,17 @@ class JointAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read."""
+    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read.
+
+    `text_tokens`: how many of the text's tokens are real, None for all.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     dual: bool = False
     last: bool = False
     dtype: Dtype = jnp.float32
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
@@ -229,7 +234,7 @@ class Block(nn.Module):
         # The context-pre-only norm orders its chunks (scale, shift); every other modulation is (shift, scale, …).
         text_shift, text_scale = (text[1], text[0]) if self.last else text[:2]
 
-        attn = JointAttention(self.config, self.impl, not self.last, dtype, name="attn")
+        attn = JointAttention(self.config, self.impl, not self.last, dtype, self.text_tokens, name="attn")
         image_out, text_out = attn(
             modulate(normed, shift, scale), modulate(layer_norm(context, dtype), text_shift, text_scale), route
         )
@@ -299,11 +304,14 @@ class MMDiT(nn.Module):
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
         embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
+        if self.impl == "merged":
+            text = whole_tiles(text)  # once, here: nothing is padded further on
 
+        block = {"dtype": dtype, "text_tokens": context.shape[1]}
         streams = (tokens, text)
-        streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
-        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = Block(config, self.impl, last=True, dtype=dtype, name="last_block")
+        streams = self._stack("dual_blocks", config.dual_layers, {**block, "dual": True}, streams, embedding, route)
+        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, block, streams, embedding, route)
+        last = Block(config, self.impl, last=True, **block, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
@@ -322,16 +330,16 @@ class MMDiT(nn.Module):
         self,
         name: str,
         length: int,
-        dual: bool,
+        fields: dict[str, Any],
         streams: tuple[Array, Array],
         embedding: Array,
         route: Array | None,
     ) -> tuple[Array, Array]:
         looped = self.scan_layers and length > SHORT_STACK
-        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
+        block_class = self._block_class(looped)
         if not self.scan_layers:
             for i in range(length):
-                block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")
+                block = block_class(self.config, self.impl, **fields, name=f"{name}_{i}")
                 streams, _ = block(streams, embedding, route)
             return streams
         if length == 0:
@@ -346,7 +354,7 @@ class MMDiT(nn.Module):
             unroll=1 if looped else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
+        streams, _ = scanned(self.config, self.impl, **fields, name=name)(streams, embedding, route)
         return streams
 
 
