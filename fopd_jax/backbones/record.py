@@ -64,7 +64,7 @@ class Backbone:
     """One family.
 
     `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat, kernels)`
-    makes one, whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: the module's
+    makes one, whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: its
     positional inputs; x `[B, H, W, C]`, sigma 0-d or `[B]`. `latent_shape(shape, (height, width) in pixels)` and
     `encoded(shape, T5 tokens)`: the shapes of one latent image, and of one prompt's `context` and `pooled`, the latter
     None where the network has no such input; the former refuses a size that it cannot make. `targets`: groups of

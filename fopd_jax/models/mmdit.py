@@ -26,6 +26,7 @@ from fopd_jax.models.coordinates import LAYER, Coordinates
 from fopd_jax.models.dense import Dense, Layer, project
 from fopd_jax.models.fences import fenced_gelu
 from fopd_jax.models.kernels.choice import KernelImpl
+from fopd_jax.models.kernels.merged_attention import whole_tiles
 from fopd_jax.models.norms import norm_modulate
 from fopd_jax.models.streams import Projected, RMSNorm, attend
 
@@ -198,7 +199,10 @@ class JointAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read."""
+    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read.
+
+    `text_tokens`: how many of the text's tokens are real, None for all.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
@@ -206,6 +210,7 @@ class Block(nn.Module):
     last: bool = False
     dtype: Dtype = jnp.float32
     kernels: KernelImpl = "xla"
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
@@ -222,7 +227,7 @@ class Block(nn.Module):
         pairs = [(shift, scale), *([modulation[6:8]] if self.dual else [])]
         x, (normed, *normed2) = norm_modulate(x, pairs, kernels, dtype)
         context, (text_normed,) = norm_modulate(context, [text_pair], kernels, dtype)
-        attn = JointAttention(self.config, self.impl, not self.last, dtype, kernels=kernels, name="attn")
+        attn = JointAttention(self.config, self.impl, not self.last, dtype, self.text_tokens, kernels, name="attn")
         image_out, text_out = attn(normed, text_normed, route)
         x = x + gate[:, None] * image_out
         for each in normed2:
@@ -289,11 +294,14 @@ class MMDiT(nn.Module):
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
         embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
+        if self.impl == "merged":
+            text = whole_tiles(text)  # once, here: nothing is padded further on
 
+        block = {"dtype": dtype, "kernels": self.kernels, "text_tokens": context.shape[1]}
         streams = (tokens, text)
-        streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
-        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = Block(config, self.impl, last=True, dtype=dtype, kernels=self.kernels, name="last_block")
+        streams = self._stack("dual_blocks", config.dual_layers, {**block, "dual": True}, streams, embedding, route)
+        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, block, streams, embedding, route)
+        last = Block(config, self.impl, last=True, **block, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
@@ -312,16 +320,16 @@ class MMDiT(nn.Module):
         self,
         name: str,
         length: int,
-        dual: bool,
+        fields: dict[str, Any],
         streams: tuple[Array, Array],
         embedding: Array,
         route: Array | None,
     ) -> tuple[Array, Array]:
         looped = self.scan_layers and length > SHORT_STACK
-        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype, "kernels": self.kernels}
+        block_class = self._block_class(looped)
         if not self.scan_layers:
             for i in range(length):
-                block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")
+                block = block_class(self.config, self.impl, **fields, name=f"{name}_{i}")
                 streams, _ = block(streams, embedding, route)
             return streams
         if length == 0:
@@ -336,7 +344,7 @@ class MMDiT(nn.Module):
             unroll=1 if looped else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
+        streams, _ = scanned(self.config, self.impl, **fields, name=name)(streams, embedding, route)
         return streams
 
 

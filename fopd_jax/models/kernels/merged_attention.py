@@ -55,8 +55,8 @@ def merged_attention(
         normed=streams[0].q_scale is not None,
         dtype=streams[0].k.dtype,
     )
-    q = tuple(_whole_tiles(stream.q) for stream in streams if stream.q is not None)
-    k, v = tuple(_whole_tiles(stream.k) for stream in streams), tuple(_whole_tiles(stream.v) for stream in streams)
+    q = tuple(whole_tiles(stream.q) for stream in streams if stream.q is not None)
+    k, v = tuple(whole_tiles(stream.k) for stream in streams), tuple(whole_tiles(stream.v) for stream in streams)
     scales = [scale for stream in streams for scale in (stream.q_scale, stream.k_scale)]
     rows = jnp.stack([jnp.ones(head_dim) if scale is None else scale.astype(jnp.float32) for scale in scales])
     outs: Any = _attend(layout, residuals, q, k, v, jnp.tile(rows, (1, layout.group)))
@@ -72,7 +72,8 @@ def refusal(head_dim: int, dtype: str) -> str:
     return ""
 
 
-def _whole_tiles(x: Float[Array, "b t d"]) -> Float[Array, "b u d"]:
+def whole_tiles(x: Float[Array, "b t d"]) -> Float[Array, "b u d"]:
+    """Zeros behind the tokens, up to whole tiles of bfloat16."""
     missing = -x.shape[1] % ROWS
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0))) if missing else x
 
