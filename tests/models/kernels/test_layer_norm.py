@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from fopd_jax.models.kernels.layer_norm import norm_modulate
+from fopd_jax.models.kernels.layer_norm import norm_modulate, token_block
 from fopd_jax.models.norms import layer_norm, modulate
 
 FLOAT32, BFLOAT16 = 2e-6, 1.5 * 2**-9
@@ -57,6 +57,35 @@ def errors(found: Any, expected: Any) -> dict[str, float]:
 
     leaves, _ = jax.tree.flatten_with_path(jax.tree.map(one, found, expected))
     return {jax.tree_util.keystr(path): error for path, error in leaves}
+
+
+def test_a_large_mean_costs_no_digits():
+    """Float32 holds 300 to 2⁻¹⁵, so that a one-pass variance E[x²] - E[x]² would be off by a hundredth."""
+    x = (300 + inputs(40, 256, 1, jnp.float32)[0]).astype(jnp.float32)
+    nothing = jnp.zeros((2, 256))
+    _, (found,) = norm_modulate(x, [(nothing, nothing)])
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)
+    assert errors(found, expected)[""] <= 2e-5
+
+
+def test_frozen_modulations_have_no_sums():
+    """Where nobody asks for gradients of shift and scale, the backward computes none."""
+    x, pairs, cotangents = inputs(40, 128, 2, jnp.bfloat16)
+
+    def sums(function: Any, *arguments: Any) -> int:
+        return jax.jit(function).lower(*arguments).as_text().count("tensor<2x1x128xf32>")
+
+    assert sums(lambda x: jax.vjp(lambda x: norm_modulate(x, pairs), x)[1](cotangents), x) == 0
+    assert sums(lambda x, pairs: jax.vjp(norm_modulate, x, pairs)[1](cotangents), x, pairs) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(36, 36), (205, 205), (256, 256), (1000, 256), (1024, 256), (300, 160)]
+)
+def test_blocks_are_equal_and_of_whole_tiles(tokens: int, expected: int):
+    assert token_block(tokens, 1536 * 2) == expected
 
 
 @pytest.mark.parametrize(
