@@ -101,7 +101,7 @@ def project(
     """What dense layers of a module that read the same x make of it.
 
     The kernel computes them together where all have an adapter and whole matrices: neither kept in float8 nor split
-    over devices by their outputs. It computes in bfloat16 alone, since two float32 matrices fill a chip's VMEM.
+    over devices by heads. It computes in bfloat16 alone, since three float32 matrices are too large for a chip's VMEM.
     """
     if layer.kernels == "pallas" and _fit(module, names, layer):
         weights = [Weights(layer.features, layer.axes, layer.dtype, name=name)(x.shape[-1]) for name in names]
@@ -118,5 +118,6 @@ def project(
 
 def _fit(module: nn.Module, names: tuple[str, ...], layer: Layer) -> bool:
     adapters, scales = (module.variables.get(collection, {}) for collection in ("adapter", "scales"))
-    whole = not any(name in scales for name in names) and not split_over(layer.axes[1])
-    return whole and layer.dtype == jnp.bfloat16 and all(name in adapters for name in names)
+    adapted = all(name in adapters and name not in scales for name in names)
+    split = any(split_over(axis) for axis in layer.axes if axis != "embed")
+    return adapted and not split and layer.dtype == jnp.bfloat16

@@ -192,10 +192,11 @@ class JointAttention(nn.Module):
         both = context is not None and self.text_output
         tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
         outs = attend(streams, head_dim, self.impl, 1 + both, tokens)
-        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(outs[0], route)
+        layer = Layer(width, ("heads", "embed"), self.dtype, self.kernels)
+        (out,) = project(self, ("to_out",), outs[0], route, layer)
         if not both:
             return out, None
-        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(outs[1], route)
+        return out, *project(self, ("to_add_out",), outs[1], route, layer)
 
 
 class Block(nn.Module):
