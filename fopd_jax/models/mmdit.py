@@ -196,7 +196,8 @@ class JointAttention(nn.Module):
         (out,) = project(self, ("to_out",), outs[0], route, layer)
         if not both:
             return out, None
-        return out, *project(self, ("to_add_out",), outs[1], route, layer)
+        (text_out,) = project(self, ("to_add_out",), outs[1], route, layer)
+        return out, text_out
 
 
 class Block(nn.Module):

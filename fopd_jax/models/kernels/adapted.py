@@ -165,7 +165,8 @@ def _backward_kernel(*refs: Any) -> None:
     *inputs, dx, dhidden = refs
     n = (len(inputs) - 1) // 3
     gradients, kernels, a, b = inputs[:n], inputs[n : 2 * n], inputs[2 * n], inputs[2 * n + 1 :]
-    dhidden[0] = sum(_transposed(g[0], f[0]) for g, f in zip(gradients, b, strict=True)).astype(dhidden.dtype)
+    through: Any = sum(_transposed(g[0], f[0]) for g, f in zip(gradients, b, strict=True))
+    dhidden[0] = through.astype(dhidden.dtype)
     total = _transposed(dhidden[0], a[0])
     for g, w in zip(gradients, kernels, strict=True):
         total = total + _transposed(g[0], w[...])
