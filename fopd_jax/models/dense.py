@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.models.kernels.adapted import adapted_products, side_by_side
+from fopd_jax.models.kernels.adapted import adapted_products
 from fopd_jax.models.kernels.choice import KernelImpl
 from fopd_jax.models.kernels.rows import split_over
 
@@ -106,9 +106,10 @@ def project(
     if layer.kernels == "pallas" and _fit(module, names, layer):
         weights = [Weights(layer.features, layer.axes, layer.dtype, name=name)(x.shape[-1]) for name in names]
         adapters = [[module.variables["adapter"][name][leaf].astype(layer.dtype) for leaf in "ab"] for name in names]
-        factors = [(a, b) if route is None else (a[route], b[route]) for a, b in adapters]
-        kernels, biases = zip(*weights, strict=True)
-        return adapted_products(x.astype(layer.dtype), kernels, biases, *side_by_side(factors))
+        (kernels, biases), (a, b) = zip(*weights, strict=True), zip(*adapters, strict=True)
+        rows = jnp.newaxis if route is None else route
+        joined = (a[0] if len(a) == 1 else jnp.concatenate(a, axis=-1))[rows]
+        return adapted_products(x.astype(layer.dtype), kernels, biases, joined, tuple(each[rows] for each in b))
     x = x.astype(layer.dtype)
     return tuple(
         Dense(layer.features, layer.axes, layer.dtype, name=name)(x, route, hidden)

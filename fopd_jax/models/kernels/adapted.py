@@ -4,8 +4,8 @@
 
 XLA makes a product of its own of every h·bᵢ, which writes and reads again what is as large as yᵢ (by the compiler's
 estimate for a v6e 1.1 times the cycles of x·Wᵢ itself), and adds up the parts of dx in as many passes. Here a rank
-costs one more step of the contraction. `a` holds the factors of all updates side by side, `bᵢ` zeros beside its own
-rows, so that every step is a whole one.
+costs one more step of the contraction. `a` holds the factors of all updates side by side, for one product; each takes
+its own ranks of h, and puts its own into dh, by a product with zeros and ones, which is exact.
 
 Schedule: the grid is (samples, blocks of tokens). All matrices stand in VMEM, in one buffer each since they never
 change; a program reads a block of x and writes all its results. Rows beyond the last token touch no other row.
@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from fopd_jax.models.kernels.choice import LANES
 from fopd_jax.models.kernels.layer_norm import token_block
 from fopd_jax.models.kernels.rows import by_rows
 
@@ -34,11 +33,11 @@ def adapted_products(
     kernels: tuple[Float[Array, "d o"], ...],
     biases: tuple[Float[Array, " o"], ...],
     a: Float[Array, "g d r"],
-    b: tuple[Float[Array, "g r o"], ...],
+    b: tuple[Float[Array, "g _ o"], ...],
 ) -> tuple[Float[Array, "b t o"], ...]:
-    """x·Wᵢ + (x·a)·bᵢ + biasᵢ for each i, sums in float32; with g = 1 one update for all samples, else one each.
+    """x·Wᵢ + (x·aᵢ)·bᵢ + biasᵢ for each i, sums in float32; with g = 1 one update for all samples, else one each.
 
-    Widths are multiples of 128, and so is the sum of all ranks r; `side_by_side` makes a and b so.
+    `a` joins all aᵢ along their ranks, which add up to r. Widths are multiples of 128.
     """
     return _forward(x, kernels, biases, a, b)[0]
 
@@ -54,7 +53,8 @@ def _pull(kept: Any, gradients: Any) -> tuple[Any, ...]:
     dx, dhidden = _backward(gradients, kernels, a, b)
     over = "BTI,BTO->BIO" if a.shape[0] > 1 else "BTI,BTO->IO"
     da = jnp.einsum(over, x, dhidden).reshape(a.shape)
-    db = tuple(jnp.einsum(over, hidden, g).reshape(each.shape) for g, each in zip(gradients, b, strict=True))
+    own = (hidden[..., start : start + each.shape[1]] for start, each in zip(_starts(b), b, strict=True))
+    db = tuple(jnp.einsum(over, h, g).reshape(each.shape) for h, g, each in zip(own, gradients, b, strict=True))
     dkernels = tuple(jnp.einsum("BTI,BTO->IO", x, g).astype(w.dtype) for g, w in zip(gradients, kernels, strict=True))
     dbiases = tuple(g.sum((0, 1)).astype(each.dtype) for g, each in zip(gradients, biases, strict=True))
     return dx, dkernels, dbiases, da, db
@@ -63,21 +63,9 @@ def _pull(kept: Any, gradients: Any) -> tuple[Any, ...]:
 adapted_products.defvjp(_keep, _pull)
 
 
-def side_by_side(
-    factors: Sequence[tuple[Float[Array, "*g d _"], Float[Array, "*g _ o"]]],
-) -> tuple[Float[Array, "g d r"], tuple[Float[Array, "g r o"], ...]]:
-    """Factors a and b of several updates, of ranks of their own, as `adapted_products` reads them."""
-    factors = [(a, b) if a.ndim == 3 else (a[None], b[None]) for a, b in factors]
-    ranks = [a.shape[-1] for a, _ in factors]
-    whole = -(-sum(ranks) // LANES) * LANES
-    joined = jnp.concatenate([a for a, _ in factors], axis=-1)
-    joined = jnp.pad(joined, ((0, 0), (0, 0), (0, whole - sum(ranks))))
-    starts = [sum(ranks[:i]) for i in range(len(ranks))]
-    placed = (
-        jnp.pad(b, ((0, 0), (start, whole - start - b.shape[1]), (0, 0)))
-        for start, (_, b) in zip(starts, factors, strict=True)
-    )
-    return joined, tuple(placed)
+def _starts(b: Sequence[Any]) -> list[int]:
+    """Where among all ranks those of each update begin."""
+    return [sum(each.shape[1] for each in b[:i]) for i in range(len(b))]
 
 
 # ---- the calls
@@ -143,6 +131,13 @@ def _transposed(x: Array, y: Array) -> Array:
     return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _place(start: int, factor: Array, ranks: int) -> Float[Array, "own all"]:
+    """Ones where an update's own ranks are among all."""
+    shape = (factor.shape[0], ranks)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in range(2))
+    return (row + start == column).astype(factor.dtype)
+
+
 def _forward_kernel(x: Any, *refs: Any) -> None:
     """Refs: matrices, biases, a, each b; then the results and h."""
     n = (len(refs) - 2) // 4
@@ -155,8 +150,9 @@ def _forward_kernel(x: Any, *refs: Any) -> None:
         refs[-1],
     )
     hidden[0] = _product(x[0], a[0]).astype(hidden.dtype)
-    for w, bias, factor, out in zip(kernels, biases, b, outs, strict=True):
-        y = _product(x[0], w[...]) + _product(hidden[0], factor[0])
+    for w, bias, start, factor, out in zip(kernels, biases, _starts(b), b, outs, strict=True):
+        own = _transposed(hidden[0], _place(start, factor[0], hidden.shape[2]))
+        y = _product(x[0], w[...]) + _product(own.astype(hidden.dtype), factor[0])
         out[0] = (y + bias[...].astype(jnp.float32)).astype(out.dtype)
 
 
@@ -165,7 +161,10 @@ def _backward_kernel(*refs: Any) -> None:
     *inputs, dx, dhidden = refs
     n = (len(inputs) - 1) // 3
     gradients, kernels, a, b = inputs[:n], inputs[n : 2 * n], inputs[2 * n], inputs[2 * n + 1 :]
-    through: Any = sum(_transposed(g[0], f[0]) for g, f in zip(gradients, b, strict=True))
+    through: Any = 0.0
+    for g, start, factor in zip(gradients, _starts(b), b, strict=True):
+        own = _transposed(g[0], factor[0]).astype(dhidden.dtype)
+        through = through + _product(own, _place(start, factor[0], dhidden.shape[2]))
     dhidden[0] = through.astype(dhidden.dtype)
     total = _transposed(dhidden[0], a[0])
     for g, w in zip(gradients, kernels, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from fopd_jax.models.kernels.adapted import adapted_products, side_by_side
+from fopd_jax.models.kernels.adapted import adapted_products
 
 FLOAT32, BFLOAT16 = 1e-5, 2**-7
 RANKS = (4, 8, 4)
@@ -37,7 +37,8 @@ def plain(x: Any, kernels: Any, biases: Any, factors: Any) -> Any:
 
 
 def ours(x: Any, kernels: Any, biases: Any, factors: Any) -> Any:
-    return list(adapted_products(x, kernels, biases, *side_by_side(factors)))
+    a, b = zip(*(pair if pair[0].ndim == 3 else (pair[0][None], pair[1][None]) for pair in factors), strict=True)
+    return list(adapted_products(x, kernels, biases, jnp.concatenate(a, axis=-1), b))
 
 
 def inputs(tokens: int, width: int, widths: tuple[int, ...], each: bool, dtype: Any) -> Any:

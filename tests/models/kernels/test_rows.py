@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fopd_jax.config.schema import MeshShape
-from fopd_jax.models.kernels.adapted import adapted_products, side_by_side
+from fopd_jax.models.kernels.adapted import adapted_products
 from fopd_jax.models.kernels.choice import KernelImpl
 from fopd_jax.models.kernels.rows import split_over
 from fopd_jax.models.norms import norm_modulate
@@ -38,7 +38,13 @@ def layer(factors: Any, rows: Any, kernels: KernelImpl) -> Any:
     x, shift, scale, matrix, bias = rows["x"], rows["shift"], rows["scale"], _matrix(0), jnp.ones(WIDTH)
     x, (normed,) = norm_modulate(x, [(shift, scale)], kernels, jnp.float32)
     if kernels == "pallas":
-        out = adapted_products(normed, (matrix, matrix.T), (bias, bias), *side_by_side(factors))
+        out = adapted_products(
+            normed,
+            (matrix, matrix.T),
+            (bias, bias),
+            jnp.concatenate([a[None] for a, _ in factors], -1),
+            tuple(b[None] for _, b in factors),
+        )
     else:
         out = [
             normed @ w + bias[None, None] + normed @ a @ b
