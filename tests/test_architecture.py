@@ -78,7 +78,8 @@ WRITES = {
     "fopd_jax/interop/sd3/convert.py": "into its staging folder",
 }
 AMBIENT_MESH = {
-    "fopd_jax/models/attention.py": "maps its kernel over the mesh that the caller has set: GSPMD cannot split it"
+    "fopd_jax/models/attention.py": "maps its kernel over the mesh that the caller has set: GSPMD cannot split it",
+    "fopd_jax/models/kernels/rows.py": "maps kernels over the mesh that the caller has set: GSPMD cannot split them",
 }
 
 

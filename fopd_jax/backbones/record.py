@@ -2,7 +2,7 @@
 
 A second family is a second record (`registry.register`): its Linen module takes `(*inputs(x, sigma, conditioning),
 route)` and returns the velocity in float32, reads an optional low-rank update a dense layer from the collection
-`adapter` (see `models.mmdit.Dense`), and names the axes of its parameters in the vocabulary of
+`adapter` (see `models.dense.Dense`), and names the axes of its parameters in the vocabulary of
 `parallel.sharding.RULES`, which all networks share, or in its own `rules`. What else it reads than parameters stands in
 the collection `constants`.
 """
@@ -63,8 +63,8 @@ class Files:
 class Backbone:
     """One family.
 
-    `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat)` makes one,
-    whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: the module's
+    `presets`: shapes by published name. `module`: its Linen class; `build(shape, attention, dtype, remat, kernels)`
+    makes one, whose `config` is the shape and whose `impl` the attention. `inputs(x, sigma, conditioning)`: its
     positional inputs; x `[B, H, W, C]`, sigma 0-d or `[B]`. `latent_shape(shape, (height, width) in pixels)` and
     `encoded(shape, T5 tokens)`: the shapes of one latent image, and of one prompt's `context` and `pooled`, the latter
     None where the network has no such input; the former refuses a size that it cannot make. `targets`: groups of
@@ -73,13 +73,14 @@ class Backbone:
     `rules`: mesh axes of logical axes that the shared table lacks. `files`: None where nobody else keeps any.
     `coordinates(shape, tokens, adapter)`: FLOPs more of a sample's backward, where an adapter has a layer of that name
     (`models.coordinates`); None: the module does not read it.
+    `kernels`: its networks have those of `models.kernels`; else `kernels` is always `xla`.
     `float8`: its dense layers read the collection `scales` (see `backbones.float8`).
     """
 
     name: str
     presets: Mapping[str, Shape]
     module: type[nn.Module]
-    build: Callable[[Shape, str, Any, str], nn.Module]
+    build: Callable[[Shape, str, Any, str, str], nn.Module]
     inputs: Callable[[Any, Any, Any], tuple[Any, ...]]
     latent_shape: Callable[[Shape, tuple[int, int]], LatentShape]
     encoded: Callable[[Shape, int], tuple[tuple[int, int], tuple[int] | None]]
@@ -90,3 +91,4 @@ class Backbone:
     files: Files | None = None
     coordinates: Callable[[Shape, Tokens, LoRAConfig], float] | None = None
     float8: bool = False
+    kernels: bool = False

@@ -42,7 +42,8 @@ SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 REPORTED_GUIDANCE = ("same", "own")
 NORMALISATIONS = ("global", "group", "each")
-ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash", "merged")
+KERNELS = ("auto", "xla", "pallas")
 REMATS = ("full", "attention", "dots", "none")
 
 
@@ -229,8 +230,14 @@ class Run(Section):
         "each; for full fine-tuning ('data',).", one_of(*REDUCTIONS),
     )  # fmt: skip
     attention: str = setting(
-        "auto", "'auto': cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else 'xla'.", one_of(*ATTENTIONS)
+        "auto",
+        "'auto': cuDNN's flash attention on NVIDIA GPUs, merged on TPUs, else splash there, else 'xla'.",
+        one_of(*ATTENTIONS),
     )
+    kernels: str = setting(
+        "auto", "Norms with modulation, products with low-rank updates, gelu: 'pallas', our own kernels for TPUs, or "
+        "'xla'. 'auto': the former where they can run.", one_of(*KERNELS),
+    )  # fmt: skip
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")
     micro_batches: int = setting(

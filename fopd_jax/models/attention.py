@@ -3,6 +3,7 @@
 - `xla`: plain matrix products; the scores of all heads stand in memory. Runs everywhere.
 - `cudnn`: NVIDIA's flash attention; half precision only.
 - `splash`: JAX's own flash attention for TPUs (Pallas), run on each device's own rows and heads.
+- `merged`: our own for TPUs (Pallas), on projections as they are, with qk-norm inside; mapped over devices alike.
 
 A flash kernel's backward needs its output and one float32 a query, but no scores. `save_attention` is the
 rematerialisation policy that keeps exactly these, so that no attention kernel runs a second time.
@@ -22,10 +23,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-AttentionImpl = Literal["xla", "cudnn", "splash"]
+from fopd_jax.models.kernels import merged_attention as merged
+
+AttentionImpl = Literal["xla", "cudnn", "splash", "merged"]
 AUTO = "auto"
 ATTENTION_OUTPUT = "attention"  # what `checkpoint_name` calls it
-_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+_PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "merged": "tpu"}
 _CUDNN_DTYPES = ("bfloat16", "float16")
 _CUDNN_FORWARD = "dot_product_attention_fwd"  # begins the names of the primitives that JAX has for it
 _TILE, _MAX_BLOCK, _MAX_WHOLE = 128, 1024, 2048  # a TPU register's lanes; what fits into 16 MiB of VMEM
@@ -45,7 +48,7 @@ def resolve_attention(name: str, dtype: Any, head_dim: int, platform: str | None
     """
     if name not in (AUTO, *get_args(AttentionImpl)):
         raise ValueError(f"attention: found {name!r}, expected one of {(AUTO, *get_args(AttentionImpl))}")
-    fastest_first: tuple[AttentionImpl, ...] = ("cudnn", "splash", "xla")
+    fastest_first: tuple[AttentionImpl, ...] = ("cudnn", "merged", "splash", "xla")
     wanted: list[AttentionImpl] = [impl for impl in fastest_first if name in (AUTO, impl)]
     refusals = [_refusal(impl, jnp.dtype(dtype).name, head_dim, platform or jax.default_backend()) for impl in wanted]
     if all(refusals):
@@ -61,7 +64,7 @@ def _refusal(impl: AttentionImpl, dtype: str, head_dim: int, platform: str) -> s
         return f"computes in {' or '.join(_CUDNN_DTYPES)}, but the network's dtype is {dtype}"
     if impl == "cudnn" and (head_dim > 128 or head_dim % 8):
         return f"needs a head dimension of at most 128 and a multiple of 8, but the network's is {head_dim}"
-    return ""
+    return merged.refusal(head_dim, dtype) if impl == "merged" else ""
 
 
 # ---- attention
@@ -74,8 +77,15 @@ def attention(
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
         if impl == "splash":
             return splash_attention(q, k, v)
+        if impl == "merged":
+            (out,) = merged_attention((merged.Stream(*map(_merge_heads, (q, k, v))),), q.shape[3])
+            return out.reshape(q.shape)
         out = jax.nn.dot_product_attention(q, k, v, implementation=impl)
     return checkpoint_name(out, ATTENTION_OUTPUT) if impl == "xla" else out
+
+
+def _merge_heads(x: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
+    return x.reshape(*x.shape[:2], -1)
 
 
 def save_attention(primitive: Any, *args: Any, **params: Any) -> Any:
@@ -102,11 +112,16 @@ def splash_attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _splash_local(q, k, v)
-    wished: Any = nn.spmd.logical_to_mesh_axes(AXES)
-    spec = P(*(_dividing(mesh, axes, size) for axes, size in zip(wished, q.shape, strict=True)))
+    spec = P(*_placed(mesh, q.shape))
     # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
     local = jax.shard_map(_splash_local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     return local(q, k, v)
+
+
+def _placed(mesh: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of queries with that shape."""
+    wished: Any = nn.spmd.logical_to_mesh_axes(AXES)
+    return tuple(_dividing(mesh, axes, size) for axes, size in zip(wished, shape, strict=True))
 
 
 def _dividing(mesh: Any, axes: Any, size: int) -> Any:
@@ -156,3 +171,25 @@ def _splash_kernel(heads: int, length: int) -> Callable[..., Any]:
 @functools.cache
 def _real_keys(padded: int, length: int) -> splash.NumpyMask:
     return splash.NumpyMask(np.broadcast_to(np.arange(padded) < length, (padded, padded)))
+
+
+# ---- merged
+
+
+def merged_attention(
+    streams: tuple[merged.Stream, ...], head_dim: int, tokens: tuple[int, ...] | None = None
+) -> tuple[Float[Array, "b t d"], ...]:
+    """The kernel of `kernels.merged_attention`, on each device's own rows and heads of the ambient mesh.
+
+    `tokens`: how many are real of each stream; None for all. Heads are whole on a device, as with `splash_attention`.
+    """
+    rows, width = streams[0].k.shape[0], streams[0].k.shape[2]
+    tokens = tokens or tuple(stream.k.shape[1] for stream in streams)
+    local = functools.partial(merged.merged_attention, head_dim=head_dim, tokens=tokens, residuals=ATTENTION_OUTPUT)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(streams)
+    batch, _, heads, _ = _placed(mesh, (rows, 1, width // head_dim, head_dim))
+    spec = P(batch, None, heads)
+    specs = jax.tree.map(lambda x: spec if x.ndim == 3 else P(), streams)  # every device has the norms' scales
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=spec, check_vma=False)(streams)

@@ -12,7 +12,7 @@ then the collection `scales` holds a factor per output channel, `kernel [D_out]`
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,14 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.models.attention import AttentionImpl, attention, save_attention
+from fopd_jax.models.attention import AttentionImpl, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
+from fopd_jax.models.dense import Dense, Layer, project
+from fopd_jax.models.fences import fenced_gelu
+from fopd_jax.models.kernels.choice import KernelImpl
+from fopd_jax.models.kernels.merged_attention import whole_tiles
+from fopd_jax.models.norms import norm_modulate
+from fopd_jax.models.streams import Projected, RMSNorm, attend
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -102,92 +108,6 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int = 256) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Dense(nn.Module):
-    """Affine layer plus the low-rank update that the collection `adapter` may hold for it.
-
-    `hidden`: the update's x·a where the caller has computed it already.
-    """
-
-    features: int
-    axes: tuple[str | None, str | None] = (None, None)
-    dtype: Dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*b i"],
-        route: Int[Array, " k"] | None = None,
-        hidden: Float[Array, "*b r"] | None = None,
-    ) -> Float[Array, "*b o"]:
-        shape = (x.shape[-1], self.features)
-        kernel: Any = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), shape)
-        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), shape[1:])
-        # Also the gradient's place: in a scanned stack it is reduced into shards layer by layer.
-        kernel = nn.spmd.with_logical_constraint(kernel, self.axes)
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
-        if self.has_variable("scales", "kernel"):
-            scales: Any = self.get_variable("scales", "kernel")
-            y = (y.astype(jnp.float32) * scales.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
-        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        if self.has_variable("adapter", "a"):
-            a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
-            y = y + routed_product(routed_product(x, a, route) if hidden is None else hidden, b, route)
-        return y
-
-
-def routed_product(x: Array, factor: Array, route: Int[Array, " k"] | None) -> Array:
-    """x·factor with one factor of an adapter, or with each sample's own, gathered from a bank by `route`.
-
-    By the TPU compiler's estimate the gather is free (v6e, 8 images of 512 px, 5 adapters of rank 32: a projection with
-    it costs 0.97 of one with an adapter for all), and a product over all ranks, masked, adds 1.5 times as much.
-    benchmarks/kernels.py measures both, and grouped products, anywhere.
-    """
-    return x @ factor if route is None else jnp.einsum("BTI,BIO->BTO", x, factor[route])
-
-
-def shared_hidden(
-    module: nn.Module, names: tuple[str, ...], x: Array, route: Int[Array, " k"] | None
-) -> tuple[Array | None, ...]:
-    """x·a for those children of a module that read the same x, in one product; None for each where not all adapt.
-
-    One product of 3·R columns reads x once, not three times, fills a matrix unit better, and has one backward.
-    """
-    adapters = module.variables.get("adapter", {})
-    if not all(name in adapters for name in names):
-        return (None,) * len(names)
-    factors = [adapters[name]["a"].astype(x.dtype) for name in names]
-    ends = np.cumsum([factor.shape[-1] for factor in factors])
-    return tuple(jnp.split(routed_product(x, jnp.concatenate(factors, axis=-1), route), ends[:-1], axis=-1))
-
-
-def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
-    """LayerNorm without affine parameters, eps 1e-6, two-pass variance in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dimension, eps 1e-6, in float32."""
-
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
-        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
-
-
-def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
-    """x·(1 + scale) + shift, one shift and scale per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class Modulation(nn.Module):
     """adaLN: `chunks` vectors of width D from the conditioning embedding, in diffusers' order.
 
@@ -212,103 +132,116 @@ class FeedForward(nn.Module):
     """D → 4D → D with tanh-approximated GELU."""
 
     dtype: Dtype = jnp.float32
+    kernels: KernelImpl = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], route: Int[Array, " b"] | None) -> Float[Array, "b t d"]:
         width = x.shape[-1]
         hidden = Dense(4 * width, ("embed", "mlp"), self.dtype, name="up")(x, route)
-        return Dense(width, ("mlp", "embed"), self.dtype, name="down")(nn.gelu(hidden, approximate=True), route)
+        hidden = fenced_gelu(hidden) if self.kernels == "pallas" else nn.gelu(hidden, approximate=True)
+        return Dense(width, ("mlp", "embed"), self.dtype, name="down")(hidden, route)
 
 
-def _project(
-    module: "JointAttention", x: Array, route: Array | None, names: tuple[str, ...], norms: tuple[str, str]
-) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of one stream as children of the calling module, heads split, q and k normalised.
+class Names(NamedTuple):
+    """What the layers of one stream are called in a `JointAttention`."""
+
+    projections: tuple[str, str, str]
+    norms: tuple[str, str]
+
+
+IMAGE = Names(("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+TEXT = Names(("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
+
+
+def _project(module: "JointAttention", x: Array, route: Array | None, names: Names) -> Projected:
+    """Queries, keys and values of one stream as children of the calling module.
 
     Three matrix products, not one: at this width each fills a chip, and what one product gives has to be split again.
     By the TPU compiler's estimate (v6e, 8 images of 512 px) one costs 1.7 times as much, 2.8 times with its matrix
     joined on the way; benchmarks/kernels.py measures it anywhere.
     """
     config, dtype = module.config, module.dtype
-    x = x.astype(dtype)
-    q, k, v = (
-        rearrange(
-            Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route, hidden),
-            "B T (N H) -> B T N H",
-            H=config.head_dim,
-        )
-        for name, hidden in zip(names, shared_hidden(module, names, x, route), strict=True)
-    )
-    if config.qk_norm:
-        q, k = RMSNorm(dtype, name=norms[0])(q), RMSNorm(dtype, name=norms[1])(k)
-    return q, k, v
+    layer = Layer(config.width, ("embed", "heads"), dtype, module.kernels)
+    q, k, v = project(module, names.projections, x, route, layer)
+    if not config.qk_norm:
+        return Projected(q, k, v, None, None)
+    return Projected(q, k, v, *(RMSNorm(config.head_dim, dtype, name=name) for name in names.norms))
 
 
 class JointAttention(nn.Module):
-    """One attention over image and text tokens, image first; without text it is the image-only `attn2`."""
+    """One attention over image and text tokens, image first; without text it is the image-only `attn2`.
+
+    `text_tokens`: how many of the text's tokens are real, None for all; what lies behind is padding.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     text_output: bool = True
     dtype: Dtype = jnp.float32
+    text_tokens: int | None = None
+    kernels: KernelImpl = "xla"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s d"] | None, route: Int[Array, " b"] | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
-        tokens = x.shape[1]
-        q, k, v = _project(self, x, route, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        head_dim, width = self.config.head_dim, self.config.width
+        streams = (_project(self, x, route, IMAGE),)
         if context is not None:
-            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            text = _project(self, context, route, names, norms)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), text, strict=True))
-        y = rearrange(attention(q, k, v, self.impl), "B T N H -> B T (N H)")
-        width = self.config.width
-        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(y[:, :tokens], route)
-        if context is None or not self.text_output:
+            streams = (*streams, _project(self, context, route, TEXT))
+        both = context is not None and self.text_output
+        tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
+        outs = attend(streams, head_dim, self.impl, 1 + both, tokens)
+        layer = Layer(width, ("heads", "embed"), self.dtype, self.kernels)
+        (out,) = project(self, ("to_out",), outs[0], route, layer)
+        if not both:
             return out, None
-        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(y[:, tokens:], route)
+        (text_out,) = project(self, ("to_add_out",), outs[1], route, layer)
+        return out, text_out
 
 
 class Block(nn.Module):
-    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read."""
+    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read.
+
+    `text_tokens`: how many of the text's tokens are real, None for all.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     dual: bool = False
     last: bool = False
     dtype: Dtype = jnp.float32
+    kernels: KernelImpl = "xla"
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
         self, streams: tuple[Array, Array], embedding: Float[Array, "b d"], route: Int[Array, " b"] | None
     ) -> tuple[tuple[Array, Array], None]:
         x, context = (nn.spmd.with_logical_constraint(stream, ("batch", None, None)) for stream in streams)
-        dtype = self.dtype
+        dtype, kernels = self.dtype, self.kernels
         modulation = Modulation(9 if self.dual else 6, dtype, name="norm1")(embedding)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[:6]
-        normed = layer_norm(x, dtype)
         text = Modulation(2 if self.last else 6, dtype, name="norm1_context")(embedding)
         # The context-pre-only norm orders its chunks (scale, shift); every other modulation is (shift, scale, …).
-        text_shift, text_scale = (text[1], text[0]) if self.last else text[:2]
+        text_pair = (text[1], text[0]) if self.last else (text[0], text[1])
 
-        attn = JointAttention(self.config, self.impl, not self.last, dtype, name="attn")
-        image_out, text_out = attn(
-            modulate(normed, shift, scale), modulate(layer_norm(context, dtype), text_shift, text_scale), route
-        )
+        pairs = [(shift, scale), *([modulation[6:8]] if self.dual else [])]
+        x, (normed, *normed2) = norm_modulate(x, pairs, kernels, dtype)
+        context, (text_normed,) = norm_modulate(context, [text_pair], kernels, dtype)
+        attn = JointAttention(self.config, self.impl, not self.last, dtype, self.text_tokens, kernels, name="attn")
+        image_out, text_out = attn(normed, text_normed, route)
         x = x + gate[:, None] * image_out
-        if self.dual:
-            shift2, scale2, gate2 = modulation[6:]
-            attn2 = JointAttention(self.config, self.impl, False, dtype, name="attn2")
-            x = x + gate2[:, None] * attn2(modulate(normed, shift2, scale2), None, route)[0]
-        ff = FeedForward(dtype, name="ff")
-        x = x + gate_mlp[:, None] * ff(modulate(layer_norm(x, dtype), shift_mlp, scale_mlp), route)
+        for each in normed2:
+            attn2 = JointAttention(self.config, self.impl, False, dtype, kernels=kernels, name="attn2")
+            x = x + modulation[8][:, None] * attn2(each, None, route)[0]
+        x, (normed,) = norm_modulate(x, [(shift_mlp, scale_mlp)], kernels, dtype)
+        x = x + gate_mlp[:, None] * FeedForward(dtype, kernels, name="ff")(normed, route)
         if text_out is not None:
             text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = text[2:]
             context = context + text_gate[:, None] * text_out
-            ff_context = FeedForward(dtype, name="ff_context")
-            normed = modulate(layer_norm(context, dtype), text_shift_mlp, text_scale_mlp)
-            context = context + text_gate_mlp[:, None] * ff_context(normed, route)
+            context, (normed,) = norm_modulate(context, [(text_shift_mlp, text_scale_mlp)], kernels, dtype)
+            context = context + text_gate_mlp[:, None] * FeedForward(dtype, kernels, name="ff_context")(normed, route)
         return (x, context), None
 
 
@@ -341,6 +274,7 @@ class MMDiT(nn.Module):
     dtype: Dtype = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    kernels: KernelImpl = "xla"
 
     @nn.compact
     def __call__(
@@ -362,15 +296,18 @@ class MMDiT(nn.Module):
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
         embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
+        if self.impl == "merged":
+            text = whole_tiles(text)  # once, here: nothing is padded further on
 
+        block = {"dtype": dtype, "kernels": self.kernels, "text_tokens": context.shape[1]}
         streams = (tokens, text)
-        streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
-        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = Block(config, self.impl, last=True, dtype=dtype, name="last_block")
+        streams = self._stack("dual_blocks", config.dual_layers, {**block, "dual": True}, streams, embedding, route)
+        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, block, streams, embedding, route)
+        last = Block(config, self.impl, last=True, **block, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
-        tokens = modulate(layer_norm(tokens, dtype), shift, scale)
+        _, (tokens,) = norm_modulate(tokens, [(shift, scale)], self.kernels, dtype)
         out = Dense(p * p * config.channels, ("embed", None), dtype, name="proj_out")(tokens)
         out = rearrange(out, "B (h w) (p q c) -> B (h p) (w q) c", h=rows, p=p, q=p)
         return out.astype(jnp.float32)
@@ -385,16 +322,16 @@ class MMDiT(nn.Module):
         self,
         name: str,
         length: int,
-        dual: bool,
+        fields: dict[str, Any],
         streams: tuple[Array, Array],
         embedding: Array,
         route: Array | None,
     ) -> tuple[Array, Array]:
         looped = self.scan_layers and length > SHORT_STACK
-        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
+        block_class = self._block_class(looped)
         if not self.scan_layers:
             for i in range(length):
-                block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")
+                block = block_class(self.config, self.impl, **fields, name=f"{name}_{i}")
                 streams, _ = block(streams, embedding, route)
             return streams
         if length == 0:
@@ -409,7 +346,7 @@ class MMDiT(nn.Module):
             unroll=1 if looped else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
+        streams, _ = scanned(self.config, self.impl, **fields, name=name)(streams, embedding, route)
         return streams
 
 

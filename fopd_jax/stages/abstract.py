@@ -33,7 +33,7 @@ from fopd_jax.stages.grouping import own_adapters
 from fopd_jax.stages.networks import Known, answering, fitting_module
 from fopd_jax.stages.offline import offline_shapes
 from fopd_jax.stages.opd_update import make_spec, make_update
-from fopd_jax.stages.pipeline import Pipeline, choose_attention
+from fopd_jax.stages.pipeline import Pipeline, build_network
 from fopd_jax.stages.routing import asked
 from fopd_jax.stages.trained import place
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
@@ -141,8 +141,7 @@ def abstract_other(
 def abstract_model(config: Config, mesh: AnyMesh) -> Any:
     """The network that a run of the config would build on a mesh."""
     family, shape = find_preset(config.model.preset)
-    attention = choose_attention(config.run.attention, config.model.dtype, shape.head_dim, mesh)
-    return family.build(shape, attention, jnp.dtype(config.model.dtype), config.run.remat)
+    return build_network(family, shape, config.run, config.model.dtype, config.run.remat, mesh)
 
 
 def abstract_base(boxed: Tree, dtype: Any, mesh: AnyMesh) -> Tree:

@@ -30,8 +30,8 @@ from fopd_jax.policy.velocity import Tree, Velocity, make_velocity
 from fopd_jax.stages.cards import base_hash
 from fopd_jax.stages.pipeline import (
     Pipeline,
+    build_network,
     check_base,
-    choose_attention,
     find_network,
     load_network,
     manifest_of,
@@ -149,9 +149,7 @@ def fitting_module(
         raise ValueError(f"{field}.dtype: found {FLOAT8!r}, which networks of the family {family.name!r} do not read")
     check_width(shape.width, mesh)
     dtype = config.model.dtype if settings.dtype == FLOAT8 else settings.dtype
-    module = family.build(
-        shape, choose_attention(config.run.attention, dtype, shape.head_dim, mesh), jnp.dtype(dtype), "none"
-    )
+    module = build_network(family, shape, config.run, dtype, "none", mesh)
     if EMBEDDED.get(settings.preset) is not EMBEDDED.get(student_preset):
         raise ValueError(
             f"{field}.preset: found {settings.preset!r}, whose latents are not those of {student_preset!r}: "

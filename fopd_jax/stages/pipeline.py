@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,7 @@ from fopd_jax.console import note
 from fopd_jax.exits import CONVERTER, GUIDE, naming
 from fopd_jax.interop.files.converted import CUSTOM, Manifest, read_manifest
 from fopd_jax.models.attention import AUTO, AttentionImpl, resolve_attention
+from fopd_jax.models.kernels.choice import KernelImpl, resolve_kernels
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import AnyMesh, check_width
 from fopd_jax.policy.velocity import Tree, Velocity, make_velocity
@@ -71,8 +73,7 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     manifest = manifest_of("model.path", path) if model.path and path.is_dir() else None
     family, shape = find_network(model.preset, path, manifest)
     check_width(shape.width, mesh)
-    attention = choose_attention(run.attention, model.dtype, shape.head_dim, mesh)
-    module = family.build(shape, attention, jnp.dtype(model.dtype), run.remat)
+    module = build_network(family, shape, run, model.dtype, run.remat, mesh)
     if manifest is not None:
         world = FolderWorld(path, manifest, tasks(), model=model, encoding=run.encoding, mesh=mesh).world()
     elif model.preset in EMBEDDED:
@@ -86,19 +87,52 @@ def make_pipeline(model: Model, run: Run, tasks: Callable[[], Mapping[str, Task]
     return Pipeline(mesh, model.preset, family, module, make_velocity(module), world, manifest)
 
 
+def build_network(family: Backbone, shape: Shape, run: Run, dtype: str, remat: str, mesh: AnyMesh) -> nn.Module:
+    """A network of a family, with the implementations that `run` names on the devices of a mesh.
+
+    Raises:
+      ValueError: one does not exist, or cannot run there; names the field.
+    """
+    attention = choose_attention(run.attention, dtype, shape.head_dim, mesh)
+    kernels = choose_kernels(run.kernels, family, shape.width, mesh)
+    return family.build(shape, attention, jnp.dtype(dtype), remat, kernels)
+
+
 def choose_attention(name: str, dtype: str, head_dim: int, mesh: AnyMesh) -> AttentionImpl:
     """The attention of `run.attention` on the devices of a mesh, which need not be this process's; tells of `auto`.
 
     Raises:
       ValueError: it does not exist, or cannot run there.
     """
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    platform = platform_of(mesh)
     with within("run"):
         found = resolve_attention(name, dtype, head_dim, platform)
     if name == AUTO and jax.process_index() == 0:
         on = f"{platform}, {dtype}, head dimension {head_dim}"
         note(f"attention: auto → {found} ({on})")
     return found
+
+
+def choose_kernels(name: str, family: Backbone, width: int, mesh: AnyMesh) -> KernelImpl:
+    """The kernels of `run.kernels` on the devices of a mesh, which need not be this process's.
+
+    Raises:
+      ValueError: they do not exist, or cannot run there, or networks of the family have none but XLA's.
+    """
+    with within("run"):
+        found = resolve_kernels(name, width, platform_of(mesh))
+        if found == "pallas" and not family.kernels:
+            if name != AUTO:
+                raise ValueError(f"kernels: found {name!r}, which networks of the family {family.name!r} do not have")
+            found = "xla"
+    if name == AUTO and found != "xla" and jax.process_index() == 0:
+        note(f"kernels: auto → {found} ({platform_of(mesh)}, width {width})")
+    return found
+
+
+def platform_of(mesh: AnyMesh) -> str:
+    """What a mesh's devices are."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 def find_network(

@@ -70,8 +70,9 @@ def test_a_forward_costs_what_was_published(side: int, expected: float):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_built_and_takes_its_example_inputs(preset: str):
-    module = SD3.build(PRESETS[preset], "xla", jnp.bfloat16, "full")
-    assert (module.config, module.impl, module.dtype, module.remat) == (PRESETS[preset], "xla", jnp.bfloat16, "full")
+    module = SD3.build(PRESETS[preset], "xla", jnp.bfloat16, "full", "xla")
+    expected = (PRESETS[preset], "xla", jnp.bfloat16, "full", "xla")
+    assert (module.config, module.impl, module.dtype, module.remat, module.kernels) == expected
     side = 4 * module.config.patch_size
     latent = (side, side, module.config.channels)
     v = jax.eval_shape(

@@ -95,6 +95,8 @@ SCALARS: list[tuple[Overrides, tuple[str, ...]]] = [
     ({"sampler.noise_level": 0.0, "objective.weighting": "kl"}, ("objective.weighting: found 'kl'", "noise level 0")),
     ({"objective.weighting": "uniform", "objective.reward": "log_ratio"}, ("objective.weighting: found 'uniform'",)),
     ({"run.attention": "flash"}, ("run.attention: found 'flash'", "'splash'")),
+    ({"run.kernels": "triton"}, ("run.kernels: found 'triton'", "'pallas'")),
+    ({"run.kernels": "pallas"}, ("run.kernels: 'pallas' needs a TPU",)),
     ({"model.dtype": "float33"}, ("model.dtype: found 'float33'",)),
     ({"run.remat": "some"}, ("run.remat: found 'some'", "'dots'")),
     ({"run.mesh.tensor": 3}, ("run.mesh: ", "'tensor': 3", "devices")),

@@ -22,11 +22,10 @@ from fopd_jax.models.mmdit import (
     MMDiTConfig,
     Modulation,
     centre_crop,
-    layer_norm,
-    modulate,
     position_table,
     timestep_embedding,
 )
+from fopd_jax.models.norms import layer_norm, modulate
 from tests.models.mmdit_oracle import (
     BATCH,
     COLUMNS,

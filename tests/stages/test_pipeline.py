@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from fopd_jax.adapters.lora import init_adapter
+from fopd_jax.backbones.sd3.record import SD3
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.config.parse import assign
 from fopd_jax.config.schema import LoRAConfig
@@ -22,7 +23,7 @@ from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import resolve_attention
 from fopd_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 from fopd_jax.stages import pipeline as module
-from fopd_jax.stages.pipeline import choose_attention, load_base, load_policy, weight_path
+from fopd_jax.stages.pipeline import choose_attention, choose_kernels, load_base, load_policy, weight_path
 from fopd_jax.worlds.miniature.world import make_world
 from tests.configs import load
 from tests.configs import pipeline as make
@@ -71,7 +72,8 @@ def test_the_automatic_attention_is_told(config: Any, capsys: pytest.CaptureFixt
 def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: Any):
     """A mesh of a machine that is not there: what its devices say counts."""
     mesh = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform="tpu")]))
-    assert choose_attention("auto", "bfloat16", 64, mesh) == "splash"
+    assert choose_kernels("auto", SD3, 1536, mesh) == "pallas"
+    assert choose_attention("auto", "bfloat16", 64, mesh) == "merged"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ CLIP_LENGTH = 77  # tokens of both towers
 DOWNSAMPLING = 8  # of the autoencoder
 
 
-def build(shape: MMDiTConfig, attention: Any, dtype: Any, remat: str) -> MMDiT:
-    return MMDiT(shape, attention, dtype, remat=remat)
+def build(shape: MMDiTConfig, attention: Any, dtype: Any, remat: str, kernels: Any) -> MMDiT:
+    return MMDiT(shape, attention, dtype, remat=remat, kernels=kernels)
 
 
 def inputs(
@@ -78,4 +78,5 @@ SD3 = Backbone(
     files=Files(CLASS_NAME, read_lora, write_adapter, constants, write_network),
     coordinates=coordinates_backward,
     float8=True,
+    kernels=True,
 )
