@@ -16,7 +16,7 @@ from fopd_jax.models.kernels.merged_backward import backward
 from fopd_jax.models.kernels.merged_forward import BOUND, forward
 from fopd_jax.models.kernels.merged_layout import HEAD_DIMS, ROWS, Layout
 
-MOST_KEYS = 8704  # all keys of a group of heads stand in VMEM; 1440 px are 8100 tokens
+MOST_KEYS = 4608  # all of a group of heads stand in VMEM, of which a v5p has 64 MiB; 1024 px with text are 4429
 
 
 class Stream(NamedTuple):

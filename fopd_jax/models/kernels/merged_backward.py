@@ -32,7 +32,7 @@ from fopd_jax.models.kernels.merged_layout import (
 )
 
 _SCORES = 3 * 2**20  # bytes of a block's scores
-_VMEM = 100 * 2**20
+_VMEM = 60 * 2**20
 
 Tokens = tuple[Float[Array, "b _ d"], ...]
 

@@ -38,7 +38,7 @@ from fopd_jax.models.kernels.merged_layout import (
 
 BOUND = 96.0  # leaves float32's 2^±126 room for 2^13 keys and values from 2^-26 to 2^14
 _SCORES = 7 * 2**20  # bytes of a block's scores
-_VMEM = 100 * 2**20
+_VMEM = 60 * 2**20
 
 Tokens = tuple[Float[Array, "b _ d"], ...]
 
