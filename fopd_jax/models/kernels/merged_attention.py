@@ -91,7 +91,9 @@ def _attend(layout: Layout, residuals: str, q: Any, k: Any, v: Any, scales: Any)
 
 
 def _attend_forward(layout: Layout, residuals: str, q: Any, k: Any, v: Any, scales: Any) -> Any:
-    found = forward(q, k, v, scales, _bounded(scales, layout), layout)
+    # Of what is repeated for a backward JAX drops a call whose results are there already, but never a bare kernel.
+    call = jax.jit(functools.partial(forward, layout=layout))
+    found = call(q, k, v, scales, _bounded(scales, layout))
     outs, lse = jax.tree.map(lambda x: checkpoint_name(x, residuals), found)
     return outs, (q, k, v, scales, outs, lse)
 
