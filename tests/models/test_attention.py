@@ -244,6 +244,50 @@ def _compiled(name: str) -> dict[str, Any]:
     return texts
 
 
+MERGED = {  # heads (of which a device gets half), tokens of each stream, how many streams ask, dtype
+    "512 px": (24, (1024, 205), 2, "bfloat16"),
+    "512 px, image": (24, (1024,), 1, "bfloat16"),
+    "odd lengths, 19 heads a device": (38, (1000, 154), 2, "bfloat16"),
+    "1024 px, text only read": (24, (4096, 333), 1, "bfloat16"),
+    "float32": (24, (1024, 205), 2, "float32"),
+}
+
+
+def _compiled_merged(name: str, only: str = "") -> dict[str, Any]:
+    """The same of merged attention, forward and backward."""
+    from fopd_jax.performance.topology import configure, parse_topology, topology_devices
+
+    topology = parse_topology(name)
+    configure(topology)
+    mesh = make_mesh(MeshShape(data=2, tensor=2), topology_devices(topology))
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+
+    def compiled(heads: int, tokens: tuple[int, ...], asking: int, dtype: str) -> Any:
+        def stream(i: int, length: int) -> Stream:
+            x = jax.ShapeDtypeStruct((4, length, heads * 64), dtype, sharding=sharding)
+            scale = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, P()))
+            return Stream(x if i < asking else None, x, x, scale, scale)
+
+        @jax.jit
+        def program(streams: Any) -> Any:
+            with activation_rules(mesh):
+                outs, pull = jax.vjp(lambda streams: merged_attention(streams, 64), streams)
+                return outs, pull(outs)
+
+        text = program.lower(tuple(stream(*each) for each in enumerate(tokens))).compile().as_text() or ""
+        return {"kernels": text.count('"tpu_custom_call"'), "moved": "all-to-all" in text or "all-gather" in text}
+
+    return {case: compiled(*facts) for case, facts in MERGED.items() if only in case}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_merged_compiles_for_tpus(name: str):
+    """One kernel forward and one backward, at every length; nothing but the scales' gradient crosses devices."""
+    assert _child(f"merged {name}") == {case: {"kernels": 2, "moved": False} for case in MERGED}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
 @pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
@@ -319,6 +363,8 @@ def _main(what: str) -> None:
     elif what == "merged groups":
         with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
             print(json.dumps({"one sum a row": _merged_groups(("data",))}))
+    elif what.startswith("merged "):
+        print(json.dumps(_compiled_merged(*what.split(maxsplit=2)[1:])))
     else:
         print(json.dumps(_compiled(what)))
 

@@ -23,8 +23,8 @@ from fopd_jax.models.kernels.merged_layout import (
     dot,
     fill_pads,
     group_spec,
+    inverse_rms,
     load_slot,
-    normalise,
     normalise_backward,
     shapes_of,
     token_spec,
@@ -32,7 +32,7 @@ from fopd_jax.models.kernels.merged_layout import (
 )
 
 _SCORES = 3 * 2**20  # bytes of a block's scores
-_VMEM = 100 * 2**20
+_VMEM = 60 * 2**20
 
 Tokens = tuple[Float[Array, "b _ d"], ...]
 
@@ -46,6 +46,8 @@ class _Operands(NamedTuple):
     keys: Any
     kt: Any
     values: Any
+    q_inverse: Any  # 1/rms of each head, for the norm's own backward
+    k_inverse: Any
     dq: Any
     dkt: Any
     dvt: Any
@@ -60,6 +62,8 @@ def _scratch(layout: Layout) -> _Operands:
         keys=pltpu.VMEM((keys, lanes), dtype),
         kt=pltpu.VMEM((lanes, keys), dtype),
         values=pltpu.VMEM((keys, lanes), dtype),
+        q_inverse=pltpu.VMEM((queries, lanes), jnp.float32),
+        k_inverse=pltpu.VMEM((keys, lanes), jnp.float32),
         dq=pltpu.VMEM((queries, lanes), jnp.float32),
         dkt=pltpu.VMEM((lanes, keys), jnp.float32),
         dvt=pltpu.VMEM((lanes, keys), jnp.float32),
@@ -117,12 +121,12 @@ def _kernel(
         at = slice(slot.start, slot.stop)
         dv_refs[i][0] = own.dvt[:, at].T[: dv_refs[i].shape[1]].astype(layout.dtype)
         dk, dscales[0, 0, 2 * i + 1 : 2 * i + 2] = normalise_backward(
-            load_slot(k_refs[i], i, layout), own.dkt[:, at].T * math.log(2), k_scales[i], layout
+            load_slot(k_refs[i], i, layout), own.k_inverse[at], own.dkt[:, at].T * math.log(2), k_scales[i], layout
         )
         dk_refs[i][0] = dk[: dk_refs[i].shape[1]].astype(layout.dtype)
         if i < layout.asking:
             dq, dscale = normalise_backward(
-                load_slot(q_refs[i], i, layout), own.dq[at] * math.log(2), q_scales[i], layout
+                load_slot(q_refs[i], i, layout), own.q_inverse[at], own.dq[at] * math.log(2), q_scales[i], layout
             )
             dq_refs[i][0] = dq[: dq_refs[i].shape[1]].astype(layout.dtype)
             dscales[0, 0, 2 * i : 2 * i + 1] = dscale * layout.query_scale
@@ -130,14 +134,20 @@ def _kernel(
 
 def _load_keys(k: Any, v: Any, scale: Any, own: _Operands, stream: int, layout: Layout) -> None:
     at = slice(layout.slots[stream].start, layout.slots[stream].stop)
-    keys = normalise(load_slot(k, stream, layout), scale, layout).astype(layout.dtype)
+    x = load_slot(k, stream, layout)
+    inverse = inverse_rms(x, layout)
+    keys = (x * inverse * scale).astype(layout.dtype)
+    own.k_inverse[at] = inverse
     own.keys[at], own.kt[:, at] = keys, keys.T
     own.values[at] = load_slot(v, stream, layout).astype(layout.dtype)
 
 
 def _load_queries(q: Any, out: Any, gradient: Any, scale: Any, own: _Operands, stream: int, layout: Layout) -> None:
     at, h = slice(layout.slots[stream].start, layout.slots[stream].stop), layout.head_dim
-    own.qt[:, at] = normalise(load_slot(q, stream, layout), scale, layout).astype(layout.dtype).T
+    x = load_slot(q, stream, layout)
+    inverse = inverse_rms(x, layout)
+    own.q_inverse[at] = inverse
+    own.qt[:, at] = (x * inverse * scale).astype(layout.dtype).T
     do = load_slot(gradient, stream, layout)
     own.dot[:, at] = do.astype(layout.dtype).T
     products = (do * load_slot(out, stream, layout)).T

@@ -29,8 +29,8 @@ from fopd_jax.models.kernels.merged_layout import (
     dot,
     fill_pads,
     group_spec,
+    inverse_rms,
     load_slot,
-    normalise,
     shapes_of,
     token_spec,
     whole_spec,
@@ -38,7 +38,7 @@ from fopd_jax.models.kernels.merged_layout import (
 
 BOUND = 96.0  # leaves float32's 2^±126 room for 2^13 keys and values from 2^-26 to 2^14
 _SCORES = 7 * 2**20  # bytes of a block's scores
-_VMEM = 100 * 2**20
+_VMEM = 60 * 2**20
 
 Tokens = tuple[Float[Array, "b _ d"], ...]
 
@@ -82,8 +82,8 @@ def _kernel(
         _load_keys(k_refs[i], v_refs[i], scales[2 * i + 1 : 2 * i + 2], keys, values, i, layout)
     for i, slot in enumerate(layout.slots[: layout.asking]):
         scale = scales[2 * i : 2 * i + 1] * layout.query_scale
-        q = normalise(load_slot(q_refs[i], i, layout), scale, layout)
-        queries[slot.start : slot.stop] = q.astype(layout.dtype)
+        q = load_slot(q_refs[i], i, layout)
+        queries[slot.start : slot.stop] = (q * inverse_rms(q, layout) * scale).astype(layout.dtype)
     if (end := layout.slots[layout.asking - 1].stop) < layout.queries:
         queries[end:] = jnp.zeros((layout.queries - end, layout.lanes), layout.dtype)
 
@@ -104,7 +104,8 @@ def _kernel(
 
 def _load_keys(k: Any, v: Any, scale: Any, keys: Any, values: Any, stream: int, layout: Layout) -> None:
     slot, h = layout.slots[stream], layout.head_dim
-    keys[slot.start : slot.stop] = normalise(load_slot(k, stream, layout), scale, layout).astype(layout.dtype)
+    x = load_slot(k, stream, layout)
+    keys[slot.start : slot.stop] = (x * inverse_rms(x, layout) * scale).astype(layout.dtype)
     transposed = load_slot(v, stream, layout).astype(layout.dtype).T
     real = jax.lax.broadcasted_iota(jnp.int32, (ROWS, len(slot)), 1) < layout.tokens[stream]
     for n in range(layout.group):

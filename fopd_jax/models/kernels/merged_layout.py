@@ -126,25 +126,24 @@ def head_means(x: Float[Array, "t lanes"], layout: Layout) -> Float[Array, "t la
     return dot(high, mean) + dot((x - high.astype(jnp.float32)).astype(jnp.bfloat16), mean)
 
 
-def normalise(x: Float[Array, "t lanes"], scale: Float[Array, "1 lanes"], layout: Layout) -> Float[Array, "t lanes"]:
-    """x/rms(x)·scale for each head; without qk-norm x·scale."""
-    return x * _inverse_rms(x, layout) * scale if layout.normed else x * scale
+def inverse_rms(x: Float[Array, "t lanes"], layout: Layout) -> Float[Array, "t lanes"]:
+    """1/rms(x) of each head, in all of its lanes; without qk-norm 1."""
+    return lax.rsqrt(head_means(x * x, layout) + EPSILON) if layout.normed else jnp.ones_like(x)
 
 
 def normalise_backward(
-    x: Float[Array, "t lanes"], gradient: Float[Array, "t lanes"], scale: Float[Array, "1 lanes"], layout: Layout
+    x: Float[Array, "t lanes"],
+    inverse: Float[Array, "t lanes"],
+    gradient: Float[Array, "t lanes"],
+    scale: Float[Array, "1 lanes"],
+    layout: Layout,
 ) -> tuple[Float[Array, "t lanes"], Float[Array, "1 lanes"]]:
-    """Of `normalise`: the gradients of x, and of the scale in each lane."""
+    """Of `x·inverse·scale`, `inverse` being a function of x: the gradients of x, and of the scale in each lane."""
     if not layout.normed:
         return gradient * scale, jnp.zeros_like(scale)
-    inverse = _inverse_rms(x, layout)
     unit, scaled = x * inverse, gradient * scale
     dx = inverse * (scaled - unit * head_means(scaled * unit, layout))
     return dx, (gradient * unit).sum(0, keepdims=True)
-
-
-def _inverse_rms(x: Float[Array, "t lanes"], layout: Layout) -> Float[Array, "t lanes"]:
-    return lax.rsqrt(head_means(x * x, layout) + EPSILON)
 
 
 # ---- blocks of operands
