@@ -174,7 +174,7 @@ def run_estimate(config: Config, out: Path | None) -> Fields:
             "versions": versions(PACKAGES),
             "flags": sys.argv[1:],
             "commit": commit(),
-            "estimate": estimate(compilation, dumps, program.flops, chip),
+            "estimate": estimate(compilation, dumps, program.flops, chip, program.attention),
         }
     _write(fields, out)
     print(f"{config.name}, {fields['program']}, batch {config.batch_size}, one chip of {topology.name}")

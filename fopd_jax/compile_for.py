@@ -181,7 +181,7 @@ def _compile(program: Program, topology: Topology, mesh: dict[str, int], dumps: 
         }
     if compilation.fits and dumps is not None:
         share = program.flops * (1 / topology.count)
-        fields["estimate"] = estimate(compilation, dumps, share, check_estimated(topology))
+        fields["estimate"] = estimate(compilation, dumps, share, check_estimated(topology), program.attention)
     return fields | (_communication(compilation, program.flops, topology, mesh) if compilation.fits else {})
 
 

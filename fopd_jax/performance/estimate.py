@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fopd_jax.performance.bounds import FLOPS_PER_CYCLE, Attention, bounds
 from fopd_jax.performance.compilation import Compilation
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.hlo import Instruction, Program, Visit, collective_kind, parse, walk
@@ -51,8 +52,6 @@ _LAYOUT = {
 }  # fmt: skip
 _NETWORK = re.compile(r"\b(dual_blocks|blocks|last_block|norm_out)\b")
 MOST_LISTED = 24
-FLOPS_PER_CYCLE = {"v5e": 131072, "v5p": 262144, "v6e": 524288}
-"""Nominal, of a chip with all its cores, in bfloat16: the datasheet's peak at 1.5 (v5e) and 1.75 GHz."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,9 @@ def check_estimated(topology: Topology) -> Chip:
     return topology.chip
 
 
-def estimate(compilation: Compilation, dumps: Path, flops: Update, chip: Chip) -> Fields:
+def estimate(
+    compilation: Compilation, dumps: Path, flops: Update, chip: Chip, attention: Attention | None = None
+) -> Fields:
     """Figures of a program that was compiled while schedules were kept in `dumps`, which is emptied for the next one.
 
     `flops`: of one run, one chip's share.
@@ -103,7 +104,7 @@ def estimate(compilation: Compilation, dumps: Path, flops: Update, chip: Chip) -
     found = operations(compilation.text, dumps)
     for path in dumps.iterdir():
         path.unlink()
-    return estimate_fields(found, flops, chip)
+    return estimate_fields(found, flops, chip, attention)
 
 
 def operations(text: str, dumps: Path) -> list[Operation]:
@@ -209,8 +210,10 @@ def _contents(each: Instruction, program: Program) -> Iterable[Instruction]:
 # ---- figures
 
 
-def estimate_fields(found: list[Operation], flops: Update, chip: Chip) -> Fields:
-    """Figures of one run on one chip: `flops`, that chip's share; utilisation of its nominal peak a cycle."""
+def estimate_fields(found: list[Operation], flops: Update, chip: Chip, attention: Attention | None = None) -> Fields:
+    """Figures of one run on one chip: `flops`, that chip's share; utilisation of its nominal peak a cycle, and its
+    bounds (`performance.bounds`).
+    """
     total, peak = sum(each.cycles for each in found), FLOPS_PER_CYCLE[chip.kind]
     asked = {_ROLLOUT: flops.rollout, _STUDENT: flops.forward, _BACKWARD: flops.backward, _ASKED: flops.teachers}
     phases = {}
@@ -233,6 +236,7 @@ def estimate_fields(found: list[Operation], flops: Update, chip: Chip) -> Fields
         "seconds": total * peak / chip.peak_flops,
         "model_flops": flops.model,
         "mfu": flops.model / total / peak,
+        "bounds": bounds(flops, attention, chip.kind),
         "kinds": _sums(found),
         "phases": phases,
         "kernels": _kernels(found),
@@ -286,7 +290,7 @@ def describe_estimate(fields: Fields) -> str:
     lines = [
         f"ESTIMATE, not measured: {fields['what']}",
         f"{fields['cycles'] / 1e6:.1f} M cycles on a {fields['chip']}, {fields['seconds']:.3g} s at its nominal clock; "
-        f"{fields['model_flops'] / 1e12:.4g} TFLOP: estimated MFU {fields['mfu']:.1%}",
+        f"{fields['model_flops'] / 1e12:.4g} TFLOP: estimated MFU {fields['mfu']:.1%}{_bounds(fields['bounds'])}",
         f"{'M cycles':22}{'all':>10}{'share':>8}{'MFU':>8}{header}",
     ]
     rows = {"whole": fields | {"share": 1.0}, **fields["phases"]}
@@ -300,3 +304,10 @@ def describe_estimate(fields: Fields) -> str:
         for row in fields["largest"]
     ]
     return "\n".join(lines)
+
+
+def _bounds(found: Fields) -> str:
+    if found["width"] is None:
+        return ""
+    compiled = "" if found["compiled"] is None else f", {found['compiled']:.0%} at the best rates compiled so far"
+    return f" (bounds: {found['width']:.0%} by the width of heads{compiled})"

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fopd_jax.backbones.record import Pass
 from fopd_jax.backbones.registry import find_preset
 from fopd_jax.backbones.weights import boxed_variables
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import OPD
 from fopd_jax.parallel.sharding import AnyMesh, activation_rules, batch_sharding
+from fopd_jax.performance.bounds import Attention
 from fopd_jax.performance.flops import NOTHING
 from fopd_jax.performance.program import Program
 from fopd_jax.policy.velocity import Tree, make_velocity
@@ -49,4 +51,9 @@ def forward_program(config: OPD, mesh: AnyMesh, bank: int = 0) -> Program:
         row(dtype=jnp.int32),
     )
     flops = dataclasses.replace(NOTHING, forward=cost.forward * rows)
-    return Program("forward", jax.jit(forward), arguments, flops)
+    return Program("forward", jax.jit(forward), arguments, flops, attention=attention_of(cost, shape))
+
+
+def attention_of(cost: Pass, shape: Any) -> Attention | None:
+    """What of a forward is attention, where the family says so; `shape`: of the network."""
+    return Attention(cost.attention / cost.forward, shape.head_dim) if cost.attention else None

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from fopd_jax.performance.bounds import FLOPS_PER_CYCLE
 from fopd_jax.performance.estimate import (
-    FLOPS_PER_CYCLE,
     KINDS,
     check_estimated,
     describe_estimate,
