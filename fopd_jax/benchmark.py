@@ -87,7 +87,7 @@ def main(_: list[str]) -> None:
         if _PROFILE.value:
             check_writable(local_path("profile", _PROFILE.value), "profile")
         config = _sized(read_config())
-        if _asked_to_estimate():
+        if asked_to_estimate():
             run_estimate(config, out)
             return
         options = Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value)
@@ -123,7 +123,7 @@ def run(config: OPD, options: Options, out: Path | None) -> Fields:
     return fields
 
 
-def _asked_to_estimate() -> bool:
+def asked_to_estimate() -> bool:
     """Whether to estimate.
 
     Raises:

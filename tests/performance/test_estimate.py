@@ -1,6 +1,7 @@
 """The estimate's arithmetic on a small module, and on what the real compiler makes of programs with a known answer."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -196,20 +197,23 @@ def _cycles(rows: list[Row]) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
 def test_a_known_product_and_a_loop_of_products(tmp_path: Path):
-    """A large product alone reaches 85 to 100% of nominal peak (seen: 91.6% on v6e); eight of them in a loop take
-    eight times as long, within 5% for what the loop itself does."""
+    """A large product alone reaches 85 to 100% of nominal peak (seen: 91%). In a loop each takes as long or up to half
+    as long again, for it reads and writes what the loop carries in main memory (seen: 1.36); a loop of twice the trips
+    has twice the cycles, within 1% for what stands around it."""
     found = _estimated(tmp_path, "products")
-    one, loop = _cycles(found["one"]), _cycles(found["loop"])
+    one, loop, longer = (_cycles(found[name]) for name in ("one", "loop", "longer"))
     assert 0.85 < 2 * 8192 * 4096 * 4096 / one / FLOPS_PER_CYCLE["v6e"] < 1
     assert {row["kind"] for row in found["one"]} == {"dense"}
-    assert loop == pytest.approx(8 * one, rel=0.05)
+    assert 1 <= loop / (8 * one) < 1.5
+    assert longer == pytest.approx(2 * loop, rel=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
 def test_a_known_kernel(tmp_path: Path):
     """Twice the grid takes twice the cycles, but for what stands outside of its loop (below 1% here); a loop in the
-    kernel of 8 parts instead of 4 adds 4 times what the loop's body holds; 5 calls in a loop take 5 times as long."""
+    kernel of 8 parts instead of 4 adds 4 times what the loop's body holds. Called in a loop of 5 turns it counts 5
+    times; a call may differ by what copies its windows (seen: 7%), hence 15%."""
     found = _estimated(tmp_path, "kernels")
     (one,), (taller,), (longer,) = (
         [row for row in found[name] if row["loops"]] for name in ("one", "taller", "longer")
@@ -221,7 +225,8 @@ def test_a_known_kernel(tmp_path: Path):
     assert longer["loops"][1]["bundles"] == inner
     assert longer["cycles"] - one["cycles"] == pytest.approx(12 * 4 * inner, rel=0.02)
     (called,) = [row for row in found["called"] if row["loops"]]
-    assert called["cycles"] == 5 * one["cycles"]
+    assert called["executions"] == 5
+    assert called["cycles"] / 5 == pytest.approx(one["cycles"], rel=0.15)
 
 
 def _compile_for_tests(program: str) -> dict[str, list[Row]]:
@@ -231,8 +236,8 @@ def _compile_for_tests(program: str) -> dict[str, list[Row]]:
 
     from fopd_jax.performance.topology import configure, topology_devices
 
-    def scanned(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=8)[0]
+    def scanned(length: int, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=length)[0]
 
     def kernel(parts: int, x: jax.Array, w: jax.Array) -> jax.Array:
         rows = 128 * parts
@@ -255,13 +260,18 @@ def _compile_for_tests(program: str) -> dict[str, list[Row]]:
     def called(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (c + kernel(4, c, w)[:, :256], None), x, None, length=5)[0]
 
-    small, large = ((2048, 256), (256, 384)), ((8192, 4096), (4096, 4096))
+    small, tall = (((rows, 256), (256, 384)) for rows in (2048, 4096))
+    large = ((8192, 4096), (4096, 4096))
     programs = {
-        "products": {"one": (jnp.dot, large), "loop": (scanned, large)},
+        "products": {
+            "one": (jnp.dot, large),
+            "loop": (functools.partial(scanned, 8), large),
+            "longer": (functools.partial(scanned, 16), large),
+        },
         "kernels": {
-            "one": (lambda x, w: kernel(4, x, w), small),
-            "taller": (lambda x, w: kernel(4, x, w), ((4096, 256), (256, 384))),
-            "longer": (lambda x, w: kernel(8, x, w), ((4096, 256), (256, 384))),
+            "one": (functools.partial(kernel, 4), small),
+            "taller": (functools.partial(kernel, 4), tall),
+            "longer": (functools.partial(kernel, 8), tall),
             "called": (called, small),
         },
     }
@@ -277,6 +287,7 @@ def _compile_for_tests(program: str) -> dict[str, list[Row]]:
                 {
                     "kind": each.kind,
                     "cycles": each.cycles,
+                    "executions": each.executions,
                     "loops": each.schedule
                     and [{"bundles": loop.last - loop.first + 1, "trips": loop.trips} for loop in each.schedule.loops],
                 }
