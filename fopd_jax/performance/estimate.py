@@ -43,7 +43,7 @@ PHASES = (_ROLLOUT, _STUDENT, _BACKWARD, _ASKED, "optimizer", REST)
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _BODY = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
 _KERNEL_KINDS = {"attention": re.compile("attention|mha|mqa|flash"), "norms": re.compile("norm")}
-_XLA_ATTENTION = re.compile(r"\battn2?/vmap\(|BTNH,BSNH->")  # what `jax.nn.dot_product_attention` is made of
+_XLA_ATTENTION = re.compile(r"\battn2?/vmap\((\)|BTNH|BNTS)")  # what `jax.nn.dot_product_attention` is made of
 _PRODUCTS = {"dot", "convolution", "ragged-dot"}
 _LAYOUT = {
     "copy", "copy-start", "copy-done", "transpose", "pad", "slice", "dynamic-slice", "dynamic-update-slice", "reshape",
