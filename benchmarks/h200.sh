@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# SD3.5-Medium's true size on one GPU, random weights: every figure of the update, part by part.
+# SD3.5-Medium's true size on one H200 or H100, random weights: every figure of the update, part by part. There is no
+# estimate to set beside them: compilers for GPUs report no cycles (for TPUs see tpu.sh).
 #
 #     benchmarks/h200.sh [step phases peer variants flags sweep startup]
 #
 # Without arguments all parts run, for BUDGET seconds together: a part that does not end in time is cut off, one that
 # cannot begin is named and left out, and either can be asked for alone in another call. Each part's JSON stands in OUT
 # and holds what was measured until then. In the environment: OUT (folder), BUDGET (seconds), BATCH, ATTENTION, REMAT,
-# PYTHON.
+# GPU (its name; asked of the driver by default), PYTHON.
 # shellcheck disable=SC2329 # the parts are called by their names
 set -u
-[[ ${1:-} != --help ]] || { sed -n '2,/^# PYTHON/s/^# \{0,1\}//p' "$0"; exit; }
+[[ ${1:-} != --help ]] || { sed -n '2,/^# GPU/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-benchmarks/results}
 BUDGET=${BUDGET:-480}
-BATCH=${BATCH:-16}
+GPU=${GPU:-$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0)}
+case $GPU in
+  *H100*) NAME=h100 FITS=8 ;; # about 45 GiB under REMAT=dots, going by the TPU compiler; 16 need about 85
+  *) NAME=h200 FITS=16 ;;
+esac
+BATCH=${BATCH:-$FITS}
 ATTENTION=${ATTENTION:-cudnn}
-REMAT=${REMAT:-dots}  # about 85 GiB at a batch of 16, going by the TPU compiler
+REMAT=${REMAT:-dots}
 PYTHON=${PYTHON:-python3}
 
 CONFIG=(--config=configs/sd35m_opd.py --teachers=4)
@@ -49,7 +55,7 @@ run() { # NAME COMMAND...: within what is left of the budget
 bench() { # NAME FLAGS...
   local name=$1
   shift
-  run "$name" "$PYTHON" -m fopd_jax.benchmark "${CONFIG[@]}" "--json=$OUT/h200_$name.json" "$@"
+  run "$name" "$PYTHON" -m fopd_jax.benchmark "${CONFIG[@]}" "--json=$OUT/${NAME}_$name.json" "$@"
 }
 
 step() { bench step "--batch=$BATCH" "${CHOSEN[@]}"; }
@@ -83,12 +89,12 @@ sweep() { # to the largest batch, so that as little as possible is kept
 peer() { # neither side recomputes anything at this batch
   run peer "$PYTHON" benchmarks/compare.py "${CONFIG[@]}" --config.batch_size=4 \
     "--config.run.attention=$ATTENTION" --config.run.remat=none \
-    --compile none blocks --steps=4 --warmup=1 --rounds=1 "--json=$OUT/h200_compare.json"
+    --compile none blocks --steps=4 --warmup=1 --rounds=1 "--json=$OUT/${NAME}_compare.json"
 }
 
 startup() {
   run startup "$PYTHON" benchmarks/startup.py --config=configs/sd35m_opd.py --config.model.path= \
-    "--config.batch_size=$BATCH" "${CHOSEN[@]}" "--json=$OUT/h200_startup.json"
+    "--config.batch_size=$BATCH" "${CHOSEN[@]}" "--json=$OUT/${NAME}_startup.json"
 }
 
 for part in "${@:-all}"; do

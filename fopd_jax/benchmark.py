@@ -12,6 +12,11 @@ Of a config of reinforcement learning the rollout and the updates on it are time
     --sweep            then batches doubling from the given one to the first that does not fit
     --teachers-sweep   then the same batch with 1, 2, 4 and 8 teachers
     --profile=FOLDER   a trace of two steps for xprof or TensorBoard, its scopes named as in the code
+    --estimate --topology=v6e:2x2    times nothing: what the TPU compiler says that one chip of a slice, which need not
+                       be there (extra `tpu-aot`), takes for the update of --batch images; an estimate without waits
+                       for DMA, by phase and kind of operation (fopd_jax/performance/estimate.py)
+    --forward=base     with it: of one forward of --batch rows instead, under no adapter; =routed: each row under its
+                       own of --teachers and an anchor
     --json=FILE        every figure, with device, driver, versions, flags and commit
 
 On 2 CPU cores: `--config=configs/miniature.py`, two minutes.
@@ -42,14 +47,19 @@ from fopd_jax.config.variants import with_batch, with_teachers
 from fopd_jax.exits import RETRY, explained, leave
 from fopd_jax.files import check_writable, local_file, local_path, write_json
 from fopd_jax.parallel.mesh import make_mesh
+from fopd_jax.performance.compilation import compile_program
+from fopd_jax.performance.estimate import check_estimated, describe_estimate, estimate, keeping_schedules
 from fopd_jax.performance.host import commit, hardware, versions
 from fopd_jax.performance.kept_programs import keeping
 from fopd_jax.performance.measure import Options, measure
 from fopd_jax.performance.problem import Fields
+from fopd_jax.performance.report import memory_fields
 from fopd_jax.performance.sweeps import sweep_batches, sweep_teachers
 from fopd_jax.performance.table import describe, describe_batches, describe_learning, describe_teachers
 from fopd_jax.performance.timing import MatmulPeak, matmul_peak
-from fopd_jax.stages.problem import make_problem
+from fopd_jax.performance.topology import configure, parse_topology, topology_devices
+from fopd_jax.stages.forward import forward_program
+from fopd_jax.stages.problem import make_problem, opd_programs
 from fopd_jax.stages.trial import measure_learning
 
 PACKAGES = ("fopd_jax", "jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
@@ -63,6 +73,9 @@ _PHASES = flags.DEFINE_bool("phases", False, "Time the phases, by ablation.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Double the batch until it does not fit.")
 _TEACHERS_SWEEP = flags.DEFINE_bool("teachers-sweep", False, "Measure with 1, 2, 4 and 8 teachers.")
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace.")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "Time nothing; the TPU compiler's estimate of cycles on --topology.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --estimate: v5e:2x2, v5p:2x2x1, v6e:2x2, …")
+_FORWARD = flags.DEFINE_enum("forward", None, ["base", "routed"], "With --estimate: of one forward alone.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
@@ -74,6 +87,9 @@ def main(_: list[str]) -> None:
         if _PROFILE.value:
             check_writable(local_path("profile", _PROFILE.value), "profile")
         config = _sized(read_config())
+        if asked_to_estimate():
+            run_estimate(config, out)
+            return
         options = Options(_STEPS.value, _WARMUP.value, _PHASES.value, _PROFILE.value)
         with keeping(config.run.compiled):
             fields = run(config, options, out) if isinstance(config, OPD) else run_learning(config, options, out)
@@ -104,6 +120,65 @@ def run(config: OPD, options: Options, out: Path | None) -> Fields:
     if _TEACHERS_SWEEP.value:
         rows = sweep_teachers(lambda count: make_problem(with_teachers(config, count), mesh), matmul, plain)
         print(f"\n{describe_teachers(_collect(fields, 'teachers', rows, out))}", flush=True)
+    return fields
+
+
+def asked_to_estimate() -> bool:
+    """Whether to estimate.
+
+    Raises:
+      ValueError: flags that do not go together; names them.
+    """
+    timed = {"phases": _PHASES, "sweep": _SWEEP, "teachers-sweep": _TEACHERS_SWEEP, "profile": _PROFILE}
+    if _ESTIMATE.value and (given := [name for name, flag in timed.items() if flag.value]):
+        raise ValueError(f"estimate: found it with {given[0]}, which times; expected one of them")
+    for name, flag in {"topology": _TOPOLOGY, "forward": _FORWARD}.items():
+        if flag.value and not _ESTIMATE.value:
+            raise ValueError(f"{name}: found {flag.value!r} without --estimate, which it belongs to")
+    if _ESTIMATE.value and not _TOPOLOGY.value:
+        raise ValueError("estimate: found no --topology, expected one, like --topology=v6e:2x2")
+    return _ESTIMATE.value
+
+
+def run_estimate(config: Config, out: Path | None) -> Fields:
+    """Compile for one chip of a topology, and say what its compiler estimates.
+
+    Raises:
+      ValueError: names the flag or field that is out of place, or says what is missing.
+    """
+    if not isinstance(config, OPD):
+        raise ValueError(f"estimate: found stage {config.stage!r}, expected 'opd'")
+    topology = parse_topology(_TOPOLOGY.value or "")
+    chip = check_estimated(topology)
+    jax.config.update("jax_enable_compilation_cache", False)  # what is read from one leaves no schedules
+    with keeping_schedules() as dumps:
+        configure(topology)
+        mesh = make_mesh(config.run.mesh, topology_devices(topology)[:1])
+        if _FORWARD.value:
+            program = forward_program(config, mesh, len(config.tasks) + 1 if _FORWARD.value == "routed" else 0)
+        else:
+            program, *_ = opd_programs(config, mesh)
+        compilation = compile_program(program)
+        if not compilation.fits:
+            leave(f"error: {program.name} needs {compilation.needed:,} of {chip.hbm:,} bytes a chip", RETRY)
+        fields = {
+            "config": config.name,
+            "topology": topology.name,
+            "program": program.name if not _FORWARD.value else f"{program.name}, {_FORWARD.value}",
+            "batch_size": config.batch_size,
+            "teachers": len(config.tasks),
+            "remat": config.run.remat,
+            "attention": config.run.attention,
+            "memory": memory_fields(compilation, chip),
+            "compile_seconds": compilation.compile_seconds,
+            "versions": versions(PACKAGES),
+            "flags": sys.argv[1:],
+            "commit": commit(),
+            "estimate": estimate(compilation, dumps, program.flops, chip, program.attention),
+        }
+    _write(fields, out)
+    print(f"{config.name}, {fields['program']}, batch {config.batch_size}, one chip of {topology.name}")
+    print(describe_estimate(fields["estimate"]), flush=True)
     return fields
 
 

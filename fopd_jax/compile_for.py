@@ -5,7 +5,9 @@ compiler, for a TPU slice that need not be there (extra `tpu-aot`) or for simula
 compile time, memory a chip against its capacity, collectives and whether they stand inside loops, analytic FLOPs, and
 the time that they take at the very least. Flow-GRPO's program is called several times a step, to draw and to train:
 its FLOPs are a step's, and each call's beside them.
-No weights and no prompts are read. `--search` also finds the largest batch that fits; `--json=FILE` writes the figures.
+No weights and no prompts are read. `--estimate` adds what the TPU compiler says that the update takes, by phase and
+kind of operation: an estimate without waits for DMA, not a time (fopd_jax/performance/estimate.py). `--search` also
+finds the largest batch that fits; `--json=FILE` writes the figures.
 
 Any field of the config can be set, so also the mesh: `--config.run.mesh.data=8 --config.run.mesh.fsdp=32`.
 """
@@ -18,7 +20,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     answer_help(__file__)
 
+import contextlib
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -33,6 +37,7 @@ from fopd_jax.files import local_file, write_json
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.compilation import Compilation, compile_program
+from fopd_jax.performance.estimate import check_estimated, describe_estimate, estimate, keeping_schedules
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.hlo import collectives
 from fopd_jax.performance.host import versions
@@ -57,6 +62,7 @@ _BATCH = flags.DEFINE_integer(
 )
 _TEACHERS = flags.DEFINE_integer("teachers", None, "Routed teachers, more than the config's tasks.", lower_bound=1)
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits, from the given one.")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "Add the TPU compiler's estimate of cycles; no time is measured.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
@@ -64,18 +70,29 @@ def main(_: list[str]) -> None:
     with explained():
         out = None if _JSON.value is None else local_file("json", _JSON.value)
         jax.config.update("jax_enable_compilation_cache", False)  # what is read from one takes no time to compile
-        fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, search=_SEARCH.value)
+        asked = {"search": _SEARCH.value, "estimated": _ESTIMATE.value}
+        fields = run(read_config(), _TOPOLOGY.value or "", _BATCH.value, _TEACHERS.value, **asked)
         if out is not None:
             write_json(out, fields)
     print(describe(fields))
+    if "estimate" in fields:
+        print(f"\n{describe_estimate(fields['estimate'])}")
     if not fields["memory"]["fits"]:
         leave("error: the update does not fit into the chips' memory", RETRY)
 
 
 def run(
-    config: Config, name: str, per_chip: int | None = None, teachers: int | None = None, *, search: bool = False
+    config: Config,
+    name: str,
+    per_chip: int | None = None,
+    teachers: int | None = None,
+    *,
+    search: bool = False,
+    estimated: bool = False,
 ) -> Fields:
     """Compile for the topology `name` and measure; with `search` the largest batch that fits, from `per_chip` on.
+
+    `estimated`: with the TPU compiler's estimate of cycles, which this process must not have loaded yet.
 
     Raises:
       ValueError: names the flag or field that is wrong, or says what is missing.
@@ -84,12 +101,15 @@ def run(
     if search and topology.chip is None:
         raise ValueError(f"search: {name} has no memory limit to search for")
     config = config if teachers is None else _with_teachers(config, teachers)
-    configure(topology)
-    mesh = make_mesh(config.run.mesh, topology_devices(topology))
-    start = per_chip or _per_chip(config, mesh)
-    if search and topology.chip is not None:
-        return _search(config, topology, mesh, start, topology.chip)
-    return measure(config, topology, mesh, start)
+    if estimated:
+        check_estimated(topology)
+    with keeping_schedules() if estimated else contextlib.nullcontext() as dumps:
+        configure(topology)
+        mesh = make_mesh(config.run.mesh, topology_devices(topology))
+        start = per_chip or _per_chip(config, mesh)
+        if search and topology.chip is not None:
+            return _search(config, topology, mesh, start, topology.chip, dumps)
+        return measure(config, topology, mesh, start, dumps)
 
 
 def _with_teachers(config: Config, count: int) -> OPD:
@@ -98,12 +118,12 @@ def _with_teachers(config: Config, count: int) -> OPD:
     return with_teachers(config, count)
 
 
-def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Chip) -> Fields:
+def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Chip, dumps: Path | None) -> Fields:
     """The figures of the largest batch that fits (or of the first one, if none does), and all trials."""
     found: dict[int, Fields] = {}
 
     def attempt(per_chip: int) -> Trial:
-        found[per_chip] = measure(config, topology, mesh, per_chip)
+        found[per_chip] = measure(config, topology, mesh, per_chip, dumps)
         memory = found[per_chip]["memory"]
         print(f"{per_chip} images a chip: {memory['total_bytes']:,} bytes", file=sys.stderr, flush=True)
         return memory["fits"], memory["total_bytes"]
@@ -113,8 +133,8 @@ def _search(config: Config, topology: Topology, mesh: Mesh, start: int, chip: Ch
     return found[largest or start] | {"search": {"largest": largest, "trials": tried}}
 
 
-def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fields:
-    """One compilation at a given batch per chip, with its figures."""
+def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int, dumps: Path | None = None) -> Fields:
+    """One compilation at a given batch per chip, with its figures; `dumps`: see `keeping_schedules`."""
     config = with_batch(config, per_chip * batch_ways(mesh))
     update, *others = find_stage(config).programs(config, mesh)
     fields = {
@@ -131,13 +151,17 @@ def measure(config: Config, topology: Topology, mesh: Mesh, per_chip: int) -> Fi
         "per_chip_batch": per_chip,
         "versions": versions(PACKAGES),
     }
-    fields |= {"program": update.name} | _compile(update, topology, dict(mesh.shape))
-    beside = [{"program": each.name} | _compile(each, topology, dict(mesh.shape)) for each in others]
+    fields |= {"program": update.name} | _compile(update, topology, dict(mesh.shape), dumps)
+    beside = [{"program": each.name} | _compile(each, topology, dict(mesh.shape), dumps) for each in others]
     return fields | ({"beside": beside} if beside else {})
 
 
-def _compile(program: Program, topology: Topology, mesh: dict[str, int]) -> Fields:
+def _compile(program: Program, topology: Topology, mesh: dict[str, int], dumps: Path | None) -> Fields:
     """One program: time, memory, FLOPs, and what only a compiled one tells."""
+    if dumps is not None and program.calls:
+        raise ValueError(
+            f"estimate: a step calls its program {program.name!r} several times, expected one: stage 'opd'"
+        )
     compilation = compile_program(program)
     fields = {
         "lower_seconds": compilation.lower_seconds,
@@ -155,6 +179,9 @@ def _compile(program: Program, topology: Topology, mesh: dict[str, int]) -> Fiel
             kind: {"count": each.count, "flops_per_chip": flops_fields(each.flops, topology.count)}
             for kind, each in program.calls.items()
         }
+    if compilation.fits and dumps is not None:
+        share = program.flops * (1 / topology.count)
+        fields["estimate"] = estimate(compilation, dumps, share, check_estimated(topology), program.attention)
     return fields | (_communication(compilation, program.flops, topology, mesh) if compilation.fits else {})
 
 

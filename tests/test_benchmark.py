@@ -1,6 +1,8 @@
 """The command line, and a second start on a warm cache; both in processes of their own, on a tiny network."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +26,29 @@ timing.MATMUL_SIDE["cpu"] = 64
 name = sys.argv.pop(1)
 run = runpy.run_path if name.endswith(".py") else runpy.run_module
 run(name, run_name="__main__")
+"""
+REFUSED = """
+from absl import flags
+from absl.testing import flagsaver
+from fopd_jax import benchmark
+from fopd_jax.config.learning import GRPO
+from fopd_jax.config.schema import OPD
+flags.FLAGS(["benchmark"], known_only=True)
+CASES = [
+    ({"estimate": True}, OPD()),
+    ({"topology": "v6e:2x2"}, OPD()),
+    ({"forward": "base"}, OPD()),
+    ({"estimate": True, "topology": "v6e:2x2", "sweep": True}, OPD()),
+    ({"estimate": True, "topology": "cpu:2"}, OPD()),
+    ({"estimate": True, "topology": "v6e:2x2"}, GRPO()),
+]
+for given, config in CASES:
+    with flagsaver.flagsaver(**given):
+        try:
+            benchmark.asked_to_estimate()
+            benchmark.run_estimate(config, None)
+        except ValueError as error:
+            print(error)
 """
 FIELDS = ("--config=configs/miniature.py", "--config.sampler.num_steps=3", "--config.adapter.rank=2")
 
@@ -61,6 +86,37 @@ def test_bad_input_is_one_line(tmp_path: Path):
     done = run("fopd_jax.benchmark", "--config=configs/miniature.py", f"--json={tmp_path / 'none' / 'out.json'}")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == f"error: json: {tmp_path / 'none'} is no folder"
+
+
+def test_what_cannot_be_estimated_is_said_in_one_line():
+    """In a process of its own, as flags are; each answer comes before anything is compiled."""
+    done = subprocess.run([sys.executable, "-c", REFUSED], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = (
+        "estimate: found no --topology, expected one",
+        "topology: found 'v6e:2x2' without --estimate",
+        "forward: found 'base' without --estimate",
+        "estimate: found it with sweep, which times",
+        "estimate: found topology 'cpu:2', expected a TPU's",
+        "estimate: found stage 'grpo', expected 'opd'",
+    )
+    lines = done.stdout.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == list(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
+def test_one_command_estimates(tmp_path: Path):
+    out = tmp_path / "out.json"
+    asked = ("--estimate", "--topology=v6e:2x2", "--forward=routed", "--teachers=3", "--batch=4", f"--json={out}")
+    done = run("fopd_jax.benchmark", *FIELDS, *asked, PYTHONPATH=os.pathsep.join(each for each in sys.path if each))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert (found["program"], found["batch_size"], found["teachers"]) == ("forward, routed", 4, 3)
+    estimate = found["estimate"]
+    assert estimate["phases"]["student forward"]["share"] > 0.9
+    assert 0 < estimate["mfu"] < estimate["bounds"]["width"]
+    assert "ESTIMATE, not measured" in done.stdout
 
 
 @pytest.mark.slow

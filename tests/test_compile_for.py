@@ -84,13 +84,18 @@ def test_the_same_figures_are_printed(outcome: tuple[str, dict[str, Any]]):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot")
 def test_the_tpus_compiler_agrees(outcome: tuple[str, dict[str, Any]], tmp_path: Path):
     """A pod's compiler: the same FLOPs, one reduction an update, and memory against a capacity."""
-    done = _program("--topology=v6e:2x4", *SMALL, "--teachers=4", f"--json={tmp_path}/figures.json")
+    done = _program("--topology=v6e:2x4", *SMALL, "--teachers=4", "--estimate", f"--json={tmp_path}/figures.json")
     assert done.returncode == 0, done.stderr
     fields = json.loads((tmp_path / "figures.json").read_text())
     assert fields["flops_per_chip"] == outcome[1]["flops_per_chip"]
     assert fields["loop_reductions"]["count"] == 0
     assert fields["memory"]["total_bytes"] < fields["memory"]["capacity_bytes"] == int(31.25 * 2**30)
     assert fields["roofline_seconds"]["update"] > 0
+    estimate = fields["estimate"]
+    assert estimate["model_flops"] == fields["flops_per_chip"]["model"]
+    assert {"student forward", "backward", "teachers and anchor", "optimizer"} <= set(estimate["phases"])
+    assert sum(estimate["kinds"].values()) == estimate["cycles"] > 0
+    assert "ESTIMATE, not measured" in done.stdout
 
 
 def test_high_images_are_compiled_for_as_they_are():
@@ -115,6 +120,11 @@ def test_a_mistake_is_one_line(tmp_path: Path):
 def test_simulated_devices_are_counted():
     with pytest.raises(ValueError, match="topology: found 'cpu:many', expected cpu:A"):
         compile_for.run(_config(), "cpu:many")
+
+
+def test_only_a_tpus_compiler_estimates():
+    with pytest.raises(ValueError, match=r"^estimate: found topology 'cpu:8', expected a TPU's"):
+        compile_for.run(_config(), "cpu:8", estimated=True)
 
 
 def test_teachers_are_asked_for_where_a_stage_has_some():

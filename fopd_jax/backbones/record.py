@@ -35,11 +35,15 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """FLOPs of one sample through the network: forward, backward to what trains, what rematerialisation repeats."""
+    """FLOPs of one sample through the network: forward, backward to what trains, what rematerialisation repeats.
+
+    `attention`: those of the forward that are scores and weighted values; 0 where a family does not say.
+    """
 
     forward: float
     backward: float
     recomputed: float
+    attention: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fopd_jax.performance.bounds import Attention
 from fopd_jax.performance.flops import NOTHING, Update
 
 
@@ -27,6 +28,7 @@ class Program:
     `step`: the jitted callable. `arguments`: its arguments as shapes with dtypes and shardings. `flops`: of one step of
     training, all devices together. `calls`: by kind, where a step calls it more than once. `networks`: where several
     are asked, of each the FLOPs of one step, all devices together, and the bytes that one device holds of it.
+    `attention`: of a forward of its network, where the family says so.
     """
 
     name: str
@@ -35,3 +37,4 @@ class Program:
     flops: Update
     calls: Mapping[str, Calls] = dataclasses.field(default_factory=dict)
     networks: Mapping[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    attention: Attention | None = None

@@ -94,10 +94,10 @@ def abstract_bank(config: OPD, boxed: Tree, spec: OPDSpec, mesh: AnyMesh, target
         bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), dtype), params)
         return place(bank, stacked_shardings(mesh, boxed["params"]))
     lora = LoRAConfig(rank, config.adapter.alpha, config.adapter.targets)
-    return _adapters(lora, boxed, targets, mesh, dtype, count)
+    return abstract_adapters(lora, boxed, targets, mesh, dtype, count)
 
 
-def _adapters(lora: LoRAConfig, boxed: Tree, targets: Groups, mesh: AnyMesh, dtype: Any, count: int) -> Tree:
+def abstract_adapters(lora: LoRAConfig, boxed: Tree, targets: Groups, mesh: AnyMesh, dtype: Any, count: int) -> Tree:
     """A bank of so many adapters as shapes with shardings; {} of none."""
     if not count:
         return {}
@@ -131,7 +131,7 @@ def abstract_other(
     """One of them, with so many adapters of the config's rank on it."""
     boxed, eighth = boxed_variables(module, latent), settings.dtype == FLOAT8
     variables = abstract_base(boxed, jnp.dtype("bfloat16" if eighth else settings.dtype), mesh)
-    bank = _adapters(config.adapter, boxed, family.targets, mesh, module.dtype, count)
+    bank = abstract_adapters(config.adapter, boxed, family.targets, mesh, module.dtype, count)
     return float8_shapes(variables) if eighth else variables, bank
 
 

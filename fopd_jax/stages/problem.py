@@ -13,6 +13,7 @@ from fopd_jax.performance.program import Program
 from fopd_jax.performance.report import flops_fields
 from fopd_jax.performance.weights import held_bytes, shard_bytes
 from fopd_jax.stages.abstract import abstract_update, encoding_programs
+from fopd_jax.stages.forward import attention_of
 from fopd_jax.stages.grouping import asked_flops
 from fopd_jax.stages.opd_update import update_cost
 from fopd_jax.steps.opd.spec import STACK
@@ -42,9 +43,11 @@ def opd_programs(config: OPD, mesh: AnyMesh) -> list[Program]:
       ValueError: as `make_problem`.
     """
     _refuse_mixed(config)
-    update = abstract_update(config, mesh)
+    update, (family, shape) = abstract_update(config, mesh), find_preset(config.model.preset)
     cost = update_cost(config, update.pieces.spec, _text_tokens(update), update.model)
-    whole = Program("update", update.step, update.arguments, cost, networks=_networks(config, update))
+    tokens = family.tokens(shape, update.pieces.spec.latent_shape, _text_tokens(update))
+    attention = attention_of(family.flops(shape, tokens, config.adapter, config.run.remat), shape)
+    whole = Program("update", update.step, update.arguments, cost, {}, _networks(config, update), attention)
     return [whole, *encoding_programs(config, update.arguments[2].conditioning, mesh)]
 
 

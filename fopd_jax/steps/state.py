@@ -111,9 +111,10 @@ def apply_if_finite(
     state: TrainState, gradients: Tree, loss: jax.Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """One optimizer update, unless loss or gradient is not finite; the gradient's norm, and whether it was left out."""
-    updated, norm = apply_gradients(state, gradients, optimizer)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    return land(finite, updated, state), norm, ~finite
+    with jax.named_scope("optimizer"):
+        updated, norm = apply_gradients(state, gradients, optimizer)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        return land(finite, updated, state), norm, ~finite
 
 
 def land(finite: jax.Array, updated: TrainState, before: TrainState) -> TrainState:
@@ -124,8 +125,9 @@ def land(finite: jax.Array, updated: TrainState, before: TrainState) -> TrainSta
 def advance(state: TrainState, ema: EMA, skipped: jax.Array | bool = False) -> TrainState:
     """Close an outer step: count it, then move the average, unless the step was skipped."""
     step = state.step + 1
-    moved = move_average(ema, state.ema, state.trained, step)
-    moved = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moved, state.ema)
+    with jax.named_scope("optimizer"):
+        moved = move_average(ema, state.ema, state.trained, step)
+        moved = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moved, state.ema)
     return dataclasses.replace(state, step=step, ema=moved)
 
 

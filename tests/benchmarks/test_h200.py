@@ -1,4 +1,4 @@
-"""`benchmarks/h200.sh` against a played interpreter: its commands are ones that the programs would take."""
+"""`benchmarks/h200.sh` and `tpu.sh` against a played interpreter: their commands are ones that the programs take."""
 
 import functools
 import os
@@ -13,19 +13,26 @@ from fopd_jax.config.parse import flatten
 from tests.configs import load
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "h200.sh"
+H200, TPU = "h200.sh", "tpu.sh"
 PARTS = ("step", "phases", "peer", "variants", "flags", "sweep", "startup")
 Played = tuple[subprocess.CompletedProcess[str], list[str]]
 
 
-def play(folder: Path, *parts: str, status: int = 0, **variables: str) -> Played:
-    """Run the script; what it said, and every command that it gave, after `XLA_FLAGS` in brackets."""
+def play(folder: Path, *parts: str, status: int = 0, script: str = H200, **variables: str) -> Played:
+    """Run a script; what it said, and every command that it gave, after `XLA_FLAGS` in brackets."""
     interpreter, log = folder / "python", folder / "commands"
     interpreter.write_text(f'#!/bin/bash\necho "[$XLA_FLAGS] $*" >> {log}\nexit {status}\n')
     interpreter.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHON": str(interpreter), "OUT": str(folder / "out"), **variables}
-    done = subprocess.run([str(SCRIPT), *parts], env=environment, capture_output=True, text=True, check=False)
+    environment |= {
+        "PYTHON": str(interpreter),
+        "OUT": str(folder / "out"),
+        "GPU": "NVIDIA H200",
+        "KIND": "v6e",
+    } | variables
+    done = subprocess.run(
+        [str(ROOT / "benchmarks" / script), *parts], env=environment, capture_output=True, text=True, check=False
+    )
     return done, log.read_text().splitlines() if log.exists() else []
 
 
@@ -47,9 +54,9 @@ def launched() -> list[str]:
     return [line for line in lines if line.startswith("--")]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_flag_is_one_that_the_program_has(part: str, tmp_path: Path) -> None:
-    done, commands = play(tmp_path, part)
+@pytest.mark.parametrize(("script", "part"), [*((H200, each) for each in PARTS), (TPU, "all")])
+def test_every_flag_is_one_that_the_program_has(script: str, part: str, tmp_path: Path) -> None:
+    done, commands = play(tmp_path, part, script=script)
     assert done.returncode == 0, done.stderr
     assert commands
     for command in commands:
@@ -91,6 +98,36 @@ def test_what_the_budget_leaves_no_time_for_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert commands == []
     assert "step: left out, the budget of 10 s is spent" in done.stdout
+
+
+def test_a_smaller_gpu_gets_a_smaller_batch_and_files_of_its_own(tmp_path: Path) -> None:
+    """16 images need about 85 GiB: too much for an H100's 80 GB."""
+    for gpu, name, batch in (("NVIDIA H200", "h200", 16), ("NVIDIA H100 80GB HBM3", "h100", 8)):
+        (tmp_path / name).mkdir()
+        _, (command,) = play(tmp_path / name, "step", GPU=gpu)
+        assert f"--batch={batch} " in command
+        assert f"/out/{name}_step.json " in command
+
+
+def test_a_tpus_update_is_timed_estimated_and_compared(tmp_path: Path) -> None:
+    """The same images a chip in both; the estimate sees no chip."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tpu_v5p_step.json").touch()
+    done, (step, estimate, compare) = play(tmp_path, script=TPU, KIND="v5p", CHIPS="4", BATCH="2")
+    assert done.returncode == 0, done.stderr
+    assert "--batch=8 " in step
+    assert "--estimate" not in step
+    assert "--batch=2 --estimate --topology=v5p:2x2x1 " in estimate
+    assert compare.split()[-3:] == [
+        "benchmarks/beside_estimate.py",
+        *(str(tmp_path / "out" / f"tpu_v5p_{name}.json") for name in ("step", "estimate")),
+    ]
+
+
+def test_a_machine_without_a_known_tpu_is_an_error(tmp_path: Path) -> None:
+    done, commands = play(tmp_path, script=TPU, KIND="cpu")
+    assert (done.returncode, commands) == (2, [])
+    assert "error: KIND: found cpu, expected a v5e, v5p or v6e here" in done.stderr
 
 
 def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def pass_flops(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig | None, re
     """
     forward = forward_flops(network, tokens, lora)
     backward = _backward_network(network, tokens) if lora is None else _backward_adapter(network, tokens, lora)
-    return Pass(forward, backward, _RECOMPUTED[remat](network, tokens, lora))
+    return Pass(forward, backward, _RECOMPUTED[remat](network, tokens, lora), _all_attention(network, tokens))
 
 
 def coordinates_backward(network: MMDiTConfig, tokens: Tokens, lora: LoRAConfig) -> float:
