@@ -72,10 +72,9 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """softmax(q·kᵀ/√h)·v over all positions, softmax in float32. SD3 masks nothing: padded text is attended."""
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
-        if impl == "splash":
-            return splash_attention(q, k, v)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=impl)
-    return checkpoint_name(out, ATTENTION_OUTPUT) if impl == "xla" else out
+        if impl in _LOCAL:
+            return _on_each_device(_LOCAL[impl], q, k, v)
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), ATTENTION_OUTPUT)
 
 
 def save_attention(primitive: Any, *args: Any, **params: Any) -> Any:
@@ -88,31 +87,48 @@ def save_attention(primitive: Any, *args: Any, **params: Any) -> Any:
 _save_named = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 
 
-# ---- splash
-
-
-def splash_attention(
-    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
+def _on_each_device(
+    local: Callable[..., Array], q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
 ) -> Float[Array, "b t n h"]:
-    """Flash attention of as many queries as keys, on each device's own rows and heads of the ambient mesh.
+    """A flash attention of as many queries as keys, on each device's own rows and heads of the ambient mesh.
 
     Which mesh axes hold them is what Linen's logical rules say of `batch` and `heads`. A dimension that its axes do not
     divide is whole on every device, as parameters are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash_local(q, k, v)
+        return local(q, k, v)
     wished: Any = nn.spmd.logical_to_mesh_axes(AXES)
     spec = P(*(_dividing(mesh, axes, size) for axes, size in zip(wished, q.shape, strict=True)))
-    # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
-    local = jax.shard_map(_splash_local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    return local(q, k, v)
+    # Every axis is manual: kernels are opaque to the partitioner, whatever the specs leave unsaid.
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 
 
 def _dividing(mesh: Any, axes: Any, size: int) -> Any:
     """The axes, or None where they do not divide a dimension."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+# ---- cuDNN
+
+
+def _cudnn_local(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
+) -> Float[Array, "b t n h"]:
+    """JAX refuses the gradient at odd lengths (1024 image and 205 text tokens, say): it takes the empty array that
+    stands for "no bias" for a bias. Such lengths get one more row, which is masked as a key and dropped as a query.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    length = q.shape[1]
+    if length % 2 == 0:
+        return attend(q, k, v)
+    real = 0 * q[:, 0, 0, 0].astype(jnp.int32) + length  # made of q, so that `vmap` maps both or neither
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    return attend(q, k, v, query_seq_lengths=real, key_value_seq_lengths=real)[:, :length]
+
+
+# ---- splash
 
 
 def _splash_local(
@@ -156,3 +172,6 @@ def _splash_kernel(heads: int, length: int) -> Callable[..., Any]:
 @functools.cache
 def _real_keys(padded: int, length: int) -> splash.NumpyMask:
     return splash.NumpyMask(np.broadcast_to(np.arange(padded) < length, (padded, padded)))
+
+
+_LOCAL: dict[AttentionImpl, Callable[..., Array]] = {"cudnn": _cudnn_local, "splash": _splash_local}
