@@ -59,14 +59,51 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     name: str
     type: str
     opcode: str
     rest: str  # operands and attributes
 
+    @property
+    def op_name(self) -> str:
+        """The scopes and the primitive that it was made from; may be empty."""
+        found = _OP_NAME.search(self.rest)
+        return found.group(1) if found else ""
 
-Program = dict[str, list[_Instruction]]
+    @property
+    def cycles(self) -> int:
+        """The TPU compiler's own estimate of one execution; 0 where it says nothing."""
+        found = _CYCLES.search(self.rest)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it reads."""
+        return re.findall(r"%([\w.\-]+)", self.rest[: _closing("(" + self.rest, 0)])
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs, a loop's apart."""
+        branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(self.rest) for name in found.split(",")]
+        return [*_CALLED.findall(self.rest), *branches]
+
+
+Program = dict[str, list[Instruction]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """An instruction where a run meets it.
+
+    `around`: loops, fusions and other calls that it stands in, outermost first. `depth`: how many of them are loops;
+    `executions`: how often they run it in all (None where a loop's length is not static).
+    """
+
+    instruction: Instruction
+    around: tuple[Instruction, ...]
+    depth: int
+    executions: int | None
 
 
 def collectives(text: str) -> list[Collective]:
@@ -75,17 +112,18 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: the text has no entry computation.
     """
-    program, entry = _parse(text)
-    sizes = {each.name: _bytes(each.type) for body in program.values() for each in body}
+    program, entry = parse(text)
+    sizes = {each.name: array_bytes(each.type) for body in program.values() for each in body}
     found: dict[tuple[str, str, int], Collective] = {}
-    for instruction, depth, executions in _walk(program, entry, 0, 1):
-        kind = _kind(instruction.opcode)
+    for visit in walk(program, entry):
+        instruction, depth = visit.instruction, visit.depth
+        kind = collective_kind(instruction.opcode)
         if kind is None:
             continue
         # An asynchronous collective may show up in each of the fusions that it runs beside: same channel, same place.
         channel = _CHANNEL.search(instruction.rest)
         key = (kind, channel.group(1) if channel else instruction.name, depth)
-        found.setdefault(key, _collective(kind, instruction, sizes, depth, executions))
+        found.setdefault(key, _collective(kind, instruction, sizes, depth, visit.executions))
     return list(found.values())
 
 
@@ -97,12 +135,15 @@ def estimated_cycles(text: str) -> int:
     Raises:
       ValueError: the text has no entry computation.
     """
-    program, entry = _parse(text)
-    walked = _walk(program, entry, 0, 1)
-    return sum(int(found[1]) * (trips or 1) for each, _, trips in walked if (found := _CYCLES.search(each.rest)))
+    return sum(each.instruction.cycles * (each.executions or 1) for each in walk(*parse(text)))
 
 
-def _parse(text: str) -> tuple[Program, str]:
+def parse(text: str) -> tuple[Program, str]:
+    """Instructions by computation, in the order of the text, and the name of the entry.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     program: Program = {}
     entry, body = "", []
     for line in text.splitlines():
@@ -110,7 +151,7 @@ def _parse(text: str) -> tuple[Program, str]:
             body = program.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
         elif found := _INSTRUCTION.match(line):
-            body.append(_Instruction(found.group(1), *_split(found.group(2))))
+            body.append(Instruction(found.group(1), *_split(found.group(2))))
     if not entry:
         raise ValueError("found no entry computation, expected the text of an optimized HLO module")
     return program, entry
@@ -132,49 +173,46 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def _walk(
-    program: Program, name: str, depth: int, executions: int | None
-) -> Iterator[tuple[_Instruction, int, int | None]]:
-    """Every instruction with the loops around it, through all computations that are called."""
+def walk(
+    program: Program, name: str, around: tuple[Instruction, ...] = (), depth: int = 0, executions: int | None = 1
+) -> Iterator[Visit]:
+    """Every instruction of a computation with what is around it, through all computations that are called."""
     for each in program.get(name, []):
-        yield each, depth, executions
+        yield Visit(each, around, depth, executions)
+        inner = (*around, each)
         if loop := _LOOP.search(each.rest):
-            trips = _trips(each, program.get(loop.group(1), []))
+            trips = trip_count(program, each)
             inside = None if trips is None or executions is None else trips * executions
             for called in loop.groups():
-                yield from _walk(program, called, depth + 1, inside)
+                yield from walk(program, called, inner, depth + 1, inside)
         else:
-            for called in _calls(each.rest):
-                yield from _walk(program, called, depth, executions)
+            for called in each.called:
+                yield from walk(program, called, inner, depth, executions)
 
 
-def _calls(rest: str) -> list[str]:
-    branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(rest) for name in found.split(",")]
-    return [*_CALLED.findall(rest), *branches]
-
-
-def _trips(loop: _Instruction, condition: list[_Instruction]) -> int | None:
+def trip_count(program: Program, loop: Instruction) -> int | None:
     """The compiler's own count, or the bound of a counter that starts at 0, which is what `lax.scan` makes."""
     if known := _TRIPS.search(loop.rest):
         return int(known.group(1))
+    named = _LOOP.search(loop.rest)
+    condition = program.get(named.group(1), []) if named else []
     bounds = [found for each in condition if (found := _COUNTER.match(f"{each.type} {each.opcode}({each.rest}"))]
     below = any("direction=LT" in each.rest for each in condition)
     return int(bounds[0].group(1)) if len(bounds) == 1 and below else None
 
 
-def _kind(opcode: str) -> str | None:
+def collective_kind(opcode: str) -> str | None:
+    """The collective that an opcode begins; None: it is none."""
     base = opcode.removesuffix("-start")
     return base if base in KINDS else None
 
 
 def _collective(
-    kind: str, instruction: _Instruction, sizes: dict[str, int], depth: int, executions: int | None
+    kind: str, instruction: Instruction, sizes: dict[str, int], depth: int, executions: int | None
 ) -> Collective:
-    rest, result = instruction.rest, _bytes(instruction.type)
-    operands = re.findall(r"%([\w.\-]+)", rest[: _closing("(" + rest, 0)])
-    given = sum(sizes.get(name, 0) for name in operands)
+    rest, result = instruction.rest, array_bytes(instruction.type)
+    given = sum(sizes.get(name, 0) for name in instruction.operands)
     gathered = result - given if instruction.opcode.endswith("-start") else result  # a start's type repeats operands
-    name = _OP_NAME.search(rest)
     return Collective(
         kind=kind,
         name=instruction.name,
@@ -183,11 +221,11 @@ def _collective(
         depth=depth,
         executions=executions,
         devices=_devices(rest),
-        op_name=name.group(1) if name else "",
+        op_name=instruction.op_name,
     )
 
 
-def _bytes(spelled: str) -> int:
+def array_bytes(spelled: str) -> int:
     """Bytes of a type's arrays, without the padding of the machine's layout."""
     bits = 0
     for letters, width, lengths in _ARRAY.findall(spelled):
