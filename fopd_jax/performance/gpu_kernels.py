@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from fopd_jax.performance.hlo import Instruction, Program, array_bytes, parse, trip_count
 
 ATTENTION = "__cudnn$fmha"
-_GEMM = ("__cublas$", "__triton_gemm")
+_GEMM = ("__cublas$",)
 _NOT_KERNELS = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "add-dependency", "opt-barrier",
@@ -34,6 +34,9 @@ _FUSION_KIND = re.compile(r"\bkind=k(\w+)")
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LIBRARY_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_EPILOGUE = re.compile(r'"epilogue":"(\w+)"')
+_SCRATCH = re.compile(r"\b[su]8\[[\d,]*\]")
 _SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _FLOATS = ("f64", "f32", "bf16", "f16", "f8")
@@ -46,8 +49,9 @@ BACKWARD_PRODUCTS = 2.5  # of flash attention: five matrix products where the fo
 class Kernel:
     """One instruction that is launched. `read`, `written`, `float32` (written of it): bytes of one launch.
 
-    `launches`: in one run of the program, None in a loop whose length is unknown. `detail`: a custom call's target or
-    what the compiler calls the fusion. `feeds`: names of the kernels that its operands come from.
+    `launches`: in one run of the program, None in a loop whose length is unknown. `detail`: a custom call's target with
+    what cuBLAS does besides (`BIAS_GELU`), or what the compiler calls the fusion. `feeds`: names of the kernels that
+    its operands come from.
     """
 
     kind: str
@@ -102,9 +106,8 @@ def _kernel(program: Program, body: Mapping[str, Instruction], each: Instruction
     inside = _flat(program, called.group(1)) if called else []
     operands = [body[name] for name in each.operands if name in body]
     read, written, float32 = _traffic(program, called.group(1), operands, each) if called else _plain(operands, each)
-    dots = [each] if each.opcode == "dot" else [one for one in inside if one.opcode == "dot"]
     types = {one.name: one.type for one in (*inside, *operands)}
-    flops = sum(_dot_flops(one, types) for one in dots) if dots else _attention_flops(each)
+    flops = sum(_product_flops(one, types) for one in (*inside, each)) + _attention_flops(each)
     return Kernel(
         kind=_kind(each, inside),
         name=each.name,
@@ -131,7 +134,8 @@ def _flat(program: Program, name: str) -> list[Instruction]:
 
 def _detail(each: Instruction) -> str:
     if target := _TARGET.search(each.rest):
-        return target.group(1)
+        epilogue = _EPILOGUE.search(each.rest)
+        return target.group(1) + (f" {epilogue.group(1)}" if epilogue and epilogue.group(1) != "DEFAULT" else "")
     if backend := _BACKEND_KIND.search(each.rest):
         return backend.group(1)
     fusion = _FUSION_KIND.search(each.rest)
@@ -171,8 +175,9 @@ def _source(body: Mapping[str, Instruction], each: Instruction) -> str:
 
 
 def _plain(operands: list[Instruction], each: Instruction) -> tuple[int, int, int]:
-    """Read, written, and written in float32, of an instruction that is no fusion."""
-    return sum(array_bytes(one.type) for one in operands), array_bytes(each.type), _float32(each.type)
+    """Read, written, and written in float32, of an instruction that is no fusion; a library's scratch is neither."""
+    written = _SCRATCH.sub("", each.type) if each.opcode == "custom-call" else each.type
+    return sum(array_bytes(one.type) for one in operands), array_bytes(written), _float32(written)
 
 
 def _traffic(program: Program, name: str, operands: list[Instruction], each: Instruction) -> tuple[int, int, int]:
@@ -222,11 +227,15 @@ def _lengths(spelled: str) -> tuple[int, ...]:
     return tuple(int(each) for each in re.findall(r"\d+", spelled))
 
 
-def _dot_flops(dot: Instruction, types: Mapping[str, str]) -> float:
-    result = math.prod(_lengths(_ARRAY.findall(dot.type)[0][1]))
-    left = _lengths(_ARRAY.findall(types[dot.operands[0]])[0][1])
-    contracted = _CONTRACTED.search(dot.rest)
-    return 2.0 * result * math.prod(left[i] for i in _lengths(contracted.group(1) if contracted else ""))
+def _product_flops(each: Instruction, types: Mapping[str, str]) -> float:
+    """Of a matrix product, the compiler's own or cuBLAS's: two for every number of the result and term of its sum."""
+    found = _CONTRACTED if each.opcode == "dot" else _LIBRARY_CONTRACTED if _detail(each).startswith(_GEMM) else None
+    contracted = found and found.search(each.rest)
+    if not contracted:
+        return 0.0
+    result = math.prod(_lengths(_ARRAY.findall(each.type)[0][1]))
+    left = _lengths(_ARRAY.findall(types[each.operands[0]])[0][1])
+    return 2.0 * result * math.prod(left[i] for i in _lengths(contracted.group(1)))
 
 
 def _attention_flops(each: Instruction) -> float:

@@ -131,19 +131,19 @@ def describe_gpu(fields: Fields) -> str:
     lines = [f"kernels of an update ({fields['what']}):"]
     lines += [f"  {'kind':<15}{'kernels':>8}{'launches':>10}{'GB':>9}{'TFLOP':>9}{'at datasheet rates':>20}"]
     lines += [
-        f"  {row['kind']:<15}{row['count']:>8}{row['launches']:>10}{row['bytes'] / 1e9:>9.1f}"
-        f"{row['flops'] / 1e12:>9.1f}{row['datasheet_seconds']:>18.3f} s"
+        f"  {row['kind']:<15}{row['count']:>8}{row['launches']:>10}{row['bytes'] / 1e9:>9.4g}"
+        f"{row['flops'] / 1e12:>9.4g}{row['datasheet_seconds']:>18.3g} s"
         for row in fields["kernels"]
     ]
-    lines += [f"no faster than {fields['datasheet_seconds']:.3f} s kernel by kernel, launches and waits not counted"]
+    lines += [f"no faster than {fields['datasheet_seconds']:.3g} s kernel by kernel, launches and waits not counted"]
     called = ", ".join(f"{row['target']} {row['count']}" for row in fields["custom_calls"]) or "none"
     lines += [f"library calls: {called}; as the compiler calls them: {_spell(fields['details'])}"]
     float32, attention = fields["float32"], fields["attention"]
-    lines += [f"float32 results of 1 MiB or more: {float32['count']} kernels write {float32['bytes'] / 1e9:.1f} GB"]
+    lines += [f"float32 results of 1 MiB or more: {float32['count']} kernels write {float32['bytes'] / 1e9:.3g} GB"]
     before, after = attention["moves_before"], attention["moves_after"]
     lines += [
         f"around {attention['calls']} attentions: {before['count']} kernels only move what they read "
-        f"({before['bytes'] / 1e9:.1f} GB), {after['count']} what they wrote ({after['bytes'] / 1e9:.1f} GB)"
+        f"({before['bytes'] / 1e9:.3g} GB), {after['count']} what they wrote ({after['bytes'] / 1e9:.3g} GB)"
     ]
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ MODULE = textwrap.dedent("""\
       %layer = bf16[1,512,256]{2,1,0} fusion(%weights, %i.1), kind=kCustom, calls=%layers_slice, backend_config={"operation_queue_id":"0","fusion_backend_config":{"kind":"__custom_fusion","custom_fusion_config":{"name":"dynamic_slice_fusion"}}}
       %normed = bf16[1024,512]{1,0} fusion(%rows), kind=kCustom, calls=%norm, metadata={op_name="jit(step)/layer_norm"}, backend_config={"fusion_backend_config":{"kind":"__triton","block_level_fusion_config":{}}}
       %gemm = bf16[1024,256]{1,0} fusion(%normed, %layer), kind=kCustom, calls=%product, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
-      %cublas = (bf16[1024,512]{1,0}, s8[4194304]{0}) custom-call(%gemm, %layer), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"alpha_real":1}}
+      %cublas = (bf16[1024,512]{1,0}, s8[4194304]{0}) custom-call(%gemm, %layer), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["2"],"lhs_batch_dimensions":[]},"epilogue":"BIAS_GELU"}}
       %kept.1 = bf16[9,1024,512]{2,1,0} fusion(%kept, %normed, %i.1), kind=kLoop, calls=%stacked
       ROOT %next = (s32[], bf16[10,512,256]{2,1,0}, bf16[1024,512]{1,0}, bf16[9,1024,512]{2,1,0}) tuple(%i.1, %weights, %normed, %kept.1)
     }
@@ -139,7 +139,8 @@ def test_slices_are_read_and_written_in_part(found: dict[str, Kernel]):
 
 
 def test_products_and_attention_have_their_flops(found: dict[str, Kernel]):
-    assert found["gemm"].flops == 2 * 1024 * 512 * 256
+    assert found["gemm"].flops == found["cublas"].flops == 2 * 1024 * 512 * 256
+    assert found["cublas"].written == 2 * 1024 * 512  # without the library's scratch
     scores = 2 * 8 * 1024 * 1024
     assert found["flash"].flops == 2 * 2 * scores * 64
     assert found["gradient"].flops == 5 * 2 * scores * 64
@@ -179,7 +180,7 @@ def test_a_launch_takes_as_long_as_what_bounds_it(found: dict[str, Kernel]):
 def test_the_report_names_library_calls_and_what_it_is_not(found: dict[str, Kernel]):
     fields: dict[str, Any] = gpu_fields(list(found.values()), H100)
     assert [(row["target"], row["count"], row["launches"]) for row in fields["custom_calls"]] == [
-        ("__cub$DeviceRadixSort", 1, 1), ("__cublas$lt$matmul", 1, TRIPS), ("__cudnn$fmhaSoftmax", 1, 1),
+        ("__cub$DeviceRadixSort", 1, 1), ("__cublas$lt$matmul BIAS_GELU", 1, TRIPS), ("__cudnn$fmhaSoftmax", 1, 1),
         ("__cudnn$fmhaSoftmaxBackward", 1, 1),
     ]  # fmt: skip
     text = describe_gpu(fields)
