@@ -37,7 +37,8 @@ from fopd_jax.config.schema import REMATS, LoRAConfig
 from fopd_jax.files import write_json
 from fopd_jax.interop.sd3.network import TARGETS
 from fopd_jax.models.attention import AttentionImpl, attention, resolve_attention
-from fopd_jax.models.mmdit import PRESETS, MMDiT, routed_product
+from fopd_jax.models.dense import routed_product
+from fopd_jax.models.mmdit import PRESETS, MMDiT
 from fopd_jax.performance.topology import configure, parse_topology, topology_devices
 from fopd_jax.policy.velocity import make_velocity
 

@@ -2,7 +2,7 @@
 
 `e4m3` has 3 bits of mantissa and no infinities: a number between 2⁻⁶ and 448 is rounded by at most 2⁻⁴ of itself.
 Every output channel is scaled so that its largest weight is 448. The product of a layer is multiplied by the scales, so
-that no scaled kernel is ever made (`models.mmdit.Dense`); biases, norms and what is no parameter stay as they are.
+that no scaled kernel is ever made (`models.dense.Dense`); biases, norms and what is no parameter stay as they are.
 """
 
 from typing import Any

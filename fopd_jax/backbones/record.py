@@ -2,7 +2,7 @@
 
 A second family is a second record (`registry.register`): its Linen module takes `(*inputs(x, sigma, conditioning),
 route)` and returns the velocity in float32, reads an optional low-rank update a dense layer from the collection
-`adapter` (see `models.mmdit.Dense`), and names the axes of its parameters in the vocabulary of
+`adapter` (see `models.dense.Dense`), and names the axes of its parameters in the vocabulary of
 `parallel.sharding.RULES`, which all networks share, or in its own `rules`. What else it reads than parameters stands in
 the collection `constants`.
 """

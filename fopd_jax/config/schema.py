@@ -42,7 +42,7 @@ SAMPLERS, NOISELESS = (*TRANSITIONS, "dpm2"), ("ode", "dpm2")
 REDUCTIONS = ((), ("data",), ("data", "fsdp"))
 REPORTED_GUIDANCE = ("same", "own")
 NORMALISATIONS = ("global", "group", "each")
-ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash", "merged")
 REMATS = ("full", "attention", "dots", "none")
 
 
@@ -229,7 +229,9 @@ class Run(Section):
         "each; for full fine-tuning ('data',).", one_of(*REDUCTIONS),
     )  # fmt: skip
     attention: str = setting(
-        "auto", "'auto': cuDNN's flash attention on NVIDIA GPUs, splash on TPUs, else 'xla'.", one_of(*ATTENTIONS)
+        "auto",
+        "'auto': cuDNN's flash attention on NVIDIA GPUs, merged on TPUs, else splash there, else 'xla'.",
+        one_of(*ATTENTIONS),
     )
     remat: str = setting("attention", "What blocks keep for the backward, from nothing to all.", one_of(*REMATS))
     encoding: Encoding = setting(Encoding, "How prompts become conditioning.")

@@ -12,7 +12,7 @@ then the collection `scales` holds a factor per output channel, `kernel [D_out]`
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,11 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fopd_jax.models.attention import AttentionImpl, attention, save_attention
+from fopd_jax.models.attention import AttentionImpl, save_attention
 from fopd_jax.models.coordinates import LAYER, Coordinates
+from fopd_jax.models.dense import Dense, shared_hidden
+from fopd_jax.models.kernels.merged_attention import whole_tiles
+from fopd_jax.models.streams import Projected, RMSNorm, attend
 
 Dtype = Any
 LAYER_STACKS = ("dual_blocks", "blocks")  # the scanned modules, in the order in which they run
@@ -102,85 +105,12 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int = 256) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Dense(nn.Module):
-    """Affine layer plus the low-rank update that the collection `adapter` may hold for it.
-
-    `hidden`: the update's x·a where the caller has computed it already.
-    """
-
-    features: int
-    axes: tuple[str | None, str | None] = (None, None)
-    dtype: Dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*b i"],
-        route: Int[Array, " k"] | None = None,
-        hidden: Float[Array, "*b r"] | None = None,
-    ) -> Float[Array, "*b o"]:
-        shape = (x.shape[-1], self.features)
-        kernel: Any = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), shape)
-        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), shape[1:])
-        # Also the gradient's place: in a scanned stack it is reduced into shards layer by layer.
-        kernel = nn.spmd.with_logical_constraint(kernel, self.axes)
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
-        if self.has_variable("scales", "kernel"):
-            scales: Any = self.get_variable("scales", "kernel")
-            y = (y.astype(jnp.float32) * scales.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
-        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        if self.has_variable("adapter", "a"):
-            a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
-            y = y + routed_product(routed_product(x, a, route) if hidden is None else hidden, b, route)
-        return y
-
-
-def routed_product(x: Array, factor: Array, route: Int[Array, " k"] | None) -> Array:
-    """x·factor with one factor of an adapter, or with each sample's own, gathered from a bank by `route`.
-
-    By the TPU compiler's estimate the gather is free (v6e, 8 images of 512 px, 5 adapters of rank 32: a projection with
-    it costs 0.97 of one with an adapter for all), and a product over all ranks, masked, adds 1.5 times as much.
-    benchmarks/kernels.py measures both, and grouped products, anywhere.
-    """
-    return x @ factor if route is None else jnp.einsum("BTI,BIO->BTO", x, factor[route])
-
-
-def shared_hidden(
-    module: nn.Module, names: tuple[str, ...], x: Array, route: Int[Array, " k"] | None
-) -> tuple[Array | None, ...]:
-    """x·a for those children of a module that read the same x, in one product; None for each where not all adapt.
-
-    One product of 3·R columns reads x once, not three times, fills a matrix unit better, and has one backward.
-    """
-    adapters = module.variables.get("adapter", {})
-    if not all(name in adapters for name in names):
-        return (None,) * len(names)
-    factors = [adapters[name]["a"].astype(x.dtype) for name in names]
-    ends = np.cumsum([factor.shape[-1] for factor in factors])
-    return tuple(jnp.split(routed_product(x, jnp.concatenate(factors, axis=-1), route), ends[:-1], axis=-1))
-
-
 def layer_norm(x: Float[Array, "*b d"], dtype: Dtype) -> Float[Array, "*b d"]:
     """LayerNorm without affine parameters, eps 1e-6, two-pass variance in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dimension, eps 1e-6, in float32."""
-
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
-        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * scale.astype(jnp.float32)[None, None, None]).astype(self.dtype)
 
 
 def modulate(x: Array, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
@@ -220,10 +150,19 @@ class FeedForward(nn.Module):
         return Dense(width, ("mlp", "embed"), self.dtype, name="down")(nn.gelu(hidden, approximate=True), route)
 
 
-def _project(
-    module: "JointAttention", x: Array, route: Array | None, names: tuple[str, ...], norms: tuple[str, str]
-) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of one stream as children of the calling module, heads split, q and k normalised.
+class Names(NamedTuple):
+    """What the layers of one stream are called in a `JointAttention`."""
+
+    projections: tuple[str, str, str]
+    norms: tuple[str, str]
+
+
+IMAGE = Names(("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+TEXT = Names(("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
+
+
+def _project(module: "JointAttention", x: Array, route: Array | None, names: Names) -> Projected:
+    """Queries, keys and values of one stream as children of the calling module.
 
     Three matrix products, not one: at this width each fills a chip, and what one product gives has to be split again.
     By the TPU compiler's estimate (v6e, 8 images of 512 px) one costs 1.7 times as much, 2.8 times with its matrix
@@ -232,52 +171,55 @@ def _project(
     config, dtype = module.config, module.dtype
     x = x.astype(dtype)
     q, k, v = (
-        rearrange(
-            Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route, hidden),
-            "B T (N H) -> B T N H",
-            H=config.head_dim,
-        )
-        for name, hidden in zip(names, shared_hidden(module, names, x, route), strict=True)
+        Dense(config.width, ("embed", "heads"), dtype, name=name)(x, route, hidden)
+        for name, hidden in zip(names.projections, shared_hidden(module, names.projections, x, route), strict=True)
     )
-    if config.qk_norm:
-        q, k = RMSNorm(dtype, name=norms[0])(q), RMSNorm(dtype, name=norms[1])(k)
-    return q, k, v
+    if not config.qk_norm:
+        return Projected(q, k, v, None, None)
+    return Projected(q, k, v, *(RMSNorm(config.head_dim, dtype, name=name) for name in names.norms))
 
 
 class JointAttention(nn.Module):
-    """One attention over image and text tokens, image first; without text it is the image-only `attn2`."""
+    """One attention over image and text tokens, image first; without text it is the image-only `attn2`.
+
+    `text_tokens`: how many of the text's tokens are real, None for all; what lies behind is padding.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     text_output: bool = True
     dtype: Dtype = jnp.float32
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s d"] | None, route: Int[Array, " b"] | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
-        tokens = x.shape[1]
-        q, k, v = _project(self, x, route, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        head_dim, width = self.config.head_dim, self.config.width
+        streams = (_project(self, x, route, IMAGE),)
         if context is not None:
-            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            text = _project(self, context, route, names, norms)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), text, strict=True))
-        y = rearrange(attention(q, k, v, self.impl), "B T N H -> B T (N H)")
-        width = self.config.width
-        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(y[:, :tokens], route)
-        if context is None or not self.text_output:
+            streams = (*streams, _project(self, context, route, TEXT))
+        both = context is not None and self.text_output
+        tokens = (x.shape[1],) if context is None else (x.shape[1], self.text_tokens or context.shape[1])
+        outs = attend(streams, head_dim, self.impl, 1 + both, tokens)
+        out = Dense(width, ("heads", "embed"), self.dtype, name="to_out")(outs[0], route)
+        if not both:
             return out, None
-        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(y[:, tokens:], route)
+        return out, Dense(width, ("heads", "embed"), self.dtype, name="to_add_out")(outs[1], route)
 
 
 class Block(nn.Module):
-    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read."""
+    """Joint transformer block. `dual`: a second attention of the image with itself. `last`: text is only read.
+
+    `text_tokens`: how many of the text's tokens are real, None for all.
+    """
 
     config: MMDiTConfig
     impl: AttentionImpl
     dual: bool = False
     last: bool = False
     dtype: Dtype = jnp.float32
+    text_tokens: int | None = None
 
     @nn.compact
     def __call__(
@@ -292,7 +234,7 @@ class Block(nn.Module):
         # The context-pre-only norm orders its chunks (scale, shift); every other modulation is (shift, scale, …).
         text_shift, text_scale = (text[1], text[0]) if self.last else text[:2]
 
-        attn = JointAttention(self.config, self.impl, not self.last, dtype, name="attn")
+        attn = JointAttention(self.config, self.impl, not self.last, dtype, self.text_tokens, name="attn")
         image_out, text_out = attn(
             modulate(normed, shift, scale), modulate(layer_norm(context, dtype), text_shift, text_scale), route
         )
@@ -362,11 +304,14 @@ class MMDiT(nn.Module):
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
         embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
+        if self.impl == "merged":
+            text = whole_tiles(text)  # once, here: nothing is padded further on
 
+        block = {"dtype": dtype, "text_tokens": context.shape[1]}
         streams = (tokens, text)
-        streams = self._stack("dual_blocks", config.dual_layers, True, streams, embedding, route)
-        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, False, streams, embedding, route)
-        last = Block(config, self.impl, last=True, dtype=dtype, name="last_block")
+        streams = self._stack("dual_blocks", config.dual_layers, {**block, "dual": True}, streams, embedding, route)
+        streams = self._stack("blocks", config.depth - 1 - config.dual_layers, block, streams, embedding, route)
+        last = Block(config, self.impl, last=True, **block, name="last_block")
         (tokens, _), _ = last(streams, embedding, route)
 
         scale, shift = Modulation(2, dtype, name="norm_out")(embedding)  # in this order, unlike the blocks
@@ -385,16 +330,16 @@ class MMDiT(nn.Module):
         self,
         name: str,
         length: int,
-        dual: bool,
+        fields: dict[str, Any],
         streams: tuple[Array, Array],
         embedding: Array,
         route: Array | None,
     ) -> tuple[Array, Array]:
         looped = self.scan_layers and length > SHORT_STACK
-        block_class, kwargs = self._block_class(looped), {"dual": dual, "dtype": self.dtype}
+        block_class = self._block_class(looped)
         if not self.scan_layers:
             for i in range(length):
-                block = block_class(self.config, self.impl, **kwargs, name=f"{name}_{i}")
+                block = block_class(self.config, self.impl, **fields, name=f"{name}_{i}")
                 streams, _ = block(streams, embedding, route)
             return streams
         if length == 0:
@@ -409,7 +354,7 @@ class MMDiT(nn.Module):
             unroll=1 if looped else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        streams, _ = scanned(self.config, self.impl, **kwargs, name=name)(streams, embedding, route)
+        streams, _ = scanned(self.config, self.impl, **fields, name=name)(streams, embedding, route)
         return streams
 
 

@@ -22,7 +22,8 @@ from fopd_jax.backbones.record import Backbone, LatentShape, Pass, Tokens
 from fopd_jax.conditioning.encoder import Conditioning
 from fopd_jax.config.schema import LoRAConfig
 from fopd_jax.models.attention import attention
-from fopd_jax.models.mmdit import REMAT_POLICIES, Dense, timestep_embedding
+from fopd_jax.models.dense import Dense
+from fopd_jax.models.mmdit import REMAT_POLICIES, timestep_embedding
 from fopd_jax.parallel import sharding
 from fopd_jax.rewards.reward import Reward, Scores, collect
 from fopd_jax.tasks.task import Task

@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fopd_jax.config.schema import MeshShape
 from fopd_jax.models import attention as module
-from fopd_jax.models.attention import attention, resolve_attention, save_attention, splash_blocks
+from fopd_jax.models.attention import attention, merged_attention, resolve_attention, save_attention, splash_blocks
+from fopd_jax.models.kernels.merged_attention import Stream
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
@@ -67,13 +69,16 @@ def _error(found: Any, expected: Any) -> float:
         ("auto", "float32", 64, "gpu", "xla"),
         ("auto", "bfloat16", 20, "gpu", "xla"),
         ("auto", "bfloat16", 256, "gpu", "xla"),
-        ("auto", "bfloat16", 64, "tpu", "splash"),
-        ("auto", "float32", 32, "tpu", "splash"),
+        ("auto", "bfloat16", 64, "tpu", "merged"),
+        ("auto", "float32", 32, "tpu", "merged"),
+        ("auto", "bfloat16", 72, "tpu", "splash"),
+        ("auto", "float16", 64, "tpu", "splash"),
         ("auto", "bfloat16", 64, "cpu", "xla"),
         ("xla", "float32", 64, "gpu", "xla"),
         ("xla", "bfloat16", 64, "tpu", "xla"),
         ("cudnn", "float16", 128, "gpu", "cudnn"),
         ("splash", "bfloat16", 64, "tpu", "splash"),
+        ("merged", "bfloat16", 128, "tpu", "merged"),
     ],
 )
 def test_the_choice(name: str, dtype: str, head_dim: int, platform: str, expected: str):
@@ -91,6 +96,9 @@ def test_the_choice(name: str, dtype: str, head_dim: int, platform: str, expecte
         ("cudnn", "bfloat16", 20, "gpu", "multiple of 8, but the network's is 20"),
         ("cudnn", "bfloat16", 256, "gpu", "at most 128"),
         ("splash", "bfloat16", 64, "gpu", "'splash' needs a TPU, but the backend is 'gpu'"),
+        ("merged", "bfloat16", 64, "cpu", "'merged' needs a TPU, but the backend is 'cpu'"),
+        ("merged", "bfloat16", 72, "tpu", "dimension of 16, 32, 64, 128, but the network's is 72"),
+        ("merged", "float16", 64, "tpu", "computes in bfloat16 or float32, but the network's dtype is float16"),
     ],
 )
 def test_a_wrong_choice_is_refused(name: str, dtype: str, head_dim: int, platform: str, message: str):
@@ -165,14 +173,52 @@ def _grouped(once: tuple[str, ...]) -> dict[str, float]:
     return dict(zip(("gradient", "output"), map(_error, found(weight, rows), expected), strict=True))
 
 
+def _merged_groups(once: tuple[str, ...]) -> dict[str, float]:
+    """The same of merged attention with qk-norm, of which every device has the scales, and text that is only read."""
+    mesh, (q, k, v, cotangent) = make_mesh(MeshShape(2, 2, 2)), _inputs(8, 24)
+    scales = 1 + 0.1 * jnp.arange(4 * HEAD_DIM, dtype=jnp.float32).reshape(4, HEAD_DIM) / HEAD_DIM
+
+    def merged(scales: Any, q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        streams = (Stream(q, k, v, scales[0], scales[1]), Stream(None, v, k, scales[2], scales[3]))
+        return merged_attention(streams, HEAD_DIM)[0].reshape(*q.shape[:2], HEADS, HEAD_DIM)
+
+    def plain(scales: Any, q: Any, k: Any, v: Any) -> Any:
+        def norm(x: Any, scale: Any) -> Any:
+            return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale[None, None, None]
+
+        keys = jnp.concatenate([norm(k, scales[1]), norm(v, scales[3])], 1)
+        return jax.nn.dot_product_attention(norm(q, scales[0]), keys, jnp.concatenate([v, k], 1))
+
+    def differentiate(function: Any) -> Callable[[Any, Any], Any]:
+        def loss(scales: Any, rows: Any) -> Any:
+            *operands, cotangent = rows
+            out = function(scales, *operands)
+            return (out * cotangent).sum(), out
+
+        return jax.grad(loss, has_aux=True)
+
+    @jax.jit
+    def found(scales: Any, rows: Any) -> Any:
+        groups = GradientGroups(mesh, once, P())
+        with activation_rules(mesh):
+            sums, out = groups.gradient(differentiate(merged), scales, rows)
+            return groups.total(sums), out
+
+    rows = jax.device_put((q, k, v, cotangent), NamedSharding(mesh, P(("data", "fsdp"))))
+    expected = jax.jit(differentiate(plain))(scales, (q, k, v, cotangent))
+    return dict(zip(("gradient", "output"), map(_error, found(scales, rows), expected), strict=True))
+
+
 def _child(what: str) -> Any:
     done = subprocess.run([sys.executable, __file__, what], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_splash_runs_on_each_devices_own_rows_and_heads():
-    for case, errors in _child("groups").items():
+@pytest.mark.parametrize("kernel", ["groups", "merged groups"])
+def test_kernels_run_on_each_devices_own_rows_and_heads(kernel: str):
+    for case, errors in _child(kernel).items():
         assert max(errors.values()) <= FLOAT32, (case, errors)
 
 
@@ -217,9 +263,10 @@ def _rematerialised(impl: Any, policy: Any) -> Any:
     return jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))
 
 
-def test_saved_attention_is_not_repeated_by_splash():
+@pytest.mark.parametrize("impl", ["splash", "merged"])
+def test_saved_attention_is_not_repeated_by_a_kernel(impl: str):
     x = _inputs(1, 40)[0]
-    traces = [_rematerialised("splash", policy).trace(x) for policy in (None, save_attention)]
+    traces = [_rematerialised(impl, policy).trace(x) for policy in (None, save_attention)]
     counts = [each.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") for each in traces]
     assert counts == [3, 2]  # forward and backward, and without the policy the forward once more
 
@@ -290,6 +337,9 @@ def _main(what: str) -> None:
     if what == "groups":
         with mock.patch.object(splash, "make_splash_mha_single_device", INTERPRETED):
             print(json.dumps({case: _grouped(once) for case, once in GROUPS.items()}))
+    elif what == "merged groups":
+        with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+            print(json.dumps({"one sum a row": _merged_groups(("data",))}))
     else:
         print(json.dumps(_compiled(what)))
 

@@ -71,7 +71,7 @@ def test_the_automatic_attention_is_told(config: Any, capsys: pytest.CaptureFixt
 def test_attention_is_chosen_for_the_meshs_devices_not_the_processs(config: Any):
     """A mesh of a machine that is not there: what its devices say counts."""
     mesh = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform="tpu")]))
-    assert choose_attention("auto", "bfloat16", 64, mesh) == "splash"
+    assert choose_attention("auto", "bfloat16", 64, mesh) == "merged"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fopd_jax.config.schema import Objective
 from fopd_jax.flow.rollout import noise_window
 from fopd_jax.flow.schedule import Level, flow_match_sigmas
 from fopd_jax.flow.transition import SDE, Transition
-from fopd_jax.models.mmdit import Dense
+from fopd_jax.models.dense import Dense
 from fopd_jax.steps.opd.fused import fused_gradients
 from fopd_jax.steps.opd.pieces import Pieces
 from fopd_jax.steps.opd.spec import Frozen, OPDSpec
