@@ -1,10 +1,12 @@
 """`python -m fopd_jax.compile_for --config=configs/sd35m_opd.py --topology=v6e:16x16 [--per-chip-batch=N] [--search]`.
 
 Compiles what a config's update consists of (and what runs beside it: resident text encoders) with the machine's own
-compiler, for a TPU slice that need not be there (extra `tpu-aot`) or for simulated devices (`cpu:8`), and reports:
+compiler, for a TPU slice (extra `tpu-aot`) or GPUs (`h100:8`, or `h200:4x8`: four nodes; extra `gpu-aot`) that need not
+be there, or for simulated devices (`cpu:8`), and reports:
 compile time, memory a chip against its capacity, collectives and whether they stand inside loops, analytic FLOPs, and
 the time that they take at the very least. Flow-GRPO's program is called several times a step, to draw and to train:
 its FLOPs are a step's, and each call's beside them.
+Of GPUs it also says what the program consists of: which kernels, how many bytes and FLOPs, which library calls.
 No weights and no prompts are read. `--estimate` adds what the TPU compiler says that the update takes, by phase and
 kind of operation: an estimate without waits for DMA, not a time (fopd_jax/performance/estimate.py). `--search` also
 finds the largest batch that fits; `--json=FILE` writes the figures.
@@ -39,6 +41,8 @@ from fopd_jax.parallel.sharding import batch_ways
 from fopd_jax.performance.compilation import Compilation, compile_program
 from fopd_jax.performance.estimate import check_estimated, describe_estimate, estimate, keeping_schedules
 from fopd_jax.performance.flops import Update
+from fopd_jax.performance.gpu_kernels import kernels
+from fopd_jax.performance.gpu_report import describe_gpu, gpu_fields
 from fopd_jax.performance.hlo import collectives
 from fopd_jax.performance.host import versions
 from fopd_jax.performance.program import Program
@@ -56,7 +60,7 @@ from fopd_jax.performance.search import Trial, largest_fitting
 from fopd_jax.performance.topology import Chip, Topology, configure, parse_topology, topology_devices
 from fopd_jax.stages.registry import find_stage
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; or cpu:N.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; h100:8, h200:4x8; or cpu:N.")
 _BATCH = flags.DEFINE_integer(
     "per-chip-batch", None, "Images a chip (chips along `tensor` share them); default config.batch_size.", lower_bound=1
 )
@@ -77,6 +81,8 @@ def main(_: list[str]) -> None:
     print(describe(fields))
     if "estimate" in fields:
         print(f"\n{describe_estimate(fields['estimate'])}")
+    if "gpu" in fields:
+        print(f"\n{describe_gpu(fields['gpu'])}")
     if not fields["memory"]["fits"]:
         leave("error: the update does not fit into the chips' memory", RETRY)
 
@@ -182,6 +188,8 @@ def _compile(program: Program, topology: Topology, mesh: dict[str, int], dumps: 
     if compilation.fits and dumps is not None:
         share = program.flops * (1 / topology.count)
         fields["estimate"] = estimate(compilation, dumps, share, check_estimated(topology), program.attention)
+    if compilation.fits and topology.platform == "gpu" and topology.chip is not None:
+        fields["gpu"] = gpu_fields(kernels(compilation.text), topology.chip)
     return fields | (_communication(compilation, program.flops, topology, mesh) if compilation.fits else {})
 
 

@@ -16,6 +16,7 @@ from fopd_jax.config.flags import parse_flags
 from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import Config
 from fopd_jax.models.mmdit import PRESETS
+from fopd_jax.performance.gpu_target import compiler_installed
 from fopd_jax.stages.abstract import world_shapes
 from tests.configs import load
 from tests.quick import environment
@@ -98,6 +99,29 @@ def test_the_tpus_compiler_agrees(outcome: tuple[str, dict[str, Any]], tmp_path:
     assert "ESTIMATE, not measured" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_installed(), reason="needs the extra gpu-aot")
+def test_the_gpus_compiler_agrees(outcome: tuple[str, dict[str, Any]], tmp_path: Path):
+    """The same FLOPs, one reduction an update; the kernels' own FLOPs are what arithmetic says, within what is small.
+
+    All FLOPs: analytic ones leave out conditioning and elementwise work, kernels' count matrix products and attention
+    alone, of padded rows too; for a network so tiny the two differ by less than a third.
+    """
+    done = _program(
+        "--topology=h100:8", *SMALL, "--teachers=4", "--config.model.dtype=bfloat16", f"--json={tmp_path}/figures.json"
+    )
+    assert done.returncode == 0, done.stderr
+    fields = json.loads((tmp_path / "figures.json").read_text())
+    assert fields["flops_per_chip"] == outcome[1]["flops_per_chip"]
+    assert fields["loop_reductions"]["count"] == 0
+    assert fields["memory"]["total_bytes"] < fields["memory"]["capacity_bytes"] == 81559 * 2**20
+    counted = sum(row["flops"] for row in fields["gpu"]["kernels"])
+    assert counted == pytest.approx(fields["flops_per_chip"]["hardware"], rel=1 / 3)
+    targets = {row["target"] for row in fields["gpu"]["custom_calls"]}
+    assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= targets
+    assert "no cycles, nothing autotuned" in done.stdout
+
+
 def test_high_images_are_compiled_for_as_they_are():
     config = override(load("sd35m_opd"), {"resolution": (768, 512)})
     assert world_shapes(config.model)[0] == (96, 64, 16)
@@ -114,7 +138,7 @@ def test_high_images_are_compiled_for_as_they_are():
 def test_a_mistake_is_one_line(tmp_path: Path):
     done = _program("--topology=v9:4x4")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e")
+    assert done.stderr.startswith("error: topology: found 'v9:4x4', expected cpu:N or one of v5e, v5p, v6e, h100")
 
 
 def test_simulated_devices_are_counted():

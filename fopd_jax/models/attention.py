@@ -77,11 +77,12 @@ def attention(
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32 inside
         if impl == "splash":
             return splash_attention(q, k, v)
+        if impl == "cudnn":
+            return cudnn_attention(q, k, v)
         if impl == "merged":
             (out,) = merged_attention((merged.Stream(*map(_merge_heads, (q, k, v))),), q.shape[3])
             return out.reshape(q.shape)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=impl)
-    return checkpoint_name(out, ATTENTION_OUTPUT) if impl == "xla" else out
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), ATTENTION_OUTPUT)
 
 
 def _merge_heads(x: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
@@ -98,24 +99,18 @@ def save_attention(primitive: Any, *args: Any, **params: Any) -> Any:
 _save_named = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 
 
-# ---- splash
-
-
-def splash_attention(
-    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
-) -> Float[Array, "b t n h"]:
-    """Flash attention of as many queries as keys, on each device's own rows and heads of the ambient mesh.
+def _on_each_device(local: Callable[..., Array], *operands: Float[Array, "b _ n h"]) -> Float[Array, "b t n h"]:
+    """A kernel on each device's own rows and heads of the ambient mesh; its result is placed as the first operand is.
 
     Which mesh axes hold them is what Linen's logical rules say of `batch` and `heads`. A dimension that its axes do not
     divide is whole on every device, as parameters are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash_local(q, k, v)
-    spec = P(*_placed(mesh, q.shape))
-    # Every axis is manual: Pallas kernels are opaque to the partitioner, whatever the specs leave unsaid.
-    local = jax.shard_map(_splash_local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    return local(q, k, v)
+        return local(*operands)
+    specs = tuple(P(*_placed(mesh, x.shape)) for x in operands)
+    # Every axis is manual: kernels are opaque to the partitioner, whatever the specs leave unsaid.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*operands)
 
 
 def _placed(mesh: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -128,6 +123,46 @@ def _dividing(mesh: Any, axes: Any, size: int) -> Any:
     """The axes, or None where they do not divide a dimension."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+# ---- cuDNN
+
+
+def cudnn_attention(
+    q: Float[Array, "b t n h"], k: Float[Array, "b s n h"], v: Float[Array, "b s n h"], keys: int | None = None
+) -> Float[Array, "b t n h"]:
+    """cuDNN's flash attention over the first `keys` positions (None: all), on each device's own rows and heads."""
+    return _on_each_device(functools.partial(_cudnn_local, keys=keys or k.shape[1]), q, k, v)
+
+
+def _cudnn_local(
+    q: Float[Array, "b t n h"], k: Float[Array, "b s n h"], v: Float[Array, "b s n h"], keys: int
+) -> Float[Array, "b t n h"]:
+    """JAX refuses the gradient at odd lengths (1024 image and 205 text tokens, say): it takes the empty array that
+    stands for "no bias" for a bias. Such lengths get one more row, masked as a key or dropped as a query.
+    """
+    queries = q.shape[1]
+    q, k, v = map(_even, (q, k, v))
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with jax.numpy_dtype_promotion("standard"):
+        if (queries, keys) == (q.shape[1], k.shape[1]):
+            return attend(q, k, v)
+        zeros = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # made of q, so that `vmap` maps both or neither
+        return attend(q, k, v, query_seq_lengths=zeros + queries, key_value_seq_lengths=zeros + keys)[:, :queries]
+
+
+def _even(x: Float[Array, "b t n h"]) -> Float[Array, "b u n h"]:
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x
+
+
+# ---- splash
+
+
+def splash_attention(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t n h"], v: Float[Array, "b t n h"]
+) -> Float[Array, "b t n h"]:
+    """Flash attention of as many queries as keys, on each device's own rows and heads of the ambient mesh."""
+    return _on_each_device(_splash_local, q, k, v)
 
 
 def _splash_local(

@@ -23,11 +23,8 @@ class Layer(NamedTuple):
     kernels: KernelImpl
 
 
-class Dense(nn.Module):
-    """Affine layer plus the low-rank update that the collection `adapter` may hold for it.
-
-    `hidden`: the update's x·a where the caller has computed it already.
-    """
+class _Affine(nn.Module):
+    """A matrix and a bias."""
 
     features: int
     axes: tuple[str | None, str | None] = (None, None)
@@ -41,6 +38,13 @@ class Dense(nn.Module):
         bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), shape[1:])
         # Also the gradient's place: in a scanned stack it is reduced into shards layer by layer.
         return nn.spmd.with_logical_constraint(kernel, self.axes), bias
+
+
+class Dense(_Affine):
+    """Affine layer plus the low-rank update that the collection `adapter` may hold for it.
+
+    `hidden`: the update's x·a where the caller has computed it already.
+    """
 
     @nn.compact
     def __call__(
@@ -87,7 +91,7 @@ def shared_hidden(
     return tuple(jnp.split(routed_product(x, jnp.concatenate(factors, axis=-1), route), ends[:-1], axis=-1))
 
 
-class Weights(Dense):
+class Weights(_Affine):
     """A dense layer's matrix and bias, for a product that is made elsewhere."""
 
     @nn.compact

@@ -296,7 +296,7 @@ class MMDiT(nn.Module):
         embedding = embedding.astype(dtype) + Embedder(config.width, dtype, name="pooled_embed")(pooled)
         embedding = nn.spmd.with_logical_constraint(Coordinates(name=LAYER)(embedding), ("batch", None))
         text = Dense(config.width, (None, "embed"), dtype, name="context_embed")(context)
-        if self.impl == "merged":
+        if self.impl in ("merged", "cudnn"):
             text = whole_tiles(text)  # once, here: nothing is padded further on
 
         block = {"dtype": dtype, "kernels": self.kernels, "text_tokens": context.shape[1]}

@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fopd_jax.models.attention import AttentionImpl, attention, merged_attention
+from fopd_jax.models.attention import AttentionImpl, attention, cudnn_attention, merged_attention
 from fopd_jax.models.kernels.merged_attention import Stream
 
 Dtype = Any
@@ -49,29 +49,45 @@ def attend(
 ) -> tuple[Float[Array, "b t d"], ...]:
     """One attention over the tokens of all streams; its outputs of at least the first `read` streams.
 
-    `tokens`: how many of each stream are real. Only `merged` knows of others.
+    `tokens`: how many of each stream are real. `merged` and `cudnn` know of others, `cudnn` in the last stream alone.
     """
     if impl == "merged":
         return _attend_merged(streams, head_dim, read, tokens)
-    return _attend_split(streams, head_dim, impl)
+    heads = _split_heads(streams, head_dim)
+    if impl == "cudnn":
+        return _attend_apart(heads, read, sum(tokens))
+    q, k, v = (_joined(x) for x in zip(*heads, strict=True))
+    y = rearrange(attention(q, k, v, impl), "B T N H -> B T (N H)")
+    ends = np.cumsum([stream.q.shape[1] for stream in streams])
+    return tuple(jnp.split(y, ends[:-1], axis=1)) if len(streams) > 1 else (y,)
 
 
-def _attend_split(
-    streams: tuple[Projected, ...], head_dim: int, impl: AttentionImpl
-) -> tuple[Float[Array, "b t d"], ...]:
-    """Heads split off and normalised, tokens of all streams one behind the other."""
+def _split_heads(streams: tuple[Projected, ...], head_dim: int) -> list[tuple[Array, Array, Array]]:
+    """Queries, keys and values of each stream, heads split off, q and k normalised."""
     split = [
         tuple(rearrange(x, "B T (N H) -> B T N H", H=head_dim) for x in (stream.q, stream.k, stream.v))
         for stream in streams
     ]
-    normed = [
+    return [
         (q, k, v) if s.q_norm is None or s.k_norm is None else (s.q_norm(q), s.k_norm(k), v)
         for s, (q, k, v) in zip(streams, split, strict=True)
     ]
-    q, k, v = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in zip(*normed, strict=True))
-    y = rearrange(attention(q, k, v, impl), "B T N H -> B T (N H)")
-    ends = np.cumsum([stream.q.shape[1] for stream in streams])
-    return tuple(jnp.split(y, ends[:-1], axis=1)) if len(streams) > 1 else (y,)
+
+
+def _joined(x: tuple[Float[Array, "b _ n h"], ...]) -> Float[Array, "b t n h"]:
+    """Tokens of all streams, one behind the other."""
+    return x[0] if len(x) == 1 else jnp.concatenate(x, axis=1)
+
+
+def _attend_apart(heads: list[tuple[Array, Array, Array]], read: int, keys: int) -> tuple[Float[Array, "b t d"], ...]:
+    """Each stream's queries in a call of their own: they are not joined, and what they read is not split again.
+
+    With text in whole tiles that halves what a forward's kernels move without computing, by XLA's GPU compiler
+    (docs/running-at-scale.md). The first `keys` positions of all streams are real.
+    """
+    queries, *both = zip(*heads, strict=True)
+    k, v = map(_joined, both)
+    return tuple(rearrange(cudnn_attention(q, k, v, keys), "B T N H -> B T (N H)") for q in queries[:read])
 
 
 def _attend_merged(

@@ -79,7 +79,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names, in their order."""
+        """Names of what it reads."""
         return re.findall(r"%([\w.\-]+)", self.rest[: _closing("(" + self.rest, 0)])
 
     @property
@@ -113,7 +113,7 @@ def collectives(text: str) -> list[Collective]:
       ValueError: the text has no entry computation.
     """
     program, entry = parse(text)
-    sizes = {each.name: _bytes(each.type) for body in program.values() for each in body}
+    sizes = {each.name: array_bytes(each.type) for body in program.values() for each in body}
     found: dict[tuple[str, str, int], Collective] = {}
     for visit in walk(program, entry):
         instruction, depth = visit.instruction, visit.depth
@@ -192,7 +192,7 @@ def walk(
         yield Visit(each, around, depth, executions)
         inner = (*around, each)
         if loop := _LOOP.search(each.rest):
-            trips = _trips(each, program.get(loop.group(1), []))
+            trips = trip_count(program, each)
             inside = None if trips is None or executions is None else trips * executions
             for called in loop.groups():
                 yield from walk(program, called, inner, depth + 1, inside)
@@ -201,10 +201,12 @@ def walk(
                 yield from walk(program, called, inner, depth, executions)
 
 
-def _trips(loop: Instruction, condition: list[Instruction]) -> int | None:
+def trip_count(program: Program, loop: Instruction) -> int | None:
     """The compiler's own count, or the bound of a counter that starts at 0, which is what `lax.scan` makes."""
     if known := _TRIPS.search(loop.rest):
         return int(known.group(1))
+    named = _LOOP.search(loop.rest)
+    condition = program.get(named.group(1), []) if named else []
     bounds = [found for each in condition if (found := _COUNTER.match(f"{each.type} {each.opcode}({each.rest}"))]
     below = any("direction=LT" in each.rest for each in condition)
     return int(bounds[0].group(1)) if len(bounds) == 1 and below else None
@@ -219,7 +221,7 @@ def collective_kind(opcode: str) -> str | None:
 def _collective(
     kind: str, instruction: Instruction, sizes: dict[str, int], depth: int, executions: int | None
 ) -> Collective:
-    rest, result = instruction.rest, _bytes(instruction.type)
+    rest, result = instruction.rest, array_bytes(instruction.type)
     given = sum(sizes.get(name, 0) for name in instruction.operands)
     gathered = result - given if instruction.opcode.endswith("-start") else result  # a start's type repeats operands
     return Collective(
@@ -234,7 +236,7 @@ def _collective(
     )
 
 
-def _bytes(spelled: str) -> int:
+def array_bytes(spelled: str) -> int:
     """Bytes of a type's arrays, without the padding of the machine's layout."""
     bits = 0
     for letters, width, lengths in _ARRAY.findall(spelled):

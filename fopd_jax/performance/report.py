@@ -1,6 +1,7 @@
 """What a compilation says about a pod: memory, collectives, FLOPs and the time that they cannot go below."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,19 +9,19 @@ from fopd_jax.parallel.sharding import BATCH_AXES
 from fopd_jax.performance.compilation import Compilation
 from fopd_jax.performance.flops import Update
 from fopd_jax.performance.hlo import REDUCTIONS, Collective
-from fopd_jax.performance.topology import GIB, Chip
+from fopd_jax.performance.topology import GIB, NODE, Chip
 
-PACKAGES = ("fopd_jax", "jax", "jaxlib", "libtpu", "flax")
+PACKAGES = ("fopd_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax")
 # What a ring sends per device and byte of message, times (n - 1) / n of n devices; a permutation sends all of it.
 _RING = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 Fields = dict[str, Any]
 
 
 def memory_fields(compilation: Compilation, chip: Chip | None) -> Fields:
-    """Bytes per chip and the chip's capacity (None for simulated devices)."""
+    """Bytes per chip and the chip's capacity (None for simulated devices). A GPU's compiler refuses nothing itself."""
     parts = dataclasses.asdict(compilation.memory) if compilation.memory else {}
     return {
-        "fits": compilation.fits,
+        "fits": compilation.fits and (chip is None or compilation.needed <= chip.hbm),
         **{f"{name}_bytes": value for name, value in parts.items()},
         "total_bytes": compilation.needed,
         "capacity_bytes": chip.hbm if chip else None,
@@ -72,18 +73,34 @@ def flops_fields(update: Update, chips: int) -> Fields:
 
 
 def roofline(update: Update, found: Iterable[Collective], mesh: dict[str, int], chips: int, chip: Chip) -> Fields:
-    """Seconds an update cannot go below: arithmetic at the chip's peak, and messages at all of its links' rate."""
-    sent = sum(_sent(each, mesh) for each in found)
-    compute, network = update.hardware / chips / chip.peak_flops, sent / (chip.ici_bandwidth / 2)
+    """Seconds an update cannot go below: arithmetic at the chip's peak, and messages at all of its links' rate.
+
+    Between nodes of GPUs a message goes once: each card of a node sends its share of it.
+    """
+    near, far = 0.0, 0.0
+    for each in found:
+        inside, outside = _sent(each, mesh, NODE if chip.node_bandwidth else chips)
+        near, far = near + inside, far + outside
+    network = near / (chip.ici_bandwidth / 2)
+    if chip.node_bandwidth:
+        network = max(network, far / (chip.node_bandwidth / 2))
+    compute = update.hardware / chips / chip.peak_flops
     return {"compute": compute, "network": network, "update": max(compute, network)}
 
 
-def _sent(each: Collective, mesh: dict[str, int]) -> float:
-    members = 1
-    for axis in each.axes(mesh):
-        members *= mesh[axis]
-    share = _RING[each.kind] * (members - 1) / members if each.kind in _RING else 1.0
-    return each.bytes * (each.executions or 1) * share
+def _sent(each: Collective, mesh: dict[str, int], size: int) -> tuple[float, float]:
+    """Bytes that one chip sends within its node of so many chips, and to other nodes."""
+    members, nodes = math.prod(mesh[axis] for axis in each.axes(mesh)), 1
+    if (chips := math.prod(mesh.values())) > size:
+        spread = [(len({one // size for one in group}), len(group)) for group in each.devices or (tuple(range(chips)),)]
+        nodes, members = max(spread)
+    message, near = each.bytes * (each.executions or 1), members // nodes
+    return message * _share(each, near), message * _share(each, nodes) / near
+
+
+def _share(each: Collective, members: int) -> float:
+    """Of a message, what each of so many members sends."""
+    return _RING[each.kind] * (members - 1) / members if each.kind in _RING else float(members > 1)
 
 
 # ---- text
@@ -95,7 +112,7 @@ def describe(fields: Fields) -> str:
     lines += [f"batch {fields['batch_size']}, {fields['per_chip_batch']} a chip; trains {fields['trained']}"]
     lines += [f"lowered in {fields['lower_seconds']:.1f} s, compiled in {fields['compile_seconds']:.1f} s"]
     lines += _describe_memory(fields["memory"])
-    lines += _describe_collectives(fields) if fields["memory"]["fits"] else []
+    lines += _describe_collectives(fields) if "collectives" in fields else []
     flops = fields["flops_per_chip"]
     lines += [f"FLOPs a chip and update: {flops['model']:.4g}, {flops['hardware']:.4g} with recomputation"]
     for name, each in fields.get("networks", {}).items():

@@ -1,7 +1,8 @@
-"""Machines by name: `v6e:16x16` (chips of a TPU slice that need not be there) or `cpu:8` (simulated devices).
+"""Machines by name: `v6e:16x16` (chips of a TPU slice), `h100:8` or `h100:4x8` (GPUs of a node, of four) or `cpu:8`.
 
-A TPU's devices are those of the real compiler, which the extra `tpu-aot` brings to any host; they compile but do not
-compute. The process keeps the CPU as its backend.
+TPUs and GPUs need not be there: their devices are those of the real compiler, which the extras `tpu-aot` and `gpu-aot`
+bring to any host; they compile but do not compute. Those of `cpu:8` are simulated. The process keeps the CPU as its
+backend.
 """
 
 import dataclasses
@@ -9,10 +10,13 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
+
+from fopd_jax.performance.gpu_target import compiler_installed, target_config
 
 GIB = 2**30
 
@@ -27,6 +31,7 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second, all links (NVLink's, of a GPU), both directions together
     dimensions: int  # of the torus; 0: no torus
+    node_bandwidth: float = 0.0  # of a GPU's own network card to other nodes, both directions together
 
 
 # Datasheets: cloud.google.com/tpu/docs/{v5e,v5p,v6e}; memory: the compiler's own limit (libtpu 0.0.42).
@@ -35,13 +40,16 @@ CHIPS = {
     "v5p": Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 1200e9, 3),
     "v6e": Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 800e9, 2),
 }
-# Datasheets: nvidia.com; dense products, without sparsity. Memory: what the driver shows.
+# Datasheets: nvidia.com; dense products, without sparsity. Memory: what the driver shows. DGX and HGX nodes have a
+# network card of 400 Gbit/s (of 200, for an A100) for every GPU.
 GPUS = {
-    "NVIDIA H200": Chip("H200", 989e12, 143771 * 2**20, 4800e9, 900e9, 0),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 81559 * 2**20, 3350e9, 900e9, 0),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 81920 * 2**20, 2039e9, 600e9, 0),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 40960 * 2**20, 1555e9, 600e9, 0),
+    "NVIDIA H200": Chip("H200", 989e12, 143771 * 2**20, 4800e9, 900e9, 0, 100e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 81559 * 2**20, 3350e9, 900e9, 0, 100e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 81920 * 2**20, 2039e9, 600e9, 0, 50e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 40960 * 2**20, 1555e9, 600e9, 0, 50e9),
 }
+_CARDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+NODE = 8  # GPUs that NVLink joins
 _TPUS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -63,11 +71,44 @@ def find_chip(device_kind: str) -> Chip | None:
     return GPUS.get(device_kind) or CHIPS.get(_TPUS.get(device_kind, ""))
 
 
+MOST_SIMULATED, MOST_CHIPS = 1024, 65536
+"""More would take minutes to be made, before anything is said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a topology's name may begin with. `shapes`: what may follow; `most`: devices."""
+
+    platform: Literal["tpu", "gpu", "cpu"]
+    chip: Chip | None
+    shapes: tuple[str, ...]
+    most: int = MOST_CHIPS
+
+
+MACHINES: dict[str, Machine] = {
+    **{kind: Machine("tpu", chip, ("x".join("ABC"[: chip.dimensions]),)) for kind, chip in CHIPS.items()},
+    **{kind: Machine("gpu", GPUS[card], ("GPUS", f"NODESx{NODE}")) for kind, card in _CARDS.items()},
+    "cpu": Machine("cpu", None, ("A",), MOST_SIMULATED),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Of machines that need not be there: what it is called, the extra that brings it, its environment, its devices."""
+
+    name: str
+    extra: str
+    installed: Callable[[], bool]
+    environment: Mapping[str, str]
+    devices: Callable[["Topology"], list[Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A parsed name; `chip` is None for simulated devices, whose figures mean nothing."""
 
     name: str
+    platform: Literal["tpu", "gpu", "cpu"]
     chip: Chip | None
     shape: tuple[int, ...]
 
@@ -77,40 +118,44 @@ class Topology:
         return math.prod(self.shape)
 
 
-MOST_SIMULATED, MOST_CHIPS = 1024, 65536
-"""More would take minutes to be made, before anything is said."""
-
-
 def parse_topology(name: str) -> Topology:
-    """`KIND:AxB[xC]` or `cpu:N`.
+    """`KIND:AxB[xC]` of a TPU slice, `KIND:GPUS` of one node, `KIND:NODESx8` of several, or `cpu:N`.
 
     Raises:
-      ValueError: unknown kind, or a shape that such a slice cannot have; names what was found and what is right.
+      ValueError: unknown kind, or a shape that such a machine cannot have; names what was found and what is right.
     """
     kind, _, spelled = name.partition(":")
-    if kind not in (*CHIPS, "cpu"):
-        raise ValueError(f"topology: found {name!r}, expected cpu:N or one of {', '.join(CHIPS)} with its shape")
-    dimensions = 1 if kind == "cpu" else CHIPS[kind].dimensions
-    lengths = spelled.split("x")
-    if len(lengths) != dimensions or not all(re.fullmatch("[1-9][0-9]{0,8}", each) for each in lengths):
-        raise ValueError(f"topology: found {name!r}, expected {kind}:{'x'.join('ABC'[:dimensions])} of lengths ≥ 1")
-    most = MOST_SIMULATED if kind == "cpu" else MOST_CHIPS
-    if (count := math.prod(map(int, lengths))) > most:
-        raise ValueError(f"topology: found {name!r}, which is {count} devices, expected at most {most}")
-    return Topology(name, CHIPS.get(kind), tuple(map(int, lengths)))
+    if kind not in MACHINES:
+        known = ", ".join(each for each in MACHINES if each != "cpu")
+        raise ValueError(f"topology: found {name!r}, expected cpu:N or one of {known} with its shape")
+    machine, lengths = MACHINES[kind], spelled.split("x")
+    fitting = [shape for shape in machine.shapes if shape.count("x") + 1 == len(lengths)]
+    if not fitting or not all(re.fullmatch("[1-9][0-9]{0,8}", each) for each in lengths):
+        right = " or ".join(f"{kind}:{shape}" for shape in machine.shapes)
+        raise ValueError(f"topology: found {name!r}, expected {right} of lengths ≥ 1")
+    shape = tuple(map(int, lengths))
+    if machine.platform == "gpu" and (shape[-1] > NODE or (len(shape) > 1 and shape[-1] != NODE)):
+        raise ValueError(
+            f"topology: found {name!r}, expected at most {NODE} GPUs a node; several nodes are {kind}:NODESx{NODE}"
+        )
+    if (count := math.prod(shape)) > machine.most:
+        raise ValueError(f"topology: found {name!r}, which is {count} devices, expected at most {machine.most}")
+    return Topology(name, machine.platform, machine.chip, shape)
 
 
 def configure(topology: Topology) -> None:
-    """Prepare this process, before its first computation: CPU backend, libtpu's environment, simulated devices.
+    """Prepare this process, before its first computation: CPU backend, a compiler's environment, simulated devices.
 
     Raises:
-      ValueError: the compiler of a TPU is not installed; or the process has already computed with fewer devices.
+      ValueError: the compiler is not installed; or the process has already computed with fewer devices.
     """
-    if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"topology: {topology.name} needs the TPU compiler; pip install 'fopd_jax[tpu-aot]'")
+    compiler = _COMPILERS.get(topology.platform)
+    if compiler is not None and not compiler.installed():
+        needed = f"the {compiler.name} compiler; pip install 'fopd_jax[{compiler.extra}]'"
+        raise ValueError(f"topology: {topology.name} needs {needed}")
     jax.config.update("jax_platforms", "cpu")
-    if topology.chip is not None:
-        for variable, value in _ENVIRONMENT.items():
+    if compiler is not None:
+        for variable, value in compiler.environment.items():
             os.environ.setdefault(variable, value)
         return
     try:
@@ -125,10 +170,32 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises:
       ValueError: the slice cannot have that shape; says why.
     """
-    if topology.chip is None:
+    if topology.platform not in _COMPILERS:
         return list(jax.devices("cpu")[: topology.count])
     try:
-        devices = topologies.get_topology_desc(topology.name, "tpu").devices
+        return _COMPILERS[topology.platform].devices(topology)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology: {topology.name}: {str(error).splitlines()[0]}") from error
-    return list(devices)
+
+
+def _tpu_devices(topology: Topology) -> list[Any]:
+    return list(topologies.get_topology_desc(topology.name, "tpu").devices)
+
+
+def _gpu_devices(topology: Topology) -> list[Any]:
+    """Of as many processes as nodes; XLA spells a cluster as joined nodes x nodes x GPUs of one."""
+    kind, (*nodes, each) = topology.name.partition(":")[0], topology.shape
+    card = _CARDS[kind]
+    described = topologies.get_topology_desc(
+        topology.name, "cuda", topology=f"1x{math.prod(nodes)}x{each}",
+        target_config=target_config(card, GPUS[card].hbm, GPUS[card].hbm_bandwidth),
+    )  # fmt: skip
+    return list(described.devices)
+
+
+_COMPILERS = {
+    "tpu": Compiler(
+        "TPU", "tpu-aot", lambda: importlib.util.find_spec("libtpu") is not None, _ENVIRONMENT, _tpu_devices
+    ),
+    "gpu": Compiler("GPU", "gpu-aot", compiler_installed, {}, _gpu_devices),
+}

@@ -333,6 +333,27 @@ def test_saved_attention_is_not_repeated_by_cudnn():
     assert [each.count(" dot_product_attention_fwd_wrapper[") for each in traces] == [2, 1]
 
 
+@pytest.mark.usefixtures("traced_cudnn")
+@pytest.mark.parametrize("length", [40, 41])
+def test_cudnn_has_a_gradient_at_odd_lengths(length: int):
+    """JAX's own call refuses it at 41, which no CPU would ever tell."""
+    inputs = _inputs(1, length, jnp.bfloat16)
+    shapes = [each.shape for each in jax.eval_shape(functools.partial(_outcome, "cudnn"), *inputs)]
+    assert shapes == [inputs[0].shape] * 4
+
+
+@pytest.mark.parametrize("length", [40, 41])
+def test_the_row_that_cudnn_is_given_beside_changes_nothing(length: int, monkeypatch: pytest.MonkeyPatch):
+    """The same call with JAX's plain products for cuDNN's, in float32: only the order of sums may differ."""
+    inputs, plain = _inputs(2, length), jax.nn.dot_product_attention
+    exact = _outcome("xla", *inputs)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **kwargs: plain(*args, **kwargs | {"implementation": "xla"})
+    )
+    for name, ours, theirs in zip(("output", "dq", "dk", "dv"), _outcome("cudnn", *inputs), exact, strict=True):
+        assert _error(ours, theirs) <= FLOAT32, name
+
+
 def test_saved_attention_is_kept_by_xla():
     """The scores are made again; the product of weights and values, which makes the output, is not."""
     length = 40

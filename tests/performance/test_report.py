@@ -15,7 +15,7 @@ from fopd_jax.performance.report import (
     memory_fields,
     roofline,
 )
-from fopd_jax.performance.topology import CHIPS, GIB
+from fopd_jax.performance.topology import CHIPS, GIB, GPUS
 
 MESH = {"data": 4, "fsdp": 2, "tensor": 1}
 ROW, COLUMN = ((0, 1),), ((0, 2, 4, 6),)  # devices along fsdp, along data
@@ -59,6 +59,27 @@ def test_roofline_is_the_slower_of_arithmetic_and_network():
     assert seconds["update"] == max(seconds["compute"], seconds["network"])
     gathered = roofline(UPDATE, [_collective("all-gather", 1, 9, bytes=4 * GIB)], MESH, 8, CHIPS["v6e"])
     assert gathered["network"] == pytest.approx(seconds["network"] / 2)
+
+
+def test_between_nodes_each_card_sends_its_share():
+    """Two nodes of 8 H100: half of a sum's eighth goes twice through a card of 50 GB/s; NVLink bounds the rest."""
+    mesh, card = {"data": 2, "fsdp": 8, "tensor": 1}, GPUS["NVIDIA H100 80GB HBM3"]
+    everywhere, within, across = (), (tuple(range(8)),), ((0, 8),)
+    found = {
+        name: roofline(UPDATE, [_collective("all-reduce", 0, 1, devices, bytes=4 * GIB)], mesh, 16, card)["network"]
+        for name, devices in (("everywhere", everywhere), ("within", within), ("across", across))
+    }
+    assert found["within"] == pytest.approx(4 * GIB * 2 * 7 / 8 / 450e9)
+    assert found["everywhere"] == max(found["within"], found["across"] / 8)
+    assert found["across"] == pytest.approx(4 * GIB * 2 / 2 / 50e9)
+
+
+def test_a_program_that_its_compiler_does_not_refuse_may_still_not_fit():
+    card, memory = GPUS["NVIDIA H100 80GB HBM3"], Memory(5 * GIB, 0, 70 * GIB, 0)
+    assert memory_fields(Compilation(1.0, 1.0, memory.total, memory, "text"), card)["fits"]
+    larger = Memory(5 * GIB, 0, 75 * GIB, 0)
+    fields = memory_fields(Compilation(1.0, 1.0, larger.total, larger, "text"), card)
+    assert (fields["fits"], fields["total_bytes"]) == (False, 80 * GIB)
 
 
 def test_flops_are_per_chip():
