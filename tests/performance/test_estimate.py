@@ -11,11 +11,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from fopd_jax.performance.bounds import FLOPS_PER_CYCLE
 from fopd_jax.performance.estimate import (
     KINDS,
+    Operation,
     check_estimated,
     describe_estimate,
     estimate_fields,
@@ -23,7 +27,7 @@ from fopd_jax.performance.estimate import (
     operations,
 )
 from fopd_jax.performance.flops import NOTHING
-from fopd_jax.performance.topology import CHIPS, parse_topology
+from fopd_jax.performance.topology import CHIPS, configure, parse_topology, topology_devices
 from tests.quick import environment
 
 Row = dict[str, Any]
@@ -229,70 +233,71 @@ def test_a_known_kernel(tmp_path: Path):
     assert called["cycles"] / 5 == pytest.approx(one["cycles"], rel=0.15)
 
 
-def _compile_for_tests(program: str) -> dict[str, list[Row]]:
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import pallas as pl
+def _scanned(length: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=length)[0]
 
-    from fopd_jax.performance.topology import configure, topology_devices
 
-    def scanned(length: int, x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=length)[0]
+def _kernel(parts: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    """x·w in blocks of 128·parts rows and 128 columns, a part after the other in a loop."""
+    rows = 128 * parts
 
-    def kernel(parts: int, x: jax.Array, w: jax.Array) -> jax.Array:
-        rows = 128 * parts
+    def body(x_ref: Any, w_ref: Any, out_ref: Any) -> None:
+        @pl.loop(0, parts)
+        def _(i: Any) -> None:
+            at = pl.ds(pl.multiple_of(i * 128, 128), 128)
+            out_ref[at] = jnp.dot(x_ref[at], w_ref[...], preferred_element_type=jnp.float32).astype(x.dtype)
 
-        def body(x_ref, w_ref, out_ref) -> None:
-            @pl.loop(0, parts)
-            def _(i) -> None:
-                at = pl.ds(pl.multiple_of(i * 128, 128), 128)
-                out_ref[at] = jnp.dot(x_ref[at], w_ref[...], preferred_element_type=jnp.float32).astype(x.dtype)
+    return pl.pallas_call(
+        body,
+        grid=(x.shape[0] // rows, 3),
+        in_specs=[pl.BlockSpec((rows, 256), lambda i, j: (i, 0)), pl.BlockSpec((256, 128), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((rows, 128), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], 384), x.dtype),
+        name="known_kernel",
+    )(x, w)
 
-        return pl.pallas_call(
-            body,
-            grid=(x.shape[0] // rows, 3),
-            in_specs=[pl.BlockSpec((rows, 256), lambda i, j: (i, 0)), pl.BlockSpec((256, 128), lambda i, j: (0, j))],
-            out_specs=pl.BlockSpec((rows, 128), lambda i, j: (i, j)),
-            out_shape=jax.ShapeDtypeStruct((x.shape[0], 384), x.dtype),
-            name="known_kernel",
-        )(x, w)
 
-    def called(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda c, _: (c + kernel(4, c, w)[:, :256], None), x, None, length=5)[0]
+def _called(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda c, _: (c + _kernel(4, c, w)[:, :256], None), x, None, length=5)[0]
 
-    small, tall = (((rows, 256), (256, 384)) for rows in (2048, 4096))
-    large = ((8192, 4096), (4096, 4096))
-    programs = {
-        "products": {
-            "one": (jnp.dot, large),
-            "loop": (functools.partial(scanned, 8), large),
-            "longer": (functools.partial(scanned, 16), large),
-        },
-        "kernels": {
-            "one": (functools.partial(kernel, 4), small),
-            "taller": (functools.partial(kernel, 4), tall),
-            "longer": (functools.partial(kernel, 8), tall),
-            "called": (called, small),
-        },
+
+SMALL, TALL = (((rows, 256), (256, 384)) for rows in (2048, 4096))
+LARGE = ((8192, 4096), (4096, 4096))
+PROGRAMS = {
+    "products": {
+        "one": (jnp.dot, LARGE),
+        "loop": (functools.partial(_scanned, 8), LARGE),
+        "longer": (functools.partial(_scanned, 16), LARGE),
+    },
+    "kernels": {
+        "one": (functools.partial(_kernel, 4), SMALL),
+        "taller": (functools.partial(_kernel, 4), TALL),
+        "longer": (functools.partial(_kernel, 8), TALL),
+        "called": (_called, SMALL),
+    },
+}
+
+
+def _row(each: Operation) -> Row:
+    loops = each.schedule.loops if each.schedule else ()
+    return {
+        "kind": each.kind,
+        "cycles": each.cycles,
+        "executions": each.executions,
+        "loops": [{"bundles": loop.last - loop.first + 1, "trips": loop.trips} for loop in loops],
     }
+
+
+def _compile_for_tests(program: str) -> dict[str, list[Row]]:
     found = {}
     with keeping_schedules() as dumps:
         topology = parse_topology("v6e:2x2")
         configure(topology)
         place = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
-        for name, (function, shapes) in programs[program].items():
+        for name, (function, shapes) in PROGRAMS[program].items():
             inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
             text = jax.jit(function).lower(*inputs).compile().as_text() or ""
-            found[name] = [
-                {
-                    "kind": each.kind,
-                    "cycles": each.cycles,
-                    "executions": each.executions,
-                    "loops": each.schedule
-                    and [{"bundles": loop.last - loop.first + 1, "trips": loop.trips} for loop in each.schedule.loops],
-                }
-                for each in operations(text, dumps)
-            ]
+            found[name] = [_row(each) for each in operations(text, dumps)]
     return found
 
 
