@@ -264,8 +264,8 @@ def _compiled_merged(name: str, only: str = "") -> dict[str, Any]:
 
     def compiled(heads: int, tokens: tuple[int, ...], asking: int, dtype: str) -> Any:
         def stream(i: int, length: int) -> Stream:
-            x = jax.ShapeDtypeStruct((4, length, heads * 64), dtype, sharding=sharding)
-            scale = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, P()))
+            x: Any = jax.ShapeDtypeStruct((4, length, heads * 64), dtype, sharding=sharding)
+            scale: Any = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, P()))
             return Stream(x if i < asking else None, x, x, scale, scale)
 
         @jax.jit

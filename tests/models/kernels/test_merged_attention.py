@@ -143,7 +143,7 @@ def test_scores_as_large_as_the_scales_allow(gain: float):
     """
     case = Case(2, 64, (36, 13), (36, 13), gain=gain)
     image, text = case.streams()
-    ones, flat = jnp.ones_like(image.q), jnp.full(case.head_dim, gain, jnp.float32)
+    ones, flat = jnp.ones_like(image.k), jnp.full(case.head_dim, gain, jnp.float32)
     sign = jnp.where(jnp.arange(36) % 2, 1.0, -1.0)[None, :, None]
     image = image._replace(q=ones * sign, k=ones, q_scale=flat, k_scale=flat)
     for opposite in (1.0, -1.0):
@@ -162,6 +162,7 @@ def test_scores_as_large_as_the_scales_allow(gain: float):
 
 
 def test_more_tokens_than_fit_are_refused():
-    streams = (Stream(*[jax.ShapeDtypeStruct((1, MOST_KEYS + 1, 128), jnp.bfloat16)] * 3),)
+    x: Any = jax.ShapeDtypeStruct((1, MOST_KEYS + 1, 128), jnp.bfloat16)
+    streams = (Stream(x, x, x),)
     with pytest.raises(ValueError, match=rf"^attention: 'merged' holds at most {MOST_KEYS} tokens, .*'splash'"):
         merged_attention(streams, 64, (MOST_KEYS + 1,), "kept")

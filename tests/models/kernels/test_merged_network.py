@@ -63,7 +63,7 @@ def _outcome(impl: Any) -> Any:
     @jax.jit
     def outcome(adapter: Any, *inputs: Any) -> Any:
         def loss(adapter: Any) -> Any:
-            out = model.apply({**variables, "adapter": adapter}, *inputs, jnp.arange(BATCH))
+            out: Any = model.apply({**variables, "adapter": adapter}, *inputs, jnp.arange(BATCH))
             return jnp.square(out).sum(), out
 
         return jax.grad(loss, has_aux=True)(adapter)
