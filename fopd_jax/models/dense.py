@@ -12,6 +12,8 @@ from fopd_jax.models.kernels.choice import KernelImpl
 from fopd_jax.models.kernels.rows import split_over
 
 Dtype = Any
+Given = Array | np.ndarray
+"""Parameters as a caller has them: on the devices, or still on the host."""
 
 
 class Layer(NamedTuple):
@@ -31,7 +33,7 @@ class _Affine(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
-    def weights(self, width: int) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+    def weights(self, width: int) -> tuple[Float[Given, "i o"], Float[Given, " o"]]:
         """Matrix and bias for inputs of that width, as they are kept."""
         shape = (width, self.features)
         kernel: Any = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), shape)
@@ -95,7 +97,7 @@ class Weights(_Affine):
     """A dense layer's matrix and bias, for a product that is made elsewhere."""
 
     @nn.compact
-    def __call__(self, width: int) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+    def __call__(self, width: int) -> tuple[Float[Given, "i o"], Float[Given, " o"]]:
         return self.weights(width)
 
 
