@@ -73,7 +73,7 @@ def _network() -> Any:
     """Inputs, variables, and an adapter bank."""
     inputs = random(1, (shaped(BATCH, SIDE, SIDE, 4), shaped(BATCH), shaped(BATCH, TEXT, 24), shaped(BATCH, 12)), 1.0)
     model = MMDiT(SMALL, scan_layers=False)
-    variables = nn.unbox(model.init(jax.random.key(0), *inputs))
+    variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), *inputs))
     factors = {"a": shaped(ADAPTERS, 128, RANK), "b": shaped(ADAPTERS, RANK, 128)}
     shapes = {block: {"attn": dict.fromkeys(ADAPTED, factors)} for block in variables["params"] if "block" in block}
     params = random(0, variables["params"], 0.05)
@@ -93,7 +93,8 @@ def _outcome(impl: Any, kernels: Any, dtype: Any) -> Any:
 
         return jax.grad(loss, has_aux=True)(adapter)
 
-    return outcome(adapter, *inputs)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention mixes dtypes while it is lowered
+        return outcome(adapter, *inputs)
 
 
 @pytest.mark.slow
