@@ -24,6 +24,7 @@ from fopd_jax.config.learning import Reinforced
 from fopd_jax.config.load import load_config
 from fopd_jax.files import replacing, write_json
 from fopd_jax.performance.host import commit, hardware, versions
+from fopd_jax.studies.efficiency import reach
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "miniature_rl.py"
@@ -103,20 +104,13 @@ def _seconds(work: Path) -> float:
 
 
 def _reached(name: str, curve: dict[str, list[float]]) -> dict[str, float] | None:
-    """Images and seconds until the curve first reaches its mark, on the straight line between two points; at the first
-    one, if it does so there. The report's score of the base is no point of it, being of other pairs.
+    """Images and seconds until the curve first reaches its mark. The report's score of the base is no point of it,
+    being of other pairs.
     """
     skill = OWN.get(name.removesuffix("-nft"))
     if skill is None:
         return None
-    images, seconds, scores = (np.array(curve[each]) for each in ("images", "seconds", skill))
-    above = np.flatnonzero(scores >= REACHED[skill])
-    if not len(above):
-        return None
-    k = int(above[0])
-    share = (REACHED[skill] - scores[k - 1]) / (scores[k] - scores[k - 1]) if k else 1.0
-    at = {"images": images, "seconds": seconds}
-    return {name: float(each[k - 1] + share * (each[k] - each[k - 1]) if k else each[0]) for name, each in at.items()}
+    return reach({axis: curve[axis] for axis in ("images", "seconds")}, curve[skill], REACHED[skill])
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

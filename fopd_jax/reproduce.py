@@ -6,8 +6,8 @@ teachers, cold starts, few steps, noisy teachers, routing, how many teachers, re
 weightings, rollout noise, what a score costs; a larger teacher, which is pretrained for hours, only by its name. Runs
 `configs/` and `tools/` of this clone as commands of their own, one a core side by side, each with its log in
 `FOLDER/logs`; the same command goes on after an interruption. Writes `tables.md`, `tables.csv` and `tables.json` of the
-rows and seeds that are done, and draws what scores cost in images and FLOPs (extra `plots`). `--plan` tells what would
-run, and how much of it is done.
+rows and seeds that are done, and `efficiency.png`, what scores cost in images and FLOPs (extra `plots`). `--plan` tells
+what would run, and how much of it is done.
 
 `--scale=sd35m` plans the same tables for Stable Diffusion 3.5 Medium and trains nothing: it tells students, FLOPs and
 chip-hours by arithmetic at `--utilisation` of a chip's peak, and writes the commands into `FOLDER/commands.sh`.
@@ -31,16 +31,16 @@ from fopd_jax.config.parse import override, resolve
 from fopd_jax.config.schema import OPD
 from fopd_jax.config.stages import StageConfig
 from fopd_jax.console import align, say
-from fopd_jax.exits import Arguments, explained
+from fopd_jax.exits import Arguments, explained, need
 from fopd_jax.files import check_writable, local_path, write_text
 from fopd_jax.performance.host import ROOT, commit, hardware, versions
 from fopd_jax.running.records import PACKAGES
-from fopd_jax.studies.efficiency import PICTURE, Curve, draw, read_curve
+from fopd_jax.studies.efficiency import Curve, draw, read_curve
 from fopd_jax.studies.estimate import as_rows, costs_of
 from fopd_jax.studies.jobs import Job, plan, run_jobs
 from fopd_jax.studies.students import EVERYBODY, Student, Trained, all_jobs, fields_of, train
 from fopd_jax.studies.summary import Row, read_scores, write_summary
-from fopd_jax.studies.tables import MINIATURE, NAMES, REFERENCE, SD35M, Scale, Table, tables
+from fopd_jax.studies.tables import MINIATURE, NAMES, REFERENCE, SD35M, TAUGHT_BY, Scale, Table, tables
 
 SCALES = {"miniature": MINIATURE, "sd35m": SD35M}
 OTHERS = ("base", "teacher/text", "teacher/composition", "teacher/quality", "merge")
@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"{len(jobs)} jobs for {', '.join(chosen)}\n{plan(jobs, work)}")
         if options.plan:
             return
+        for name in (name for name, table in chosen.items() if table.curves):
+            need(f"--table {name}", "plots", "matplotlib")
         check_writable(work, "--workdir")
         try:
             run_jobs(jobs, work, ROOT, options.workers)
@@ -140,6 +142,7 @@ def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Map
     """Write and print the tables of what is done; rows of which some seed is missing have the others alone."""
     found: dict[str, tuple[Table, list[Row]]] = {}
     curves: dict[str, dict[str, Curve]] = {}
+    taught_by = [_load(each) for each in TAUGHT_BY]
     for name, table in chosen.items():
         rows = []
         for row, student in table.rows.items():
@@ -152,15 +155,15 @@ def _tell(work: Path, chosen: Mapping[str, Table], study: Study, references: Map
                 rows.append(Row(row, student, scores, runs[0][0].fields))
             if table.curves and done:
                 made, config = done[min(done)]
-                teachers = [_load(each) for each in MINIATURE.taught_by] if isinstance(config, OPD) else []
+                teachers = taught_by if isinstance(config, OPD) else []
                 curves.setdefault(name, {})[row] = read_curve(work / made.folder, config, teachers)
         if rows:
             found[name] = table, [*_others(work, references[name]), *rows]
     if found:
         about = {"commit": commit(), **hardware(), "versions": versions(PACKAGES), "budget": dict(MINIATURE.budget)}
         write_summary(work, found, curves, about)
-        for each in curves.values():
-            draw(each, work / PICTURE)
+        for name, each in curves.items():
+            draw(each, work / f"{name}.png")
         say(f"see {work / 'tables.md'}")
 
 

@@ -272,15 +272,13 @@ class Distillation:
         name, constants = export_name(self.config), self.frozen.variables["constants"]
         card = make_card(self.config, self.pipeline, self.setup.base, origin, int(state.step), self.run)
         card = export(self.workdir, name, student, constants, self.pipeline, self.config.model, card)
-        gaps: dict[str, float] = {}
+        about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
         if self.health:
-            gaps = self.health.gaps(self.frozen, student)
+            about["gaps"] = self.health.gaps(self.frozen, student)
             if is_main():
                 write_png(self.workdir / PICTURE, self.health.picture())
         beside = [] if self.config.eval.alone else self.teaching.models()  # which loads them, with samplers of theirs
         models = [*beside, self.model(student)]
-        about = {"seed": self.config.seed, "steps": int(state.step), "config_hash": config_hash(self.config)}
-        about |= {"gaps": gaps} if gaps else {}
         most, world = self.config.run.max_failed_rewards, self.pipeline.world
         with contextlib.closing(self.setup) as setup:
             write_report(self.workdir, self.config.eval, about, setup.sampler, world, models, most, setup.others)

@@ -13,7 +13,6 @@ from fopd_jax.running.metrics import SCALARS
 from fopd_jax.stages.costs import step_cost
 from fopd_jax.studies.tables import SKILLS
 
-PICTURE = "efficiency.png"
 AXES = {"images": "images seen", "tflop": "TFLOP of training"}
 MARKS = {"text": 0.75, "composition": 0.7, "quality": 0.9}
 """Scores that curves are asked for when they reach them."""
@@ -31,23 +30,27 @@ class Curve:
     before: tuple[float, float] = (0.0, 0.0)
 
     def reaches(self, skill: str, mark: float) -> dict[str, float] | None:
-        """Images and TFLOP until it first scores `mark`, on the straight line between two evaluations; at the first
-        one where it does so there; None where it never does.
-        """
-        scores = self.scores[skill]
-        k = next((k for k, score in enumerate(scores) if score >= mark), None)
-        if k is None:
-            return None
-        if k == 0:
-            return {axis: float(getattr(self, axis)[0]) for axis in AXES}
-        share = (mark - scores[k - 1]) / (scores[k] - scores[k - 1])
-        spent = {axis: getattr(self, axis)[k - 1 : k + 1] for axis in AXES}
-        return {axis: float(first + share * (last - first)) for axis, (first, last) in spent.items()}
+        """Images and TFLOP until it first scores `mark`; see `reach`."""
+        return reach({axis: getattr(self, axis) for axis in AXES}, self.scores[skill], mark)
 
 
-def spent(config: StageConfig, steps: int) -> tuple[float, float]:
-    """Images and TFLOP of so many steps, by arithmetic."""
-    return float(steps * config.batch_size), step_cost(config).model * steps / 1e12
+def reach(spent: Mapping[str, Sequence[float]], scores: Sequence[float], mark: float) -> dict[str, float] | None:
+    """What had been spent, by its name, when the scores of successive evaluations first came to `mark`: on the straight
+    line between two of them; at the first one, if they do so there; None where they never do.
+    """
+    k = next((k for k, score in enumerate(scores) if score >= mark), None)
+    if k is None:
+        return None
+    if k == 0:
+        return {name: float(each[0]) for name, each in spent.items()}
+    share = (mark - scores[k - 1]) / (scores[k] - scores[k - 1])
+    return {name: float(each[k - 1] + share * (each[k] - each[k - 1])) for name, each in spent.items()}
+
+
+def spent(config: StageConfig, steps: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Images, and TFLOP by arithmetic, after each of so many steps."""
+    step = step_cost(config).model / 1e12
+    return [float(each * config.batch_size) for each in steps], [each * step for each in steps]
 
 
 def read_curve(folder: Path, config: StageConfig, teachers: Sequence[StageConfig]) -> Curve:
@@ -65,9 +68,9 @@ def read_curve(folder: Path, config: StageConfig, teachers: Sequence[StageConfig
         raise ValueError(f"{file}: damaged, or not of this study: {error}") from error
     if not points:
         raise ValueError(f"{file}: found no evaluation, expected one every `run.eval_every` steps")
-    images, tflop = zip(*(spent(config, line["step"]) for line in points), strict=True)
-    before = [sum(each) for each in zip((0.0, 0.0), *(spent(each, each.run.steps) for each in teachers), strict=True)]
-    return Curve(images, tflop, scores, (before[0], before[1]))
+    images, tflop = spent(config, [line["step"] for line in points])
+    taught = [spent(each, [each.run.steps]) for each in teachers]
+    return Curve(images, tflop, scores, (sum(each for (each,), _ in taught), sum(each for _, (each,) in taught)))
 
 
 def as_markdown(curves: Mapping[str, Curve]) -> str:
@@ -114,8 +117,7 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
                 later = [each + curve.before[1] for each in curve.tflop]
                 panel.plot(later, curve.scores[skill], linestyle="--", color=line.get_color())
         panel.axhline(MARKS[skill], color="grey", linewidth=0.8, linestyle=":")
-        panel.set(xlabel=AXES[axis], ylabel=skill if row == 0 else "")
-        panel.set_title(skill if row == 0 else "")
+        panel.set(xlabel=AXES[axis], title=skill if row == 0 else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))

@@ -25,8 +25,7 @@ class Scale:
 
     `guidance`: the teachers', where it is folded; `budget`: what students change, all alike; `rewarded`: of policies on
     rewards, in its place; `mixed`: what lets a student see its tasks' rewards, too; `curves`: how often evaluations are
-    made that are drawn, over the budget; `policies`: configs of policies whose curves stand beside a student's;
-    `taught_by`: those that its teachers were trained by.
+    made that are drawn, over the budget; `policies`: configs of policies whose curves stand beside a student's.
     """
 
     main: str
@@ -43,7 +42,6 @@ class Scale:
     mixed: Mapping[str, Any]
     curves: Mapping[str, Any]
     policies: tuple[str, ...]
-    taught_by: tuple[str, ...]
 
 
 MINIATURE = Scale(
@@ -66,9 +64,10 @@ MINIATURE = Scale(
         "tasks.composition.rewards": {"composition": 1.0},
     },
     curves={"run.eval_every": 5, "eval.samples": 128},
-    policies=tuple(f"miniature_rl:{name}" for name in ("mix", "mix-nft")),
-    taught_by=tuple(f"miniature_rl:{name}-nft" for name in ("text", "composition", "quality")),
+    policies=("miniature_rl:mix", "miniature_rl:mix-nft"),
 )  # fmt: skip
+TAUGHT_BY = tuple(f"miniature_rl:{name}-nft" for name in ("text", "composition", "quality"))
+"""Configs that the miniature's packaged teachers were trained by."""
 SD35M = Scale(
     main="sd35m_opd",
     variant="",
@@ -89,8 +88,7 @@ SD35M = Scale(
         "rewards.pickscore.divide_by": 26.0,
     },
     curves={},
-    policies=tuple(f"sd35m_grpo:{name}" for name in ("mix",)),
-    taught_by=tuple(f"sd35m_grpo:{name}" for name in ("geneval", "ocr", "pickscore", "deqa")),
+    policies=("sd35m_grpo:mix",),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`fopd_jax.reproduce` tells its plan, trains what is missing, and writes tables."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def test_wrong_words_are_one_line(
         reproduce.main([f"--workdir={tmp_path}", *words])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_draws_is_asked_for_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main([f"--workdir={tmp_path / 'new'}", "--table", "noise", "efficiency"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --table efficiency: needs matplotlib: pip install 'fopd_jax[plots]'\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_true_size_is_planned_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
