@@ -10,7 +10,6 @@ rematerialisation policy that keeps exactly these, so that no attention kernel r
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from fopd_jax.models.kernels import merged_attention as merged
+from fopd_jax.models.kernels.rows import dividing
 
 AttentionImpl = Literal["xla", "cudnn", "splash", "merged"]
 AUTO = "auto"
@@ -116,13 +116,7 @@ def _on_each_device(local: Callable[..., Array], *operands: Float[Array, "b _ n 
 def _placed(mesh: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """The mesh axes of each dimension of queries with that shape."""
     wished: Any = nn.spmd.logical_to_mesh_axes(AXES)
-    return tuple(_dividing(mesh, axes, size) for axes, size in zip(wished, shape, strict=True))
-
-
-def _dividing(mesh: Any, axes: Any, size: int) -> Any:
-    """The axes, or None where they do not divide a dimension."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    return tuple(dividing(mesh, axes, size) for axes, size in zip(wished, shape, strict=True))
 
 
 # ---- cuDNN

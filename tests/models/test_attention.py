@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +28,7 @@ from fopd_jax.models.kernels.merged_attention import Stream
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
+from tests.models.kernels.interpretation import interpreted as interpreted_kernels
 from tests.quick import environment
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-2
@@ -382,7 +382,7 @@ def _main(what: str) -> None:
         with mock.patch.object(splash, "make_splash_mha_single_device", INTERPRETED):
             print(json.dumps({case: _grouped(once) for case, once in GROUPS.items()}))
     elif what == "merged groups":
-        with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+        with interpreted_kernels():
             print(json.dumps({"one sum a row": _merged_groups(("data",))}))
     elif what.startswith("merged "):
         print(json.dumps(_compiled_merged(*what.split(maxsplit=2)[1:])))

@@ -5,27 +5,18 @@ rounded once more on the way, and what reads them has gradients of its own.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from fopd_jax.models.kernels.adapted import adapted_products
+from tests.models.kernels.interpretation import errors, outcome
 
 FLOAT32, BFLOAT16 = 1e-5, 2**-7
 RANKS = (4, 8, 4)
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    """The TPU's kernels, run by XLA on the CPU."""
-    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
-        yield
 
 
 def plain(x: Any, kernels: Any, biases: Any, factors: Any) -> Any:
@@ -54,21 +45,7 @@ def inputs(tokens: int, width: int, widths: tuple[int, ...], each: bool, dtype: 
     ]
     kernels = tuple(draw(width, out, scale=width**-0.5) for out in widths)
     arguments = (draw(batch, tokens, width), kernels, tuple(map(draw, widths)), factors)
-    return arguments, [draw(batch, tokens, out) for out in widths]
-
-
-def outcome(function: Any, arguments: Any, cotangents: Any) -> Any:
-    out, pull = jax.vjp(function, *arguments)
-    return {"out": out, "gradient": pull(cotangents)}
-
-
-def errors(found: Any, expected: Any) -> dict[str, float]:
-    def one(a: Any, b: Any) -> float:
-        a, b = (np.asarray(each, np.float64) for each in (a, b))
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    leaves, _ = jax.tree.flatten_with_path(jax.tree.map(one, found, expected))
-    return {jax.tree_util.keystr(path): error for path, error in leaves}
+    return *arguments, [draw(batch, tokens, out) for out in widths]
 
 
 @pytest.mark.parametrize("each", [False, True], ids=["one for all", "each its own"])

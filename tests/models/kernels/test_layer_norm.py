@@ -5,27 +5,18 @@ bfloat16: 1.5·2⁻⁹; every result is rounded once, which is at most 2⁻⁹ o
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from fopd_jax.models.kernels.layer_norm import norm_modulate, token_block
 from fopd_jax.models.norms import layer_norm, modulate
+from tests.models.kernels.interpretation import errors, outcome
 
 FLOAT32, BFLOAT16 = 2e-6, 1.5 * 2**-9
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    """The TPU's kernels, run by XLA on the CPU."""
-    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
-        yield
 
 
 def plain(x: Any, pairs: Any) -> Any:
@@ -43,20 +34,6 @@ def inputs(tokens: int, width: int, pairs: int, dtype: Any, mean: float = 0.0, b
     x = (mean + 3 * draw(batch, tokens, width)).astype(dtype)
     modulations = tuple((draw(batch, width), draw(batch, width)) for _ in range(pairs))
     return x, modulations, (draw(batch, tokens, width), tuple(draw(batch, tokens, width) for _ in range(pairs)))
-
-
-def outcome(function: Any, x: Any, modulations: Any, cotangents: Any) -> Any:
-    out, pull = jax.vjp(function, x, modulations)
-    return {"out": out, "gradient": pull(cotangents)}
-
-
-def errors(found: Any, expected: Any) -> dict[str, float]:
-    def one(a: Any, b: Any) -> float:
-        a, b = (np.asarray(each, np.float64) for each in (a, b))
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    leaves, _ = jax.tree.flatten_with_path(jax.tree.map(one, found, expected))
-    return {jax.tree_util.keystr(path): error for path, error in leaves}
 
 
 def test_a_large_mean_costs_no_digits():

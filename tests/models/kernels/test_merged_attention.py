@@ -13,18 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from fopd_jax.models.kernels import merged_backward, merged_forward
 from fopd_jax.models.kernels.merged_attention import MOST_KEYS, Stream, merged_attention
 
 FLOAT32, FLOAT32_LARGE, BFLOAT16 = 1e-5, 1e-4, 1.2
-INTERPRETED = functools.partial(pl.pallas_call, interpret=True)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pl, "pallas_call", INTERPRETED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,13 @@ the kernels may be 1.25 times as far off as the plain one in bfloat16 is; they r
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from fopd_jax.models.mmdit import Block, MMDiT, MMDiTConfig
 from tests.models.mmdit_oracle import MODULE_TOLERANCE, relative_error
@@ -25,13 +22,6 @@ SMALL = MMDiTConfig(
 )  # fmt: skip
 ADAPTED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out")
 BATCH, SIDE, TEXT, RANK, ADAPTERS = 2, 8, 11, 4, 2
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    """The TPU's kernels, run by XLA on the CPU."""
-    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
-        yield
 
 
 def random(seed: int, shapes: Any, scale: float = 0.15) -> Any:

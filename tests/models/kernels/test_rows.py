@@ -3,18 +3,15 @@
 Tolerance on ‖a - b‖/‖b‖ against the plain form on one device: 1e-5, float32 sums in another order.
 """
 
-import functools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +23,7 @@ from fopd_jax.models.norms import norm_modulate
 from fopd_jax.parallel.gradients import GradientGroups
 from fopd_jax.parallel.mesh import make_mesh
 from fopd_jax.parallel.sharding import activation_rules
+from tests.models.kernels.interpretation import errors, interpreted
 from tests.quick import environment
 
 FLOAT32 = 1e-5
@@ -79,21 +77,17 @@ def _grouped(once: tuple[str, ...]) -> dict[str, float]:
             return groups.total(sums), out
 
     expected = jax.jit(differentiate("xla"))(factors, rows)
-    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+    with interpreted():
         outcome = found(factors, jax.device_put(rows, NamedSharding(mesh, P(("data", "fsdp")))))
 
-    def error(found: Any, expected: Any) -> float:
-        a, b = (np.asarray(each, np.float64) for each in (found, expected))
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    return {str(i): each for i, each in enumerate(jax.tree.leaves(jax.tree.map(error, outcome, expected)))}
+    return errors(outcome, expected)
 
 
 def test_kernels_run_on_each_devices_own_rows():
     done = subprocess.run([sys.executable, __file__], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for case, errors in json.loads(done.stdout.splitlines()[-1]).items():
-        assert max(errors.values()) <= FLOAT32, (case, errors)
+    for case, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert max(found.values()) <= FLOAT32, (case, found)
 
 
 def test_what_is_split_is_told():
