@@ -94,6 +94,5 @@ def test_a_network_in_bfloat16_is_as_close_as_without_kernels():
         jax.tree.map(relative_error, _outcome(*choice, jnp.bfloat16), exact)
         for choice in (("merged", "pallas"), ("xla", "xla"))
     )
-    worst = jax.tree.map(lambda ours, theirs: ours / theirs, found, plain)
     means = [float(np.mean(jax.tree.leaves(tree))) for tree in (found, plain)]
-    assert means[0] <= 1.25 * means[1], worst
+    assert means[0] <= 1.25 * means[1], (found, plain)
