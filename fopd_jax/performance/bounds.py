@@ -4,9 +4,9 @@ Two bounds, both of matrix products alone, with nothing between them and no wait
 
 - `width`: attention's products have heads' width H as a contraction or as columns, so that on a matrix unit of W
   columns they reach H/W of its peak at most; all others reach the peak. No program passes it.
-- `compiled`: each at the best rate that the TPU compiler has been seen to reach by its own count: dense products of
-  SD3.5-Medium's shapes, and an attention kernel on merged heads of width 64, forward and backward. A better kernel can
-  pass it; it says what today's programs may come to.
+- `compiled`: each at a rate that the TPU compiler was seen to reach by its own count: dense products of SD3.5-Medium's
+  shapes, and an attention kernel on merged heads of width 64, forward and backward. A better kernel can pass it, and
+  `models.kernels.merged_attention` is one by its schedule; it says what such programs may come to.
 """
 
 import dataclasses

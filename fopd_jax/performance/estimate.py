@@ -309,5 +309,5 @@ def describe_estimate(fields: Fields) -> str:
 def _bounds(found: Fields) -> str:
     if found["width"] is None:
         return ""
-    compiled = "" if found["compiled"] is None else f", {found['compiled']:.0%} at the best rates compiled so far"
+    compiled = "" if found["compiled"] is None else f", {found['compiled']:.0%} at the rates of an earlier study"
     return f" (bounds: {found['width']:.0%} by the width of heads{compiled})"
