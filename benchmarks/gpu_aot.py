@@ -10,21 +10,16 @@ had. Needs the extra `gpu-aot`; no weights.
 
 import argparse
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from compile_jobs import RESULTS, Fields, keep, markdown, run
 
 from fopd_jax.files import write_text
 from fopd_jax.performance.gpu_report import WHAT
 from fopd_jax.performance.topology import GIB
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 CUBLAS = "--xla_gpu_enable_triton_gemm=false"
-Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +40,11 @@ JOBS = {
 }
 
 
-def run(name: str, work: Path) -> bool:
-    """One job, unless its figures are there; whether they are now. What the program prints goes to a log."""
-    done = work / f"{name}.json"
-    if not done.exists():
-        command = [sys.executable, "-m", "fopd_jax.compile_for", *JOBS[name].arguments(), f"--json={done}"]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {JOBS[name].flags}".strip()
-        with (work / f"{name}.log").open("w") as log:
-            environment = os.environ | {"XLA_FLAGS": flags}
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-    return done.exists()
-
-
 def page(results: dict[str, Fields]) -> str:
     """Markdown: one row a job, then the kernels of each."""
     head = ("job", "GPUs", "compiled", "HBM a GPU", "of", "collectives in loops", "arithmetic", "kernel by kernel")
     rows = [head, ("---",) * len(head), *(_row(name, fields) for name, fields in results.items())]
-    parts = [f"{WHAT[0].upper()}{WHAT[1:]}.", _markdown(rows)]
+    parts = [f"{WHAT[0].upper()}{WHAT[1:]}.", markdown(rows)]
     for name, fields in results.items():
         kinds = [("kind", "kernels", "launches", "GB", "TFLOP", "at datasheet rates"), ("---",) * 6]
         kinds += [
@@ -73,7 +56,7 @@ def page(results: dict[str, Fields]) -> str:
         ]  # fmt: skip
         calls = ", ".join(f"`{row['target']}` {row['count']}" for row in fields["gpu"]["custom_calls"])
         flags = f", `{JOBS[name].flags}`" if JOBS[name].flags else ""
-        parts += [f"## {name}{flags}", _markdown(kinds), f"Library calls: {calls}."]
+        parts += [f"## {name}{flags}", markdown(kinds), f"Library calls: {calls}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,23 +74,14 @@ def _row(name: str, fields: Fields) -> tuple[str, ...]:
     )
 
 
-def _markdown(rows: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the jobs' figures and logs")
     parser.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), help="some of the jobs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    failed = [name for name in options.only if not run(name, options.work)]
-    files = {name: options.work / f"{name}.json" for name in JOBS}
-    kept = RESULTS / "gpu_aot.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
-    results |= {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    results = {name: results[name] for name in JOBS if name in results}
-    write_text(kept, json.dumps(results, indent=2) + "\n")
+    failed = [name for name in options.only if not run(name, JOBS[name].arguments(), options.work, JOBS[name].flags)]
+    results = keep("gpu_aot.json", JOBS, options.work)
     write_text(RESULTS / "gpu_aot.md", page(results))
     if failed:
         sys.exit(f"error: failed: {failed}; see their logs in {options.work}")

@@ -10,24 +10,18 @@ the extra `tpu-aot`; no accelerator, no weights.
 
 import argparse
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
+
+from compile_jobs import RESULTS, Fields, keep, markdown, run
 
 from fopd_jax.files import write_text
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
 LARGE = "configs/sd35m_large.py"
 OPD, GRPO = "configs/sd35m_opd.py", "configs/sd35m_grpo.py:ocr"
 TEACHERS = 4  # routed ones; the anchor comes on top
 LIMIT_SECONDS = 12 * 60
-Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +86,6 @@ JOBS = {
 }
 
 
-def run(name: str, work: Path) -> bool:
-    """One job, unless its figures are there; whether they are now. What the program prints goes to a log."""
-    done = work / f"{name}.json"
-    if done.exists():
-        return True
-    command = [sys.executable, "-m", "fopd_jax.compile_for", *JOBS[name].arguments(), f"--json={done}"]
-    began = time.monotonic()
-    with (work / f"{name}.log").open("w") as log:
-        subprocess.run(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log, check=False)
-    print(f"{name}: {time.monotonic() - began:.0f} s{'' if done.exists() else f'; failed, see {log.name}'}", flush=True)
-    return done.exists()
-
-
 def table(results: dict[str, Fields]) -> str:
     """Markdown, one row a job."""
     head = (
@@ -113,7 +94,7 @@ def table(results: dict[str, Fields]) -> str:
         "largest batch a chip",
     )  # fmt: skip
     rows = [head, ("---",) * len(head), *(_row(name, fields) for name, fields in results.items())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 def _row(name: str, fields: Fields) -> tuple[str, ...]:
@@ -162,12 +143,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), help="some of the jobs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    failed = [name for name in options.only if not run(name, options.work)]
-    files = {name: options.work / f"{name}.json" for name in JOBS}
-    results = json.loads((RESULTS / "pods.json").read_text())
-    results |= {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    results = {name: results[name] for name in JOBS if name in results}
-    write_text(RESULTS / "pods.json", json.dumps(results, indent=2) + "\n")
+    failed = [name for name in options.only if not run(name, JOBS[name].arguments(), options.work)]
+    results = keep("pods.json", JOBS, options.work)
     write_text(RESULTS / "pods.md", table(results))
     slow = [name for name, each in results.items() if each["compile_seconds"] > LIMIT_SECONDS]
     if failed or slow:
