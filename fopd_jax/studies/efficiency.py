@@ -13,7 +13,7 @@ from fopd_jax.running.metrics import SCALARS
 from fopd_jax.stages.costs import step_cost
 from fopd_jax.studies.tables import SKILLS
 
-AXES = {"images": "images seen", "tflop": "TFLOP of training"}
+AXES = {"images": "images seen", "tflop": "TFLOP of training; dashed: after its teachers' own"}
 MARKS = {"text": 0.75, "composition": 0.7, "quality": 0.9}
 """Scores that curves are asked for when they reach them."""
 
